@@ -1,0 +1,203 @@
+"""What the commands share: recipes found and registered with Hydra, help without it, and errors of one line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from kd.recipe import PACKAGE, ConfigError, Recipe, allowed
+
+USAGE = 2  # exit code of a command line that cannot work
+INTERRUPTED = 130  # exit code of a run stopped by ctrl-C, as shells have it
+
+
+def recipe_folders() -> list[Path]:
+    """Where recipes are looked for: kd's own, in a wheel or a checkout, then ./recipes of whoever calls."""
+    own = [PACKAGE / "recipes", PACKAGE.parent / "recipes"]
+    folders = [next(folder for folder in own if folder.is_dir()), Path.cwd() / "recipes"]
+    return list(dict.fromkeys(folder.resolve() for folder in folders if folder.is_dir()))
+
+
+def recipe_files(group: str = "") -> dict[str, Path]:
+    """Recipes by name, or the options of a group such as `data`; a later folder's wins."""
+    return {path.stem: path for folder in recipe_folders() for path in sorted((folder / group).glob("*.yaml"))}
+
+
+def claim(path: Path) -> str:
+    """The claim on top of a recipe."""
+    found = re.search(r"^# claim:\s*(.+)$", path.read_text(), re.MULTILINE)
+    return found[1] if found else ""
+
+
+def settings(schema: type = Recipe, prefix: str = "") -> dict[str, Any]:
+    """Every setting's dotted name with its dataclass field."""
+    found: dict[str, Any] = {}
+    for f in fields(schema):
+        nested = f.default_factory if is_dataclass(f.default_factory) else None
+        found |= settings(nested, f"{prefix}{f.name}.") if nested else {f"{prefix}{f.name}": f}  # type: ignore[arg-type]
+    return found
+
+
+def help_text(program: str) -> str:
+    """What --help prints; nothing is imported for it."""
+    lines = [
+        f"usage: python -m {program} recipe=NAME [key=value ...]",
+        "",
+        "Trains a teacher, distils a student, trains the same student alone, and says which was better.",
+        "",
+        "recipes",
+        *(f"  {name:24} {claim(path)}" for name, path in recipe_files().items()),
+        "",
+        "data sets (data=NAME brings its usual schedule; a recipe's own settings win)",
+        f"  {', '.join(recipe_files('data'))}",
+        "",
+        "settings",
+    ]
+    for name, f in settings().items():
+        limits = allowed(f.metadata)
+        lines.append(f"  {name:32} {f.metadata['doc']}" + (f" [{limits}]" if limits else ""))
+    lines += [
+        "",
+        "  --cfg job     print the resolved recipe and stop",
+        "  -m, --multirun key=a,b   one run for each value",
+        "  dry_run=true  build everything, take two steps, print the plan, write nothing",
+        "",
+        f"example: python -m {program} recipe=resnet50_to_18 loss.temperature=2 seed=1",
+    ]
+    return "\n".join(lines)
+
+
+def register() -> None:
+    """Store the schema and every recipe in Hydra's ConfigStore."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Recipe)
+    quiet = [{"override hydra/job_logging": "disabled"}, {"override hydra/hydra_logging": "disabled"}]
+    # The data set's usual schedule comes first, then the recipe, which may say otherwise.
+    defaults = ["schema", "_self_", {"data": "digits"}, {"recipe": "???"}, *quiet]
+    places = {"output_subdir": None, "run": {"dir": "."}, "sweep": {"dir": ".", "subdir": "."}}
+    store.store(name="kd", node={"defaults": defaults, "hydra": places})
+    for group, folder in (("recipe", ""), ("data", "data")):
+        for name, path in recipe_files(folder).items():
+            try:
+                node = OmegaConf.load(path)
+            except (YAMLError, OmegaConfBaseException, OSError) as error:
+                raise ConfigError(f"{path}: not a readable recipe ({str(error).splitlines()[0]})") from error
+            store.store(group=group, name=name, node=node, package="_global_")
+
+
+def typed(config: Any) -> Recipe:
+    """The checked recipe of a composed config; a key that the schema does not have is an error, never ignored."""
+    from omegaconf import DictConfig, OmegaConf
+
+    def unknown(node: DictConfig, schema: type, prefix: str) -> Iterator[str]:
+        known = {f.name: f for f in fields(schema)}
+        for key in node:
+            if key not in known:
+                yield f"{prefix}{key}"
+            elif is_dataclass(known[key].default_factory):
+                yield from unknown(node[key], known[key].default_factory, f"{prefix}{key}.")
+
+    for key in unknown(config, Recipe, ""):
+        raise ConfigError(_no_such_setting(key))
+    return OmegaConf.to_object(config)  # type: ignore[return-value]
+
+
+def _no_such_setting(key: str) -> str:
+    names = list(settings())
+    same_leaf = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
+    near = same_leaf or difflib.get_close_matches(key, names, n=2, cutoff=0.6)
+    near = near or [n for n in names if difflib.get_close_matches(key.split(".")[-1], [n.split(".")[-1]], cutoff=0.7)]
+    hint = f"did you mean {' or '.join(near[:3])}?" if near else "--help lists all"
+    return f"{key}: no such setting; {hint}"
+
+
+def explain(error: Exception) -> str:
+    """One line for an error of Hydra's: the setting, what was typed, what to type."""
+    text, cause = str(error), str(error.__cause__ or "")
+    if found := re.search(r"Could not (?:override|append|delete).*?'([\w./@-]+)'", text):
+        return _no_such_setting(found[1])
+    if found := re.search(r"Could not find '(recipe|data)/([^']*)'", text):
+        group, name = found.groups()
+        options = list(recipe_files("" if group == "recipe" else group))
+        near = difflib.get_close_matches(name, options, n=1)
+        hint = f"did you mean {group}={near[0]}?" if near else "there are " + ", ".join(options)
+        return f"{group}={name}: no such {group}; {hint}"
+    if "must specify 'recipe'" in text:
+        return f"recipe: not given; type recipe=NAME with one of {', '.join(recipe_files())}"
+    if found := re.search(r"Error merging override ([^\s=]+)=?(.*)", text):
+        return _wrong_type(found[1].lstrip("+"), found[2], cause)
+    if found := re.search(r"Error parsing override '(.*)'", text):
+        return f"{found[1]}: cannot be read; settings are typed key=value (quote values with spaces or brackets)"
+    full_key = re.search(r"full_key: (\S+)", f"{text}\n{cause}")
+    first = (cause or text).splitlines()[0]
+    return f"{full_key[1]}: {first}" if full_key else first
+
+
+def _wrong_type(key: str, value: str, cause: str) -> str:
+    field = settings().get(key)
+    if field is None:
+        section = [name for name in settings() if name.startswith(f"{key}.")]
+        return f"{key}={value}: is a group of settings; type for example {section[0]}=..." if section else f"{key}: {cause}"
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    kind = next((words for name, words in kinds.items() if str(field.type).startswith(name)), str(field.type))
+    limits = allowed(field.metadata)
+    return f"{key}={value}: must be {kind}{f' {limits}' if limits else ''} ({field.metadata['doc']})"
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Turn what a user can mend into one line on stderr and an exit code; let our own mistakes keep their traceback."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing several lines and exiting
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "kd":
+            raise
+        fail(f"{program} needs {error.name}: pip install 'kd-torch[train]'")
+    except KeyboardInterrupt:
+        fail("stopped; run the same command to go on from the last saved state", INTERRUPTED)
+    except Exception as error:
+        package = type(error).__module__.partition(".")[0]
+        if package in ("hydra", "omegaconf"):
+            fail(explain(error))
+        if package == "kd" and isinstance(error, ValueError):  # ConfigError, CheckpointError, ImageError
+            fail(str(error))
+        raise
+
+
+def fail(message: str, code: int = USAGE) -> None:
+    """Print one line, once and not once per process, and exit."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def command(program: str, run: Callable[[Recipe], int]) -> None:
+    """Compose the recipe that the command line names and run it."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text(program))
+        return
+    with one_line_errors(program):
+        import hydra
+
+        @hydra.main(config_path=None, config_name="kd")
+        def main(config: Any) -> None:
+            with one_line_errors(program):  # here too: Hydra would add a traceback of its own
+                code = run(typed(config))
+            if code:
+                raise SystemExit(code)
+
+        register()
+        main()

@@ -1,0 +1,39 @@
+"""Mixup and CutMix: whole batches, from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kd.recipe import DataConfig
+
+Mixer = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def unmixed(images: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """The batch as it is, its targets (B,) int64."""
+    return images, targets
+
+
+def mixer(config: DataConfig, num_classes: int) -> Mixer:
+    """A function (images, targets, seed) -> (mixed images, (B, K) float32 probabilities); `unmixed` where both are off.
+
+    Sample i is mixed with sample i-1 of the batch, all with one coefficient drawn from Beta(value, value). Where both
+    mixup and CutMix are on, the seed chooses one of them for the batch with equal probability.
+    """
+    from torchvision.transforms import v2
+
+    kinds = [(v2.MixUp, config.mixup), (v2.CutMix, config.cutmix)]
+    transforms = [kind(alpha=value, num_classes=num_classes) for kind, value in kinds if value > 0]
+    if not transforms:
+        return unmixed
+    choice = v2.RandomChoice(transforms)
+
+    def mixed(images: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        with torch.random.fork_rng(devices=[]):  # v2 draws from torch's global CPU generator, wherever the batch is
+            torch.default_generator.manual_seed(seed)
+            return choice(images, targets)
+
+    return mixed

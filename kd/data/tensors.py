@@ -1,0 +1,139 @@
+"""Small sets: a split is one tensor on the device, augmented a batch at a time with one draw per sample.
+
+torchvision's batched transforms draw one parameter for a whole batch, which is why these are our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from kd.data.base import Batch, Data, digest
+from kd.data.randomness import mix, normals, sample_keys, uniforms
+from kd.recipe import ConfigError, DataConfig
+
+
+def unit(images: Tensor) -> Tensor:
+    """Pixels between 0 and 1: uint8 is divided by 255, float32 is taken as it is."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def translate(images: Tensor, offset: Tensor, dim: int) -> Tensor:
+    """Move sample i by offset[i] along `dim`, filling with zeros: (B, ...), (B,) -> (B, ...)."""
+    shape = [1] * images.ndim
+    shape[dim] = length = images.shape[dim]
+    source = torch.arange(length, device=images.device).view(shape) - offset.view(-1, *[1] * (images.ndim - 1))
+    inside = (source >= 0) & (source < length)
+    return torch.take_along_dim(images, source.clamp(0, length - 1), dim) * inside
+
+
+@dataclass(frozen=True)
+class TensorSplit:
+    """A split that fits in memory; see `kd.data.base.Split`."""
+
+    images: Tensor  # (N, C, H, W) or (N, L), uint8 or float32, as stored
+    targets: Tensor  # (N,) int64, on the CPU
+    mean: Tensor  # (C, 1, 1), or (1,) for signals
+    std: Tensor
+    config: DataConfig
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device | str) -> TensorSplit:
+        """The same split with its images on `device`."""
+        return replace(self, images=self.images.to(device), mean=self.mean.to(device), std=self.std.to(device))
+
+    def batches(self, plan: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
+        """One batch for every index tensor of `plan`."""
+        device = self.images.device
+        for index in plan:
+            images = self._view(index.to(device), epoch)
+            yield Batch(index, images, self.targets[index.cpu()].to(device))
+
+    def _view(self, index: Tensor, epoch: int | None) -> Tensor:
+        images = self.images[index]
+        if epoch is None:
+            return self._model_input(images)
+        keys = sample_keys(self.seed, epoch, index)
+        images = self._model_input(self._move(images, keys))
+        if self.config.noise == 0:
+            return images
+        # mix(keys) is no element of the streams that _move reads: shifts stay the same with and without noise
+        noise = normals(mix(keys), images[0].numel()).view_as(images)
+        return images + self.config.noise * noise
+
+    def _move(self, images: Tensor, keys: Tensor) -> Tensor:
+        """Shift and flip, on the stored pixels."""
+        shift, draws = self.config.shift, uniforms(keys, 3)
+        if shift:
+            for dim in range(-1, -1 - min(images.ndim - 1, 2), -1):  # x, and y where there is one
+                offset = (draws[:, dim] * (2 * shift + 1)).long() - shift
+                images = translate(images, offset, dim % images.ndim)
+        if self.config.hflip:
+            flipped = rearrange(draws[:, 0] < self.config.hflip, "b -> b 1 1 1")
+            images = torch.where(flipped, images.flip(-1), images)
+        return images
+
+    def _model_input(self, images: Tensor) -> Tensor:
+        """Normalise and resize. Normalised first, as a small image is cheaper; both are linear, the order is free."""
+        images = (unit(images) - self.mean) / self.std
+        size = (self.config.image_size, self.config.image_size)
+        if images.ndim == 2 or images.shape[-2:] == size:
+            return images
+        # antialias: otherwise most pixels are ignored where the image shrinks; it changes nothing where it grows
+        return F.interpolate(images, size=size, mode="bilinear", antialias=True)
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel over all samples and places, (C,); one for signals."""
+    if images.ndim == 2:
+        images = rearrange(images, "n l -> n 1 l")
+    total = squares = torch.zeros(images.shape[1], dtype=torch.float64)
+    for part in images.split(4096):  # float64 copies of all of CIFAR would take 1.2 GB
+        values = rearrange(unit(part).double(), "n c ... -> c (n ...)")
+        total, squares = total + values.sum(1), squares + values.square().sum(1)
+    count = images.numel() / images.shape[1]
+    mean = total / count
+    return mean, (squares / count - mean.square()).sqrt()
+
+
+def check_settings(config: DataConfig, shape: tuple[int, ...]) -> None:
+    """Refuse settings that would do nothing, or nothing sensible, on stored samples of this shape."""
+    for name in ("color_jitter", "random_erase", "auto_augment"):
+        if value := getattr(config, name):
+            raise ConfigError(f"data.{name}={value}: only for streamed sets, {config.name} is held in memory; leave it out")
+    if config.shift >= shape[-1]:
+        raise ConfigError(f"data.shift={config.shift}: must be < {shape[-1]}, the stored size of {config.name}")
+    for name in ("hflip", "mixup", "cutmix") if len(shape) == 1 else ():
+        if value := getattr(config, name):
+            raise ConfigError(f"data.{name}={value}: only for images, {config.name} holds signals; must be 0")
+
+
+def tensor_data(
+    config: DataConfig, seed: int, parts: Mapping[str, tuple[Tensor, np.ndarray]], class_names: list[str]
+) -> Data:
+    """Data from {"train", "val", "test"}: (images, targets), normalised with the training split's statistics."""
+    train = parts["train"][0]
+    stored = tuple(train.shape[1:])
+    check_settings(config, stored)
+    mean, std = channel_statistics(train)
+    per_image = "c -> c 1 1" if len(stored) == 3 else "c -> c"
+    shared = rearrange(mean.float(), per_image), rearrange(std.float(), per_image), config, seed
+    splits = {name: TensorSplit(images, torch.as_tensor(y).long(), *shared) for name, (images, y) in parts.items()}
+    return Data(
+        name=config.name,
+        **splits,
+        class_names=class_names,
+        input_shape=(stored[0], config.image_size, config.image_size) if len(stored) == 3 else stored,
+        mean=tuple(mean.tolist()),
+        std=tuple(std.tolist()),
+        hash=digest([part for split in splits.values() for part in (split.images.numpy(), split.targets.numpy())]),
+    )

@@ -1,0 +1,72 @@
+"""``python -m kd.evaluate run=DIR``: score a run's weights again and hold the figures against its result.json."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kd import cli
+from kd.recipe import ConfigError
+
+HELP = """usage: python -m kd.evaluate run=DIR [data.root=PATH]
+
+Loads the networks of a finished run from their files, scores them on validation and test, prints the table, and
+compares every figure with DIR/result.json. Exit code 1 when one differs by more than 1e-6."""
+
+TOLERANCE = 1e-6  # scores are float64 sums over float32 logits, which vary with the number of threads
+
+
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of nested dicts with its dotted name."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, float):
+            yield f"{prefix}{key}", value
+
+
+def evaluate(folder: Path, overrides: list[str]) -> int:
+    """Print the recomputed table and the largest difference; returns the exit code."""
+    from omegaconf import OmegaConf
+    from rich.console import Console
+
+    from kd import results, stages
+    from kd.checkpoint import read_json
+    from kd.recipe import Recipe
+
+    for name in ("recipe.yaml", "result.json"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"run={folder}: holds no {name}; give the folder of a finished run")
+    config = OmegaConf.merge(
+        OmegaConf.structured(Recipe), OmegaConf.load(folder / "recipe.yaml"), OmegaConf.from_dotlist(overrides)
+    )
+    recipe = cli.typed(config)
+    # The run may have been moved: its own place counts, not the one written in its recipe.
+    recipe.run, recipe.output = folder.name, str(folder.resolve().parent.parent)
+    run = stages.start(recipe)
+    stored = read_json(folder / "result.json")
+    scores = results.score(run, results.networks(run))
+    results.print_result({**stored, **{k: stored.get(k, {}) | v for k, v in scores.items()}}, Console())
+    was = dict(leaves({key: stored[key] for key in scores}))
+    worst, name = max((abs(value - was[name]), name) for name, value in leaves(scores))
+    print(f"largest difference to result.json: {worst:.2g} ({name})")
+    return int(worst > TOLERANCE)
+
+
+def main(arguments: list[str]) -> int:
+    """Read the command line and evaluate."""
+    if {"-h", "--help"} & set(arguments) or not arguments:
+        print(HELP)
+        return 0
+    given = [argument.removeprefix("run=") for argument in arguments if argument.startswith("run=")]
+    others = [argument for argument in arguments if not argument.startswith("run=")]
+    if len(given) != 1 or not all(other.startswith("data.") and "=" in other for other in others):
+        raise ConfigError(f"{' '.join(arguments)}: type run=DIR, and data.root=PATH where the data set has moved")
+    return evaluate(Path(given[0]), others)
+
+
+if __name__ == "__main__":
+    with cli.one_line_errors("kd.evaluate"):
+        sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,76 @@
+"""What a run says while it trains: metrics.jsonl, the progress bar and the tracker, from the main process only."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kd.checkpoint import write_atomically
+
+
+class Journal:
+    """One per metrics.jsonl; every line is one JSON object with its stage and update."""
+
+    def __init__(self, path: Path, accelerator: Accelerator, console: Console):
+        self.path, self.accelerator, self.console = path, accelerator, console
+        self._bar: Progress | None = None
+
+    def rewind(self, stage: str, update: int) -> None:
+        """Forget what a killed process wrote of a stage after its last saved update: it will be written again."""
+        if not self.accelerator.is_main_process or not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if _kept(line, stage, update)]
+        write_atomically(self.path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in kept)))
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line; a value that is not finite is written as null, since JSON has no NaN."""
+        if not self.accelerator.is_main_process:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(finite) + "\n")
+        scalars = {f"{values['stage']}/{k}": v for k, v in finite.items() if isinstance(v, float)}
+        self.accelerator.log(scalars, step=values["update"])
+
+    @contextmanager
+    def progress(self, stage: str, total: int, done: int) -> Iterator[None]:
+        """A bar over the updates of a stage, where a person is looking."""
+        if not (self.accelerator.is_main_process and self.console.is_terminal):
+            yield
+            return
+        columns = (TextColumn(f"{stage:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as self._bar:
+            self._bar.add_task(stage, total=total, completed=done)
+            yield
+        self._bar = None
+
+    def advance(self, update: int) -> None:
+        """Move the bar."""
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=update)
+
+    def epoch(self, stage: str, epoch: int, epochs: int, top1: float, nll: float) -> None:
+        """One plain line after each epoch."""
+        self.say(f"{stage:8} epoch {epoch:>3}/{epochs}   validation top-1 {top1:6.2%}   nll {nll:.4f}")
+
+    def say(self, text: str) -> None:
+        """Print a line once, not once per process, and never wrapped: it may be a path."""
+        if self.accelerator.is_main_process:
+            self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def _kept(line: str, stage: str, update: int) -> bool:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return False  # the torn last line of a killed process
+    return entry["stage"] != stage or entry["update"] <= update

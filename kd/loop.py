@@ -1,0 +1,336 @@
+"""The training loop, the only one: teacher, student and control all run through `Trainer.fit`.
+
+Everything random in it is a function of the seed and the position: the order of (seed, epoch), the augmentation of
+(seed, epoch, image), dropout and mixup of (seed, update). So the position is the whole random state of a run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from copy import copy
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from kd.checkpoint import CheckpointError, load_state, save_state, save_weights, write_json
+from kd.data import Batch, Data, Split, mixer
+from kd.journal import Journal
+from kd.losses.distill import DistillLoss, DistillTerms
+from kd.metrics import nll, top_k_accuracy
+from kd.models import Student, Teacher
+from kd.recipe import Recipe
+from kd.signals import Interrupted, stop_requested
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on: the message says at which update and why."""
+
+
+def mixed_seed(*parts: int) -> int:
+    """One 63-bit seed from several small integers; near inputs give unrelated seeds (the generator hashes them)."""
+    generator = torch.Generator()
+    seed = 0
+    for part in parts:
+        generator.manual_seed((seed ^ part) & (2**63 - 1))
+        seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    return seed
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
+    """The order of the training images in an epoch, the same on every process."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch)))
+
+
+def share(batch: Tensor, accumulation: int, processes: int, rank: int) -> list[Tensor]:
+    """This process's part of one global batch, one piece for each accumulation step."""
+    return [piece.tensor_split(processes)[rank] for piece in batch.tensor_split(accumulation)]
+
+
+@torch.no_grad()
+def predict(model: Student | Teacher, split: Split, batch_size: int, accelerator: Accelerator) -> Tensor:
+    """Logits (N, K) of a whole split in its own order, on the CPU, the same on every process."""
+    model.eval()
+    size, world = len(split), accelerator.num_processes
+    padded = torch.arange(math.ceil(size / world) * world) % size  # every process must bring as many rows
+    plan = list(padded[accelerator.process_index :: world].split(max(1, batch_size // world)))
+    rows = []
+    for batch in split.batches(plan, epoch=None):
+        with accelerator.autocast():
+            rows.append(model(batch.images).logits.float())
+    logits = torch.cat(rows)
+    gathered = accelerator.gather(logits).view(world, len(logits), -1)
+    return gathered.transpose(0, 1).reshape(world * len(logits), -1)[:size].cpu()
+
+
+@dataclass
+class Stage:
+    """One network to train: the student in the loop's sense, whoever its teacher is."""
+
+    name: str
+    model: Student
+    loss: DistillLoss
+    epochs: int
+    folder: Path
+    metadata: dict[str, str]
+    teacher: Teacher | None = None
+
+
+@dataclass
+class Progress:
+    """Where a stage stands: with the weights and the optimizer, all that a resumed run needs."""
+
+    update: int = 0
+    seconds: float = 0.0
+    selected: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains one stage; `fit` resumes from the stage's folder and leaves its weights there."""
+
+    def __init__(self, stage: Stage, recipe: Recipe, data: Data, accelerator: Accelerator, journal: Journal):
+        self.stage, self.recipe, self.data, self.accelerator, self.journal = stage, recipe, data, accelerator, journal
+        self.updates_per_epoch = len(data.train) // recipe.train.batch_size
+        self.updates = stage.epochs * self.updates_per_epoch
+        self.progress = Progress()
+        self.state_path = stage.folder / "state.safetensors"
+        stage.model.to(accelerator.device)
+        if recipe.train.channels_last:
+            stage.model.to(memory_format=torch.channels_last)
+        self.optimizer = create_optimizer_v2(
+            stage.model.model,
+            opt=recipe.optimizer.name,
+            lr=recipe.optimizer.lr,
+            weight_decay=recipe.optimizer.weight_decay,
+            momentum=recipe.optimizer.momentum,
+            filter_bias_and_bn=not recipe.optimizer.decay_norm_and_bias,
+        )
+        self.scheduler = self._scheduler()
+        decay = recipe.train.ema_decay
+        self.ema = ModelEmaV3(stage.model, decay=decay) if decay else None
+        if recipe.train.compile:
+            stage.model.compile()
+        self.model, self.stepper = accelerator.prepare(stage.model, self.optimizer)
+        self.mix = mixer(recipe.data, data.num_classes)
+
+    def _scheduler(self):
+        s = self.recipe.scheduler
+        scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            sched=s.name,
+            num_epochs=self.stage.epochs,
+            decay_epochs=s.decay_epochs,
+            decay_milestones=s.milestones,
+            decay_rate=s.decay_rate,
+            min_lr=s.min_lr,
+            warmup_lr=s.warmup_lr,
+            warmup_epochs=min(s.warmup_epochs, self.stage.epochs - 1),
+            step_on_epochs=False,
+            updates_per_epoch=self.updates_per_epoch,
+        )
+        return scheduler
+
+    def fit(self) -> None:
+        """Train to the last epoch, from the saved state where there is one, and write the weights."""
+        self._load()
+        self.journal.rewind(self.stage.name, self.progress.update)
+        with self.journal.progress(self.stage.name, self.updates, self.progress.update):
+            for epoch in range(self.progress.update // self.updates_per_epoch, self.stage.epochs):
+                self._epoch(epoch)
+                self._validate(epoch)
+                self._save()
+                if stop_requested(self.accelerator):
+                    self._interrupt()
+        if self.accelerator.is_main_process:
+            save_weights(self.stage.folder / "last.safetensors", self._evaluated().model.state_dict(), self.stage.metadata)
+            done = {"updates": self.updates, "seconds": self.progress.seconds, "selected": self.progress.selected}
+            write_json(self.stage.folder / "stage.json", done)
+            self.state_path.unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+
+    def measure(self, updates: int = 2) -> float:
+        """Seconds that one update takes, after a first one that warms up. Nothing is written."""
+        batches = self._batches(0, 0)
+        for _ in range(updates):
+            started = time.perf_counter()
+            self._update(list(islice(batches, self.recipe.train.accumulation)))
+        return time.perf_counter() - started
+
+    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """The micro-batches of this process from update `first` of an epoch on."""
+        train = self.recipe.train
+        order = epoch_order(len(self.data.train), self.recipe.seed, epoch)
+        # The last incomplete batch is left out, as is usual: batch normalisation needs a full one.
+        batches = order[: self.updates_per_epoch * train.batch_size].view(-1, train.batch_size)[first:]
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        plan = [piece for batch in batches for piece in share(batch, train.accumulation, world, rank)]
+        return iter(self.data.train.batches(plan, epoch))
+
+    def _epoch(self, epoch: int) -> None:
+        first = self.progress.update % self.updates_per_epoch
+        batches = self._batches(epoch, first)
+        for _ in range(first, self.updates_per_epoch):
+            started = time.perf_counter()
+            logged = self._update(list(islice(batches, self.recipe.train.accumulation)))
+            seconds = time.perf_counter() - started
+            self.progress.update += 1
+            self.progress.seconds += seconds
+            self.journal.advance(self.progress.update)
+            if self.progress.update % self.recipe.train.log_every == 0 or self.progress.update == self.updates:
+                self._log(epoch, logged, seconds)
+            if self.progress.update % self.updates_per_epoch and stop_requested(self.accelerator):
+                self._save()
+                self._interrupt()
+
+    def _interrupt(self) -> NoReturn:
+        raise Interrupted(f"{self.stage.name} stopped after update {self.progress.update} of {self.updates}")
+
+    def _update(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """One optimizer step over the global batch; returns what there is to log, as sums over this process."""
+        self.model.train()
+        update, rank = self.progress.update, self.accelerator.process_index
+        self.scheduler.step_update(update)
+        logged: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            torch.manual_seed(mixed_seed(self.recipe.seed, update, rank, i))  # dropout and mixup know no other state
+            last = i == len(batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                for name, value in self._forward_backward(batch).items():
+                    logged[name] = logged.get(name, 0) + value
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.train.clip_grad or math.inf)
+        self._check_finite(norm, logged)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        if self.ema:
+            self.ema.update(self.stage.model, step=update)
+        return {**logged, "grad_norm": norm}
+
+    def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
+        images, targets = self.mix(batch.images, batch.targets)
+        if self.recipe.train.channels_last and images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with self.accelerator.autocast():
+            teacher_logits = self.stage.teacher(images).logits if self.stage.teacher else None
+            logits = self.model(images).logits
+        terms = self.stage.loss.terms(logits, teacher_logits, targets)
+        # The loss sums over images; DDP averages over processes. Together: the mean over the global batch, whatever
+        # the number of processes and accumulation steps, also where their shares are uneven.
+        scale = self.accelerator.num_processes / self.recipe.train.batch_size
+        logged = _observe(terms, self.stage.loss, logits, teacher_logits, targets) if self._logs_next() else {}
+        self.accelerator.backward(terms.loss * scale)
+        return {**logged, "loss": terms.loss.detach()}
+
+    def _logs_next(self) -> bool:
+        done = self.progress.update + 1
+        return done % self.recipe.train.log_every == 0 or done == self.updates
+
+    def _check_finite(self, norm: Tensor, logged: dict[str, Tensor]) -> None:
+        """Stop before the update that would carry NaN into the weights; fp16's scaler skips such steps by itself."""
+        if self.accelerator.scaler is None and not torch.isfinite(norm):
+            raise TrainingError(
+                f"{self.stage.name}: gradient norm {float(norm)} at update {self.progress.update} "
+                f"(sum of the loss {float(logged['loss']):g}); the update was not made. "
+                f"Try a smaller optimizer.lr, or train.clip_grad=1"
+            )
+
+    def _log(self, epoch: int, logged: dict[str, Tensor], seconds: float) -> None:
+        norm = logged.pop("grad_norm")
+        sums = self.accelerator.reduce(torch.stack([value.float() for value in logged.values()]), reduction="sum")
+        size = self.recipe.train.batch_size
+        values = {name: float(value) / size for name, value in zip(logged, sums, strict=True)}
+        if "grad_kd" in values:
+            kd, ce = values.pop("grad_kd"), values.pop("grad_ce")
+            values["grad_ratio"] = kd / ce if ce else None
+        values |= {"grad_norm": float(norm), "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": size / seconds}
+        self.journal.write({"stage": self.stage.name, "update": self.progress.update, "epoch": epoch, **values})
+
+    def _evaluated(self) -> Student:
+        """The weights that count: the averaged ones where there is an average."""
+        return self.ema.module if self.ema else self.stage.model
+
+    def _validate(self, epoch: int) -> None:
+        logits = predict(self._evaluated(), self.data.val, self.recipe.train.batch_size, self.accelerator)
+        targets = self.data.val.targets
+        top1, val_nll = top_k_accuracy(logits, targets, 1), nll(logits, targets)
+        entry = {"stage": self.stage.name, "update": self.progress.update, "epoch": epoch}
+        self.journal.write({**entry, "val_top1": top1, "val_nll": val_nll})
+        self.journal.epoch(self.stage.name, epoch + 1, self.stage.epochs, top1, val_nll)
+        best = self.progress.selected
+        # Ties in accuracy, common on small sets, go to the lower nll. NaN compares false and never becomes best.
+        if not best or (top1, -val_nll) > (best["val_top1"], -best["val_nll"]):
+            self.progress.selected = {"epoch": epoch + 1, "val_top1": top1, "val_nll": val_nll}
+            if self.accelerator.is_main_process:
+                path = self.stage.folder / "selected.safetensors"
+                save_weights(path, self._evaluated().model.state_dict(), self.stage.metadata)
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "model": self.stage.model.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": self.ema.module.state_dict() if self.ema else None,
+                "scaler": scaler.state_dict() if scaler else None,
+                "update": self.progress.update,
+                "seconds": self.progress.seconds,
+                "selected": self.progress.selected,
+            }
+            save_state(self.state_path, state)
+        self.accelerator.wait_for_everyone()
+
+    def _load(self) -> None:
+        if not self.state_path.exists():
+            return
+        state: dict[str, Any] = load_state(self.state_path)
+        try:
+            self.stage.model.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.ema:
+                self.ema.module.load_state_dict(state["ema"])
+            if self.accelerator.scaler:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.progress = Progress(state["update"], state["seconds"], state["selected"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{self.state_path}: does not fit this run ({str(error).splitlines()[0]})") from error
+
+
+def _observe(
+    terms: DistillTerms, loss: DistillLoss, logits: Tensor, teacher_logits: Tensor | None, targets: Tensor
+) -> dict[str, Tensor]:
+    """Sums over the batch of what is worth watching; the terms unweighted, their gradients weighted as they act."""
+    seen = {"student_entropy": _entropy(logits)}
+    if terms.ce is not None:
+        seen["ce"] = terms.ce
+    if teacher_logits is None:
+        return seen
+    seen["teacher_entropy"] = _entropy(teacher_logits)
+    seen["agreement"] = (logits.argmax(-1) == teacher_logits.argmax(-1)).float().sum()
+    if terms.kd is not None:
+        seen["kd"] = terms.kd
+    if terms.kd is not None and terms.ce is not None:
+        seen["grad_kd"] = _gradient_norm(loss, "ce_weight", logits, teacher_logits, targets)
+        seen["grad_ce"] = _gradient_norm(loss, "kd_weight", logits, teacher_logits, targets)
+    return seen
+
+
+def _gradient_norm(loss: DistillLoss, without: str, logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum over images of the norm of the gradient at the logits that the loss has without one of its terms."""
+    alone = copy(loss)
+    setattr(alone, without, 0.0)
+    leaf = logits.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(alone(leaf, teacher_logits, targets), leaf)
+    return gradient.float().norm(dim=-1).sum()
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    return torch.distributions.Categorical(logits=logits.detach().float()).entropy().sum()

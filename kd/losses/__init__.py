@@ -1,0 +1,1 @@
+"""Losses between a student's logits, a teacher's logits and labels."""

@@ -1,0 +1,74 @@
+"""The distillation loss in plain torch: the definition that every faster backend is held to.
+
+A backend is one function with the signature of ``terms`` below. Its inputs have been checked; it returns the value of each
+position, unreduced, because weights of positions and means belong to the caller.
+
+Shapes: ``(...)`` positions, ``K`` classes, always last.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd.smoothing import mix_uniform
+
+
+def terms(
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    *,
+    temperature: float,
+    student_temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+    uniform_mass: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``(ce_weight * ce + kd_weight * kd, ce, kd)``, each of shape ``(...)``; a term of weight 0 is None.
+
+    At an ignored position every value and every gradient is exactly 0, whatever the logits there.
+    """
+    wide = wide_dtype(student)
+    student = student.to(wide)
+    share = mix_uniform(target, student.shape[-1], uniform_mass, wide)
+    if class_weight is not None:
+        share = share * class_weight.to(wide)
+    if not target.is_floating_point():
+        # Masked before the softmax, not after it: a nan there would come back as 0 * nan in the backward pass.
+        ignored = (target == ignore_index).unsqueeze(-1)
+        student = student.masked_fill(ignored, 0)
+        share = share.masked_fill(ignored, 0)
+        teacher = None if teacher is None else teacher.masked_fill(ignored, 0)
+    # An empty sum is a zero that belongs to the graph; 0 * student would be nan at infinite logits.
+    loss = student[..., :0].sum(-1)
+    ce = kd = None
+    if ce_weight > 0:
+        ce = cross_entropy(student, share)
+        loss = loss + ce_weight * ce
+    if kd_weight > 0 and teacher is not None:
+        kd = distillation(student, teacher.to(wide), temperature, student_temperature)
+        loss = loss + kd_weight * kd
+    return loss, ce, kd
+
+
+def wide_dtype(student: Tensor) -> torch.dtype:
+    """What everything is computed in: float64 for a float64 student, float32 for all others."""
+    return torch.float64 if student.dtype == torch.float64 else torch.float32
+
+
+def cross_entropy(student: Tensor, share: Tensor) -> Tensor:
+    """``-sum_k share_k log softmax(student)_k``; a class without a share counts 0 even where its logit is -inf."""
+    nll = -F.log_softmax(student, -1)
+    return (share * nll.masked_fill(share == 0, 0)).sum(-1)
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float, student_temperature: float) -> Tensor:
+    """``Ts² KL(softmax(teacher / T) || softmax(student / Ts))``; a class the teacher gives -inf counts 0."""
+    log_s = F.log_softmax(student / student_temperature, -1)
+    log_t = F.log_softmax(teacher / temperature, -1)
+    gap = (log_t - log_s).masked_fill(log_t == -math.inf, 0)
+    return student_temperature**2 * (log_t.exp() * gap).sum(-1)

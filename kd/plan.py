@@ -1,0 +1,59 @@
+"""What ``dry_run=true`` prints: everything built, two updates taken, nothing written."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+from rich.table import Table
+
+from kd.loop import Trainer
+from kd.models import Teacher
+from kd.stages import Run, network, stage, teacher_folder, teacher_is_trained
+
+
+def peak_memory() -> int:
+    """Most bytes this process has held: of GPU memory where there is a GPU, else of main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def print_plan(run: Run) -> None:
+    """Build each stage that the command would train, measure two of its updates, and print the sum."""
+    console = run.journal.console
+    sizes = " / ".join(str(len(split)) for split in (run.data.train, run.data.val, run.data.test))
+    lines = [f"data     {run.data.name}: {sizes} train / val / test images, {run.data.num_classes} classes"]
+    table = Table("stage", "model", "parameters", "updates", "seconds/update", "estimate", "memory")
+    teacher = Teacher(network(run, "teacher")).to(run.accelerator.device)
+    names = ["student", "control"] if run.recipe.control else ["student"]
+    if not teacher_is_trained(run.recipe):
+        lines.append(f"teacher  {run.recipe.teacher.model}, as it is")
+    elif (teacher_folder(run) / "stage.json").exists():
+        lines.append(f"teacher  found in {teacher_folder(run)}")
+    else:
+        names.insert(0, "teacher")
+    total = 0.0
+    for name in names:
+        planned = stage(run, name, teacher if name == "student" else None)
+        trainer = Trainer(planned, run.recipe, run.data, run.accelerator, run.journal)
+        seconds = trainer.measure()
+        total += seconds * trainer.updates
+        size = sum(p.numel() for p in planned.model.parameters())
+        section = run.recipe.teacher if name == "teacher" else run.recipe.student
+        row = (f"{size / 1e6:.2f} M", str(trainer.updates), f"{seconds:.3f}", duration(seconds * trainer.updates))
+        table.add_row(name, section.model, *row, f"{peak_memory() / 2**30:.2f} GiB")
+    if run.accelerator.is_main_process:
+        console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
+        console.print(table)
+        console.print(f"about {duration(total)} in all, without evaluation; would write {run.folder}", soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the units a person would use."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,145 @@
+"""What came out: the scores of teacher, student and control, the paired difference, result.json and its table."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from kd.checkpoint import read_json, write_json
+from kd.loop import predict
+from kd.metrics import agreement, classification, predictive_kl
+from kd.models import Teacher
+from kd.provenance import provenance
+from kd.recipe import content_hash, identity
+from kd.stages import Run, network, teacher_folder, teacher_is_trained
+
+WEIGHTS = ("last", "selected")
+SPLITS = ("val", "test")
+
+
+def weights_of(run: Run, name: str, which: str) -> Path | None:
+    """The file of a network's weights; None for a teacher that was taken as it is."""
+    if name != "teacher":
+        return run.folder / name / f"{which}.safetensors"
+    return teacher_folder(run) / f"{which}.safetensors" if teacher_is_trained(run.recipe) else None
+
+
+def networks(run: Run) -> dict[str, dict[str, Teacher]]:
+    """Every network of the run, frozen, by name and weights; a teacher taken as it is has one set of weights."""
+    names = ("teacher", "student", "control") if run.recipe.control else ("teacher", "student")
+    found: dict[str, dict[str, Teacher]] = {}
+    for name in names:
+        role = "teacher" if name == "teacher" else "student"
+        paths = {which: weights_of(run, name, which) for which in WEIGHTS}
+        built = {path: Teacher(network(run, role, path)).to(run.accelerator.device) for path in set(paths.values())}
+        found[name] = {which: built[path] for which, path in paths.items()}
+    return found
+
+
+def score(run: Run, models: dict[str, dict[str, Teacher]]) -> dict[str, Any]:
+    """Every network on validation and test, from the weights on disk. The test split is read here only."""
+    splits = {"val": run.data.val, "test": run.data.test}
+    logits = {
+        name: {w: {s: predict(model, splits[s], run.recipe.train.batch_size, run.accelerator) for s in SPLITS} for w, model in by_weights.items()}
+        for name, by_weights in models.items()
+    }
+    targets = {s: split.targets for s, split in splits.items()}
+    scores: dict[str, Any] = {
+        name: {w: {s: classification(logits[name][w][s], targets[s]) for s in SPLITS} for w in WEIGHTS}
+        for name in models
+    }
+    for w in WEIGHTS:
+        for s in SPLITS:
+            taught_by = logits["teacher"]["last"][s]
+            scores["student"][w][s]["agreement"] = agreement(logits["student"][w][s], taught_by)
+            scores["student"][w][s]["kl_to_teacher"] = predictive_kl(taught_by, logits["student"][w][s])
+    if "control" in models:
+        scores["difference"] = {
+            w: {s: paired_difference(logits["student"][w][s], logits["control"][w][s], targets[s]) for s in SPLITS}
+            for w in WEIGHTS
+        }
+    return scores
+
+
+def paired_difference(a: Tensor, b: Tensor, targets: Tensor) -> dict[str, float]:
+    """Top-1 of `a` minus top-1 of `b` on the same images, with its paired standard error.
+
+    d_i = 1{a right on i} - 1{b right on i};  top1 = mean d;  standard_error = sd(d) / sqrt(n).
+    The error covers the choice of images only, not that of the seed.
+    """
+    d = (a.argmax(-1) == targets).double() - (b.argmax(-1) == targets).double()
+    n = len(d)
+    return {"top1": float(d.mean()), "standard_error": float(d.std()) / math.sqrt(n) if n > 1 else 0.0, "n": n}
+
+
+def write_result(run: Run) -> dict[str, Any]:
+    """Score the run and write result.json, on the main process; every process takes part in the scoring."""
+    models = networks(run)
+    result: dict[str, Any] = {"recipe": run.recipe.name, **score(run, models)}
+    for name, by_weights in models.items():
+        result[name] |= _card(run, name, by_weights["last"])
+    result["provenance"] = provenance(run.accelerator.num_processes) | {
+        "recipe_hash": content_hash(identity(run.recipe)),
+        "data_hash": run.data.hash,
+        "seed": run.recipe.seed,
+        "seconds": sum(result[name]["seconds"] for name in models),
+    }
+    if run.accelerator.is_main_process:
+        write_json(run.folder / "result.json", result)
+    return result
+
+
+def _card(run: Run, name: str, model: Teacher) -> dict[str, Any]:
+    """What a network is, where its weights came from and what they cost."""
+    recipe = run.recipe
+    section = recipe.teacher if name == "teacher" else recipe.student
+    card = {"model": section.model, "parameters": sum(p.numel() for p in model.model.parameters())}
+    path = weights_of(run, name, "last")
+    if path is None:
+        return card | {"weights": recipe.teacher.checkpoint or "timm", "seconds": 0.0}
+    stage = read_json(path.with_name("stage.json"))
+    smoothing = recipe.teacher if name == "teacher" else recipe.loss
+    return card | {
+        "weights": str(path),
+        "seconds": stage["seconds"],
+        "selected_epoch": stage["selected"]["epoch"],
+        "label_smoothing": smoothing.label_smoothing,
+        "smoothing": smoothing.smoothing,
+    }
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """One honest sentence on whether distillation helped."""
+    if "difference" not in result:
+        return "no control was trained (control=false): nothing says whether distillation helped"
+    d = result["difference"]["last"]["test"]
+    top1, error = 100 * d["top1"], 100 * d["standard_error"]
+    word = "helped" if top1 > 2 * error else "hurt" if top1 < -2 * error else "made no difference beyond chance"
+    return (
+        f"distillation {word}: student − control = {top1:+.2f} ± {error:.2f} points of test top-1 "
+        f"(last weights; paired standard error over {d['n']} images; one seed says nothing about other seeds)"
+    )
+
+
+def print_result(result: dict[str, Any], console: Console) -> None:
+    """The table of a result, in per cent where a figure is a share, and the verdict."""
+    table = Table(title=f"{result['recipe']}: test split, last weights", title_justify="left")
+    for column in ("", "model", "parameters", "val top-1", "top-1", "selected", "top-5", "nll", "ece", "brier"):
+        table.add_column(column, justify="left" if column in ("", "model") else "right", no_wrap=True)
+    table.add_column("agreement", justify="right", no_wrap=True)
+    for name in ("teacher", "student", "control"):
+        if name not in result:
+            continue
+        row, test = result[name], result[name]["last"]["test"]
+        agree = f"{test['agreement']:.2%}" if "agreement" in test else ""
+        shares = (row["last"]["val"]["top1"], test["top1"], row["selected"]["test"]["top1"], test["top5"])
+        rest = (f"{test['nll']:.4f}", f"{test['ece']:.4f}", f"{test['brier']:.4f}", agree)
+        size = f"{row['parameters'] / 1e6:.2f} M"
+        table.add_row(name, row["model"], size, *(f"{share:.2%}" for share in shares), *rest)
+    console.print(table)
+    console.print(verdict(result), soft_wrap=True, highlight=False, markup=False)

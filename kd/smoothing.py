@@ -1,0 +1,149 @@
+"""Label smoothing: its two conventions, how one becomes the other, and smoothed targets.
+
+With K classes, mass eps and label y:
+
+- ``"uniform"``: ``(1 - eps) * onehot(y) + eps / K``, so y keeps ``1 - eps + eps / K``
+  (Szegedy et al. 2016 §7; PyTorch, timm, Keras; Müller et al. 2019)
+- ``"others"``: ``1 - eps`` on y and ``eps / (K - 1)`` on each other class
+  (Shen et al. 2021, Eq. 1; Yuan et al. 2020)
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SMOOTHINGS = ("uniform", "others")
+
+
+def to_uniform(label_smoothing: float, num_classes: int, smoothing: str) -> float:
+    """The mass that under ``"uniform"`` gives the targets that ``label_smoothing`` gives under ``smoothing``.
+
+    Exact: ``eps_uniform = eps_others * K / (K - 1)``. It may exceed 1, which F.cross_entropy rejects although the targets
+    are sound; with one class there is nothing to smooth and it is 0.
+    Raises ValueError or TypeError where ``label_smoothing`` is outside [0, 1), K < 1 or the convention is unknown.
+    """
+    check_smoothing(label_smoothing, smoothing)
+    _check_classes(num_classes)
+    if smoothing == "uniform":
+        return label_smoothing
+    return label_smoothing * num_classes / (num_classes - 1) if num_classes > 1 else 0.0
+
+
+def from_uniform(uniform_mass: float, num_classes: int, smoothing: str) -> float:
+    """Inverse of to_uniform: the ``label_smoothing`` that under ``smoothing`` gives the targets of this uniform mass.
+
+    Raises ValueError or TypeError where no ``label_smoothing`` in [0, 1) does.
+    """
+    _check_classes(num_classes)
+    check_choice("smoothing", smoothing, SMOOTHINGS)
+    kept = 1.0 if smoothing == "uniform" else (num_classes - 1) / num_classes
+    # Multiplied, not divided: with one class nothing is kept and any mass means 0.
+    check_number(
+        "uniform_mass",
+        uniform_mass,
+        "a number ≥ 0 and below 1 (uniform) or K/(K-1) (others)",
+        lambda v: 0 <= v * kept < 1,
+    )
+    return uniform_mass * kept
+
+
+def smooth_targets(
+    target: Tensor,
+    num_classes: int,
+    label_smoothing: float,
+    smoothing: str = "uniform",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Smoothed class probabilities, shape ``(..., K)``.
+
+    ``target`` is int64 labels ``(...)`` or probabilities ``(..., K)`` such as mixup's, to which the same linear map
+    applies: ``(1 - eps) * target + eps / K`` with the uniform mass eps. ``label_smoothing=0`` returns them unchanged.
+    Rows sum to 1. Raises ValueError or TypeError for labels outside 0..K-1, rows that are no probabilities, and what
+    to_uniform rejects. There is no ignore_index here: a target to ignore has no probabilities.
+    """
+    mass = to_uniform(label_smoothing, num_classes, smoothing)
+    check_target(target, num_classes)
+    return mix_uniform(target, num_classes, mass, dtype)
+
+
+def mix_uniform(target: Tensor, num_classes: int, uniform_mass: float, dtype: torch.dtype) -> Tensor:
+    """``(1 - eps) * target + eps / K``, unchecked; a label outside 0..K-1 counts as no class."""
+    if not target.is_floating_point():
+        # F.one_hot reads the values, which vmap and a compiled graph cannot.
+        target = target.unsqueeze(-1) == torch.arange(num_classes, device=target.device)
+    return (1 - uniform_mass) * target.to(dtype) + uniform_mass / num_classes
+
+
+def check_number(name: str, value: object, allowed: str, valid: Callable[[float], bool]) -> None:
+    """Raise unless ``value`` is an int or float (no bool) that ``valid`` accepts; nan fails every comparison."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}={value!r}: must be {allowed}, got {type(value).__name__}")
+    if not valid(value):
+        raise ValueError(f"{name}={value!r}: must be {allowed}")
+
+
+def check_choice(name: str, value: object, among: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is one of the names."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}={value!r}: must be one of {', '.join(among)}, got {type(value).__name__}")
+    if value not in among:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(among)}")
+
+
+def check_smoothing(label_smoothing: object, smoothing: object) -> None:
+    """Raise unless the mass is in [0, 1) and the convention is known."""
+    check_number("label_smoothing", label_smoothing, "a number ≥ 0 and < 1", lambda v: 0 <= v < 1)
+    check_choice("smoothing", smoothing, SMOOTHINGS)
+
+
+def _check_classes(num_classes: int) -> None:
+    check_number("num_classes", num_classes, "a whole number ≥ 1", lambda v: v >= 1 and v == int(v))
+
+
+def check_target(target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
+    """Raise unless target is int64 labels in 0..K-1 (or ignore_index) or floating rows of K probabilities."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target={target!r}: must be a tensor, got {type(target).__name__}")
+    if target.is_floating_point():
+        if target.ndim == 0 or target.shape[-1] != num_classes:
+            raise ValueError(
+                f"target of {target.dtype} with shape {tuple(target.shape)}: floating targets are probabilities of "
+                f"shape (..., {num_classes}); for class numbers use target.long()"
+            )
+        if values_readable(target):
+            _check_probabilities(target)
+        return
+    if target.dtype != torch.int64:
+        raise TypeError(
+            f"target.dtype={target.dtype}: must be int64 labels (use target.long()) or floating probabilities"
+        )
+    if values_readable(target):
+        bad = (target < 0) | (target >= num_classes)
+        if ignore_index is not None:
+            bad &= target != ignore_index
+        if bad.any():
+            also = "" if ignore_index is None else f" or ignore_index={ignore_index}"
+            raise ValueError(f"target has label {target[bad][0].item()}: must be 0..{num_classes - 1}{also}")
+
+
+def values_readable(tensor: Tensor) -> bool:
+    """Whether a check may look at the values: not while tracing, under torch.func, on meta, or in a CUDA graph capture."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or tensor.is_meta:
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def row_sum_tolerance(dtype: torch.dtype) -> float:
+    """How far a row of rounded probabilities may sum from 1: 1e-4, or 4 epsilons of a half precision."""
+    return max(1e-4, 4 * torch.finfo(dtype).eps)
+
+
+def _check_probabilities(target: Tensor) -> None:
+    bad = ~(target >= 0)
+    if bad.any():
+        raise ValueError(f"target has probability {target[bad][0].item():g}: must be ≥ 0 in rows that sum to 1")
+    total = target.sum(-1, dtype=torch.float64)
+    bad = ~((total - 1).abs() <= row_sum_tolerance(target.dtype))
+    if bad.any():
+        raise ValueError(f"target has a row that sums to {total[bad][0].item():g}: probabilities must sum to 1")

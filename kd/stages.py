@@ -1,0 +1,233 @@
+"""A run: teacher found or trained, student distilled, control trained, all scored. Finished stages are skipped."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+from rich.console import Console
+from torch import nn
+
+from kd.checkpoint import read_json, write_atomically, write_json
+from kd.data import Data, load_data
+from kd.journal import Journal
+from kd.loop import Stage, Trainer, predict
+from kd.losses.distill import DistillLoss
+from kd.metrics import top_k_accuracy
+from kd.models import Student, Teacher, build
+from kd.recipe import ConfigError, Recipe, content_hash, identity
+
+
+@dataclass
+class Run:
+    """What every stage of a run shares."""
+
+    recipe: Recipe
+    data: Data
+    accelerator: Accelerator
+    folder: Path
+    journal: Journal
+
+
+def run_name(recipe: Recipe) -> str:
+    """The folder of a run inside its recipe's: the same command finds the same run again."""
+    return recipe.run or f"seed{recipe.seed}-{content_hash(identity(recipe))}"
+
+
+def start(recipe: Recipe) -> Run:
+    """Check what can be checked before any work, load the data, and claim the run's folder."""
+    _check_environment(recipe)
+    for part in (recipe.name, run_name(recipe)):
+        if not part or part.startswith(".") or Path(part).name != part:
+            raise ConfigError(f"run={part!r}: must be a plain folder name, without / and not starting with a dot")
+    folder = Path(recipe.output) / recipe.name / run_name(recipe)
+    precision = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
+    tracker = None if recipe.tracker == "none" or recipe.dry_run else recipe.tracker
+    accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=folder if tracker else None)
+    with accelerator.main_process_first():  # a download happens once
+        data = load_data(recipe.data, recipe.seed)
+    for split in (data.train, data.val, data.test):
+        split.to(accelerator.device)
+    _check_batch(recipe, data, accelerator.num_processes)
+    journal = Journal(folder / "metrics.jsonl", accelerator, Console())
+    run = Run(recipe, data, accelerator, folder, journal)
+    if not recipe.dry_run:
+        _claim(run)
+        if tracker:
+            accelerator.init_trackers(f"{recipe.name}")
+    return run
+
+
+def _check_environment(recipe: Recipe) -> None:
+    if recipe.train.precision == "fp16" and not torch.accelerator.is_available():
+        raise ConfigError("train.precision=fp16: needs a GPU; bf16 and fp32 work on a CPU")
+    if recipe.tracker != "none" and importlib.util.find_spec(recipe.tracker) is None:
+        raise ConfigError(f"tracker={recipe.tracker}: not installed; pip install {recipe.tracker}")
+    checkpoint = recipe.teacher.checkpoint
+    if checkpoint and not Path(checkpoint).is_file():
+        raise ConfigError(f"teacher.checkpoint={checkpoint}: no such file; give the path of a .safetensors or .pth file")
+
+
+def _check_batch(recipe: Recipe, data: Data, processes: int) -> None:
+    batch, pieces = recipe.train.batch_size, recipe.train.accumulation * processes
+    if batch > len(data.train):
+        raise ConfigError(f"train.batch_size={batch}: must be ≤ {len(data.train)}, the training images of {data.name}")
+    if batch < pieces:
+        raise ConfigError(
+            f"train.batch_size={batch}: must be ≥ {pieces}, one image for each of {processes} processes "
+            f"x train.accumulation={recipe.train.accumulation}"
+        )
+
+
+def _claim(run: Run) -> None:
+    """Make the folder this run's own; refuse one that holds another run. Nothing there is ever deleted."""
+    accelerator, folder = run.accelerator, run.folder
+    card = {"identity": identity(run.recipe), "data_hash": run.data.hash}
+    if accelerator.is_main_process and folder.exists() and not run.recipe.resume:
+        aside = next(p for i in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
+        folder.rename(aside)
+        run.journal.say(f"the earlier run is kept in {aside}")
+    accelerator.wait_for_everyone()
+    if (folder / "run.json").exists():
+        _compare(read_json(folder / "run.json"), card, folder)
+    elif accelerator.is_main_process:
+        write_json(folder / "run.json", card)
+        text = OmegaConf.to_yaml(OmegaConf.structured(run.recipe))
+        write_atomically(folder / "recipe.yaml", lambda temporary: temporary.write_text(text))
+    accelerator.wait_for_everyone()
+
+
+def _compare(found: dict, card: dict, folder: Path) -> None:
+    if found["data_hash"] != card["data_hash"]:
+        raise ConfigError(
+            f"data.root: {folder} was trained on other data (hash {found['data_hash'][:12]}, now "
+            f"{card['data_hash'][:12]}); restore it, or resume=false to set that run aside"
+        )
+    old, new = _flat(found["identity"]), _flat(card["identity"])
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"run={folder.name} holds another recipe ({key}={old.get(key)}, now {new.get(key)}; {len(changed)} "
+            f"differences): choose another run=NAME, or resume=false to set that run aside"
+        )
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def teacher_is_trained(recipe: Recipe) -> bool:
+    """Whether the teacher stage trains, or takes weights as they are."""
+    return recipe.teacher.finetune or not (recipe.teacher.pretrained or recipe.teacher.checkpoint)
+
+
+def teacher_folder(run: Run) -> Path:
+    """Where a trained teacher lives: named by everything that decides its weights, shared by all recipes."""
+    values = identity(run.recipe)
+    content = {key: values[key] for key in ("seed", "teacher", "data", "optimizer", "scheduler", "train")}
+    key = content_hash({**content, "data_hash": run.data.hash})
+    model = run.recipe.teacher.model.replace("/", "-").replace(":", "-")
+    return Path(run.recipe.output) / "teachers" / f"{model}-{key}"
+
+
+def network(run: Run, role: str, weights: Path | None = None) -> nn.Module:
+    """The teacher's or student's network, with trained `weights` or as its section of the recipe starts it."""
+    section = run.recipe.teacher if role == "teacher" else run.recipe.student
+    shape = {"num_classes": run.data.num_classes, "input_shape": run.data.input_shape}
+    if weights:
+        return build(section.model, role=role, checkpoint=weights, model_kwargs=section.model_kwargs, **shape)
+    torch.manual_seed(run.recipe.seed)  # the student and its control start from the same weights
+    if role == "student":
+        start = {"pretrained": section.pretrained, "finetune": True}
+    else:
+        teacher = run.recipe.teacher
+        start = {"pretrained": teacher.pretrained, "checkpoint": teacher.checkpoint, "finetune": teacher.finetune}
+    return build(section.model, role=role, model_kwargs=section.model_kwargs, **start, **shape)
+
+
+def hard_loss(label_smoothing: float, smoothing: str, backend: str) -> DistillLoss:
+    """Cross entropy with smoothed labels and no teacher."""
+    return DistillLoss(
+        kd_weight=0.0,
+        ce_weight=1.0,
+        label_smoothing=label_smoothing,
+        smoothing=smoothing,
+        reduction="sum",
+        backend=backend,
+    )
+
+
+def stage(run: Run, name: str, teacher: Teacher | None = None) -> Stage:
+    """A stage ready to train: the teacher's own, the distilled student's, or the control's."""
+    recipe = run.recipe
+    section = recipe.teacher if name == "teacher" else recipe.loss
+    if name == "student":
+        loss = DistillLoss(**asdict(recipe.loss), reduction="sum")
+    else:
+        loss = hard_loss(section.label_smoothing, section.smoothing, recipe.loss.backend)
+    role = "teacher" if name == "teacher" else "student"
+    net = recipe.teacher if role == "teacher" else recipe.student
+    metadata = {
+        "model": net.model,
+        "num_classes": str(run.data.num_classes),
+        "label_smoothing": str(section.label_smoothing),
+        "smoothing": section.smoothing,
+    }
+    folder = teacher_folder(run) if name == "teacher" else run.folder / name
+    return Stage(name, Student(network(run, role)), loss, net.epochs, folder, metadata, teacher)
+
+
+def train(run: Run, stage: Stage) -> None:
+    """Train a stage, or go on with it."""
+    # A trained teacher serves many runs, so its curve stands beside it; the others' stand in the run.
+    path = (stage.folder if stage.name == "teacher" else run.folder) / "metrics.jsonl"
+    journal = Journal(path, run.accelerator, run.journal.console)
+    Trainer(stage, run.recipe, run.data, run.accelerator, journal).fit()
+
+
+def find_teacher(run: Run) -> Teacher:
+    """The frozen teacher: as it is where weights are named, else trained here unless that was done before."""
+    weights = None
+    if teacher_is_trained(run.recipe):
+        folder = teacher_folder(run)
+        weights = folder / "last.safetensors"
+        if (folder / "stage.json").exists():
+            run.journal.say(f"teacher  found in {folder}")
+        else:
+            train(run, stage(run, "teacher"))
+    return Teacher(network(run, "teacher", weights)).to(run.accelerator.device)
+
+
+def check_teacher(run: Run, teacher: Teacher) -> None:
+    """Print the teacher's validation accuracy; stop when it is no better than always guessing one class."""
+    targets = run.data.val.targets
+    logits = predict(teacher, run.data.val, run.recipe.train.batch_size, run.accelerator)
+    top1 = top_k_accuracy(logits, targets, 1)
+    chance = float(targets.bincount().max()) / len(targets)
+    bound = chance + 2.33 * math.sqrt(chance * (1 - chance) / len(targets))  # one-sided, 1 %
+    run.journal.say(f"teacher  validation top-1 {top1:.2%}   (chance {chance:.2%}, {len(targets)} images)")
+    if top1 <= bound:
+        raise ConfigError(
+            f"teacher.model={run.recipe.teacher.model}: validation top-1 {top1:.2%} is no better than chance "
+            f"(must be > {bound:.2%} on {len(targets)} images): train it longer (teacher.epochs), or check that "
+            f"its classes are in this data set's order"
+        )
+
+
+def execute(run: Run) -> None:
+    """All stages up to their weights on disk."""
+    teacher = find_teacher(run)
+    check_teacher(run, teacher)
+    if not (run.folder / "student" / "stage.json").exists():
+        train(run, stage(run, "student", teacher))
+    if run.recipe.control and not (run.folder / "control" / "stage.json").exists():
+        train(run, stage(run, "control"))

@@ -1,0 +1,43 @@
+"""``python -m kd.train recipe=NAME key=value ...``: train a teacher, distil a student, train its control, compare."""
+
+from __future__ import annotations
+
+from kd import cli
+from kd.recipe import Recipe
+
+
+def run(recipe: Recipe) -> int:
+    """Run one recipe to its result; returns the exit code."""
+    # Imported here: --help and a wrong command line must not wait for torch.
+    from kd import results, stages
+    from kd.checkpoint import read_json
+    from kd.loop import TrainingError
+    from kd.plan import print_plan
+    from kd.signals import Interrupted, listen
+
+    run = stages.start(recipe)
+    if recipe.dry_run:
+        print_plan(run)
+        return 0
+    listen()
+    path = run.folder / "result.json"
+    try:
+        if path.exists():
+            result = read_json(path)
+        else:
+            stages.execute(run)
+            result = results.write_result(run)
+        if run.accelerator.is_main_process:
+            results.print_result(result, run.journal.console)
+            print(path)
+    except Interrupted as stop:
+        cli.fail(f"{stop}; run the same command to go on", cli.INTERRUPTED)
+    except TrainingError as error:
+        cli.fail(str(error), 1)
+    finally:
+        run.accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    cli.command("kd.train", run)

@@ -1,0 +1,36 @@
+"""What several tests share: the command line in this process, and images on disk."""
+
+import sys
+from collections import namedtuple
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from kd import cli
+
+Done = namedtuple("Done", "code out err")
+
+# Three stages of five updates; the tests that need another size say so.
+SMOKE = ("recipe=smoke", "output=runs")
+
+
+@pytest.fixture
+def kd_train(monkeypatch, capsys, tmp_path):
+    """Call ``kd.train`` as the command line does, from an empty folder; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Done:
+        from kd import train
+
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["kd.train", *arguments])
+        code = 0
+        try:
+            cli.command("kd.train", train.run)
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+        return Done(code, *capsys.readouterr())
+
+    return call

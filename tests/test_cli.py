@@ -1,0 +1,119 @@
+"""The command line: help without waiting, one line for each mistake, nothing on disk after any of them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd import cli
+from kd.recipe import PACKAGE
+
+
+def test_help_lists_every_recipe_with_its_claim_without_importing_torch_or_hydra():
+    code = (
+        "import sys; sys.argv = ['kd.train', '--help']; from kd import cli, train; cli.command('kd.train', train.run);"
+        "assert not {'torch', 'hydra', 'numpy', 'rich'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    for name, path in cli.recipe_files().items():
+        assert f"  {name} " in done.stdout
+        assert cli.claim(path) in done.stdout
+
+
+def test_cfg_job_prints_the_recipe_with_overrides_and_runs_nothing(kd_train, tmp_path):
+    done = kd_train("recipe=resnet50_to_18", "loss.temperature=2", "seed=7", "--cfg", "job")
+    assert done.code == 0
+    assert "temperature: 2.0" in done.out
+    assert "seed: 7" in done.out
+    assert "model: resnet50.tv_in1k" in done.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_brings_its_schedule_and_the_recipe_has_the_last_word(kd_train):
+    imagenet = kd_train("recipe=resnet50_to_18", "data=imagenet", "--cfg", "job").out
+    assert "epochs: 100" in imagenet
+    assert "image_size: 224" in imagenet
+    assert "pretrained: true" in imagenet
+    assert "batch_size: 256" in kd_train("recipe=smoke", "data=cifar100", "--cfg", "job").out
+
+
+WRONG = {
+    "loss.temprature=2": "loss.temprature: no such setting; did you mean loss.temperature?",
+    "lr=0.1": "lr: no such setting; did you mean optimizer.lr?",
+    "+learning=1": "learning: no such setting; --help lists all",
+    "epochs=3": "epochs: no such setting; did you mean teacher.epochs or student.epochs?",
+    "student.epochs=1.5": "student.epochs=1.5: must be a whole number ≥ 1",
+    "student.epochs=-1": "student.epochs=-1: must be ≥ 1",
+    "loss.temperature=0": "loss.temperature=0.0: must be > 0",
+    "loss.temperature=.nan": "loss.temperature=.nan: must be a number > 0",
+    "loss.temperature=nan": "loss.temperature=nan: must be > 0",
+    "loss.temperature=hot": "loss.temperature=hot: must be a number > 0",
+    "loss.smoothing=both": "loss.smoothing=both: must be one of uniform, others",
+    "loss.label_smoothing=1": "loss.label_smoothing=1.0: must be ≥ 0 and < 1",
+    "seed=-1": "seed=-1: must be ≥ 0",
+    "resume=maybe": "resume=maybe: must be true or false",
+    "recipe=resnet50_to_19": "recipe=resnet50_to_19: no such recipe; did you mean recipe=resnet50_to_18?",
+    "data=cifar": "data=cifar: no such data; did you mean data=cifar10?",
+    "teacher=resnet50": "teacher=resnet50: is a group of settings; type for example teacher.model=...",
+    "dry_run": "dry_run: cannot be read; settings are typed key=value",
+    "data=imagenet": "data.root",
+    "data=cifar10 data.root=/nowhere": "data.root=/nowhere",
+    "train.batch_size=5000": "train.batch_size=5000: must be ≤ 1293, the training images of digits",
+    "train.batch_size=2 train.accumulation=4": "train.batch_size=2: must be ≥ 4",
+    "run=../elsewhere": "run='../elsewhere': must be a plain folder name",
+    "teacher.checkpoint=missing.pth": "teacher.checkpoint=missing.pth: no such file",
+    "student.model=resnet19": "student.model=resnet19",
+    "loss.kd_weight=0 loss.ce_weight=0": "loss.kd_weight=0 with loss.ce_weight=0 leaves nothing to learn",
+    "data=mnist1d data.mixup=0.2": "data.mixup",
+    "optimizer.name=adamww": "optimizer.name=adamww",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_command_line_gets_one_line_that_says_what_to_type(kd_train, tmp_path, line):
+    arguments = line.split() if line.startswith("recipe=") else ["recipe=smoke", *line.split()]
+    done = kd_train(*arguments)
+    assert done.code == cli.USAGE
+    assert done.err.startswith(f"error: {WRONG[line]}"), done.err
+    assert done.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_recipe_lists_them(kd_train):
+    done = kd_train()
+    assert done.code == cli.USAGE
+    assert done.err.startswith("error: recipe: not given; type recipe=NAME with one of ")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 works on this machine")
+def test_fp16_without_a_gpu_says_what_works(kd_train):
+    assert "bf16 and fp32 work on a CPU" in kd_train("recipe=smoke", "train.precision=fp16").err
+
+
+def test_a_recipe_of_ones_own_needs_no_edit_in_kd(kd_train, tmp_path):
+    mine = Path("recipes/mine.yaml")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / mine).write_text("# @package _global_\n# claim: mine\nname: mine\nloss:\n  temperature: 3\n")
+    assert "temperature: 3.0" in kd_train("recipe=mine", "--cfg", "job").out
+
+
+def test_an_unreadable_recipe_is_named(kd_train, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "torn.yaml").write_text("name: [")
+    done = kd_train("recipe=smoke")
+    assert done.code == cli.USAGE
+    assert "torn.yaml: not a readable recipe" in done.err
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "hydra", None)
+    monkeypatch.setattr(sys, "argv", ["kd.train", "recipe=smoke"])
+    from kd import train
+
+    with pytest.raises(SystemExit) as stop:
+        cli.command("kd.train", train.run)
+    assert stop.value.code == cli.USAGE
+    assert capsys.readouterr().err == "error: kd.train needs hydra: pip install 'kd-torch[train]'\n"

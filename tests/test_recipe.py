@@ -1,0 +1,50 @@
+"""The schema: ranges, identity and hashes."""
+
+import math
+
+import pytest
+
+from kd.recipe import (
+    ConfigError,
+    DataConfig,
+    LossConfig,
+    Recipe,
+    StudentConfig,
+    TrainConfig,
+    content_hash,
+    identity,
+)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (LossConfig, {"temperature": -1.0}, r"loss\.temperature=-1\.0: must be > 0"),
+        (LossConfig, {"temperature": math.inf}, r"loss\.temperature=inf: must be > 0"),
+        (LossConfig, {"student_temperature": 0.0}, r"loss\.student_temperature=0\.0: must be > 0"),
+        (LossConfig, {"kd_weight": math.nan}, r"loss\.kd_weight=nan: must be ≥ 0"),
+        (StudentConfig, {"epochs": 0}, r"student\.epochs=0: must be ≥ 1"),
+        (DataConfig, {"val_fraction": 0.5}, r"data\.val_fraction=0\.5: must be > 0 and < 0\.5"),
+        (TrainConfig, {"precision": "fp8"}, r"train\.precision=fp8: must be one of fp32, bf16, fp16"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_is_allowed(section, values, message):
+    with pytest.raises(ConfigError, match=message):
+        section(**values)
+
+
+def test_the_edges_of_ranges_are_allowed():
+    LossConfig(temperature=1e-3, label_smoothing=0.0, kd_weight=0.0)
+    assert LossConfig(student_temperature=None).student_temperature is None
+
+
+def test_identity_changes_with_what_is_computed_and_not_with_where_it_is_kept():
+    base = content_hash(identity(Recipe(name="a")))
+    moved = Recipe(name="a", output="elsewhere", run="x", data=DataConfig(root="/mnt", workers=9))
+    assert content_hash(identity(moved)) == base
+    assert content_hash(identity(Recipe(name="a", seed=1))) != base
+    assert content_hash(identity(Recipe(name="a", loss=LossConfig(temperature=2.0)))) != base
+
+
+def test_the_hash_does_not_depend_on_the_order_of_keys():
+    assert content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1})
