@@ -82,19 +82,19 @@ def register() -> None:
     from yaml import YAMLError
 
     store = ConfigStore.instance()
-    store.store(name="schema", node=Recipe)
+    store.store(name="schema", node=Recipe, replace=True)
     quiet = [{"override hydra/job_logging": "disabled"}, {"override hydra/hydra_logging": "disabled"}]
     # The data set's usual schedule comes first, then the recipe, which may say otherwise.
     defaults = ["schema", "_self_", {"data": "digits"}, {"recipe": "???"}, *quiet]
     places = {"output_subdir": None, "run": {"dir": "."}, "sweep": {"dir": ".", "subdir": "."}}
-    store.store(name="kd", node={"defaults": defaults, "hydra": places})
+    store.store(name="kd", node={"defaults": defaults, "hydra": places}, replace=True)
     for group, folder in (("recipe", ""), ("data", "data")):
         for name, path in recipe_files(folder).items():
             try:
                 node = OmegaConf.load(path)
             except (YAMLError, OmegaConfBaseException, OSError) as error:
                 raise ConfigError(f"{path}: not a readable recipe ({str(error).splitlines()[0]})") from error
-            store.store(group=group, name=name, node=node, package="_global_")
+            store.store(group=group, name=name, node=node, package="_global_", replace=True)
 
 
 def typed(config: Any) -> Recipe:
@@ -117,7 +117,7 @@ def typed(config: Any) -> Recipe:
 def _no_such_setting(key: str) -> str:
     names = list(settings())
     same_leaf = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
-    near = same_leaf or difflib.get_close_matches(key, names, n=2, cutoff=0.6)
+    near = same_leaf or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     near = near or [n for n in names if difflib.get_close_matches(key.split(".")[-1], [n.split(".")[-1]], cutoff=0.7)]
     hint = f"did you mean {' or '.join(near[:3])}?" if near else "--help lists all"
     return f"{key}: no such setting; {hint}"

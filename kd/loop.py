@@ -202,21 +202,22 @@ class Trainer:
         self.scheduler.step_update(update)
         logged: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
-            torch.manual_seed(mixed_seed(self.recipe.seed, update, rank, i))  # dropout and mixup know no other state
+            seed = mixed_seed(self.recipe.seed, update, rank, i)
+            torch.manual_seed(seed)  # dropout knows no other state
             last = i == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                for name, value in self._forward_backward(batch).items():
+                for name, value in self._forward_backward(batch, seed).items():
                     logged[name] = logged.get(name, 0) + value
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.train.clip_grad or math.inf)
         self._check_finite(norm, logged)
         self.stepper.step()
         self.stepper.zero_grad()
         if self.ema:
-            self.ema.update(self.stage.model, step=update)
+            self.ema.update(self.stage.model)
         return {**logged, "grad_norm": norm}
 
-    def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
-        images, targets = self.mix(batch.images, batch.targets)
+    def _forward_backward(self, batch: Batch, seed: int) -> dict[str, Tensor]:
+        images, targets = self.mix(batch.images, batch.targets, seed)
         if self.recipe.train.channels_last and images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         with self.accelerator.autocast():
@@ -261,7 +262,7 @@ class Trainer:
     def _validate(self, epoch: int) -> None:
         logits = predict(self._evaluated(), self.data.val, self.recipe.train.batch_size, self.accelerator)
         targets = self.data.val.targets
-        top1, val_nll = top_k_accuracy(logits, targets, 1), nll(logits, targets)
+        top1, val_nll = top_k_accuracy(logits, targets, 1).item(), nll(logits, targets).item()
         entry = {"stage": self.stage.name, "update": self.progress.update, "epoch": epoch}
         self.journal.write({**entry, "val_top1": top1, "val_nll": val_nll})
         self.journal.epoch(self.stage.name, epoch + 1, self.stage.epochs, top1, val_nll)
@@ -333,4 +334,4 @@ def _gradient_norm(loss: DistillLoss, without: str, logits: Tensor, teacher_logi
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    return torch.distributions.Categorical(logits=logits.detach().float()).entropy().sum()
+    return torch.special.entr(logits.detach().float().softmax(-1)).sum()

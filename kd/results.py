@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -18,6 +19,7 @@ from kd.provenance import provenance
 from kd.recipe import content_hash, identity
 from kd.stages import Run, network, teacher_folder, teacher_is_trained
 
+NETWORKS = ("teacher", "student", "control")
 WEIGHTS = ("last", "selected")
 SPLITS = ("val", "test")
 
@@ -31,7 +33,7 @@ def weights_of(run: Run, name: str, which: str) -> Path | None:
 
 def networks(run: Run) -> dict[str, dict[str, Teacher]]:
     """Every network of the run, frozen, by name and weights; a teacher taken as it is has one set of weights."""
-    names = ("teacher", "student", "control") if run.recipe.control else ("teacher", "student")
+    names = NETWORKS if run.recipe.control else NETWORKS[:2]
     found: dict[str, dict[str, Teacher]] = {}
     for name in names:
         role = "teacher" if name == "teacher" else "student"
@@ -56,8 +58,8 @@ def score(run: Run, models: dict[str, dict[str, Teacher]]) -> dict[str, Any]:
     for w in WEIGHTS:
         for s in SPLITS:
             taught_by = logits["teacher"]["last"][s]
-            scores["student"][w][s]["agreement"] = agreement(logits["student"][w][s], taught_by)
-            scores["student"][w][s]["kl_to_teacher"] = predictive_kl(taught_by, logits["student"][w][s])
+            scores["student"][w][s]["agreement"] = agreement(logits["student"][w][s], taught_by).item()
+            scores["student"][w][s]["kl_to_teacher"] = predictive_kl(taught_by, logits["student"][w][s]).item()
     if "control" in models:
         scores["difference"] = {
             w: {s: paired_difference(logits["student"][w][s], logits["control"][w][s], targets[s]) for s in SPLITS}
@@ -128,18 +130,16 @@ def verdict(result: dict[str, Any]) -> str:
 
 def print_result(result: dict[str, Any], console: Console) -> None:
     """The table of a result, in per cent where a figure is a share, and the verdict."""
-    table = Table(title=f"{result['recipe']}: test split, last weights", title_justify="left")
-    for column in ("", "model", "parameters", "val top-1", "top-1", "selected", "top-5", "nll", "ece", "brier"):
-        table.add_column(column, justify="left" if column in ("", "model") else "right", no_wrap=True)
-    table.add_column("agreement", justify="right", no_wrap=True)
-    for name in ("teacher", "student", "control"):
-        if name not in result:
-            continue
+    table = Table(title=f"{result['recipe']}: last weights on the test split", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("", "model"):
+        table.add_column(column, no_wrap=True)
+    for column in ("val top-1", "top-1", "selected", "nll", "ece", "brier", "agreement"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name in (name for name in NETWORKS if name in result):
         row, test = result[name], result[name]["last"]["test"]
+        shares = (row["last"]["val"]["top1"], test["top1"], row["selected"]["test"]["top1"])
+        rest = (f"{test['nll']:.4f}", f"{test['ece']:.4f}", f"{test['brier']:.4f}")
         agree = f"{test['agreement']:.2%}" if "agreement" in test else ""
-        shares = (row["last"]["val"]["top1"], test["top1"], row["selected"]["test"]["top1"], test["top5"])
-        rest = (f"{test['nll']:.4f}", f"{test['ece']:.4f}", f"{test['brier']:.4f}", agree)
-        size = f"{row['parameters'] / 1e6:.2f} M"
-        table.add_row(name, row["model"], size, *(f"{share:.2%}" for share in shares), *rest)
-    console.print(table)
+        table.add_row(name, row["model"], *(f"{share:.2%}" for share in shares), *rest, agree)
+    console.print(table, width=None if console.is_terminal else 120)
     console.print(verdict(result), soft_wrap=True, highlight=False, markup=False)

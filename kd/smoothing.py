@@ -19,8 +19,9 @@ SMOOTHINGS = ("uniform", "others")
 def to_uniform(label_smoothing: float, num_classes: int, smoothing: str) -> float:
     """The mass that under ``"uniform"`` gives the targets that ``label_smoothing`` gives under ``smoothing``.
 
-    Exact: ``eps_uniform = eps_others * K / (K - 1)``. It may exceed 1, which F.cross_entropy rejects although the targets
-    are sound; with one class there is nothing to smooth and it is 0.
+    Exact: ``eps_uniform = eps_others * K / (K - 1)``. It may exceed 1, which F.cross_entropy rejects although the
+    targets are sound; with one class there is nothing to smooth and it is 0.
+
     Raises ValueError or TypeError where ``label_smoothing`` is outside [0, 1), K < 1 or the convention is unknown.
     """
     check_smoothing(label_smoothing, smoothing)
@@ -98,7 +99,7 @@ def check_smoothing(label_smoothing: object, smoothing: object) -> None:
 
 
 def _check_classes(num_classes: int) -> None:
-    check_number("num_classes", num_classes, "a whole number ≥ 1", lambda v: v >= 1 and v == int(v))
+    check_number("num_classes", num_classes, "a whole number ≥ 1", lambda v: v >= 1 and v % 1 == 0)
 
 
 def check_target(target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
@@ -128,7 +129,7 @@ def check_target(target: Tensor, num_classes: int, ignore_index: int | None = No
 
 
 def values_readable(tensor: Tensor) -> bool:
-    """Whether a check may look at the values: not while tracing, under torch.func, on meta, or in a CUDA graph capture."""
+    """Whether a check may read values: not under torch.compile, torch.func, CUDA graph capture, or on meta."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or tensor.is_meta:
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 from rich.console import Console
+from timm.optim import list_optimizers
 from torch import nn
 
 from kd.checkpoint import read_json, write_atomically, write_json
@@ -51,11 +53,12 @@ def start(recipe: Recipe) -> Run:
     accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=folder if tracker else None)
     with accelerator.main_process_first():  # a download happens once
         data = load_data(recipe.data, recipe.seed)
-    for split in (data.train, data.val, data.test):
-        split.to(accelerator.device)
+    data = replace(data, **{name: getattr(data, name).to(accelerator.device) for name in ("train", "val", "test")})
     _check_batch(recipe, data, accelerator.num_processes)
     journal = Journal(folder / "metrics.jsonl", accelerator, Console())
     run = Run(recipe, data, accelerator, folder, journal)
+    for role in ("teacher", "student"):  # a student that cannot be built must not wait for its teacher
+        network(run, role)
     if not recipe.dry_run:
         _claim(run)
         if tracker:
@@ -68,6 +71,9 @@ def _check_environment(recipe: Recipe) -> None:
         raise ConfigError("train.precision=fp16: needs a GPU; bf16 and fp32 work on a CPU")
     if recipe.tracker != "none" and importlib.util.find_spec(recipe.tracker) is None:
         raise ConfigError(f"tracker={recipe.tracker}: not installed; pip install {recipe.tracker}")
+    if recipe.optimizer.name not in (known := list_optimizers()):
+        near = difflib.get_close_matches(recipe.optimizer.name, known, n=3, cutoff=0.5) or known
+        raise ConfigError(f"optimizer.name={recipe.optimizer.name}: timm has no such optimizer; {', '.join(near)} ...")
     checkpoint = recipe.teacher.checkpoint
     if checkpoint and not Path(checkpoint).is_file():
         raise ConfigError(f"teacher.checkpoint={checkpoint}: no such file; give the path of a .safetensors or .pth file")
@@ -211,7 +217,7 @@ def check_teacher(run: Run, teacher: Teacher) -> None:
     """Print the teacher's validation accuracy; stop when it is no better than always guessing one class."""
     targets = run.data.val.targets
     logits = predict(teacher, run.data.val, run.recipe.train.batch_size, run.accelerator)
-    top1 = top_k_accuracy(logits, targets, 1)
+    top1 = top_k_accuracy(logits, targets, 1).item()
     chance = float(targets.bincount().max()) / len(targets)
     bound = chance + 2.33 * math.sqrt(chance * (1 - chance) / len(targets))  # one-sided, 1 %
     run.journal.say(f"teacher  validation top-1 {top1:.2%}   (chance {chance:.2%}, {len(targets)} images)")

@@ -10,8 +10,6 @@ from kd import cli
 
 Done = namedtuple("Done", "code out err")
 
-# Three stages of five updates; the tests that need another size say so.
-SMOKE = ("recipe=smoke", "output=runs")
 
 
 @pytest.fixture
@@ -31,6 +29,8 @@ def kd_train(monkeypatch, capsys, tmp_path):
             code = stop.code or 0
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
-        return Done(code, *capsys.readouterr())
+        done = Done(code, *capsys.readouterr())
+        print(done.out, done.err)  # shown when a test fails
+        return done
 
     return call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.recipe import ConfigError
+from kd.recipe import ConfigError, DataConfig
 
 
 class ImageError(ValueError):
@@ -74,22 +74,50 @@ class Data:
         return len(self.class_names)
 
 
-def hold_out(targets: np.ndarray, share: float, seed: int, setting: str) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted indices (kept, held out), stratified by class: a function of the targets, the share and the seed."""
+def assign(
+    config: DataConfig, targets: Mapping[str, np.ndarray], class_names: Sequence[str]
+) -> dict[str, tuple[str, np.ndarray]]:
+    """Where train, val and test come from: (which given split, which of its samples).
+
+    `targets` has the labels of the splits that the set comes with, "train" among them. All three: used as they are.
+    With one other: that one is the *test* split even where it is called val, as ImageNet's is, because a number on a
+    split that was selected on means nothing; val is held out of train. Only train: test is held out of it, then val.
+    """
+    index = {name: np.arange(len(labels)) for name, labels in targets.items()}
+    if len(targets) == 3:
+        return {name: (name, index[name]) for name in targets}
+    rest, parts = index["train"], {}
+    if len(targets) == 2:
+        (other,) = targets.keys() - {"train"}
+        parts["test"] = (other, index[other])
+    else:
+        rest, test = hold_out(config, "test_fraction", targets["train"], class_names)
+        parts["test"] = ("train", test)
+    train, val = hold_out(config, "val_fraction", targets["train"][rest], class_names)
+    return {"train": ("train", rest[train]), "val": ("train", rest[val]), **parts}
+
+
+def hold_out(
+    config: DataConfig, setting: str, targets: np.ndarray, class_names: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices (kept, held out), stratified by class, with every class in both: a function of the split seed."""
     from sklearn.model_selection import train_test_split
 
-    advice = f"{setting}={share}: cannot hold out every class"
-    counts = np.bincount(targets)
+    share = getattr(config, setting)
+    counts = np.bincount(targets, minlength=len(class_names))
+    advice = f"data.{setting}={share}: cannot hold out images of every class of {config.name}"
+    rarest = (
+        f"{advice}, the smallest, {class_names[int(counts.argmin())]!r}, has {counts.min()}; raise it or add images"
+    )
     if counts.min() < 2:
-        raise ConfigError(f"{advice}, class {counts.argmin()} has {counts.min()} images and needs at least 2")
+        raise ConfigError(rarest)
+    everything = np.arange(len(targets))
     try:
-        kept, held = train_test_split(np.arange(len(targets)), test_size=share, stratify=targets, random_state=seed)
-    except ValueError as error:  # fewer places in one of the parts than there are classes
-        raise ConfigError(f"{advice}, there are {len(targets)} images of {len(counts)} classes") from error
-    for part in (kept, held):
-        missing = np.setdiff1d(targets, targets[part])
-        if len(missing):
-            raise ConfigError(f"{advice}, class {missing[0]} has only {counts[missing[0]]} images")
+        kept, held = train_test_split(everything, test_size=share, stratify=targets, random_state=config.split_seed)
+    except ValueError as error:  # a part would have fewer places than there are classes
+        raise ConfigError(rarest) from error
+    if len(np.unique(targets[kept])) < len(counts) or len(np.unique(targets[held])) < len(counts):
+        raise ConfigError(rarest)
     return np.sort(kept), np.sort(held)
 
 
@@ -97,5 +125,5 @@ def digest(parts: Sequence[bytes | np.ndarray]) -> str:
     """The sha256 of everything, in order."""
     sha = hashlib.sha256()
     for part in parts:
-        sha.update(part if isinstance(part, bytes) else np.ascontiguousarray(part))
+        sha.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
     return sha.hexdigest()

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
-import numpy as np
 import torch
 
 from kd.data.base import Data
-from kd.data.embedded import split_validation
 from kd.data.randomness import global_rng
 from kd.data.tensors import tensor_data
 from kd.recipe import DataConfig
 
 
 @cache  # generating takes 3 s
-def _mnist1d() -> dict[str, np.ndarray]:
+def _mnist1d() -> dict[str, Any]:
     from mnist1d.data import get_dataset_args, make_dataset
 
     with global_rng(0):  # it seeds the global generators with its own 42
@@ -28,6 +27,8 @@ def mnist1d(config: DataConfig, seed: int) -> Data:
     Generated, as its own loader would download a pickle and run what is in it.
     """
     made = _mnist1d()
-    parts = split_validation(config, torch.from_numpy(made["x"]).float(), made["y"])
-    parts["test"] = torch.from_numpy(made["x_test"]).float(), made["y_test"]
-    return tensor_data(config, seed, parts, [str(k) for k in range(10)])
+    given = {
+        "train": (torch.from_numpy(made["x"]).float(), made["y"]),
+        "test": (torch.from_numpy(made["x_test"]).float(), made["y_test"]),
+    }
+    return tensor_data(config, seed, given, [str(digit) for digit in range(10)])

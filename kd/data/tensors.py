@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from kd.data.base import Batch, Data, digest
+from kd.data.base import Batch, Data, assign, digest
 from kd.data.randomness import mix, normals, sample_keys, uniforms
 from kd.recipe import ConfigError, DataConfig
 
@@ -74,9 +74,9 @@ class TensorSplit:
         """Shift and flip, on the stored pixels."""
         shift, draws = self.config.shift, uniforms(keys, 3)
         if shift:
-            for dim in range(-1, -1 - min(images.ndim - 1, 2), -1):  # x, and y where there is one
+            for dim in (-1, -2) if images.ndim == 4 else (-1,):  # x and y, or along a signal
                 offset = (draws[:, dim] * (2 * shift + 1)).long() - shift
-                images = translate(images, offset, dim % images.ndim)
+                images = translate(images, offset, dim)
         if self.config.hflip:
             flipped = rearrange(draws[:, 0] < self.config.hflip, "b -> b 1 1 1")
             images = torch.where(flipped, images.flip(-1), images)
@@ -109,7 +109,9 @@ def check_settings(config: DataConfig, shape: tuple[int, ...]) -> None:
     """Refuse settings that would do nothing, or nothing sensible, on stored samples of this shape."""
     for name in ("color_jitter", "random_erase", "auto_augment"):
         if value := getattr(config, name):
-            raise ConfigError(f"data.{name}={value}: only for streamed sets, {config.name} is held in memory; leave it out")
+            raise ConfigError(
+                f"data.{name}={value}: only for streamed sets, {config.name} is held in memory; leave it out"
+            )
     if config.shift >= shape[-1]:
         raise ConfigError(f"data.shift={config.shift}: must be < {shape[-1]}, the stored size of {config.name}")
     for name in ("hflip", "mixup", "cutmix") if len(shape) == 1 else ():
@@ -118,16 +120,19 @@ def check_settings(config: DataConfig, shape: tuple[int, ...]) -> None:
 
 
 def tensor_data(
-    config: DataConfig, seed: int, parts: Mapping[str, tuple[Tensor, np.ndarray]], class_names: list[str]
+    config: DataConfig, seed: int, given: Mapping[str, tuple[Tensor, np.ndarray]], class_names: list[str]
 ) -> Data:
-    """Data from {"train", "val", "test"}: (images, targets), normalised with the training split's statistics."""
-    train = parts["train"][0]
-    stored = tuple(train.shape[1:])
+    """Data from the (images, int64 targets) of the splits that a set comes with (see `assign`)."""
+    stored = tuple(given["train"][0].shape[1:])
     check_settings(config, stored)
-    mean, std = channel_statistics(train)
+    parts = assign(config, {name: targets for name, (_, targets) in given.items()}, class_names)
+    values = {
+        name: (given[part][0][index], torch.from_numpy(given[part][1][index])) for name, (part, index) in parts.items()
+    }
+    mean, std = channel_statistics(values["train"][0])
     per_image = "c -> c 1 1" if len(stored) == 3 else "c -> c"
     shared = rearrange(mean.float(), per_image), rearrange(std.float(), per_image), config, seed
-    splits = {name: TensorSplit(images, torch.as_tensor(y).long(), *shared) for name, (images, y) in parts.items()}
+    splits = {name: TensorSplit(images, targets, *shared) for name, (images, targets) in values.items()}
     return Data(
         name=config.name,
         **splits,

@@ -1,4 +1,4 @@
-"""DistillLoss: label-smoothed cross entropy plus temperature-scaled distillation. Inputs are checked and a backend chosen here.
+"""DistillLoss: label-smoothed cross entropy plus distillation. Inputs are checked and a backend chosen here.
 
 Shapes: ``(...)`` positions, ``K`` classes, always last.
 """
@@ -7,6 +7,7 @@ import math
 import warnings
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from kd.losses import reference
@@ -35,42 +36,42 @@ class DistillTerms(NamedTuple):
 class DistillLoss(nn.Module):
     """``ce_weight * CE + kd_weight * Ts² * KL(softmax(t / T) || softmax(s / Ts))`` in nats.
 
-    ``loss(student_logits, teacher_logits, target)``: logits ``(..., K)`` of any floating dtype; target int64 ``(...)`` or
-    probabilities ``(..., K)`` such as mixup's. Everything runs in float32, or float64 for a float64 student, and that is the
-    dtype returned. No gradient goes to teacher or target.
+    ``loss(student_logits, teacher_logits, target)``: logits ``(..., K)`` of any floating dtype; target int64 ``(...)``
+    or probabilities ``(..., K)`` such as mixup's. Everything runs in float32, or float64 for a float64 student, and
+    that is the dtype returned. No gradient goes to teacher or target.
 
-    CE is ``-sum_k w_k q_k log softmax(s)_k`` with q the smoothed target (Szegedy et al. 2016 §7, Müller et al. 2019) and
-    w ``class_weight``: what F.cross_entropy gives under "sum" and "none". Its minimum is the entropy of q, so 0 only without
-    smoothing.
+    CE is ``-sum_k w_k q_k log softmax(s)_k`` with q the smoothed target (Szegedy et al. 2016 §7) and w
+    ``class_weight``: what F.cross_entropy gives under "sum" and "none". Its minimum is the entropy of q, so it reaches
+    0 only without smoothing.
 
-    The second term is Hinton et al. 2015 §2, with ``Ts = student_temperature`` or T. The factor Ts² undoes the 1/Ts that the
-    student's softmax puts into the gradient twice, once by the chain rule and once by flattening the difference: the gradient
-    is ``Ts * (softmax(s / Ts) - softmax(t / T))``. So it is the usual T² KL by default; with ``student_temperature=1.0`` the
-    factor is 1 and it is exactly the form of Müller et al. 2019 and of transformed teacher matching (Zheng & Yang 2024). It
-    is 0 where both softened distributions are equal.
+    The second term is Hinton et al. 2015 §2, with ``Ts = student_temperature`` or T. The factor Ts² undoes the 1/Ts
+    that the student's softmax puts into the gradient twice, by the chain rule and by flattening the difference: the
+    gradient is ``Ts * (softmax(s / Ts) - softmax(t / T))``. So it is T² KL by default; with ``student_temperature=1.0``
+    the factor is 1 and it is exactly the form of Müller et al. 2019 and of transformed teacher matching (TTM, Zheng &
+    Yang 2024). It is 0, and stationary, where both softened distributions are equal.
 
     Args:
         temperature: T, finite and > 0.
         kd_weight, ce_weight: finite and ≥ 0. A term of weight 0 is not computed; with both 0 the loss is 0. With
             ``kd_weight=0`` the teacher's logits are not looked at and may be None.
         label_smoothing: mass in [0, 1) for the cross entropy.
-        smoothing: its convention, "uniform" (eps/K on every class) or "others" (eps/(K-1) on the others); see kd.smoothing.
+        smoothing: its convention, "uniform" (eps/K on every class) or "others" (eps/(K-1) on the others).
         student_temperature: Ts; None means T.
-        class_weight: K floating weights ≥ 0 for the cross entropy only. A buffer that moves with the module and stays out
-            of its state_dict.
+        class_weight: K floating weights ≥ 0 for the cross entropy only. A buffer that moves with the module and stays
+            out of its state_dict.
         ignore_index: positions of this label give 0 to both terms and exactly 0 gradient. Not for probability targets.
-        reduction: "mean" divides the sum of both terms by the number of positions that are not ignored, with class_weight
-            too (F.cross_entropy's mean divides by the sum of the labels' weights there), and is 0 where there are none;
-            "sum"; "none" gives shape ``(...)``.
+        reduction: "mean" divides the sum of both terms by the number of positions that are not ignored, also with
+            class_weight (F.cross_entropy divides by the sum of the labels' weights there), and is 0, with zero
+            gradients, where there are none; "sum"; "none" gives shape ``(...)``.
         backend: "auto" or "reference".
 
-    Infinite logits: a class at -inf in student and teacher (masked) gives 0 to the KD term; smoothing puts mass on it, so with
+    A class at -inf in student and teacher (masked) gives 0 to the KD term. Smoothing puts mass on it, so with
     label_smoothing > 0 the cross entropy is inf, as in F.cross_entropy. nan in gives nan out.
 
-    Raises ValueError or TypeError, naming the argument, for settings outside these ranges, shapes, devices and dtypes that do
-    not fit (nothing is broadcast), labels outside 0..K-1, target rows that are no probabilities, and a teacher, target or
-    class_weight with requires_grad. Warns where teacher_logits look like probabilities. Checks that read values (on a GPU:
-    that synchronise) are left out under torch.compile, torch.func and CUDA graph capture.
+    Raises ValueError or TypeError, naming the argument, for settings outside these ranges, shapes, devices and dtypes
+    that do not fit (nothing is broadcast), labels outside 0..K-1, target rows that are no probabilities, and a teacher,
+    target or class_weight with requires_grad. Warns where teacher_logits look like probabilities. Checks that read
+    values (on a GPU: that synchronise) are left out under torch.compile, torch.func and CUDA graph capture.
     """
 
     class_weight: Tensor | None
@@ -146,34 +147,20 @@ class DistillLoss(nn.Module):
         return values.sum() / (target != self.ignore_index).sum().clamp(min=1)
 
     def extra_repr(self) -> str:
-        """The settings, in the order of the signature."""
-        names = (
-            "kd_weight",
-            "ce_weight",
-            "label_smoothing",
-            "smoothing",
-            "student_temperature",
-            "reduction",
-            "backend",
-        )
-        return ", ".join([f"{self.temperature}", *(f"{name}={getattr(self, name)!r}" for name in names)])
+        """The settings, for print(loss)."""
+        shown = ("kd_weight", "ce_weight", "label_smoothing", "smoothing", "student_temperature", "reduction")
+        return ", ".join([f"{self.temperature}", *(f"{name}={getattr(self, name)!r}" for name in shown)])
 
     def _check_settings(self) -> None:
-        check_number("temperature", self.temperature, "a finite number > 0", lambda v: 0 < v < math.inf)
+        check_number("temperature", self.temperature, "a finite number > 0", _positive)
         if self.student_temperature is not None:
-            check_number(
-                "student_temperature",
-                self.student_temperature,
-                "None or a finite number > 0",
-                lambda v: 0 < v < math.inf,
-            )
-        check_number("kd_weight", self.kd_weight, "a finite number ≥ 0", lambda v: 0 <= v < math.inf)
-        check_number("ce_weight", self.ce_weight, "a finite number ≥ 0", lambda v: 0 <= v < math.inf)
+            check_number("student_temperature", self.student_temperature, "None or a finite number > 0", _positive)
+        check_number("kd_weight", self.kd_weight, "a finite number ≥ 0", _not_negative)
+        check_number("ce_weight", self.ce_weight, "a finite number ≥ 0", _not_negative)
         check_smoothing(self.label_smoothing, self.smoothing)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
-            raise TypeError(
-                f"ignore_index={self.ignore_index!r}: must be an int, got {type(self.ignore_index).__name__}"
-            )
+            got = type(self.ignore_index).__name__
+            raise TypeError(f"ignore_index={self.ignore_index!r}: must be an int, got {got}")
         check_choice("reduction", self.reduction, REDUCTIONS)
         check_choice("backend", self.backend, BACKENDS)
 
@@ -181,28 +168,24 @@ class DistillLoss(nn.Module):
         _check_logits("student_logits", student)
         if student.ndim == 0 or student.shape[-1] == 0:
             raise ValueError(
-                f"student_logits has shape {tuple(student.shape)}: must be (..., K) with K ≥ 1 classes, last"
+                f"student_logits has shape {tuple(student.shape)}: must be (..., K) with K ≥ 1, classes last"
             )
-        positions, classes = student.shape[:-1], student.shape[-1]
+        classes = student.shape[-1]
         check_target(target, classes, self.ignore_index)
-        if target.is_floating_point() and self.ignore_index >= 0:
-            raise ValueError(
-                f"ignore_index={self.ignore_index}: must be < 0 (off) with probability targets, which have no label"
-            )
-        wanted = student.shape if target.is_floating_point() else positions
-        if target.shape != wanted:
-            raise ValueError(
-                f"target has shape {tuple(target.shape)}: must be {tuple(wanted)} for student_logits {tuple(student.shape)}"
-            )
-        _check_constant("target", target, student)
+        soft = target.is_floating_point()
+        if soft and self.ignore_index >= 0:
+            raise ValueError(f"ignore_index={self.ignore_index}: must be < 0 (off) with probabilities as target")
+        _check_fits("target", target, student, student.shape if soft else student.shape[:-1])
         if self.class_weight is not None:
-            if len(self.class_weight) != classes:
-                raise ValueError(
-                    f"class_weight has {len(self.class_weight)} weights: must have one for each of {classes} classes"
-                )
-            _check_constant("class_weight", self.class_weight, student)
+            _check_fits("class_weight", self.class_weight, student, student.shape[-1:])
         if self.kd_weight > 0:
-            _check_teacher(student, teacher)
+            if teacher is None:
+                raise ValueError(
+                    f"teacher_logits=None: must be given with kd_weight={self.kd_weight} (0 needs no teacher)"
+                )
+            _check_logits("teacher_logits", teacher)
+            _check_fits("teacher_logits", teacher, student, student.shape)
+            _warn_of_probabilities(teacher)
 
 
 def distill_loss(
@@ -237,6 +220,14 @@ def distill_loss(
     return loss(student_logits, teacher_logits, target)
 
 
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def _not_negative(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
 def _check_logits(name: str, logits: object) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name}={logits!r}: must be a tensor of logits, got {type(logits).__name__}")
@@ -244,13 +235,14 @@ def _check_logits(name: str, logits: object) -> None:
         raise TypeError(f"{name}.dtype={logits.dtype}: must be a real floating dtype")
 
 
-def _check_constant(name: str, tensor: Tensor, student: Tensor) -> None:
+def _check_fits(name: str, tensor: Tensor, student: Tensor, shape: torch.Size) -> None:
+    if tensor.shape != shape:
+        logits = tuple(student.shape)
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {tuple(shape)} for student_logits {logits}")
     if tensor.device != student.device:
-        raise ValueError(f"{name} is on {tensor.device}: must be on the device of student_logits, {student.device}")
+        raise ValueError(f"{name} is on {tensor.device}: must be on {student.device}, the device of student_logits")
     if tensor.requires_grad:
-        raise ValueError(
-            f"{name}.requires_grad=True: must be False; compute it under torch.no_grad() or pass {name}.detach()"
-        )
+        raise ValueError(f"{name}.requires_grad=True: must be False; use torch.no_grad() or {name}.detach()")
 
 
 def _check_class_weight(weight: Tensor | None) -> None:
@@ -265,27 +257,15 @@ def _check_class_weight(weight: Tensor | None) -> None:
             raise ValueError(f"class_weight has {weight[bad][0].item():g}: must be finite and ≥ 0")
 
 
-def _check_teacher(student: Tensor, teacher: Tensor | None) -> None:
-    if teacher is None:
-        raise ValueError(
-            "teacher_logits=None: must be given where kd_weight > 0; use kd_weight=0 to train without a teacher"
-        )
-    _check_logits("teacher_logits", teacher)
-    if teacher.shape != student.shape:
-        raise ValueError(
-            f"teacher_logits has shape {tuple(teacher.shape)}: must be that of student_logits, {tuple(student.shape)}"
-        )
-    _check_constant("teacher_logits", teacher, student)
-    # A row of one class, or of none, cannot tell probabilities from logits. The first row is looked at first: it is cheap.
-    if teacher.shape[-1] > 1 and teacher.numel() > 0 and values_readable(teacher):
-        first = teacher[(0,) * (teacher.ndim - 1)]
-        if _looks_like_probabilities(first) and _looks_like_probabilities(teacher):
-            warnings.warn(
-                "teacher_logits look like probabilities (≥ 0, rows sum to 1): pass the logits, or probabilities.log()",
-                stacklevel=4,
-            )
+def _warn_of_probabilities(teacher: Tensor) -> None:
+    # One class cannot tell probabilities from logits. The first row alone settles nearly every case, at little cost.
+    if teacher.shape[-1] == 1 or teacher.numel() == 0 or not values_readable(teacher):
+        return
+    first = teacher[(0,) * (teacher.ndim - 1)]
+    if _are_probabilities(first) and _are_probabilities(teacher):
+        warnings.warn("teacher_logits look like probabilities: pass logits, or probabilities.log()", stacklevel=5)
 
 
-def _looks_like_probabilities(rows: Tensor) -> bool:
-    total = rows.sum(-1, dtype=reference.wide_dtype(rows))
-    return bool(((rows >= 0).all(-1) & ((total - 1).abs() <= row_sum_tolerance(rows.dtype))).all())
+def _are_probabilities(rows: Tensor) -> bool:
+    off = (rows.sum(-1, dtype=reference.wide_dtype(rows)) - 1).abs()
+    return bool((rows >= 0).all() & (off <= row_sum_tolerance(rows.dtype)).all())

@@ -1,7 +1,7 @@
 """The distillation loss in plain torch: the definition that every faster backend is held to.
 
-A backend is one function with the signature of ``terms`` below. Its inputs have been checked; it returns the value of each
-position, unreduced, because weights of positions and means belong to the caller.
+A backend is one function with the signature of ``terms`` below. Its inputs have been checked; it returns the value of
+each position, unreduced, because means belong to the caller. Only the first value has to carry a gradient.
 
 Shapes: ``(...)`` positions, ``K`` classes, always last.
 """

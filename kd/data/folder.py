@@ -1,0 +1,85 @@
+"""Folders of images with one folder per class, ImageNet among them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from kd.data.base import Data
+from kd.data.streams import Files, stream_data
+from kd.recipe import ConfigError, DataConfig
+
+READ = (".jpeg", ".jpg", ".png", ".webp")
+NOT_READ = (".avif", ".bmp", ".gif", ".heic", ".jp2", ".pgm", ".ppm", ".tif", ".tiff")
+
+
+def folder(config: DataConfig, seed: int) -> Data:
+    """The folder data.root, in one of these layouts.
+
+    ROOT/train/CLASS/* with ROOT/val/, ROOT/test/ or both: these splits; `assign` says what each is used for.
+    ROOT/CLASS/*: divided into train, val and test.
+    """
+    root = data_root(config)
+    given = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+    if given and "train" not in given:
+        raise ConfigError(f"data.root={root}: has {given[0]}/ but no train/")
+    classes = _classes(root / given[0] if given else root)
+    for name in given[1:]:
+        _check_same(root, name, classes)
+    sources = {name: scan(root, root / name, classes) for name in given} or {"train": scan(root, root, classes)}
+    return stream_data(config, seed, sources, classes, threads=16)
+
+
+def data_root(config: DataConfig) -> Path:
+    """data.root, which has to be a folder."""
+    if not config.root:
+        raise ConfigError(f"data.root is not set: give the folder that holds {config.name}, data.root=/path/to/it")
+    if not Path(config.root).is_dir():
+        raise ConfigError(f"data.root={config.root}: no such folder; give the one that holds {config.name}")
+    return Path(config.root)
+
+
+def _classes(path: Path) -> list[str]:
+    names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+    if len(names) < 2:
+        raise ConfigError(f"data.root: {path} holds {len(names)} class folders, needs at least 2")
+    return names
+
+
+def _check_same(root: Path, name: str, classes: list[str]) -> None:
+    found = _classes(root / name)
+    if found != classes:
+        missing, extra = sorted({*classes} - {*found})[:3], sorted({*found} - {*classes})[:3]
+        raise ConfigError(
+            f"data.root={root}: train/ and {name}/ have different classes, "
+            f"only in train/: {missing}, only in {name}/: {extra}"
+        )
+
+
+def scan(root: Path, split: Path, classes: list[str]) -> Files:
+    """All images of a split, at any depth below their class folders, sorted by path."""
+    paths, targets = [], []
+    for target, label in enumerate(classes):
+        found = sorted(_images(split / label))
+        if not found:
+            raise ConfigError(f"data.root: class folder {str(split / label)!r} holds no JPEG, PNG or WEBP image")
+        paths += [os.fsencode(os.path.relpath(path, root)) for path in found]
+        targets += [target] * len(found)
+    return Files(root, np.array(paths), np.array(targets))
+
+
+def _images(path: Path) -> Iterator[str]:
+    for parent, _, names in os.walk(path):
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith("."):  # macOS puts ._cat.jpg beside cat.jpg
+                continue
+            if suffix in NOT_READ:  # leaving it out in silence would change the data set
+                raise ConfigError(
+                    f"data.root: {os.path.join(parent, name)!r} is not JPEG, PNG or WEBP; convert or remove it"
+                )
+            if suffix in READ:
+                yield os.path.join(parent, name)

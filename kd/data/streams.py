@@ -1,0 +1,252 @@
+"""Large sets: images are decoded and augmented one at a time, by worker processes, as they are needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from kd.data.base import Batch, Data, ImageError, assign, digest
+from kd.data.randomness import global_rng, sample_keys
+from kd.recipe import ConfigError, DataConfig
+
+FORMATS = ("JPEG", "PNG", "WEBP")  # the fewer decoders a file can choose from, the fewer it can attack
+
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+class Source(Protocol):
+    """Images that are read when asked for."""
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Class of every image: (N,) int64."""
+        ...
+
+    def read(self, i: int) -> Image.Image:
+        """Image i, decoded, as 8-bit RGB; whatever it raises becomes an ImageError."""
+        ...
+
+    def name(self, i: int) -> str:
+        """Where image i is, for a message."""
+        ...
+
+    def identity(self, i: int) -> str:
+        """What of image i goes into the hash of the data."""
+        ...
+
+
+def decode(file: IO[bytes] | str) -> Image.Image:
+    """A JPEG, PNG or WEBP as RGB, treated as torchvision and timm do so that published accuracies hold.
+
+    Transparency is dropped, an animation gives its first frame, a rotation in EXIF is not applied. Unlike there,
+    16-bit grey levels are scaled to 8 bits instead of clipped at 255, which makes almost everything white.
+    """
+    with Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > (limit := Image.MAX_IMAGE_PIXELS or sys.maxsize):
+            raise ValueError(f"{image.width} x {image.height} is more than {limit} pixels")
+        if image.mode.startswith("I"):
+            return Image.fromarray((np.asarray(image).astype(np.int64) // 257).astype(np.uint8)).convert("RGB")
+        if "transparency" in image.info:  # Pillow warns where a palette with transparency goes straight to RGB
+            return image.convert("RGBA").convert("RGB")
+        return image.convert("RGB")
+
+
+def reason(error: Exception) -> str:
+    """Why an image could not be read, on one line and without its path."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read(source: Source, i: int) -> Image.Image | ImageError:
+    """Image i, or the error that names it: a file that cannot be read is never replaced by another."""
+    try:
+        return source.read(i)
+    except Exception as error:  # decoders raise whatever they like on files they did not expect
+        return ImageError(f"cannot read {source.name(i)!r}: {reason(error)}")
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files below a folder."""
+
+    root: Path
+    paths: np.ndarray  # relative to root; bytes, which all workers share: reading a list of str copies it to each
+    targets: np.ndarray
+
+    def read(self, i: int) -> Image.Image:
+        """Image i."""
+        return decode(self.name(i))
+
+    def name(self, i: int) -> str:
+        """Its path."""
+        return os.path.join(self.root, os.fsdecode(self.paths[i].item()))
+
+    def identity(self, i: int) -> str:
+        """Its relative path and size, which do not change when the folder is moved."""
+        return f"{os.fsdecode(self.paths[i].item())} {os.path.getsize(self.name(i))}"
+
+
+@dataclass(frozen=True)
+class _View:
+    """One split, under one transform, in one epoch: what the workers see."""
+
+    split: StreamSplit
+    epoch: int | None
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor, int] | ImageError:
+        split = self.split
+        image = read(split.source, int(split.indices[index]))
+        if isinstance(image, ImageError):
+            return image
+        if self.epoch is None:
+            return index, split.evaluation(image), int(split.targets[index])
+        # transforms draw from all three global generators; with workers=0 those are the training process's own
+        with global_rng(int(sample_keys(split.seed, self.epoch, torch.tensor(index)))):
+            return index, split.augmentation(image), int(split.targets[index])
+
+
+def _collate(samples: list[Any]) -> Batch | ImageError:
+    """A batch, or the first error in it: raised here, in a worker, it would arrive inside a traceback of many lines."""
+    for sample in samples:
+        if isinstance(sample, ImageError):
+            return sample
+    index, images, targets = zip(*samples, strict=True)
+    return Batch(torch.tensor(index), torch.stack(images), torch.tensor(targets))
+
+
+@dataclass(frozen=True)
+class StreamSplit:
+    """Some images of a source; see `kd.data.base.Split`."""
+
+    source: Source
+    indices: np.ndarray  # (N,) position in the source
+    targets: Tensor  # (N,) int64, on the CPU
+    augmentation: Transform
+    evaluation: Transform
+    seed: int
+    workers: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def to(self, device: torch.device | str) -> StreamSplit:
+        """The same split with its batches on `device`."""
+        return replace(self, device=torch.device(device))
+
+    def batches(self, plan: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
+        """One batch for every index tensor of `plan`."""
+        loader = DataLoader(
+            _View(self, epoch),  # type: ignore[arg-type]
+            batch_sampler=(index.tolist() for index in plan),  # type: ignore[arg-type]
+            num_workers=min(self.workers, len(plan)),
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # without one, iter(loader) draws from the global generator
+        )
+        for batch in loader:
+            if isinstance(batch, ImageError):
+                raise batch
+            index, images, targets = batch
+            yield Batch(index, images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
+
+
+def transforms(config: DataConfig) -> tuple[Transform, Transform]:
+    """timm's transforms for training and for evaluation, with the statistics of ImageNet and bilinear resizing."""
+    from timm.data.transforms_factory import create_transform
+
+    size = (3, config.image_size, config.image_size)
+    try:
+        augmentation: Any = create_transform(
+            size,
+            is_training=True,
+            scale=(config.crop_scale, 1.0),
+            hflip=config.hflip,
+            color_jitter=config.color_jitter,
+            auto_augment=config.auto_augment or None,
+            re_prob=config.random_erase,
+            re_mode="pixel",
+            interpolation="bilinear",
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"data.auto_augment={config.auto_augment}: timm has no such policy; try rand-m9-mstd0.5, original or empty"
+        ) from error
+    evaluation: Any = create_transform(size, crop_pct=config.crop_pct, interpolation="bilinear")
+    return augmentation, evaluation
+
+
+def check_settings(config: DataConfig) -> None:
+    """Refuse settings that would do nothing."""
+    for name in ("shift", "noise"):
+        if value := getattr(config, name):
+            raise ConfigError(f"data.{name}={value}: only for small sets, {config.name} is streamed; must be 0")
+
+
+def _problem(job: tuple[Source, int]) -> ImageError | None:
+    image = read(*job)
+    return image if isinstance(image, ImageError) else None
+
+
+def verify(splits: Iterable[StreamSplit], threads: int) -> None:
+    """Decode every image once; one ImageError for all that cannot be read."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    jobs = [(split.source, int(i)) for split in splits for i in split.indices]
+    console, bad, todo = Console(stderr=True), [], iter(jobs)
+    with Progress(console=console, disable=not sys.stderr.isatty()) as bar, ThreadPoolExecutor(threads) as pool:
+        task = bar.add_task("decoding every image", total=len(jobs))
+        while chunk := list(islice(todo, 1024)):  # all at once would hold a future, and an image, for each
+            bad += filter(None, pool.map(_problem, chunk))
+            bar.advance(task, len(chunk))
+    if bad:
+        others = f" (and {len(bad) - 1} other files cannot be read)" if len(bad) > 1 else ""
+        raise ImageError(f"{bad[0]}{others}")
+
+
+def stream_data(
+    config: DataConfig, seed: int, given: Mapping[str, Source], class_names: list[str], threads: int
+) -> Data:
+    """Data from the splits that a set comes with (see `assign`); `threads` may read a source at once."""
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    check_settings(config)
+    parts = assign(config, {name: source.targets for name, source in given.items()}, class_names)
+    shared = *transforms(config), seed, config.workers, torch.device("cpu")
+    splits = {
+        name: StreamSplit(given[part], index, torch.from_numpy(given[part].targets[index]), *shared)
+        for name, (part, index) in parts.items()
+    }
+    if config.verify:
+        verify(splits.values(), threads)
+    lines = [
+        f"{name} {split.source.identity(int(i))} {split.source.targets[i]}\n".encode(errors="surrogateescape")
+        for name, split in splits.items()
+        for i in split.indices
+    ]
+    return Data(
+        name=config.name,
+        **splits,
+        class_names=class_names,
+        input_shape=(3, config.image_size, config.image_size),
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        hash=digest(lines),
+    )

@@ -1,0 +1,198 @@
+"""Every bad input of DistillLoss gets one line that names the argument, what it was, and what is allowed."""
+
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kd import DistillLoss, distill_loss
+
+S = torch.linspace(-2, 2, 12).reshape(4, 3)
+T = S.flip(0)
+Y = torch.tensor([0, 1, 2, 0])
+P = torch.tensor([[0.5, 0.5, 0.0]] * 4)
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize("name", ["temperature", "student_temperature", "kd_weight", "ce_weight", "label_smoothing"])
+@pytest.mark.parametrize("value", [-1.0, NAN, INF, -INF, "0.5", True, 1j, torch.tensor(0.5), [1]], ids=repr)
+def test_numbers_out_of_range_or_no_numbers(name, value):
+    error = ValueError if isinstance(value, float) else TypeError
+    with pytest.raises(error, match=rf"^{name}=.*: must be .*number") as caught:
+        DistillLoss(**{name: value})
+    assert repr(value) in str(caught.value)
+    with pytest.raises(error, match=rf"^{name}="):
+        distill_loss(S, T, Y, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"temperature": 0}, ValueError, r"temperature=0: must be a finite number > 0"),
+        ({"temperature": None}, TypeError, r"temperature=None: .* got NoneType"),
+        ({"student_temperature": 0.0}, ValueError, r"student_temperature=0.0: must be None or a finite number > 0"),
+        ({"label_smoothing": 1.0}, ValueError, r"label_smoothing=1.0: must be a number ≥ 0 and < 1"),
+        ({"label_smoothing": None}, TypeError, r"label_smoothing=None: "),
+        ({"kd_weight": None}, TypeError, r"kd_weight=None: "),
+        ({"smoothing": "Uniform"}, ValueError, r"smoothing='Uniform': must be one of uniform, others"),
+        ({"smoothing": 1}, TypeError, r"smoothing=1: must be one of uniform, others, got int"),
+        ({"reduction": "batchmean"}, ValueError, r"reduction='batchmean': must be one of mean, sum, none"),
+        ({"reduction": None}, TypeError, r"reduction=None: must be one of mean, sum, none"),
+        ({"backend": "cuda"}, ValueError, r"backend='cuda': must be one of auto, reference"),
+        ({"ignore_index": 1.0}, TypeError, r"ignore_index=1.0: must be an int, got float"),
+        ({"ignore_index": True}, TypeError, r"ignore_index=True: must be an int, got bool"),
+        ({"class_weight": [1.0, 1.0, 1.0]}, TypeError, r"class_weight is list: must be None or a floating tensor"),
+        ({"class_weight": torch.ones(3, dtype=torch.int64)}, TypeError, r"class_weight is torch.int64 of shape \(3,\)"),
+        ({"class_weight": torch.ones(1, 3)}, TypeError, r"class_weight is .* shape \(1, 3\): .* shape \(K,\)"),
+        ({"class_weight": torch.tensor([1.0, -2.0, 1.0])}, ValueError, r"class_weight has -2: must be finite and ≥ 0"),
+        ({"class_weight": torch.tensor([1.0, NAN, 1.0])}, ValueError, r"class_weight has nan: must be finite and ≥ 0"),
+        ({"class_weight": torch.tensor([1.0, INF, 1.0])}, ValueError, r"class_weight has inf: must be finite and ≥ 0"),
+    ],
+)
+def test_settings(settings, error, message):
+    with pytest.raises(error, match=message):
+        DistillLoss(**settings)
+    with pytest.raises(error, match=message):
+        distill_loss(S, T, Y, **settings)
+
+
+META = {"device": "meta"}
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "target", "settings", "error", "message"),
+    [
+        # labels
+        (S, T, Y - 1, {}, ValueError, r"target has label -1: must be 0\.\.2 or ignore_index=-100"),
+        (S, T, Y + 1, {}, ValueError, r"target has label 3: must be 0\.\.2 or ignore_index=-100"),
+        (S, T, Y - 100, {"ignore_index": -99}, ValueError, r"target has label -100: .* ignore_index=-99"),
+        (
+            S,
+            T,
+            Y.float(),
+            {},
+            ValueError,
+            r"target of torch.float32 with shape \(4,\): .*\(\.\.\., 3\).*target.long\(\)",
+        ),
+        (S, T, Y.bool(), {}, TypeError, r"target.dtype=torch.bool: must be int64"),
+        (S, T, Y.int(), {}, TypeError, r"target.dtype=torch.int32: must be int64 .*target.long\(\)"),
+        (S, T, Y.to(torch.uint8), {}, TypeError, r"target.dtype=torch.uint8: must be int64"),
+        (S, T, Y.to(torch.complex64), {}, TypeError, r"target.dtype=torch.complex64: must be int64"),
+        (S, T, Y[:3], {}, ValueError, r"target has shape \(3,\): must be \(4,\) for student_logits \(4, 3\)"),
+        (S, T, Y[:1], {}, ValueError, r"target has shape \(1,\): must be \(4,\)"),
+        (S, T, Y[:, None], {}, ValueError, r"target has shape \(4, 1\): must be \(4,\)"),
+        (S, T, Y[0], {}, ValueError, r"target has shape \(\): must be \(4,\)"),
+        (S, T, F.one_hot(Y, 3), {}, ValueError, r"target has shape \(4, 3\): must be \(4,\)"),
+        (S, T, Y.to("meta"), {}, ValueError, r"target is on meta: must be on cpu"),
+        (S, T, Y.tolist(), {}, TypeError, r"target=\[0, 1, 2, 0\]: must be a tensor, got list"),
+        (S, T, None, {}, TypeError, r"target=None: must be a tensor, got NoneType"),
+        # probabilities as target
+        (S, T, P - 0.1, {}, ValueError, r"target has probability -0.1: must be ≥ 0"),
+        (S, T, P * NAN, {}, ValueError, r"target has probability nan: must be ≥ 0"),
+        (S, T, P * 2, {}, ValueError, r"target has a row that sums to 2: probabilities must sum to 1"),
+        (S, T, P * 0, {}, ValueError, r"target has a row that sums to 0: "),
+        (S, T, P * INF, {}, ValueError, r"target has probability nan"),
+        (S, T, (P * 0.9).bfloat16(), {}, ValueError, r"target has a row that sums to 0.9"),
+        (S, T, P * 0.999, {}, ValueError, r"target has a row that sums to 0.999"),
+        (S, T, P[:, :2], {}, ValueError, r"shape \(4, 2\): floating targets are probabilities of shape \(\.\.\., 3\)"),
+        (S, T, P[:1], {}, ValueError, r"target has shape \(1, 3\): must be \(4, 3\)"),
+        (S, T, P, {"ignore_index": 1}, ValueError, r"ignore_index=1: must be < 0 \(off\) with probabilities"),
+        (S, T, P.clone().requires_grad_(), {}, ValueError, r"target.requires_grad=True: .*target.detach\(\)"),
+        # class weights
+        (S, T, Y, {"class_weight": torch.ones(2)}, ValueError, r"class_weight has shape \(2,\): must be \(3,\)"),
+        (S, T, Y, {"class_weight": torch.ones(1)}, ValueError, r"class_weight has shape \(1,\): must be \(3,\)"),
+        (S, T, Y, {"class_weight": torch.ones(3, **META)}, ValueError, r"class_weight is on meta: must be on cpu"),
+        (
+            S,
+            T,
+            Y,
+            {"class_weight": torch.ones(3, requires_grad=True)},
+            ValueError,
+            r"class_weight.requires_grad=True: must be False",
+        ),
+        # teacher
+        (S, None, Y, {}, ValueError, r"teacher_logits=None: must be given with kd_weight=0.9"),
+        (S, T.tolist(), Y, {}, TypeError, r"teacher_logits=.* must be a tensor of logits, got list"),
+        (S, T.long(), Y, {}, TypeError, r"teacher_logits.dtype=torch.int64: must be a real floating dtype"),
+        (S, T[:, :1], Y, {}, ValueError, r"teacher_logits has shape \(4, 1\): must be \(4, 3\)"),
+        (S, T[:1], Y, {}, ValueError, r"teacher_logits has shape \(1, 3\): must be \(4, 3\)"),
+        (S[:, :1], T[:1], Y * 0, {}, ValueError, r"teacher_logits has shape \(1, 3\): must be \(4, 1\)"),
+        (S, T[:, :2], Y, {}, ValueError, r"teacher_logits has shape \(4, 2\): must be \(4, 3\)"),
+        (S, T[None], Y, {}, ValueError, r"teacher_logits has shape \(1, 4, 3\): must be \(4, 3\)"),
+        (S, T.to("meta"), Y, {}, ValueError, r"teacher_logits is on meta: must be on cpu"),
+        (
+            S,
+            T.clone().requires_grad_(),
+            Y,
+            {},
+            ValueError,
+            r"teacher_logits.requires_grad=True: .*torch.no_grad\(\) or teacher_logits.detach\(\)",
+        ),
+        # student
+        (S.long(), T, Y, {}, TypeError, r"student_logits.dtype=torch.int64: must be a real floating dtype"),
+        (S.to(torch.complex64), T, Y, {}, TypeError, r"student_logits.dtype=torch.complex64"),
+        (S.tolist(), T, Y, {}, TypeError, r"student_logits=.* got list"),
+        (S[:, :0], T[:, :0], Y, {}, ValueError, r"student_logits has shape \(4, 0\): .* K ≥ 1"),
+        (S[0, 0], T[0, 0], Y[0], {}, ValueError, r"student_logits has shape \(\): "),
+    ],
+)
+def test_tensors(student, teacher, target, settings, error, message):
+    with pytest.raises(error, match=message) as caught:
+        distill_loss(student, teacher, target, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_teacher_its_logits_are_not_looked_at():
+    expected = distill_loss(S, None, Y, kd_weight=0, ce_weight=1)
+    for anything in (T[:1], T.to("meta"), T.clone().requires_grad_(), T.softmax(-1), "no tensor"):
+        assert torch.equal(distill_loss(S, anything, Y, kd_weight=0, ce_weight=1), expected)
+    torch.testing.assert_close(expected, F.cross_entropy(S, Y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rounded_probabilities_are_probabilities(dtype):
+    """Mixup in half precision: the rows sum to 1 only as far as the dtype allows."""
+    logits = torch.randn(100, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    target = (logits.softmax(-1).to(dtype) * 0.3 + F.one_hot(torch.arange(100), 1000).to(dtype) * 0.7).to(dtype)
+    ours = distill_loss(logits, None, target, kd_weight=0, ce_weight=1)
+    torch.testing.assert_close(ours, F.cross_entropy(logits, target.double()), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_teacher_of_probabilities_warns_once_a_call(dtype):
+    probabilities = T.double().softmax(-1).to(dtype)
+    for _ in range(2):
+        with pytest.warns(
+            UserWarning, match=r"teacher_logits look like probabilities: .*probabilities\.log\(\)"
+        ) as seen:
+            distill_loss(S, probabilities, Y)
+        assert len(seen) == 1
+    with pytest.warns(UserWarning, match=r"teacher_logits look like probabilities"):
+        distill_loss(S.reshape(2, 2, 3), probabilities.reshape(2, 2, 3), Y.reshape(2, 2))
+
+
+def test_logits_do_not_warn():
+    one_row = T.clone()
+    one_row[0] = T[0].softmax(-1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for teacher in (T, T.log_softmax(-1), torch.zeros_like(T), one_row, T * NAN):
+            distill_loss(S, teacher, Y)
+        distill_loss(S[:, :1], torch.ones(4, 1), Y * 0)  # one class: 1.0 is as good a logit as any
+        distill_loss(S[:0], T[:0], Y[:0])
+
+
+def test_checks_of_values_are_left_out_where_values_cannot_be_read():
+    compiled = torch.compile(distill_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(S, T.softmax(-1), Y), distill_loss(S, T.softmax(-1).log().exp() + 7, Y))
+    assert torch.func.vmap(distill_loss)(S, T.softmax(-1), Y).shape == (4,)
+    assert distill_loss(S.to("meta"), T.to("meta"), Y.to("meta")).is_meta
+    with pytest.raises(ValueError, match=r"teacher_logits has shape"):
+        torch.func.vmap(distill_loss)(S, T[:, :2], Y)  # shapes are still checked
+
+
+def test_no_gradient_reaches_the_teacher_under_torch_func():
+    with pytest.raises(ValueError, match=r"teacher_logits.requires_grad=True"):
+        torch.func.grad(distill_loss, argnums=(0, 1))(S, T, Y)

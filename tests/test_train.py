@@ -1,0 +1,303 @@
+"""The main job, as a user runs it: three stages, one result, resumed, repeated, evaluated, on one and two processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from sklearn.metrics import accuracy_score, log_loss
+
+import kd.networks
+from kd import evaluate
+from kd.recipe import PACKAGE
+
+SMOKE = ("recipe=smoke", "output=runs", "run=one")
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One smoke run in a process of its own; its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("smoke")
+    done = command(folder, *SMOKE)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def command(folder, *arguments, program=("-m", "kd.train"), **options):
+    return subprocess.run(
+        [sys.executable, *program, *arguments], cwd=folder, capture_output=True, text=True, check=False, **options
+    )
+
+
+def test_the_last_line_is_the_path_of_the_result(finished):
+    folder, done = finished
+    assert done.stdout.splitlines()[-1] == "runs/smoke/one/result.json"
+    assert (folder / "runs/smoke/one/result.json").is_file()
+    assert "distillation" in done.stdout.splitlines()[-2]
+    assert "Traceback" not in done.stderr
+
+
+def test_the_result_has_every_figure_and_where_it_came_from(finished):
+    result = json.loads((finished[0] / "runs/smoke/one/result.json").read_text())
+    for name in ("teacher", "student", "control"):
+        for weights in ("last", "selected"):
+            for split in ("val", "test"):
+                figures = result[name][weights][split]
+                own = {"agreement", "kl_to_teacher"} if name == "student" else set()
+                assert set(figures) == {"top1", "top5", "nll", "ece", "brier"} | own
+                assert 0 <= figures["top1"] <= figures["top5"] <= 1
+    assert result["student"]["parameters"] == result["control"]["parameters"] < result["teacher"]["parameters"]
+    made = result["provenance"]
+    assert {"git_sha", "git_dirty", "versions", "hardware", "seconds", "seed", "data_hash", "recipe_hash"} <= set(made)
+    assert made["versions"]["torch"] == torch.__version__.partition("+")[0] or made["versions"]["torch"]
+    assert made["seconds"] > 0
+
+
+def test_the_weights_load_in_timm_and_give_the_figures_of_the_result(finished):
+    """Scored again by timm, scikit-learn and the raw data set: nothing of kd but the networks' names."""
+    from kd.data import load_data
+    from kd.recipe import DataConfig
+
+    run = finished[0] / "runs/smoke/one"
+    result = json.loads((run / "result.json").read_text())
+    data = load_data(DataConfig(image_size=8, shift=1), seed=123)
+    batch = next(iter(data.test.batches([torch.arange(len(data.test))], epoch=None)))
+    for name in ("student", "control"):
+        for weights in ("last", "selected"):
+            path = run / name / f"{weights}.safetensors"
+            net = timm.create_model(
+                "mlp_tiny", num_classes=10, in_chans=1, img_size=8, checkpoint_path=str(path)
+            ).eval()
+            with torch.no_grad():
+                logits = net(batch.images)
+            figures = result[name][weights]["test"]
+            assert figures["top1"] == pytest.approx(accuracy_score(batch.targets, logits.argmax(-1)))
+            assert figures["nll"] == pytest.approx(log_loss(batch.targets, logits.double().softmax(-1)), rel=1e-5)
+    difference = result["student"]["last"]["test"]["top1"] - result["control"]["last"]["test"]["top1"]
+    assert result["difference"]["last"]["test"]["top1"] == pytest.approx(difference)
+
+
+def test_the_weights_say_what_they_are(finished):
+    result = json.loads((finished[0] / "runs/smoke/one/result.json").read_text())
+    with safe_open(finished[0] / result["teacher"]["weights"], framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["model"] == "mlp_wide"
+    assert (metadata["num_classes"], metadata["label_smoothing"], metadata["smoothing"]) == ("10", "0.0", "uniform")
+
+
+def test_metrics_has_a_line_for_each_update_and_epoch(finished):
+    lines = [json.loads(x) for x in (finished[0] / "runs/smoke/one/metrics.jsonl").read_text().splitlines()]
+    for stage in ("student", "control"):
+        own = [line for line in lines if line["stage"] == stage]
+        assert [line["update"] for line in own] == [1, 2, 3, 4, 5, 5]
+        assert "val_top1" in own[-1]
+    keys = {"ce", "kd", "grad_ratio", "student_entropy", "teacher_entropy", "agreement", "lr", "images_per_second"}
+    assert keys <= set(lines[0])
+
+
+def test_evaluate_recomputes_the_result(finished, capsys, monkeypatch):
+    folder = finished[0]
+    done = command(folder, "run=runs/smoke/one", program=("-m", "kd.evaluate"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("largest difference to result.json:")
+
+
+def test_evaluate_finds_weights_that_are_not_the_results(finished, tmp_path):
+    import shutil
+
+    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    run = tmp_path / "runs/smoke/one"
+    shutil.copy(run / "control/last.safetensors", run / "student/last.safetensors")
+    done = command(tmp_path, "run=runs/smoke/one", program=("-m", "kd.evaluate"))
+    assert done.returncode == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run=nowhere"], "run=nowhere: holds no recipe.yaml"),
+        (["runs/x"], "runs/x: type run=DIR"),
+        (["run=a", "seed=1"], "run=a seed=1: type run=DIR"),
+    ],
+)
+def test_evaluate_says_what_it_needs(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        evaluate.main(arguments)
+
+
+def test_the_same_command_again_only_prints(finished, kd_train, tmp_path):
+    import shutil
+
+    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    before = files(tmp_path)
+    done = kd_train(*SMOKE)
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1] == "runs/smoke/one/result.json"
+    assert "epoch" not in done.out
+    assert files(tmp_path) == before
+
+
+def test_finished_stages_are_skipped_and_the_teacher_is_shared(finished, kd_train, tmp_path):
+    import shutil
+
+    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    run = tmp_path / "runs/smoke/one"
+    shutil.rmtree(run / "control")
+    old = (run / "result.json").read_bytes()
+    (run / "result.json").unlink()
+    done = kd_train(*SMOKE)
+    assert done.code == 0, done.err
+    assert "teacher  found in" in done.out
+    assert "student  epoch" not in done.out
+    assert "control  epoch" in done.out
+    again, first = json.loads((run / "result.json").read_bytes()), json.loads(old)
+    assert {k: again[k]["last"] for k in ("teacher", "student", "control")} == {
+        k: first[k]["last"] for k in ("teacher", "student", "control")
+    }
+    other = kd_train("recipe=smoke", "output=runs", "loss.temperature=2")
+    assert "teacher  found in" in other.out
+    assert len(list((tmp_path / "runs/teachers").iterdir())) == 1
+
+
+def test_a_run_folder_with_another_recipe_is_refused_and_kept(finished, kd_train, tmp_path):
+    import shutil
+
+    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    before = files(tmp_path)
+    done = kd_train(*SMOKE, "loss.temperature=2")
+    assert done.code == 2
+    assert "run=one holds another recipe (loss.temperature=4.0, now 2.0; 1 differences)" in done.err
+    assert files(tmp_path) == before
+    done = kd_train(*SMOKE, "loss.temperature=2", "resume=false")
+    assert done.code == 0, done.err
+    assert files(tmp_path / "runs/smoke/one.old-1") == files(finished[0] / "runs/smoke/one")
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(kd_train, tmp_path):
+    done = kd_train("recipe=smoke", "dry_run=true")
+    assert done.code == 0, done.err
+    for word in ("teacher", "student", "control", "mlp_wide", "mlp_tiny", "seconds/update", "GiB", "would write"):
+        assert word in done.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_no_better_than_chance_stops_the_run(kd_train, tmp_path):
+    done = kd_train(*SMOKE, "optimizer.lr=1e-9")
+    assert done.code == 2
+    assert "is no better than chance" in done.err
+    assert "teacher  validation top-1" in done.out
+    assert not (tmp_path / "runs/smoke/one/student").exists()
+
+
+def test_a_teacher_of_ones_own_is_used_as_it_is(finished, kd_train, tmp_path):
+    result = json.loads((finished[0] / "runs/smoke/one/result.json").read_text())
+    path = finished[0] / result["teacher"]["weights"]
+    done = kd_train(*SMOKE, f"teacher.checkpoint={path}", "control=false")
+    assert done.code == 0, done.err
+    mine = json.loads((tmp_path / "runs/smoke/one/result.json").read_text())
+    assert mine["teacher"]["last"] == mine["teacher"]["selected"] == result["teacher"]["last"]
+    assert mine["student"]["last"] == result["student"]["last"]
+    assert "control" not in mine
+    assert "nothing says whether distillation helped" in done.out
+
+
+def test_a_head_that_does_not_fit_is_refused(finished, kd_train, tmp_path):
+    from safetensors.torch import save_file
+
+    net = timm.create_model("mlp_wide", num_classes=7, in_chans=1, img_size=8)
+    save_file(net.state_dict(), tmp_path / "seven.safetensors")
+    done = kd_train(*SMOKE, "teacher.checkpoint=seven.safetensors")
+    assert done.code == 2
+    assert "teacher" in done.err
+    assert "7" in done.err
+    assert "10" in done.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_pretrained_without_a_network_says_how_to_give_a_checkpoint(tmp_path):
+    blocked = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
+    done = command(
+        tmp_path,
+        "recipe=resnet50_to_18",
+        "teacher.model=resnet50.tv_in1k",
+        "teacher.pretrained=true",
+        "teacher.finetune=true",
+        env=os.environ | blocked,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: teacher.model=resnet50.tv_in1k")
+    assert "teacher.checkpoint=" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stdout
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_end(finished, tmp_path):
+    """SIGINT to a real process in the middle of its student; the same command then finishes it."""
+    longer = (*SMOKE, "student.epochs=12")
+    whole = command(tmp_path, *longer, "output=whole")
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen([sys.executable, "-m", "kd.train", *longer], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "runs/smoke/one/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 8):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "run the same command to go on" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "runs/smoke/one/result.json").exists()
+    done = command(tmp_path, *longer)
+    assert done.returncode == 0, done.stderr
+    assert "teacher  found in" in done.stdout
+    for name in ("student", "control"):
+        weights = f"smoke/one/{name}/last.safetensors"
+        assert (tmp_path / "runs" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+@pytest.mark.parametrize("batch", [256, 255])
+def test_two_processes_end_with_the_parameters_of_one(tmp_path, batch):
+    """Five updates at the same global batch, even and uneven shares: equal to 2e-5, the rounding that Adam amplifies."""
+    size = f"train.batch_size={batch}"
+    one = command(tmp_path, *SMOKE, size, "output=one")
+    assert one.returncode == 0, one.stderr
+    two = command(
+        tmp_path, *SMOKE, size, "output=two", program=("-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "kd.train")
+    )
+    assert two.returncode == 0, two.stderr
+    result = [json.loads((tmp_path / d / "smoke/one/result.json").read_text()) for d in ("one", "two")]
+    assert result[1]["provenance"]["hardware"]["processes"] == 2
+    for name in ("student", "control"):
+        a, b = (load_file(tmp_path / d / f"smoke/one/{name}/last.safetensors") for d in ("one", "two"))
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=0, atol=2e-5)
+    assert two.stdout.count("student  epoch") == 1
+
+
+def test_tensorboard_gets_the_curves(kd_train, tmp_path):
+    done = kd_train(*SMOKE, "tracker=tensorboard", "control=false")
+    assert done.code == 0, done.err
+    assert list((tmp_path / "runs/smoke/one").rglob("events.out.tfevents.*"))
+
+
+def test_several_values_make_several_runs(kd_train, tmp_path):
+    done = kd_train("-m", "recipe=smoke", "output=runs", "seed=0,1", "control=false")
+    assert done.code == 0, done.err
+    assert len(list((tmp_path / "runs/smoke").iterdir())) == 2
+
+
+assert kd.networks  # registers mlp_tiny with timm
