@@ -203,7 +203,7 @@ def weights_metadata(path: str | Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path}: not a readable .safetensors file ({_first_line(error)})") from error
+        raise ConfigError(f"{path}: not a readable .safetensors file ({_brief(error)})") from error
 
 
 def _network(model: nn.Module | str, create_kwargs: dict[str, Any]) -> nn.Module:
@@ -228,7 +228,7 @@ def _did_you_mean(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 
-def _first_line(error: BaseException) -> str:
+def _brief(error: BaseException) -> str:
     return textwrap.shorten(str(error), 160) or type(error).__name__
 
 
@@ -314,7 +314,7 @@ def _read(path: Path, setting: str) -> dict[str, Tensor]:
     except Exception as error:  # the unpickler raises whatever the bytes of a broken file lead it to
         raise ConfigError(
             f"{setting}: not a file of weights, or one that holds code, which kd never runs; "
-            f"save the state_dict as .safetensors ({_first_line(error)})"
+            f"save the state_dict as .safetensors ({_brief(error)})"
         ) from error
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ConfigError(f"{setting}: holds no state_dict of tensors")
@@ -356,13 +356,11 @@ def _translated(setting: str, shape: tuple[int, ...], role: str) -> Generator[No
             "teacher": "without network, teacher.checkpoint=/path/to/weights.safetensors",
             "student": "without network, student.pretrained=false or student.model=local-dir:/path/to/a/folder",
         }[role]
-        wrong = f"{_first_line(error)}" if "local-dir:" in setting else f"cannot be fetched ({type(error).__name__})"
+        wrong = _brief(error) if "local-dir:" in setting else f"cannot be fetched ({type(error).__name__})"
         raise ConfigError(f"{setting}: {wrong}; {advice}") from error
     except (RuntimeError, TypeError, ValueError, AssertionError, LookupError) as error:
         vectors = "; mlp_tiny, mlp_small and mlp_wide take vectors" if len(shape) == 1 else ""
-        raise ConfigError(
-            f"{setting}: does not work for inputs of shape {shape} ({_first_line(error)}){vectors}"
-        ) from error
+        raise ConfigError(f"{setting}: does not work for inputs of shape {shape} ({_brief(error)}){vectors}") from error
 
 
 @contextmanager

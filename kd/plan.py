@@ -26,7 +26,7 @@ def print_plan(run: Run) -> None:
     console = run.journal.console
     sizes = " / ".join(str(len(split)) for split in (run.data.train, run.data.val, run.data.test))
     lines = [f"data     {run.data.name}: {sizes} train / val / test images, {run.data.num_classes} classes"]
-    table = Table("stage", "model", "parameters", "updates", "seconds/update", "estimate", "memory")
+    table = Table("stage", "model", "parameters", "updates", "s/update", "estimate", "memory")
     teacher = Teacher(network(run, "teacher")).to(run.accelerator.device)
     names = ["student", "control"] if run.recipe.control else ["student"]
     if not teacher_is_trained(run.recipe):

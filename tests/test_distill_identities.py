@@ -81,7 +81,7 @@ def test_gradient_of_smoothing(batch, eps):
     """p - (1-eps) onehot - eps/K."""
     s, _, y = batch
     k = s.shape[-1]
-    expected = s.softmax(-1).detach() - (1 - eps) * F.one_hot(y, k) - eps / k
+    expected = s.softmax(-1).detach() - (1 - eps) * F.one_hot(y, k).double() - eps / k
     close(gradient(ce(s, y, eps), s), expected, 1e-12)
 
 
@@ -90,7 +90,7 @@ def test_smoothed_optimum_has_a_finite_gap(eps, gap):
     """Stationary where z_y - z_k = log(1 + (1-eps) K / eps); K = 10."""
     exact = math.log(1 + (1 - eps) * 10 / eps)
     assert exact == pytest.approx(gap, abs=5e-3)
-    s = (exact * F.one_hot(torch.tensor([3]), 10)).double().requires_grad_()
+    s = (exact * F.one_hot(torch.tensor([3]), 10).double()).requires_grad_()
     assert gradient(ce(s, torch.tensor([3]), eps), s).abs().max() < 1e-15
 
 

@@ -94,7 +94,7 @@ META = {"device": "meta"}
         (S, T, P * 2, {}, ValueError, r"target has a row that sums to 2: probabilities must sum to 1"),
         (S, T, P * 0, {}, ValueError, r"target has a row that sums to 0: "),
         (S, T, P * INF, {}, ValueError, r"target has probability nan"),
-        (S, T, (P * 0.9).bfloat16(), {}, ValueError, r"target has a row that sums to 0.9"),
+        (S, T, (P * 0.9).bfloat16(), {}, ValueError, r"target has a row that sums to 0\.[89]"),
         (S, T, P * 0.999, {}, ValueError, r"target has a row that sums to 0.999"),
         (S, T, P[:, :2], {}, ValueError, r"shape \(4, 2\): floating targets are probabilities of shape \(\.\.\., 3\)"),
         (S, T, P[:1], {}, ValueError, r"target has shape \(1, 3\): must be \(4, 3\)"),

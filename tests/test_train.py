@@ -188,7 +188,7 @@ def test_a_run_folder_with_another_recipe_is_refused_and_kept(finished, kd_train
 def test_dry_run_prints_the_plan_and_writes_nothing(kd_train, tmp_path):
     done = kd_train("recipe=smoke", "dry_run=true")
     assert done.code == 0, done.err
-    for word in ("teacher", "student", "control", "mlp_wide", "mlp_tiny", "seconds/update", "GiB", "would write"):
+    for word in ("teacher", "student", "control", "mlp_wide", "mlp_tiny", "s/update", "GiB", "would write"):
         assert word in done.out
     assert not list(tmp_path.iterdir())
 

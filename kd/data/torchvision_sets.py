@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kd.data.base import Data
 from kd.data.folder import data_root
-from kd.data.streams import stream_data
+from kd.data.streams import reason, stream_data
 from kd.data.tensors import tensor_data
 from kd.recipe import ConfigError, DataConfig
 
@@ -100,10 +100,12 @@ def _open(config: DataConfig, arguments: dict[str, Any]) -> Any:
     try:
         return getattr(datasets, config.dataset)(config.root, download=config.download, **arguments)
     except ImportError as error:
-        raise ConfigError(f"data.dataset={config.dataset}: torchvision needs a package for it: {error}") from error
+        raise ConfigError(
+            f"data.dataset={config.dataset}: torchvision needs a package for it: {reason(error)}"
+        ) from error
     except (OSError, RuntimeError) as error:
         if config.download:
-            raise ConfigError(f"data.download=true: cannot download {config.dataset}: {error}") from error
+            raise ConfigError(f"data.download=true: cannot download {config.dataset}: {reason(error)}") from error
         raise ConfigError(
             f"data.root={config.root}: {config.dataset} is not there or not complete; "
             "give the folder that holds it, or data.download=true"

@@ -1,0 +1,65 @@
+"""The README is true: its code runs, its commands compose, its tree is the tree."""
+
+import re
+import shlex
+import tomllib
+
+import pytest
+
+from kd import cli
+from kd.recipe import PACKAGE
+
+README = (PACKAGE.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for language, block in BLOCKS
+    if language == "sh"
+    for line in block.splitlines()
+    if "kd.train" in line
+]
+
+
+def test_the_python_in_the_readme_runs():
+    code = [block for language, block in BLOCKS if language == "python"]
+    assert code
+    for block in code:
+        scope: dict = {}
+        exec(compile(block, "README.md", "exec"), scope)
+        assert scope["student"].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_training_command_in_the_readme_composes(command, kd_train):
+    words = shlex.split(command)
+    done = kd_train(*words[words.index("kd.train") + 1 :], *([] if "--help" in words else ["--cfg", "job"]))
+    assert done.code == 0, done.err
+
+
+def test_the_make_targets_and_the_main_command_are_the_readmes():
+    makefile = (PACKAGE.parent / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    assert "python -m kd.train recipe=resnet50_to_18" in makefile
+    ci = (PACKAGE.parent / ".ci/run").read_text().splitlines()
+    assert [line for line in ci if not line.startswith(("#", "set", "cd"))] == ["make test"]
+
+
+def test_the_tree_in_the_readme_is_the_tree():
+    tree = next(block for _, block in BLOCKS if block.startswith("kd/\n"))
+    named = set(re.findall(r"^  ([\w/.]+) ", tree, re.MULTILINE))
+    files = {path.name for path in (PACKAGE).glob("*.py")} - {"__init__.py"}
+    folders = {f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert named == files | folders
+
+
+def test_extras_named_in_the_readme_exist():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    for name, extra in re.findall(r"pip install '?([\w-]+)(?:\[(\w+)\])?", README):
+        assert name == project["name"]
+        assert not extra or extra in project["optional-dependencies"]
+
+
+def test_help_shows_every_setting_the_readme_uses():
+    used = set(re.findall(r"\b([a-z]+\.[a-z_]+)=", README)) - {"signature"}
+    assert used <= set(cli.settings())
