@@ -106,8 +106,8 @@ def typed(config: Any) -> Recipe:
         for key in node:
             if key not in known:
                 yield f"{prefix}{key}"
-            elif is_dataclass(known[key].default_factory):
-                yield from unknown(node[key], known[key].default_factory, f"{prefix}{key}.")
+            elif is_dataclass(section := known[key].default_factory):
+                yield from unknown(node[key], section, f"{prefix}{key}.")  # type: ignore[arg-type]
 
     for key in unknown(config, Recipe, ""):
         raise ConfigError(_no_such_setting(key))
@@ -149,7 +149,11 @@ def _wrong_type(key: str, value: str, cause: str) -> str:
     field = settings().get(key)
     if field is None:
         section = [name for name in settings() if name.startswith(f"{key}.")]
-        return f"{key}={value}: is a group of settings; type for example {section[0]}=..." if section else f"{key}: {cause}"
+        return (
+            f"{key}={value}: is a group of settings; type for example {section[0]}=..."
+            if section
+            else f"{key}: {cause}"
+        )
     kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
     kind = next((words for name, words in kinds.items() if str(field.type).startswith(name)), str(field.type))
     limits = allowed(field.metadata)

@@ -14,7 +14,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
@@ -152,7 +152,9 @@ class Trainer:
                 if stop_requested(self.accelerator):
                     self._interrupt()
         if self.accelerator.is_main_process:
-            save_weights(self.stage.folder / "last.safetensors", self._evaluated().model.state_dict(), self.stage.metadata)
+            save_weights(
+                self.stage.folder / "last.safetensors", self._evaluated().model.state_dict(), self.stage.metadata
+            )
             done = {"updates": self.updates, "seconds": self.progress.seconds, "selected": self.progress.selected}
             write_json(self.stage.folder / "stage.json", done)
             self.state_path.unlink(missing_ok=True)
@@ -208,7 +210,9 @@ class Trainer:
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 for name, value in self._forward_backward(batch, seed).items():
                     logged[name] = logged.get(name, 0) + value
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.train.clip_grad or math.inf)
+        norm = cast(
+            Tensor, self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.train.clip_grad or math.inf)
+        )
         self._check_finite(norm, logged)
         self.stepper.step()
         self.stepper.zero_grad()
@@ -246,13 +250,18 @@ class Trainer:
 
     def _log(self, epoch: int, logged: dict[str, Tensor], seconds: float) -> None:
         norm = logged.pop("grad_norm")
-        sums = self.accelerator.reduce(torch.stack([value.float() for value in logged.values()]), reduction="sum")
+        reduced = self.accelerator.reduce(torch.stack([value.float() for value in logged.values()]), reduction="sum")
+        sums = dict(zip(logged, reduced.tolist(), strict=True))
+        by_kd, by_ce = sums.pop("grad_kd", 0.0), sums.pop("grad_ce", 0.0)
         size = self.recipe.train.batch_size
-        values = {name: float(value) / size for name, value in zip(logged, sums, strict=True)}
-        if "grad_kd" in values:
-            kd, ce = values.pop("grad_kd"), values.pop("grad_ce")
-            values["grad_ratio"] = kd / ce if ce else None
-        values |= {"grad_norm": float(norm), "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": size / seconds}
+        values = {name: value / size for name, value in sums.items()}
+        if by_ce:
+            values["grad_ratio"] = by_kd / by_ce
+        values |= {
+            "grad_norm": float(norm),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": size / seconds,
+        }
         self.journal.write({"stage": self.stage.name, "update": self.progress.update, "epoch": epoch, **values})
 
     def _evaluated(self) -> Student:

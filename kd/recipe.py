@@ -86,7 +86,9 @@ class DataConfig(Checked):
     hflip: float = setting(0.0, "probability of a horizontal flip", ge=0, le=1)
     noise: float = setting(0.0, "standard deviation of added Gaussian noise, in units of normalised pixels", ge=0)
     crop_scale: float = setting(0.08, "smallest area of a random resized crop (streamed sets)", gt=0, le=1)
-    crop_pct: float = setting(0.875, "image_size over the size resized to before the centre crop (streamed)", gt=0, le=1)
+    crop_pct: float = setting(
+        0.875, "image_size over the size resized to before the centre crop (streamed)", gt=0, le=1
+    )
     color_jitter: float = setting(0.0, "strength of random colour changes (streamed sets)", ge=0)
     auto_augment: str = setting("", "timm policy such as rand-m9-mstd0.5 (streamed sets); empty for none")
     random_erase: float = setting(0.0, "probability of random erasing (streamed sets)", ge=0, le=1)
@@ -105,7 +107,9 @@ class TeacherConfig(Checked):
     model: str = setting("resnet50.tv_in1k", "timm model name, hf-hub:... or local-dir:...")
     pretrained: bool = setting(False, "start from timm's weights instead of training from nothing")
     checkpoint: str | None = setting(None, "path of weights of your own (.safetensors, or .pth read as tensors only)")
-    finetune: bool = setting(False, "train pretrained or checkpoint weights further; a head that does not fit is replaced")
+    finetune: bool = setting(
+        False, "train pretrained or checkpoint weights further; a head that does not fit is replaced"
+    )
     epochs: int = setting(10, "passes over the training images, where the teacher is trained here", ge=1)
     label_smoothing: float = setting(0.0, "smoothing mass of the teacher's own training targets", ge=0, lt=1)
     smoothing: str = setting("uniform", "convention of that mass", among=("uniform", "others"))
@@ -135,7 +139,9 @@ class LossConfig(Checked):
     kd_weight: float = setting(0.9, "weight of the distillation term", ge=0)
     ce_weight: float = setting(0.1, "weight of the cross entropy with the labels", ge=0)
     label_smoothing: float = setting(0.0, "smoothing mass of the student's and its control's labels", ge=0, lt=1)
-    smoothing: str = setting("uniform", "convention: eps/K on every class, or eps/(K-1) on the others", among=("uniform", "others"))
+    smoothing: str = setting(
+        "uniform", "convention: eps/K on every class, or eps/(K-1) on the others", among=("uniform", "others")
+    )
     backend: str = setting("auto", "which implementation computes it", among=("auto", "reference"))
 
     def __post_init__(self):
@@ -163,7 +169,9 @@ class SchedulerConfig(Checked):
 
     section: ClassVar[str] = "scheduler."
 
-    name: str = setting("cosine", "shape of the decay", among=("cosine", "step", "multistep", "poly", "tanh", "constant"))
+    name: str = setting(
+        "cosine", "shape of the decay", among=("cosine", "step", "multistep", "poly", "tanh", "constant")
+    )
     warmup_epochs: int = setting(0, "epochs of linear warm-up", ge=0)
     warmup_lr: float = setting(1e-6, "learning rate at the start of the warm-up", ge=0)
     min_lr: float = setting(0.0, "learning rate at the end", ge=0)
@@ -181,7 +189,9 @@ class TrainConfig(Checked):
     batch_size: int = setting(128, "images in one update, over all processes and accumulation steps", ge=1)
     accumulation: int = setting(1, "forward passes that make one update", ge=1)
     clip_grad: float = setting(0.0, "largest norm of the gradient; 0 for no clipping", ge=0)
-    ema_decay: float = setting(0.0, "decay of the averaged weights that are evaluated and saved; 0 for none", ge=0, lt=1)
+    ema_decay: float = setting(
+        0.0, "decay of the averaged weights that are evaluated and saved; 0 for none", ge=0, lt=1
+    )
     precision: str = setting("fp32", "autocast", among=("fp32", "bf16", "fp16"))
     compile: bool = setting(False, "torch.compile the models")
     channels_last: bool = setting(False, "keep images with their channels last in memory")
@@ -216,7 +226,7 @@ _NOT_DATA_IDENTITY = {"root", "download", "workers", "verify"}
 
 def identity(recipe: Recipe) -> dict[str, Any]:
     """The settings that decide what the run computes, as plain values."""
-    values = {k: v for k, v in asdict(recipe).items() if k not in _NOT_IDENTITY}
+    values: dict[str, Any] = {k: v for k, v in asdict(recipe).items() if k not in _NOT_IDENTITY}
     values["data"] = {k: v for k, v in values["data"].items() if k not in _NOT_DATA_IDENTITY}
     values["train"] = {k: v for k, v in values["train"].items() if k != "log_every"}
     return values

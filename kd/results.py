@@ -47,7 +47,10 @@ def score(run: Run, models: dict[str, dict[str, Teacher]]) -> dict[str, Any]:
     """Every network on validation and test, from the weights on disk. The test split is read here only."""
     splits = {"val": run.data.val, "test": run.data.test}
     logits = {
-        name: {w: {s: predict(model, splits[s], run.recipe.train.batch_size, run.accelerator) for s in SPLITS} for w, model in by_weights.items()}
+        name: {
+            w: {s: predict(model, splits[s], run.recipe.train.batch_size, run.accelerator) for s in SPLITS}
+            for w, model in by_weights.items()
+        }
         for name, by_weights in models.items()
     }
     targets = {s: split.targets for s, split in splits.items()}

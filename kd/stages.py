@@ -7,6 +7,7 @@ import importlib.util
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -71,12 +72,14 @@ def _check_environment(recipe: Recipe) -> None:
         raise ConfigError("train.precision=fp16: needs a GPU; bf16 and fp32 work on a CPU")
     if recipe.tracker != "none" and importlib.util.find_spec(recipe.tracker) is None:
         raise ConfigError(f"tracker={recipe.tracker}: not installed; pip install {recipe.tracker}")
-    if recipe.optimizer.name not in (known := list_optimizers()):
+    if recipe.optimizer.name not in (known := [str(name) for name in list_optimizers()]):
         near = difflib.get_close_matches(recipe.optimizer.name, known, n=3, cutoff=0.5) or known
         raise ConfigError(f"optimizer.name={recipe.optimizer.name}: timm has no such optimizer; {', '.join(near)} ...")
     checkpoint = recipe.teacher.checkpoint
     if checkpoint and not Path(checkpoint).is_file():
-        raise ConfigError(f"teacher.checkpoint={checkpoint}: no such file; give the path of a .safetensors or .pth file")
+        raise ConfigError(
+            f"teacher.checkpoint={checkpoint}: no such file; give the path of a .safetensors or .pth file"
+        )
 
 
 def _check_batch(recipe: Recipe, data: Data, processes: int) -> None:
@@ -152,11 +155,9 @@ def network(run: Run, role: str, weights: Path | None = None) -> nn.Module:
     if weights:
         return build(section.model, role=role, checkpoint=weights, model_kwargs=section.model_kwargs, **shape)
     torch.manual_seed(run.recipe.seed)  # the student and its control start from the same weights
-    if role == "student":
-        start = {"pretrained": section.pretrained, "finetune": True}
-    else:
-        teacher = run.recipe.teacher
-        start = {"pretrained": teacher.pretrained, "checkpoint": teacher.checkpoint, "finetune": teacher.finetune}
+    start: dict[str, Any] = {"pretrained": section.pretrained, "finetune": True}
+    if role == "teacher":
+        start |= {"checkpoint": run.recipe.teacher.checkpoint, "finetune": run.recipe.teacher.finetune}
     return build(section.model, role=role, model_kwargs=section.model_kwargs, **start, **shape)
 
 

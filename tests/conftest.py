@@ -11,7 +11,6 @@ from kd import cli
 Done = namedtuple("Done", "code out err")
 
 
-
 @pytest.fixture
 def kd_train(monkeypatch, capsys, tmp_path):
     """Call ``kd.train`` as the command line does, from an empty folder; returns exit code, stdout and stderr."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
@@ -182,7 +183,7 @@ def test_each_part_of_the_state_is_needed(tmp_path, monkeypatch, field):
     whole.fit()
     first = trainer(tmp_path / "cut", recipe(**options), dropout=0.2)
     fresh = {"model": first.stage.model.model, "optimizer": first.optimizer, "ema": first.ema.module}
-    start = {k: {n: v for n, v in _copy(m.state_dict()).items()} for k, m in fresh.items()} | {"update": 0}
+    start = {k: deepcopy(m.state_dict()) for k, m in fresh.items()} | {"update": 0}
     monkeypatch.setattr("kd.loop.stop_requested", lambda a: first.progress.update >= 7)
     with pytest.raises(signals.Interrupted):
         first.fit()
@@ -193,12 +194,6 @@ def test_each_part_of_the_state_is_needed(tmp_path, monkeypatch, field):
     second.fit()
     files = [tmp_path / d / "student" / "last.safetensors" for d in ("whole", "cut")]
     assert files[0].read_bytes() != files[1].read_bytes()
-
-
-def _copy(state):
-    from copy import deepcopy
-
-    return deepcopy(state)
 
 
 def test_averaged_weights_follow_their_formula_and_are_the_ones_saved(tmp_path):

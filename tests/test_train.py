@@ -16,7 +16,6 @@ from sklearn.metrics import accuracy_score, log_loss
 
 import kd.networks
 from kd import evaluate
-from kd.recipe import PACKAGE
 
 SMOKE = ("recipe=smoke", "output=runs", "run=one")
 
@@ -248,7 +247,9 @@ def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_end(finished, tmp_path):
     longer = (*SMOKE, "student.epochs=12")
     whole = command(tmp_path, *longer, "output=whole")
     assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen([sys.executable, "-m", "kd.train", *longer], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kd.train", *longer], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
     metrics = tmp_path / "runs/smoke/one/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") > 8):
@@ -270,12 +271,16 @@ def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_end(finished, tmp_path):
 
 @pytest.mark.parametrize("batch", [256, 255])
 def test_two_processes_end_with_the_parameters_of_one(tmp_path, batch):
-    """Five updates at the same global batch, even and uneven shares: equal to 2e-5, the rounding that Adam amplifies."""
+    """Five updates, same global batch, even and uneven shares: equal to 2e-5, rounding that Adam amplifies."""
     size = f"train.batch_size={batch}"
     one = command(tmp_path, *SMOKE, size, "output=one")
     assert one.returncode == 0, one.stderr
     two = command(
-        tmp_path, *SMOKE, size, "output=two", program=("-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "kd.train")
+        tmp_path,
+        *SMOKE,
+        size,
+        "output=two",
+        program=("-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "kd.train"),
     )
     assert two.returncode == 0, two.stderr
     result = [json.loads((tmp_path / d / "smoke/one/result.json").read_text()) for d in ("one", "two")]

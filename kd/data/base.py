@@ -109,12 +109,10 @@ def hold_out(
     rarest = (
         f"{advice}, the smallest, {class_names[int(counts.argmin())]!r}, has {counts.min()}; raise it or add images"
     )
-    if counts.min() < 2:
-        raise ConfigError(rarest)
     everything = np.arange(len(targets))
     try:
         kept, held = train_test_split(everything, test_size=share, stratify=targets, random_state=config.split_seed)
-    except ValueError as error:  # a part would have fewer places than there are classes
+    except ValueError as error:  # a single image of a class, or fewer places in a part than there are classes
         raise ConfigError(rarest) from error
     if len(np.unique(targets[kept])) < len(counts) or len(np.unique(targets[held])) < len(counts):
         raise ConfigError(rarest)

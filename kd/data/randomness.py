@@ -49,14 +49,18 @@ def bits(keys: Tensor, count: int) -> Tensor:
 
 def uniforms(keys: Tensor, count: int) -> Tensor:
     """Uniform in [0, 1), float32: (B,) -> (B, count)."""
-    return _shift(bits(keys, count), 40).float() / 2**24
+    return _unit(_shift(bits(keys, count), 40))
 
 
 def normals(keys: Tensor, count: int) -> Tensor:
     """Standard normal by Box and Muller, float32, within ±5.8: (B,) -> (B, count)."""
-    radius, angle = uniforms(keys, 2 * math.ceil(count / 2)).chunk(2, dim=1)
-    radius, angle = (-2 * torch.log1p(-radius)).sqrt(), 2 * math.pi * angle
+    pairs = bits(keys, math.ceil(count / 2))  # 64 bits are enough for both numbers of a pair, and hashing is the cost
+    radius, angle = (-2 * torch.log1p(-_unit(_shift(pairs, 40)))).sqrt(), 2 * math.pi * _unit(pairs & (2**24 - 1))
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x.float() / 2**24  # as many bits as a float32 has: 1 is never reached
 
 
 @contextmanager
