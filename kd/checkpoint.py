@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-SCHEMA = "1"
+SCHEMA = 1
+METADATA = "kd"  # the entry of a safetensors header that is ours
 _TENSOR, _ITEMS = "__tensor__", "__items__"
 
 
@@ -62,10 +62,12 @@ def read_json(path: Path) -> Any:
 def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a model's state dict as safetensors that ``timm.create_model(checkpoint_path=...)`` loads.
 
-    `metadata` (strings) travels in the header: what the network is and with which smoothing it was trained.
+    `metadata` travels in the header: what the network is and with which smoothing it was trained. It is one entry,
+    because safetensors writes several in random order, and equal weights should be equal files.
     """
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
-    write_atomically(path, lambda temporary: save_file(plain, temporary, {"format": "pt", **metadata}))
+    header = {METADATA: json.dumps(metadata, sort_keys=True)}
+    write_atomically(path, lambda temporary: save_file(plain, temporary, header))
 
 
 def _split(tree: Any, at: str, tensors: dict[str, Tensor]) -> Any:
@@ -96,21 +98,20 @@ def _join(tree: Any, tensors: dict[str, Tensor]) -> Any:
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write training state (nested dicts and lists of tensors and plain values) atomically."""
     tensors: dict[str, Tensor] = {}
-    skeleton = json.dumps(_split(state, "", tensors))
-    tensors = tensors or {"empty": torch.zeros(0)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, {"schema": SCHEMA, "state": skeleton}))
+    header = {METADATA: json.dumps({"schema": SCHEMA, "state": _split(state, "", tensors)})}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """Read what `save_state` wrote. Raises CheckpointError on a file that is not whole or not ours."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("schema") != SCHEMA:
-                raise CheckpointError(f"{path}: state of schema {metadata.get('schema')}, this kd reads {SCHEMA}")
+            header = json.loads((file.metadata() or {})[METADATA])
+            if header["schema"] != SCHEMA:
+                raise CheckpointError(f"{path}: state of schema {header['schema']}, this kd reads {SCHEMA}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return _join(json.loads(metadata["state"]), tensors)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        return _join(header["state"], tensors)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: not a whole training state ({error})") from error

@@ -30,7 +30,6 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
 def evaluate(folder: Path, overrides: list[str]) -> int:
     """Print the recomputed table and the largest difference; returns the exit code."""
     from omegaconf import OmegaConf
-    from rich.console import Console
 
     from kd import results, stages
     from kd.checkpoint import read_json
@@ -43,12 +42,13 @@ def evaluate(folder: Path, overrides: list[str]) -> int:
         OmegaConf.structured(Recipe), OmegaConf.load(folder / "recipe.yaml"), OmegaConf.from_dotlist(overrides)
     )
     recipe = cli.typed(config)
-    # The run may have been moved: its own place counts, not the one written in its recipe.
-    recipe.run, recipe.output = folder.name, str(folder.resolve().parent.parent)
-    run = stages.start(recipe)
+    recipe.tracker = "none"
+    recipe.output = str(folder.resolve().parents[1])  # where it is now, with its teachers, not where it was trained
+    run = stages.prepare(recipe)
+    run.folder = folder
     stored = read_json(folder / "result.json")
     scores = results.score(run, results.networks(run))
-    results.print_result({**stored, **{k: stored.get(k, {}) | v for k, v in scores.items()}}, Console())
+    results.print_result({**stored, **{k: stored.get(k, {}) | v for k, v in scores.items()}}, run.journal.console)
     was = dict(leaves({key: stored[key] for key in scores}))
     worst, name = max((abs(value - was[name]), name) for name, value in leaves(scores))
     print(f"largest difference to result.json: {worst:.2g} ({name})")

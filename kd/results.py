@@ -144,5 +144,5 @@ def print_result(result: dict[str, Any], console: Console) -> None:
         rest = (f"{test['nll']:.4f}", f"{test['ece']:.4f}", f"{test['brier']:.4f}")
         agree = f"{test['agreement']:.2%}" if "agreement" in test else ""
         table.add_row(name, row["model"], *(f"{share:.2%}" for share in shares), *rest, agree)
-    console.print(table, width=None if console.is_terminal else 120)
+    console.print(table)
     console.print(verdict(result), soft_wrap=True, highlight=False, markup=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
+import os
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,28 +44,31 @@ def run_name(recipe: Recipe) -> str:
     return recipe.run or f"seed{recipe.seed}-{content_hash(identity(recipe))}"
 
 
-def start(recipe: Recipe) -> Run:
-    """Check what can be checked before any work, load the data, and claim the run's folder."""
+def prepare(recipe: Recipe) -> Run:
+    """Check what can be checked before any work, and load the data. Nothing is written."""
     _check_environment(recipe)
     for part in (recipe.name, run_name(recipe)):
         if not part or part.startswith(".") or Path(part).name != part:
             raise ConfigError(f"run={part!r}: must be a plain folder name, without / and not starting with a dot")
     folder = Path(recipe.output) / recipe.name / run_name(recipe)
     precision = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
-    tracker = None if recipe.tracker == "none" or recipe.dry_run else recipe.tracker
-    accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=folder if tracker else None)
+    tracker = None if recipe.tracker == "none" else recipe.tracker
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else Accelerate would run each torchrun process on its own
+        mixed_precision=precision,
+        log_with=tracker,
+        project_dir=folder if tracker else None,
+    )
+    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
     with accelerator.main_process_first():  # a download happens once
         data = load_data(recipe.data, recipe.seed)
     data = replace(data, **{name: getattr(data, name).to(accelerator.device) for name in ("train", "val", "test")})
     _check_batch(recipe, data, accelerator.num_processes)
-    journal = Journal(folder / "metrics.jsonl", accelerator, Console())
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a log file has no width of its own
+    journal = Journal(folder / "metrics.jsonl", accelerator, console)
     run = Run(recipe, data, accelerator, folder, journal)
     for role in ("teacher", "student"):  # a student that cannot be built must not wait for its teacher
         network(run, role)
-    if not recipe.dry_run:
-        _claim(run)
-        if tracker:
-            accelerator.init_trackers(f"{recipe.name}")
     return run
 
 
@@ -93,7 +98,7 @@ def _check_batch(recipe: Recipe, data: Data, processes: int) -> None:
         )
 
 
-def _claim(run: Run) -> None:
+def claim(run: Run) -> None:
     """Make the folder this run's own; refuse one that holds another run. Nothing there is ever deleted."""
     accelerator, folder = run.accelerator, run.folder
     card = {"identity": identity(run.recipe), "data_hash": run.data.hash}
@@ -105,10 +110,12 @@ def _claim(run: Run) -> None:
     if (folder / "run.json").exists():
         _compare(read_json(folder / "run.json"), card, folder)
     elif accelerator.is_main_process:
-        write_json(folder / "run.json", card)
         text = OmegaConf.to_yaml(OmegaConf.structured(run.recipe))
         write_atomically(folder / "recipe.yaml", lambda temporary: temporary.write_text(text))
+        write_json(folder / "run.json", card)
     accelerator.wait_for_everyone()
+    if run.recipe.tracker != "none":
+        accelerator.init_trackers(run.recipe.name)
 
 
 def _compare(found: dict, card: dict, folder: Path) -> None:

@@ -15,10 +15,11 @@ def run(recipe: Recipe) -> int:
     from kd.plan import print_plan
     from kd.signals import Interrupted, listen
 
-    run = stages.start(recipe)
+    run = stages.prepare(recipe)
     if recipe.dry_run:
         print_plan(run)
         return 0
+    stages.claim(run)
     listen()
     path = run.folder / "result.json"
     try:

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from kd.checkpoint import CheckpointError, load_state, read_json, save_state, write_atomically, write_json
+from kd.checkpoint import CheckpointError, load_state, read_json, save_state, save_weights, write_atomically, write_json
 
 
 def test_an_optimizers_state_comes_back_bit_for_bit(tmp_path):
@@ -46,10 +46,22 @@ def test_a_spoilt_state_is_an_error_that_names_the_file(tmp_path, spoil):
         load_state(path)
 
 
+def test_equal_weights_are_equal_files_and_keep_their_metadata(tmp_path):
+    from kd.models import weights_metadata
+
+    about = {"model": "m", "num_classes": "10", "label_smoothing": "0.1", "smoothing": "uniform"}
+    texts = set()
+    for i in range(8):
+        save_weights(tmp_path / f"{i}.safetensors", {"b": torch.ones(2), "a": torch.zeros(3)}, about)
+        texts.add((tmp_path / f"{i}.safetensors").read_bytes())
+    assert len(texts) == 1
+    assert weights_metadata(tmp_path / "0.safetensors") == about
+
+
 def test_another_schema_is_refused(tmp_path):
     from safetensors.torch import save_file
 
-    save_file({"w": torch.zeros(1)}, tmp_path / "s", {"schema": "99", "state": "{}"})
+    save_file({"w": torch.zeros(1)}, tmp_path / "s", {"kd": '{"schema": 99}'})
     with pytest.raises(CheckpointError, match="schema 99"):
         load_state(tmp_path / "s")
 

@@ -87,6 +87,7 @@ def test_teacher_is_invisible_to_its_parent(net):
 @pytest.mark.parametrize("awaken", [lambda t: t.train(), lambda t: nn.Sequential(t).train(), lambda t: t.model.train()])
 def test_teacher_stays_in_eval_mode(awaken, net, x):
     teacher = Teacher(net)
+    assert not any(module.training for module in (teacher, *net.modules()))
     expected, before = teacher(x).logits, copied(net)
     awaken(teacher)
     assert not teacher.training
