@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 from kd import cli
 from kd.recipe import ConfigError
 
-HELP = """usage: python -m kd.evaluate run=DIR [data.root=PATH]
+HELP = """usage: python -m kd.evaluate run=DIR [picture=FILE.svg] [data.root=PATH]
 
 Loads the networks of a finished run from their files, scores them on validation and test, prints the table, and
-compares every figure with DIR/result.json. Exit code 1 when one differs by more than 1e-6."""
+compares every figure with DIR/result.json. Exit code 1 when one differs by more than 1e-6.
+picture=FILE.svg also keeps what was printed as a picture."""
 
 TOLERANCE = 1e-6  # scores are float64 sums over float32 logits, which vary with the number of threads
 
@@ -27,9 +29,10 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield f"{prefix}{key}", value
 
 
-def evaluate(folder: Path, overrides: list[str]) -> int:
+def evaluate(folder: Path, picture: str | None, overrides: list[str]) -> int:
     """Print the recomputed table and the largest difference; returns the exit code."""
     from omegaconf import OmegaConf
+    from rich.console import Console
 
     from kd import results, stages
     from kd.checkpoint import read_json
@@ -43,16 +46,28 @@ def evaluate(folder: Path, overrides: list[str]) -> int:
     )
     recipe = cli.typed(config)
     recipe.tracker = "none"
-    recipe.output = str(folder.resolve().parents[1])  # where it is now, with its teachers, not where it was trained
+    recipe.output = str(folder.parents[1])  # where it is now, with its teachers, not where it was trained
     run = stages.prepare(recipe)
     run.folder = folder
     stored = read_json(folder / "result.json")
     scores = results.score(run, results.networks(run))
-    results.print_result({**stored, **{k: stored.get(k, {}) | v for k, v in scores.items()}}, run.journal.console)
+    console = Console(record=True, width=run.journal.console.width)
+    results.print_result({**stored, **{k: stored.get(k, {}) | v for k, v in scores.items()}}, console)
+    if picture:
+        save_picture(console, Path(picture), f"python -m kd.train recipe={recipe.name}")
     was = dict(leaves({key: stored[key] for key in scores}))
     worst, name = max((abs(value - was[name]), name) for name, value in leaves(scores))
     print(f"largest difference to result.json: {worst:.2g} ({name})")
     return int(worst > TOLERANCE)
+
+
+def save_picture(console: Any, path: Path, title: str) -> None:
+    """What a recording console printed, as an SVG without the fonts that rich would fetch."""
+    from rich.console import CONSOLE_SVG_FORMAT
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    local = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+    console.save_svg(str(path), title=title, code_format=local)
 
 
 def main(arguments: list[str]) -> int:
@@ -60,11 +75,14 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(HELP)
         return 0
-    given = [argument.removeprefix("run=") for argument in arguments if argument.startswith("run=")]
-    others = [argument for argument in arguments if not argument.startswith("run=")]
-    if len(given) != 1 or not all(other.startswith("data.") and "=" in other for other in others):
-        raise ConfigError(f"{' '.join(arguments)}: type run=DIR, and data.root=PATH where the data set has moved")
-    return evaluate(Path(given[0]), others)
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    others = [f"{key}={value}" for key, value in given.items() if key.startswith("data.")]
+    if not given.get("run") or len(given) < len(arguments) or len(others) < len(given.keys() - {"run", "picture"}):
+        raise ConfigError(
+            f"{' '.join(arguments)}: type run=DIR, picture=FILE.svg to keep the table, and data.root=PATH where the "
+            f"data set has moved"
+        )
+    return evaluate(Path(given["run"]).resolve(), given.get("picture"), others)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -103,6 +103,8 @@ class Trainer:
         self.updates_per_epoch = len(data.train) // recipe.train.batch_size
         self.updates = stage.epochs * self.updates_per_epoch
         self.progress = Progress()
+        self.saved_at = time.monotonic()
+        self.selected_weights: dict[str, Tensor] | None = None  # chosen since the last save
         self.state_path = stage.folder / "state.safetensors"
         stage.model.to(accelerator.device)
         if recipe.train.channels_last:
@@ -148,9 +150,7 @@ class Trainer:
             for epoch in range(self.progress.update // self.updates_per_epoch, self.stage.epochs):
                 self._epoch(epoch)
                 self._validate(epoch)
-                self._save()
-                if stop_requested(self.accelerator):
-                    self._interrupt()
+                self._save_or_stop()
         if self.accelerator.is_main_process:
             save_weights(
                 self.stage.folder / "last.safetensors", self._evaluated().model.state_dict(), self.stage.metadata
@@ -190,12 +190,17 @@ class Trainer:
             self.journal.advance(self.progress.update)
             if self.progress.update % self.recipe.train.log_every == 0 or self.progress.update == self.updates:
                 self._log(epoch, logged, seconds)
-            if self.progress.update % self.updates_per_epoch and stop_requested(self.accelerator):
-                self._save()
-                self._interrupt()
+            if self.progress.update % self.updates_per_epoch:  # after an epoch's last update comes its validation
+                self._save_or_stop()
 
-    def _interrupt(self) -> NoReturn:
-        raise Interrupted(f"{self.stage.name} stopped after update {self.progress.update} of {self.updates}")
+    def _save_or_stop(self) -> None:
+        """Save when asked to stop, and otherwise from time to time."""
+        stop = stop_requested(self.accelerator)
+        if stop or time.monotonic() - self.saved_at >= self.recipe.train.save_every:
+            self._save()
+        if stop:
+            self.accelerator.wait_for_everyone()
+            raise Interrupted(f"{self.stage.name} stopped after update {self.progress.update} of {self.updates}")
 
     def _update(self, batches: list[Batch]) -> dict[str, Tensor]:
         """One optimizer step over the global batch; returns what there is to log, as sums over this process."""
@@ -279,24 +284,29 @@ class Trainer:
         # Ties in accuracy, common on small sets, go to the lower nll. NaN compares false and never becomes best.
         if not best or (top1, -val_nll) > (best["val_top1"], -best["val_nll"]):
             self.progress.selected = {"epoch": epoch + 1, "val_top1": top1, "val_nll": val_nll}
-            if self.accelerator.is_main_process:
-                path = self.stage.folder / "selected.safetensors"
-                save_weights(path, self._evaluated().model.state_dict(), self.stage.metadata)
+            self.selected_weights = {k: v.cpu().clone() for k, v in self._evaluated().model.state_dict().items()}
 
     def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            state = {
-                "model": self.stage.model.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "ema": self.ema.module.state_dict() if self.ema else None,
-                "scaler": scaler.state_dict() if scaler else None,
-                "update": self.progress.update,
-                "seconds": self.progress.seconds,
-                "selected": self.progress.selected,
-            }
-            save_state(self.state_path, state)
-        self.accelerator.wait_for_everyone()
+        self.saved_at = time.monotonic()
+        if not self.accelerator.is_main_process:
+            return
+        self._save_selected()
+        scaler = self.accelerator.scaler
+        state = {
+            "model": self.stage.model.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "scaler": scaler.state_dict() if scaler else None,
+            "update": self.progress.update,
+            "seconds": self.progress.seconds,
+            "selected": self.progress.selected,
+        }
+        save_state(self.state_path, state)
+
+    def _save_selected(self) -> None:
+        if self.selected_weights:
+            save_weights(self.stage.folder / "selected.safetensors", self.selected_weights, self.stage.metadata)
+            self.selected_weights = None
 
     def _load(self) -> None:
         if not self.state_path.exists():

@@ -196,6 +196,7 @@ class TrainConfig(Checked):
     compile: bool = setting(False, "torch.compile the models")
     channels_last: bool = setting(False, "keep images with their channels last in memory")
     log_every: int = setting(10, "updates between two lines of metrics.jsonl", ge=1)
+    save_every: float = setting(60.0, "seconds between two saves of the state that a killed run resumes from", ge=0)
 
 
 @dataclass
@@ -221,6 +222,7 @@ class Recipe(Checked):
 
 # Where a run is kept, how it is watched and how quickly it is fed do not change what it computes.
 _NOT_IDENTITY = {"output", "run", "resume", "dry_run", "tracker"}
+_NOT_TRAIN_IDENTITY = {"log_every", "save_every"}
 _NOT_DATA_IDENTITY = {"root", "download", "workers", "verify"}
 
 
@@ -228,7 +230,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     """The settings that decide what the run computes, as plain values."""
     values: dict[str, Any] = {k: v for k, v in asdict(recipe).items() if k not in _NOT_IDENTITY}
     values["data"] = {k: v for k, v in values["data"].items() if k not in _NOT_DATA_IDENTITY}
-    values["train"] = {k: v for k, v in values["train"].items() if k != "log_every"}
+    values["train"] = {k: v for k, v in values["train"].items() if k not in _NOT_TRAIN_IDENTITY}
     return values
 
 

@@ -107,9 +107,12 @@ def test_metrics_has_a_line_for_each_update_and_epoch(finished):
 
 def test_evaluate_recomputes_the_result(finished, capsys, monkeypatch):
     folder = finished[0]
-    done = command(folder, "run=runs/smoke/one", program=("-m", "kd.evaluate"))
+    done = command(folder, "run=runs/smoke/one", "picture=table.svg", program=("-m", "kd.evaluate"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("largest difference to result.json:")
+    picture = (folder / "table.svg").read_text()
+    assert "student" in picture
+    assert "url(http" not in picture.replace("&quot;", "").replace('"', "")
 
 
 def test_evaluate_finds_weights_that_are_not_the_results(finished, tmp_path):
