@@ -6,6 +6,7 @@ n: images or vectors, k: classes. Wrapping an ``nn.Module`` needs torch only; na
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import textwrap
 import warnings
@@ -197,12 +198,14 @@ def weights_metadata(path: str | Path) -> dict[str, str]:
     """
     from safetensors import SafetensorError, safe_open
 
+    from kd.checkpoint import METADATA
+
     if Path(path).suffix != ".safetensors":
         return {}
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+            return json.loads((file.metadata() or {}).get(METADATA, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable .safetensors file ({_brief(error)})") from error
 
 

@@ -1,7 +1,11 @@
 """What several tests share: the command line in this process, and images on disk."""
 
+import os
 import sys
 from collections import namedtuple
+
+# One thread in each of pytest's workers and in what they start: two share two cores better than four do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from accelerate.state import AcceleratorState
