@@ -152,6 +152,7 @@ class Trainer:
                 self._validate(epoch)
                 self._save_or_stop()
         if self.accelerator.is_main_process:
+            self._save_selected()
             save_weights(
                 self.stage.folder / "last.safetensors", self._evaluated().model.state_dict(), self.stage.metadata
             )

