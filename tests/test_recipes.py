@@ -24,14 +24,17 @@ TINY = {
         "data.root=images",
         "data.image_size=32",
         "data.workers=0",
+        "data.val_fraction=0.4",
+        "data.hflip=0",
+        "data.color_jitter=0",
         "teacher.model=test_resnet",
         "teacher.pretrained=false",
         "teacher.checkpoint=teacher.safetensors",
-        "teacher.epochs=3",
+        "teacher.epochs=15",
         "student.model=test_vit",
         "student.pretrained=false",
         "student.epochs=1",
-        "optimizer.lr=0.003",
+        "optimizer.lr=0.01",
         "train.batch_size=16",
     ],
 }
@@ -42,8 +45,8 @@ def folder_and_teacher(tmp_path):
     """Two classes of real digits as JPEGs in train/ and val/, and a teacher with a head of another size."""
     digits = load_digits()
     for label in (0, 1):
-        for i, image in enumerate(digits.images[digits.target == label][:60]):
-            path = tmp_path / "images" / ("train" if i < 40 else "val") / str(label) / f"{i}.jpg"
+        for i, image in enumerate(digits.images[digits.target == label][:120]):
+            path = tmp_path / "images" / ("train" if i < 90 else "val") / str(label) / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray((image * 15).astype(np.uint8)).convert("RGB").resize((40, 40)).save(path)
     save_file(timm.create_model("test_resnet", num_classes=5).state_dict(), tmp_path / "teacher.safetensors")

@@ -11,12 +11,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, log_loss
 
 import kd.networks
 from kd import evaluate
+from kd.models import weights_metadata
 
 SMOKE = ("recipe=smoke", "output=runs", "run=one")
 
@@ -90,8 +90,7 @@ def test_the_weights_load_in_timm_and_give_the_figures_of_the_result(finished):
 
 def test_the_weights_say_what_they_are(finished):
     result = json.loads((finished[0] / "runs/smoke/one/result.json").read_text())
-    with safe_open(finished[0] / result["teacher"]["weights"], framework="pt") as file:
-        metadata = file.metadata()
+    metadata = weights_metadata(finished[0] / result["teacher"]["weights"])
     assert metadata["model"] == "mlp_wide"
     assert (metadata["num_classes"], metadata["label_smoothing"], metadata["smoothing"]) == ("10", "0.0", "uniform")
 
@@ -129,7 +128,7 @@ def test_evaluate_finds_weights_that_are_not_the_results(finished, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run=nowhere"], "run=nowhere: holds no recipe.yaml"),
+        (["run=nowhere"], "run=.*/nowhere: holds no recipe.yaml"),
         (["runs/x"], "runs/x: type run=DIR"),
         (["run=a", "seed=1"], "run=a seed=1: type run=DIR"),
     ],
@@ -344,6 +343,9 @@ def test_a_folder_of_jpegs_trains_from_end_to_end(jpegs, kd_train, tmp_path):
     root, bad = jpegs
     shutil.copytree(root, tmp_path / "images")
     (tmp_path / "images" / bad.relative_to(root)).unlink()
+    for path in (tmp_path / "images").rglob("*.jpg"):  # a third is enough to learn from
+        if int(path.stem) // 5 % 3:
+            path.unlink()
     done = kd_train(
         "recipe=timm_finetune",
         "data.root=images",
@@ -355,17 +357,18 @@ def test_a_folder_of_jpegs_trains_from_end_to_end(jpegs, kd_train, tmp_path):
         "teacher.model=test_resnet",
         "teacher.pretrained=false",
         "teacher.finetune=false",
-        "teacher.epochs=3",
+        "teacher.epochs=6",
         "student.model=test_resnet",
         "student.pretrained=false",
-        "student.epochs=2",
+        "student.epochs=1",
+        "data.crop_scale=0.7",
         "optimizer.lr=0.01",
         "train.precision=bf16",
         "train.ema_decay=0.5",
     )
     assert done.code == 0, done.err
     result = json.loads((tmp_path / done.out.splitlines()[-1]).read_text())
-    assert result["difference"]["last"]["test"]["n"] == 1000
+    assert result["difference"]["last"]["test"]["n"] == sum(1 for _ in (tmp_path / "images/val").rglob("*.jpg"))
     assert result["teacher"]["last"]["test"]["top1"] > 0.3
 
 
