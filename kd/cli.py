@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kd.recipe import PACKAGE, ConfigError, Recipe, allowed
 
@@ -177,13 +177,13 @@ def one_line_errors(program: str) -> Iterator[None]:
         if package in ("hydra", "omegaconf"):
             fail(explain(error))
         if package == "kd" and isinstance(error, ValueError):  # ConfigError, CheckpointError, ImageError
-            fail(str(error))
+            fail(str(error), everyone=not isinstance(error, ConfigError))
         raise
 
 
-def fail(message: str, code: int = USAGE) -> None:
-    """Print one line, once and not once per process, and exit."""
-    if int(os.environ.get("RANK", "0")) == 0:
+def fail(message: str, code: int = USAGE, everyone: bool = False) -> NoReturn:
+    """Print one line and exit; from every process where the error may be one process's own, else once."""
+    if everyone or int(os.environ.get("RANK", "0")) == 0:
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(code)
 

@@ -48,8 +48,9 @@ def evaluate(folder: Path, picture: str | None, overrides: list[str]) -> int:
     recipe.tracker = "none"
     recipe.output = str(folder.parents[1])  # where it is now, with its teachers, not where it was trained
     run = stages.prepare(recipe)
-    run.folder = folder
     stored = read_json(folder / "result.json")
+    run.folder = folder
+    run.teacher_folder = folder.parents[1] / "teachers" / Path(stored["teacher"]["weights"]).parent.name
     scores = results.score(run, results.networks(run))
     console = Console(record=True, width=run.journal.console.width)
     results.print_result({**stored, **{k: stored.get(k, {}) | v for k, v in scores.items()}}, console)

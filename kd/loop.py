@@ -106,9 +106,11 @@ class Trainer:
         self.saved_at = time.monotonic()
         self.selected_weights: dict[str, Tensor] | None = None  # chosen since the last save
         self.state_path = stage.folder / "state.safetensors"
-        stage.model.to(accelerator.device)
-        if recipe.train.channels_last:
-            stage.model.to(memory_format=torch.channels_last)
+        models = [model for model in (stage.model, stage.teacher) if model]
+        for model in models:
+            model.to(accelerator.device)
+            if recipe.train.channels_last:
+                model.to(memory_format=torch.channels_last)
         self.optimizer = create_optimizer_v2(
             stage.model.model,
             opt=recipe.optimizer.name,
@@ -120,8 +122,8 @@ class Trainer:
         self.scheduler = self._scheduler()
         decay = recipe.train.ema_decay
         self.ema = ModelEmaV3(stage.model, decay=decay) if decay else None
-        if recipe.train.compile:
-            stage.model.compile()
+        for model in models if recipe.train.compile else ():
+            model.compile()
         self.model, self.stepper = accelerator.prepare(stage.model, self.optimizer)
         self.mix = mixer(recipe.data, data.num_classes)
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from kd.loop import Trainer
 from kd.models import Teacher
-from kd.stages import Run, network, stage, teacher_folder, teacher_is_trained
+from kd.stages import Run, network, stage, teacher_is_trained
 
 
 def peak_memory() -> int:
@@ -31,8 +31,8 @@ def print_plan(run: Run) -> None:
     names = ["student", "control"] if run.recipe.control else ["student"]
     if not teacher_is_trained(run.recipe):
         lines.append(f"teacher  {run.recipe.teacher.model}, as it is")
-    elif (teacher_folder(run) / "stage.json").exists():
-        lines.append(f"teacher  found in {teacher_folder(run)}")
+    elif (run.teacher_folder / "stage.json").exists():
+        lines.append(f"teacher  found in {run.teacher_folder}")
     else:
         names.insert(0, "teacher")
     total = 0.0

@@ -17,7 +17,7 @@ from kd.metrics import agreement, classification, predictive_kl
 from kd.models import Teacher
 from kd.provenance import provenance
 from kd.recipe import content_hash, identity
-from kd.stages import Run, network, teacher_folder, teacher_is_trained
+from kd.stages import Run, network, teacher_is_trained
 
 NETWORKS = ("teacher", "student", "control")
 WEIGHTS = ("last", "selected")
@@ -28,7 +28,7 @@ def weights_of(run: Run, name: str, which: str) -> Path | None:
     """The file of a network's weights; None for a teacher that was taken as it is."""
     if name != "teacher":
         return run.folder / name / f"{which}.safetensors"
-    return teacher_folder(run) / f"{which}.safetensors" if teacher_is_trained(run.recipe) else None
+    return run.teacher_folder / f"{which}.safetensors" if teacher_is_trained(run.recipe) else None
 
 
 def networks(run: Run) -> dict[str, dict[str, Teacher]]:
@@ -119,15 +119,15 @@ def _card(run: Run, name: str, model: Teacher) -> dict[str, Any]:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """One honest sentence on whether distillation helped."""
+    """Whether distillation helped, and the difference that says so; twice its standard error is called chance."""
     if "difference" not in result:
         return "no control was trained (control=false): nothing says whether distillation helped"
     d = result["difference"]["last"]["test"]
     top1, error = 100 * d["top1"], 100 * d["standard_error"]
     word = "helped" if top1 > 2 * error else "hurt" if top1 < -2 * error else "made no difference beyond chance"
     return (
-        f"distillation {word}: student − control = {top1:+.2f} ± {error:.2f} points of test top-1 "
-        f"(last weights; paired standard error over {d['n']} images; one seed says nothing about other seeds)"
+        f"student − control: {top1:+.2f} ± {error:.2f} points of test top-1 "
+        f"(paired standard error, {d['n']} images, one seed)\ndistillation {word}"
     )
 
 
@@ -145,4 +145,4 @@ def print_result(result: dict[str, Any], console: Console) -> None:
         agree = f"{test['agreement']:.2%}" if "agreement" in test else ""
         table.add_row(name, row["model"], *(f"{share:.2%}" for share in shares), *rest, agree)
     console.print(table)
-    console.print(verdict(result), soft_wrap=True, highlight=False, markup=False)
+    console.print(verdict(result), highlight=False, markup=False)

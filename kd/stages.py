@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
 import math
 import os
@@ -36,6 +37,7 @@ class Run:
     data: Data
     accelerator: Accelerator
     folder: Path
+    teacher_folder: Path
     journal: Journal
 
 
@@ -66,7 +68,7 @@ def prepare(recipe: Recipe) -> Run:
     _check_batch(recipe, data, accelerator.num_processes)
     console = Console(width=None if sys.stdout.isatty() else 120)  # a log file has no width of its own
     journal = Journal(folder / "metrics.jsonl", accelerator, console)
-    run = Run(recipe, data, accelerator, folder, journal)
+    run = Run(recipe, data, accelerator, folder, teacher_folder(recipe, data.hash), journal)
     for role in ("teacher", "student"):  # a student that cannot be built must not wait for its teacher
         network(run, role)
     return run
@@ -101,7 +103,11 @@ def _check_batch(recipe: Recipe, data: Data, processes: int) -> None:
 def claim(run: Run) -> None:
     """Make the folder this run's own; refuse one that holds another run. Nothing there is ever deleted."""
     accelerator, folder = run.accelerator, run.folder
-    card = {"identity": identity(run.recipe), "data_hash": run.data.hash}
+    card = {
+        "identity": identity(run.recipe),
+        "data_hash": run.data.hash,
+        "teacher_checkpoint_hash": _checkpoint_hash(run.recipe),
+    }
     if accelerator.is_main_process and folder.exists() and not run.recipe.resume:
         aside = next(p for i in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
         folder.rename(aside)
@@ -118,12 +124,21 @@ def claim(run: Run) -> None:
         accelerator.init_trackers(run.recipe.name)
 
 
+def _checkpoint_hash(recipe: Recipe) -> str:
+    """The sha256 of the teacher's own file, '' where there is none: a path may come to hold another teacher."""
+    if not recipe.teacher.checkpoint:
+        return ""
+    with Path(recipe.teacher.checkpoint).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _compare(found: dict, card: dict, folder: Path) -> None:
-    if found["data_hash"] != card["data_hash"]:
-        raise ConfigError(
-            f"data.root: {folder} was trained on other data (hash {found['data_hash'][:12]}, now "
-            f"{card['data_hash'][:12]}); restore it, or resume=false to set that run aside"
-        )
+    for key, setting in (("data_hash", "data.root"), ("teacher_checkpoint_hash", "teacher.checkpoint")):
+        if found[key] != card[key]:
+            raise ConfigError(
+                f"{setting}: {folder} was trained with other content (sha256 {found[key][:12]}, now "
+                f"{card[key][:12]}); restore it, or resume=false to set that run aside"
+            )
     old, new = _flat(found["identity"]), _flat(card["identity"])
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     if changed:
@@ -146,13 +161,13 @@ def teacher_is_trained(recipe: Recipe) -> bool:
     return recipe.teacher.finetune or not (recipe.teacher.pretrained or recipe.teacher.checkpoint)
 
 
-def teacher_folder(run: Run) -> Path:
+def teacher_folder(recipe: Recipe, data_hash: str) -> Path:
     """Where a trained teacher lives: named by everything that decides its weights, shared by all recipes."""
-    values = identity(run.recipe)
+    values = identity(recipe)
     content = {key: values[key] for key in ("seed", "teacher", "data", "optimizer", "scheduler", "train")}
-    key = content_hash({**content, "data_hash": run.data.hash})
-    model = run.recipe.teacher.model.replace("/", "-").replace(":", "-")
-    return Path(run.recipe.output) / "teachers" / f"{model}-{key}"
+    key = content_hash([content, data_hash, _checkpoint_hash(recipe)])
+    model = recipe.teacher.model.replace("/", "-").replace(":", "-")
+    return Path(recipe.output) / "teachers" / f"{model}-{key}"
 
 
 def network(run: Run, role: str, weights: Path | None = None) -> nn.Module:
@@ -196,7 +211,7 @@ def stage(run: Run, name: str, teacher: Teacher | None = None) -> Stage:
         "label_smoothing": str(section.label_smoothing),
         "smoothing": section.smoothing,
     }
-    folder = teacher_folder(run) if name == "teacher" else run.folder / name
+    folder = run.teacher_folder if name == "teacher" else run.folder / name
     return Stage(name, Student(network(run, role)), loss, net.epochs, folder, metadata, teacher)
 
 
@@ -212,7 +227,7 @@ def find_teacher(run: Run) -> Teacher:
     """The frozen teacher: as it is where weights are named, else trained here unless that was done before."""
     weights = None
     if teacher_is_trained(run.recipe):
-        folder = teacher_folder(run)
+        folder = run.teacher_folder
         weights = folder / "last.safetensors"
         if (folder / "stage.json").exists():
             run.journal.say(f"teacher  found in {folder}")

@@ -34,7 +34,7 @@ def run(recipe: Recipe) -> int:
     except Interrupted as stop:
         cli.fail(f"{stop}; run the same command to go on", cli.INTERRUPTED)
     except TrainingError as error:
-        cli.fail(str(error), 1)
+        cli.fail(str(error), 1, everyone=True)
     finally:
         run.accelerator.end_training()
     return 0
