@@ -133,16 +133,16 @@ def verdict(result: dict[str, Any]) -> str:
 
 def print_result(result: dict[str, Any], console: Console) -> None:
     """The table of a result, in per cent where a figure is a share, and the verdict."""
-    table = Table(title=f"{result['recipe']}: last weights on the test split", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("", "model"):
-        table.add_column(column, no_wrap=True)
-    for column in ("val top-1", "top-1", "selected", "nll", "ece", "brier", "agreement"):
+    pair = f"{result['teacher']['model']} teaches {result['student']['model']}"
+    table = Table(title=f"{pair}: last weights on the test split", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for column in ("val", "top-1", "selected", "nll", "ece", "brier", "agree"):
         table.add_column(column, justify="right", no_wrap=True)
     for name in (name for name in NETWORKS if name in result):
         row, test = result[name], result[name]["last"]["test"]
         shares = (row["last"]["val"]["top1"], test["top1"], row["selected"]["test"]["top1"])
         rest = (f"{test['nll']:.4f}", f"{test['ece']:.4f}", f"{test['brier']:.4f}")
         agree = f"{test['agreement']:.2%}" if "agreement" in test else ""
-        table.add_row(name, row["model"], *(f"{share:.2%}" for share in shares), *rest, agree)
+        table.add_row(name, *(f"{share:.2%}" for share in shares), *rest, agree)
     console.print(table)
     console.print(verdict(result), highlight=False, markup=False)
