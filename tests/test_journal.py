@@ -1,0 +1,72 @@
+"""What a run says: lines that are JSON whatever happens, and a bar where a person is looking."""
+
+import io
+import json
+import math
+
+import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from rich.console import Console
+
+from kd.journal import Journal
+from kd.plan import duration
+
+
+@pytest.fixture
+def journal(tmp_path):
+    yield Journal(tmp_path / "run" / "metrics.jsonl", Accelerator(cpu=True), Console(file=io.StringIO(), width=200))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def entries(journal):
+    return [json.loads(line) for line in journal.path.read_text().splitlines()]
+
+
+def test_a_value_that_is_not_finite_is_null(journal):
+    journal.write({"stage": "student", "update": 1, "loss": math.nan, "lr": 0.1})
+    assert entries(journal) == [{"stage": "student", "update": 1, "loss": None, "lr": 0.1}]
+
+
+def test_rewinding_forgets_one_stage_after_an_update_and_torn_lines(journal):
+    for stage, update in (("student", 1), ("student", 2), ("control", 3), ("student", 3)):
+        journal.write({"stage": stage, "update": update})
+    with journal.path.open("a") as file:
+        file.write('{"stage": "stu')
+    journal.rewind("student", 1)
+    assert [(e["stage"], e["update"]) for e in entries(journal)] == [("student", 1), ("control", 3)]
+
+
+def test_only_the_main_process_writes(journal, monkeypatch):
+    monkeypatch.setattr(type(journal.accelerator), "is_main_process", False)
+    journal.write({"stage": "student", "update": 1})
+    journal.say("hello")
+    assert not journal.path.exists()
+    assert journal.console.file.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar_with_its_numbers_and_a_file_gets_none(journal):
+    with journal.progress("student", 20, 5):
+        journal.advance(6)
+    assert journal.console.file.getvalue() == ""
+    terminal = Console(file=io.StringIO(), width=100, force_terminal=True)
+    journal.console = terminal
+    with journal.progress("student", 20, 5):
+        journal.advance(7)
+        journal._bar.refresh()
+    said = terminal.file.getvalue()
+    assert "student" in said
+    assert "7/20" in said
+
+
+def test_a_long_path_is_never_wrapped_nor_its_brackets_read_as_markup(journal):
+    journal.console = Console(file=io.StringIO(), width=20)
+    journal.say("/a/path/[red]/" + "x" * 50)
+    assert journal.console.file.getvalue() == "/a/path/[red]/" + "x" * 50 + "\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (59, "59 s"), (90, "1.5 min"), (5400, "1.5 h"), (129600, "1.5 days")]
+)
+def test_durations_are_in_the_units_a_person_would_use(seconds, words):
+    assert duration(seconds) == words
