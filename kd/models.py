@@ -277,7 +277,7 @@ def _check_classes(setting: str, found: int, num_classes: int, role: str) -> Non
     if found != num_classes:
         raise ConfigError(
             f"{setting}: its head has {found} classes, the data has {num_classes}: {role}.finetune=true trains a new "
-            f"head, or give a {role}.checkpoint of {num_classes} classes"
+            f"head, or give {role}.checkpoint=/path/to/weights.safetensors of {num_classes} classes"
         )
 
 

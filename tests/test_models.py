@@ -385,7 +385,7 @@ def test_pretrained_head_must_fit(hub):
         build(PUBLISHED, num_classes=10, input_shape=(3, 32, 32), pretrained=True)
     assert one_line(error) == (
         f"teacher.model={PUBLISHED}: its head has 1000 classes, the data has 10: teacher.finetune=true trains a new "
-        f"head, or give a teacher.checkpoint of 10 classes"
+        f"head, or give teacher.checkpoint=/path/to/weights.safetensors of 10 classes"
     )
 
 
