@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 from kd.recipe import PACKAGE, ConfigError, Recipe, allowed
 
 USAGE = 2  # exit code of a command line that cannot work
+OPTIONS = ("--cfg", "--multirun", "--resolve", "--package", "--config-dir", "--info", "--version", "--hydra-help")
 INTERRUPTED = 130  # exit code of a run stopped by ctrl-C, as shells have it
 
 
@@ -32,7 +34,7 @@ def recipe_files(group: str = "") -> dict[str, Path]:
 
 def claim(path: Path) -> str:
     """The claim on top of a recipe."""
-    found = re.search(r"^# claim:\s*(.+)$", path.read_text(), re.MULTILINE)
+    found = re.search(r"^# claim:\s*(.+)$", path.read_text(errors="replace"), re.MULTILINE)
     return found[1] if found else ""
 
 
@@ -86,13 +88,14 @@ def register() -> None:
     quiet = [{"override hydra/job_logging": "disabled"}, {"override hydra/hydra_logging": "disabled"}]
     # The data set's usual schedule comes first, then the recipe, which may say otherwise.
     defaults = ["schema", "_self_", {"data": "digits"}, {"recipe": "???"}, *quiet]
-    places = {"output_subdir": None, "run": {"dir": "."}, "sweep": {"dir": ".", "subdir": "."}}
+    sweep = str(Path(tempfile.gettempdir()) / "kd-multirun")  # Hydra insists on writing a multirun.yaml
+    places = {"output_subdir": None, "run": {"dir": "."}, "sweep": {"dir": sweep, "subdir": "."}}
     store.store(name="kd", node={"defaults": defaults, "hydra": places}, replace=True)
     for group, folder in (("recipe", ""), ("data", "data")):
         for name, path in recipe_files(folder).items():
             try:
                 node = OmegaConf.load(path)
-            except (YAMLError, OmegaConfBaseException, OSError) as error:
+            except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
                 raise ConfigError(f"{path}: not a readable recipe ({str(error).splitlines()[0]})") from error
             store.store(group=group, name=name, node=node, package="_global_", replace=True)
 
@@ -116,6 +119,10 @@ def typed(config: Any) -> Recipe:
 
 def _no_such_setting(key: str) -> str:
     names = list(settings())
+    if section := re.match(r"(teacher|student)\.model_kwargs", key):
+        return f"{key}: type +{section[0]}.NAME=VALUE for each argument of timm.create_model"
+    if key in names:
+        return f"{key}: is a setting; type {key}=VALUE without + before it"
     same_leaf = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
     near = same_leaf or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     near = near or [n for n in names if difflib.get_close_matches(key.split(".")[-1], [n.split(".")[-1]], cutoff=0.7)]
@@ -133,16 +140,19 @@ def explain(error: Exception) -> str:
         options = list(recipe_files("" if group == "recipe" else group))
         near = difflib.get_close_matches(name, options, n=1)
         hint = f"did you mean {group}={near[0]}?" if near else "there are " + ", ".join(options)
-        return f"{group}={name}: no such {group}; {hint}"
+        return f"{group}={name}: no such {'recipe' if group == 'recipe' else 'data set'}; {hint}"
     if "must specify 'recipe'" in text:
         return f"recipe: not given; type recipe=NAME with one of {', '.join(recipe_files())}"
     if found := re.search(r"Error merging override ([^\s=]+)=?(.*)", text):
         return _wrong_type(found[1].lstrip("+"), found[2], cause)
     if found := re.search(r"Error parsing override '(.*)'", text):
         return f"{found[1]}: cannot be read; settings are typed key=value (quote values with spaces or brackets)"
-    full_key = re.search(r"full_key: (\S+)", f"{text}\n{cause}")
-    first = (cause or text).splitlines()[0]
-    return f"{full_key[1]}: {first}" if full_key else first
+    if found := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
+        return f"{found[1]}={found[2]}: is several values; add -m for a run of each, or type one"
+    lines = [line.strip() for line in f"{text}\n{cause}".splitlines()]
+    full_key = next((line.split()[1] for line in lines if line.startswith("full_key:")), "")
+    said = [line for line in lines if line and not re.match(r"(full_key|object_type|reference_type|See https)", line)]
+    return f"{full_key}{': ' if full_key else ''}{' '.join(dict.fromkeys(said[:3]))}"
 
 
 def _wrong_type(key: str, value: str, cause: str) -> str:
@@ -155,6 +165,7 @@ def _wrong_type(key: str, value: str, cause: str) -> str:
             else f"{key}: {cause}"
         )
     kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    kinds |= {"list": "a list of whole numbers such as [30,60]", "dict": "given as +NAME.KEY=VALUE"}
     kind = next((words for name, words in kinds.items() if str(field.type).startswith(name)), str(field.type))
     limits = allowed(field.metadata)
     return f"{key}={value}: must be {kind}{f' {limits}' if limits else ''} ({field.metadata['doc']})"
@@ -171,11 +182,13 @@ def one_line_errors(program: str) -> Iterator[None]:
             raise
         fail(f"{program} needs {error.name}: pip install 'kd-torch[train]'")
     except KeyboardInterrupt:
-        fail("stopped; run the same command to go on from the last saved state", INTERRUPTED)
+        fail("stopped; the same command goes on from what was saved", INTERRUPTED)
     except Exception as error:
         package = type(error).__module__.partition(".")[0]
         if package in ("hydra", "omegaconf"):
             fail(explain(error))
+        if isinstance(error, OSError) and error.filename:
+            fail(f"{error.filename}: {error.strerror}", everyone=True)
         if package == "kd" and isinstance(error, ValueError):  # ConfigError, CheckpointError, ImageError
             fail(str(error), everyone=not isinstance(error, ConfigError))
         raise
@@ -188,12 +201,25 @@ def fail(message: str, code: int = USAGE, everyone: bool = False) -> NoReturn:
     raise SystemExit(code)
 
 
+def _check_words(words: list[str]) -> None:
+    """Refuse what Hydra would take in silence, or answer with a page of its own."""
+    for word in words:
+        if word.startswith("~"):
+            raise ConfigError(f"{word}: settings cannot be removed; type {word[1:].partition('=')[0]}=VALUE")
+        if word.startswith("--") and word.partition("=")[0] not in OPTIONS:
+            raise ConfigError(f"{word}: no such option; --help lists what there is")
+    for group in ("recipe", "data"):
+        if len(given := [word for word in words if word.startswith(f"{group}=")]) > 1:
+            raise ConfigError(f"{' '.join(given)}: type one {group}=")
+
+
 def command(program: str, run: Callable[[Recipe], int]) -> None:
     """Compose the recipe that the command line names and run it."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text(program))
         return
     with one_line_errors(program):
+        _check_words(sys.argv[1:])
         import hydra
 
         @hydra.main(config_path=None, config_name="kd")

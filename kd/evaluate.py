@@ -66,9 +66,11 @@ def save_picture(console: Any, path: Path, title: str) -> None:
     """What a recording console printed, as an SVG without the fonts that rich would fetch."""
     from rich.console import CONSOLE_SVG_FORMAT
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    from kd.checkpoint import write_atomically
+
     local = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
-    console.save_svg(str(path), title=title, code_format=local)
+    text = console.export_svg(title=title, code_format=local)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def main(arguments: list[str]) -> int:
@@ -83,6 +85,8 @@ def main(arguments: list[str]) -> int:
             f"{' '.join(arguments)}: type run=DIR, picture=FILE.svg to keep the table, and data.root=PATH where the "
             f"data set has moved"
         )
+    if not given.get("picture", ".svg").endswith(".svg"):
+        raise ConfigError(f"picture={given['picture']}: must end in .svg")
     return evaluate(Path(given["run"]).resolve(), given.get("picture"), others)
 
 

@@ -138,7 +138,7 @@ class Trainer:
             decay_rate=s.decay_rate,
             min_lr=s.min_lr,
             warmup_lr=s.warmup_lr,
-            warmup_epochs=min(s.warmup_epochs, self.stage.epochs - 1),
+            warmup_epochs=s.warmup_epochs,
             step_on_epochs=False,
             updates_per_epoch=self.updates_per_epoch,
         )
@@ -323,6 +323,7 @@ class Trainer:
             if self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.progress = Progress(state["update"], state["seconds"], state["selected"])
+            self.journal.say(f"{self.stage.name:8} goes on after update {self.progress.update} of {self.updates}")
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{self.state_path}: does not fit this run ({str(error).splitlines()[0]})") from error
 

@@ -227,7 +227,7 @@ def _writes(tensor: Tensor) -> int:
 
 
 def _did_you_mean(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, list(dict.fromkeys(names)), n=3, cutoff=0.5)
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 

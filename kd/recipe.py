@@ -32,7 +32,7 @@ def allowed(metadata: Any) -> str:
     if metadata["among"]:
         return "one of " + ", ".join(metadata["among"])
     bounds = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    return " and ".join(f"{sign} {metadata[key]:g}" for key, sign in bounds.items() if metadata[key] is not None)
+    return " and ".join(f"{sign} {metadata[key]}" for key, sign in bounds.items() if metadata[key] is not None)
 
 
 def _in_range(value: Any, m: Any) -> bool:
@@ -58,8 +58,9 @@ class Checked:
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
             if f.metadata and not _in_range(value, f.metadata):
+                finite = "finite and " if isinstance(value, float) and not math.isfinite(value) else ""
                 raise ConfigError(
-                    f"{self.section}{f.name}={value}: must be {allowed(f.metadata)} ({f.metadata['doc']})"
+                    f"{self.section}{f.name}={value}: must be {finite}{allowed(f.metadata)} ({f.metadata['doc']})"
                 )
 
 
@@ -70,11 +71,7 @@ class DataConfig(Checked):
     section: ClassVar[str] = "data."
 
     name: str = setting("digits", "name of the data set in tables and folders")
-    family: str = setting(
-        "digits",
-        "how it is read",
-        among=("digits", "mnist5k", "mnist1d", "torchvision", "folder", "timm"),
-    )
+    family: str = setting("digits", "how it is read: digits, mnist5k, mnist1d, torchvision, folder or timm")
     dataset: str = setting("", "torchvision class (CIFAR10) or timm data set name, for those two families")
     root: str | None = setting(None, "folder on this machine that holds the data set")
     download: bool = setting(False, "fetch a torchvision set into data.root when it is not there")
@@ -179,6 +176,15 @@ class SchedulerConfig(Checked):
     milestones: list[int] = setting([], "epochs at which to decay (multistep)")
     decay_rate: float = setting(0.1, "factor of each decay (step, multistep)", gt=0, le=1)
 
+    def __post_init__(self):
+        super().__post_init__()
+        rising = [0, *self.milestones] == sorted({0, *self.milestones})
+        if not rising or (self.name == "multistep" and not self.milestones):
+            raise ConfigError(
+                f"scheduler.milestones={self.milestones}: must be rising epochs ≥ 1, at least one for multistep, "
+                f"such as [150,180,210]"
+            )
+
 
 @dataclass
 class TrainConfig(Checked):
@@ -214,7 +220,7 @@ class Recipe(Checked):
     train: TrainConfig = field(default_factory=TrainConfig)
     control: bool = setting(True, "also train the same student alone, with equal budget")
     tracker: str = setting("none", "also log to", among=("none", "tensorboard", "trackio"))
-    output: str = setting("checkpoints", "folder of all runs")
+    output: str = setting("checkpoints", "folder of all runs, not empty")
     run: str | None = setting(None, "name of the run's folder; null: made from the seed and the recipe's hash")
     resume: bool = setting(True, "go on where the same run stopped; false: set the old run aside and start again")
     dry_run: bool = setting(False, "build everything, take two steps, print the plan, write nothing")

@@ -49,9 +49,7 @@ def run_name(recipe: Recipe) -> str:
 def prepare(recipe: Recipe) -> Run:
     """Check what can be checked before any work, and load the data. Nothing is written."""
     _check_environment(recipe)
-    for part in (recipe.name, run_name(recipe)):
-        if not part or part.startswith(".") or Path(part).name != part:
-            raise ConfigError(f"run={part!r}: must be a plain folder name, without / and not starting with a dot")
+    _check_places(recipe)
     folder = Path(recipe.output) / recipe.name / run_name(recipe)
     precision = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
     tracker = None if recipe.tracker == "none" else recipe.tracker
@@ -80,13 +78,35 @@ def _check_environment(recipe: Recipe) -> None:
     if recipe.tracker != "none" and importlib.util.find_spec(recipe.tracker) is None:
         raise ConfigError(f"tracker={recipe.tracker}: not installed; pip install {recipe.tracker}")
     if recipe.optimizer.name not in (known := [str(name) for name in list_optimizers()]):
-        near = difflib.get_close_matches(recipe.optimizer.name, known, n=3, cutoff=0.5) or known
-        raise ConfigError(f"optimizer.name={recipe.optimizer.name}: timm has no such optimizer; {', '.join(near)} ...")
+        near = difflib.get_close_matches(recipe.optimizer.name, known, n=3, cutoff=0.5) or ["adamw", "sgd", "lamb"]
+        raise ConfigError(f"optimizer.name={recipe.optimizer.name}: timm has no such optimizer; try {', '.join(near)}")
+    trained = [recipe.student] + ([recipe.teacher] if teacher_is_trained(recipe) else [])
+    for section in trained:
+        if recipe.scheduler.warmup_epochs >= section.epochs:
+            raise ConfigError(
+                f"scheduler.warmup_epochs={recipe.scheduler.warmup_epochs}: must be < {section.section}epochs="
+                f"{section.epochs}"
+            )
     checkpoint = recipe.teacher.checkpoint
     if checkpoint and not Path(checkpoint).is_file():
         raise ConfigError(
             f"teacher.checkpoint={checkpoint}: no such file; give the path of a .safetensors or .pth file"
         )
+
+
+def _check_places(recipe: Recipe) -> None:
+    """Names that stay inside the output folder, and an output folder that can be made."""
+    for key, part in (("name", recipe.name), ("run", run_name(recipe))):
+        if not part or part.startswith(".") or Path(part).name != part or len(os.fsencode(part)) > 200:
+            raise ConfigError(
+                f"{key}={part!r}: must be a plain folder name (≤ 200 bytes, no /, not starting with a dot)"
+            )
+    if recipe.name == "teachers":
+        raise ConfigError("name=teachers: is the folder of trained teachers; choose another name")
+    output = Path(recipe.output)
+    existing = next(path for path in (output, *output.resolve().parents) if path.exists())
+    if not recipe.output or not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"output={recipe.output}: must be a folder that exists or can be made")
 
 
 def _check_batch(recipe: Recipe, data: Data, processes: int) -> None:

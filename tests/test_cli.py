@@ -49,14 +49,14 @@ WRONG = {
     "student.epochs=-1": "student.epochs=-1: must be ≥ 1",
     "loss.temperature=0": "loss.temperature=0.0: must be > 0",
     "loss.temperature=.nan": "loss.temperature=.nan: must be a number > 0",
-    "loss.temperature=nan": "loss.temperature=nan: must be > 0",
+    "loss.temperature=nan": "loss.temperature=nan: must be finite and > 0",
     "loss.temperature=hot": "loss.temperature=hot: must be a number > 0",
     "loss.smoothing=both": "loss.smoothing=both: must be one of uniform, others",
     "loss.label_smoothing=1": "loss.label_smoothing=1.0: must be ≥ 0 and < 1",
     "seed=-1": "seed=-1: must be ≥ 0",
     "resume=maybe": "resume=maybe: must be true or false",
     "recipe=resnet50_to_19": "recipe=resnet50_to_19: no such recipe; did you mean recipe=resnet50_to_18?",
-    "data=cifar": "data=cifar: no such data; did you mean data=cifar10?",
+    "data=cifar": "data=cifar: no such data set; did you mean data=cifar10?",
     "teacher=resnet50": "teacher=resnet50: is a group of settings; type for example teacher.model=...",
     "dry_run": "dry_run: cannot be read; settings are typed key=value",
     "data=imagenet": "data.root",
@@ -64,6 +64,25 @@ WRONG = {
     "train.batch_size=5000": "train.batch_size=5000: must be ≤ 1293, the training images of digits",
     "train.batch_size=2 train.accumulation=4": "train.batch_size=2: must be ≥ 4",
     "run=../elsewhere": "run='../elsewhere': must be a plain folder name",
+    "run=" + "x" * 300: "run='xxx",
+    "name=a/b": "name='a/b': must be a plain folder name",
+    "name=teachers": "name=teachers: is the folder of trained teachers",
+    "output=": "output=: must be a folder",
+    "output=/dev/null/x": "output=/dev/null/x: must be a folder that exists or can be made",
+    "~seed": "~seed: settings cannot be removed; type seed=VALUE",
+    "+seed=1": "seed: is a setting; type seed=VALUE without +",
+    "--nosuchflag": "--nosuchflag: no such option; --help lists what there is",
+    "recipe=smoke recipe=resnet34_to_18": "recipe=smoke recipe=resnet34_to_18: type one recipe=",
+    "teacher.model_kwargs={a:1}": "teacher.model_kwargs: type +teacher.model_kwargs.NAME=VALUE",
+    "+student.model_kwargs.nonsense=1": "student.model=mlp_tiny student.model_kwargs={'nonsense': 1}: does not work",
+    "scheduler.milestones=[-3,0]": "scheduler.milestones=[-3, 0]: must be rising epochs ≥ 1",
+    "scheduler.name=multistep": "scheduler.milestones=[]: must be rising epochs ≥ 1, at least one for multistep",
+    "scheduler.milestones=abc": "scheduler.milestones=abc: must be a list of whole numbers such as [30,60]",
+    "scheduler.warmup_epochs=1": "scheduler.warmup_epochs=1: must be < student.epochs=1",
+    "loss.temperature=inf": "loss.temperature=inf: must be finite and > 0",
+    "loss.temperature=4,5": "loss.temperature=4,5: is several values; add -m for a run of each, or type one",
+    "seed=${foo}": "seed: Interpolation key 'foo' not found",
+    "data.family=mine": "data.family=mine: must be one of digits, mnist5k",
     "teacher.checkpoint=missing.pth": "teacher.checkpoint=missing.pth: no such file",
     "student.model=resnet19": "student.model=resnet19",
     "loss.kd_weight=0 loss.ce_weight=0": "loss.kd_weight=0 with loss.ce_weight=0 leaves nothing to learn",
@@ -98,6 +117,22 @@ def test_a_recipe_of_ones_own_needs_no_edit_in_kd(kd_train, tmp_path):
     (tmp_path / "recipes").mkdir()
     (tmp_path / mine).write_text("# @package _global_\n# claim: mine\nname: mine\nloss:\n  temperature: 3\n")
     assert "temperature: 3.0" in kd_train("recipe=mine", "--cfg", "job").out
+
+
+def test_a_recipe_with_a_misspelt_setting_is_one_line(kd_train, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "odd.yaml").write_text("# @package _global_\nname: odd\nteacher:\n  modle: x\n")
+    done = kd_train("recipe=odd")
+    assert done.code == cli.USAGE
+    assert "Key 'modle' not in 'TeacherConfig'" in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_a_recipe_that_is_not_text_is_named_and_does_not_stop_help(kd_train, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "bytes.yaml").write_bytes(b"# claim: \xff\xfe\x80")
+    assert "bytes.yaml: not a readable recipe" in kd_train("recipe=smoke").err
+    assert kd_train("--help").code == 0
 
 
 def test_an_unreadable_recipe_is_named(kd_train, tmp_path):

@@ -20,9 +20,9 @@ from kd.recipe import (
     ("section", "values", "message"),
     [
         (LossConfig, {"temperature": -1.0}, r"loss\.temperature=-1\.0: must be > 0"),
-        (LossConfig, {"temperature": math.inf}, r"loss\.temperature=inf: must be > 0"),
+        (LossConfig, {"temperature": math.inf}, r"loss\.temperature=inf: must be finite and > 0"),
         (LossConfig, {"student_temperature": 0.0}, r"loss\.student_temperature=0\.0: must be > 0"),
-        (LossConfig, {"kd_weight": math.nan}, r"loss\.kd_weight=nan: must be ≥ 0"),
+        (LossConfig, {"kd_weight": math.nan}, r"loss\.kd_weight=nan: must be finite and ≥ 0"),
         (StudentConfig, {"epochs": 0}, r"student\.epochs=0: must be ≥ 1"),
         (DataConfig, {"val_fraction": 0.5}, r"data\.val_fraction=0\.5: must be > 0 and < 0\.5"),
         (TrainConfig, {"precision": "fp8"}, r"train\.precision=fp8: must be one of fp32, bf16, fp16"),

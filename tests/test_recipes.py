@@ -35,6 +35,7 @@ TINY = {
         "student.pretrained=false",
         "student.epochs=1",
         "optimizer.lr=0.01",
+        "scheduler.warmup_epochs=0",
         "train.batch_size=16",
     ],
 }

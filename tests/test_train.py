@@ -131,6 +131,7 @@ def test_evaluate_finds_weights_that_are_not_the_results(finished, tmp_path):
         (["run=nowhere"], "run=.*/nowhere: holds no recipe.yaml"),
         (["runs/x"], "runs/x: type run=DIR"),
         (["run=a", "seed=1"], "run=a seed=1: type run=DIR"),
+        (["run=a", "picture=x.png"], "picture=x.png: must end in .svg"),
     ],
 )
 def test_evaluate_says_what_it_needs(arguments, message, tmp_path, monkeypatch):
@@ -362,6 +363,7 @@ def test_a_folder_of_jpegs_trains_from_end_to_end(jpegs, kd_train, tmp_path):
         "student.pretrained=false",
         "student.epochs=1",
         "data.crop_scale=0.7",
+        "scheduler.warmup_epochs=0",
         "optimizer.lr=0.01",
         "train.precision=bf16",
         "train.ema_decay=0.5",

@@ -11,7 +11,7 @@ from kd.data.mixing import Mixer, mixer
 from kd.data.synthetic import mnist1d
 from kd.data.timm_sets import timm
 from kd.data.torchvision_sets import torchvision
-from kd.recipe import DataConfig
+from kd.recipe import ConfigError, DataConfig
 
 __all__ = ["FAMILIES", "Batch", "Data", "ImageError", "Mixer", "Split", "load_data", "mixer"]
 
@@ -27,4 +27,6 @@ FAMILIES: dict[str, Callable[[DataConfig, int], Data]] = {
 
 def load_data(config: DataConfig, seed: int) -> Data:
     """The data set of a recipe. `seed`, the run's, decides augmentation only; splits follow config.split_seed."""
+    if config.family not in FAMILIES:
+        raise ConfigError(f"data.family={config.family}: must be one of {', '.join(FAMILIES)}")
     return FAMILIES[config.family](config, seed)
