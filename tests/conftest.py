@@ -1,4 +1,4 @@
-"""What several tests share: the command line in this process, and images on disk."""
+"""What several tests share: the command line in this process."""
 
 import os
 import sys
