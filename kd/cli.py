@@ -76,8 +76,8 @@ def help_text(program: str) -> str:
     return "\n".join(lines)
 
 
-def register() -> None:
-    """Store the schema and every recipe in Hydra's ConfigStore."""
+def register(words: list[str]) -> None:
+    """Store the schema and every recipe in Hydra's ConfigStore; an unreadable one matters where `words` name it."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -96,6 +96,8 @@ def register() -> None:
             try:
                 node = OmegaConf.load(path)
             except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+                if f"{group}={name}" not in words:
+                    continue
                 raise ConfigError(f"{path}: not a readable recipe ({str(error).splitlines()[0]})") from error
             store.store(group=group, name=name, node=node, package="_global_", replace=True)
 
@@ -145,8 +147,11 @@ def explain(error: Exception) -> str:
         return f"recipe: not given; type recipe=NAME with one of {', '.join(recipe_files())}"
     if found := re.search(r"Error merging override ([^\s=]+)=?(.*)", text):
         return _wrong_type(found[1].lstrip("+"), found[2], cause)
-    if found := re.search(r"Error parsing override '(.*)'", text):
-        return f"{found[1]}: cannot be read; settings are typed key=value (quote values with spaces or brackets)"
+    if found := re.search(r"Error parsing override '(.*)'|Error when parsing index: \d+, string: (.*) out of", text):
+        return (
+            f"{found[1] or found[2]}: cannot be read; settings are typed key=value, and a value with brackets, "
+            f"commas or other than plain letters inside two pairs of quotes: 'key=\"VALUE\"'"
+        )
     if found := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
         return f"{found[1]}={found[2]}: is several values; add -m for a run of each, or type one"
     lines = [line.strip() for line in f"{text}\n{cause}".splitlines()]
@@ -229,5 +234,5 @@ def command(program: str, run: Callable[[Recipe], int]) -> None:
             if code:
                 raise SystemExit(code)
 
-        register()
+        register(sys.argv[1:])
         main()

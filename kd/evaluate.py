@@ -38,6 +38,8 @@ def evaluate(folder: Path, picture: str | None, overrides: list[str]) -> int:
     from kd.checkpoint import read_json
     from kd.recipe import Recipe
 
+    if not folder.is_dir():
+        raise ConfigError(f"run={folder}: no such folder; give the folder of a finished run")
     for name in ("recipe.yaml", "result.json"):
         if not (folder / name).is_file():
             raise ConfigError(f"run={folder}: holds no {name}; give the folder of a finished run")

@@ -317,7 +317,7 @@ def _read(path: Path, setting: str) -> dict[str, Tensor]:
     except Exception as error:  # the unpickler raises whatever the bytes of a broken file lead it to
         raise ConfigError(
             f"{setting}: not a file of weights, or one that holds code, which kd never runs; "
-            f"save the state_dict as .safetensors ({_brief(error)})"
+            f"save the state_dict as .safetensors ({type(error).__name__}: {_brief(error)})"
         ) from error
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ConfigError(f"{setting}: holds no state_dict of tensors")

@@ -75,7 +75,7 @@ class DataConfig(Checked):
     dataset: str = setting("", "torchvision class (CIFAR10) or timm data set name, for those two families")
     root: str | None = setting(None, "folder on this machine that holds the data set")
     download: bool = setting(False, "fetch a torchvision set into data.root when it is not there")
-    image_size: int = setting(32, "height and width the model sees, in pixels", ge=1)
+    image_size: int = setting(32, "height and width the model sees, in pixels", ge=1, le=4096)
     val_fraction: float = setting(0.1, "share of the training images held out to select on", gt=0, lt=0.5)
     test_fraction: float = setting(0.2, "share held out to test on, for sets that come unsplit", gt=0, lt=0.5)
     split_seed: int = setting(0, "seed of the split, apart from `seed` so that all runs test on the same images", ge=0)

@@ -59,6 +59,9 @@ WRONG = {
     "data=cifar": "data=cifar: no such data set; did you mean data=cifar10?",
     "teacher=resnet50": "teacher=resnet50: is a group of settings; type for example teacher.model=...",
     "dry_run": "dry_run: cannot be read; settings are typed key=value",
+    "run=ä": "run=ä: cannot be read; settings are typed key=value",
+    "run=a{b": "run=a{b: cannot be read; settings are typed key=value",
+    "data.image_size=100000": "data.image_size=100000: must be ≥ 1 and ≤ 4096",
     "data=imagenet": "data.root",
     "data=cifar10 data.root=/nowhere": "data.root=/nowhere",
     "train.batch_size=5000": "train.batch_size=5000: must be ≤ 1293, the training images of digits",
@@ -131,16 +134,17 @@ def test_a_recipe_with_a_misspelt_setting_is_one_line(kd_train, tmp_path):
 def test_a_recipe_that_is_not_text_is_named_and_does_not_stop_help(kd_train, tmp_path):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "bytes.yaml").write_bytes(b"# claim: \xff\xfe\x80")
-    assert "bytes.yaml: not a readable recipe" in kd_train("recipe=smoke").err
+    assert "bytes.yaml: not a readable recipe" in kd_train("recipe=bytes").err
     assert kd_train("--help").code == 0
 
 
 def test_an_unreadable_recipe_is_named(kd_train, tmp_path):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "torn.yaml").write_text("name: [")
-    done = kd_train("recipe=smoke")
+    done = kd_train("recipe=torn")
     assert done.code == cli.USAGE
     assert "torn.yaml: not a readable recipe" in done.err
+    assert kd_train("recipe=smoke", "--cfg", "job").code == 0  # somebody else's mistake stops nobody
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):

@@ -159,7 +159,7 @@ def broken_folder(tmp_path, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing", "data.root={root}: no such folder; give the one that holds toy"),
+        ("missing", "data.root={root}: no such folder; give the folder that holds toy"),
         ("no train", "data.root={root}: has val/ but no train/"),
         (
             "other classes",

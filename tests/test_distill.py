@@ -293,7 +293,8 @@ def test_half_precision_gradient_is_off_by_no_more_than_its_own_rounding(dtype, 
 
     (value, half), (exact_value, exact) = grad(s, t), grad(s.double(), t.double())
     assert half.dtype == dtype
-    assert value.item() == pytest.approx(exact_value.item(), rel=1e-5)
+    # float32 rounds each row's log-sum-exp, about 9 here, to half an epsilon of it: up to 5e-7, on a loss of 1e-3.
+    assert value.item() == pytest.approx(exact_value.item(), rel=1e-5, abs=64 * 5e-7)
     # Half an epsilon of the stored dtype, and float32's own error of a difference of numbers near 1.
     assert ((half.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 2e-6).all()
 

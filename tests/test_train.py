@@ -128,7 +128,8 @@ def test_evaluate_finds_weights_that_are_not_the_results(finished, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run=nowhere"], "run=.*/nowhere: holds no recipe.yaml"),
+        (["run=nowhere"], "run=.*/nowhere: no such folder"),
+        (["run=."], "run=.*: holds no recipe.yaml"),
         (["runs/x"], "runs/x: type run=DIR"),
         (["run=a", "seed=1"], "run=a seed=1: type run=DIR"),
         (["run=a", "picture=x.png"], "picture=x.png: must end in .svg"),

@@ -35,11 +35,14 @@ def folder(config: DataConfig, seed: int) -> Data:
 
 def data_root(config: DataConfig) -> Path:
     """data.root, which has to be a folder."""
+    what = "your images" if config.name == "folder" else config.name
     if not config.root:
-        raise ConfigError(f"data.root is not set: give the folder that holds {config.name}, data.root=/path/to/it")
-    if not Path(config.root).is_dir():
-        raise ConfigError(f"data.root={config.root}: no such folder; give the one that holds {config.name}")
-    return Path(config.root)
+        raise ConfigError(f"data.root is not set: give the folder that holds {what}, data.root=/path/to/it")
+    root = Path(config.root)
+    if not root.is_dir():
+        wrong = "is a file" if root.exists() else "no such folder"
+        raise ConfigError(f"data.root={config.root}: {wrong}; give the folder that holds {what}")
+    return root
 
 
 def _classes(path: Path) -> list[str]:
