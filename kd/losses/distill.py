@@ -87,9 +87,13 @@ class DistillSettings(nn.Module):
             return values
         if self.reduction == "sum":
             return values.sum()
+        return values.sum() / self._count(values.numel(), target)
+
+    def _count(self, positions: int, target: Tensor) -> int | Tensor:
+        """What the mean divides by: the positions that are not ignored, at least 1."""
         if target.is_floating_point():
-            return values.sum() / max(values.numel(), 1)
-        return values.sum() / (target != self.ignore_index).sum().clamp(min=1)
+            return max(positions, 1)
+        return (target != self.ignore_index).sum().clamp(min=1)
 
     def extra_repr(self) -> str:
         """The settings, for print(loss)."""
