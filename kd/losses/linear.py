@@ -104,6 +104,7 @@ class LinearDistillLoss(DistillSettings):
             teacher_bias=teacher_bias,
         ).loss
 
+    @torch.compiler.disable  # a loop with state between the passes: a compiled graph breaks here and goes on after it
     def terms(
         self,
         features: Tensor,
@@ -147,9 +148,8 @@ class LinearDistillLoss(DistillSettings):
             self._reduce(kd.reshape(lead), target) if self.kd_weight > 0 else None,
         )
 
-    @torch.compiler.disable
     def _rows(self, inputs: "_Inputs") -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, ce and kd (N,). A loop over chunks under no graph: torch.compile breaks its graph here."""
+        """Loss, ce and kd (N,)."""
         plan = self._plan(inputs)
         guess = None
         if any(plan.needs) and self.reduction != "none":
