@@ -5,7 +5,7 @@ Shapes: ``(...)`` positions, ``K`` classes, always last.
 
 import math
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,46 @@ class DistillTerms(NamedTuple):
     kd: Tensor | None
 
 
-class DistillSettings(nn.Module):
-    """The settings of a distillation loss and their checks: what DistillLoss and LinearDistillLoss share."""
+class DistillLoss(nn.Module):
+    """``ce_weight * CE + kd_weight * Ts² * KL(softmax(t / T) || softmax(s / Ts))`` in nats.
+
+    ``loss(student_logits, teacher_logits, target)``: logits ``(..., K)`` of any floating dtype; target int64 ``(...)``
+    or probabilities ``(..., K)`` such as mixup's. Everything runs in float32, or float64 for a float64 student, and
+    that is the dtype returned. No gradient goes to teacher or target.
+
+    CE is ``-sum_k w_k q_k log softmax(s)_k`` with q the smoothed target (Szegedy et al. 2016 §7) and w
+    ``class_weight``: what F.cross_entropy gives under "sum" and "none". Its minimum is the entropy of q, so it reaches
+    0 only without smoothing.
+
+    The second term is Hinton et al. 2015 §2, with ``Ts = student_temperature`` or T. The factor Ts² undoes the 1/Ts
+    that the student's softmax puts into the gradient twice, by the chain rule and by flattening the difference: the
+    gradient is ``Ts * (softmax(s / Ts) - softmax(t / T))``. So it is T² KL by default; with ``student_temperature=1.0``
+    the factor is 1 and it is exactly the form of Müller et al. 2019 and of transformed teacher matching (TTM, Zheng &
+    Yang 2024). It is 0, and stationary, where both softened distributions are equal.
+
+    Args:
+        temperature: T, finite and > 0.
+        kd_weight, ce_weight: finite and ≥ 0. A term of weight 0 is not computed; with both 0 the loss is 0. With
+            ``kd_weight=0`` the teacher's logits are not looked at and may be None.
+        label_smoothing: mass in [0, 1) for the cross entropy.
+        smoothing: its convention, "uniform" (eps/K on every class) or "others" (eps/(K-1) on the others).
+        student_temperature: Ts; None means T.
+        class_weight: K floating weights ≥ 0 for the cross entropy only. A buffer that moves with the module and stays
+            out of its state_dict.
+        ignore_index: positions of this label give 0 to both terms and exactly 0 gradient. Not for probability targets.
+        reduction: "mean" divides the sum of both terms by the number of positions that are not ignored, also with
+            class_weight (F.cross_entropy divides by the sum of the labels' weights there), and is 0, with zero
+            gradients, where there are none; "sum"; "none" gives shape ``(...)``.
+        backend: "auto" or "reference".
+
+    A class at -inf in student and teacher (masked) gives 0 to the KD term. Smoothing puts mass on it, so with
+    label_smoothing > 0 the cross entropy is inf, as in F.cross_entropy. nan in gives nan out.
+
+    Raises ValueError or TypeError, naming the argument, for settings outside these ranges, shapes, devices and dtypes
+    that do not fit (nothing is broadcast), labels outside 0..K-1, target rows that are no probabilities, and a teacher,
+    target or class_weight with requires_grad. Warns where teacher_logits look like probabilities. Checks that read
+    values (on a GPU: that synchronise) are left out under torch.compile, torch.func and CUDA graph capture.
+    """
 
     class_weight: Tensor | None
 
@@ -71,29 +109,42 @@ class DistillSettings(nn.Module):
         """The implementation that runs: "reference"."""
         return "reference"
 
-    def _term_settings(self, num_classes: int) -> dict[str, Any]:
-        """What a backend is told: temperatures, weights, and the smoothing in the "uniform" convention."""
-        return {
-            "temperature": self.temperature,
-            "student_temperature": self.temperature if self.student_temperature is None else self.student_temperature,
-            "kd_weight": self.kd_weight,
-            "ce_weight": self.ce_weight,
-            "uniform_mass": to_uniform(self.label_smoothing, num_classes, self.smoothing),
-            "ignore_index": self.ignore_index,
-        }
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> Tensor:
+        """The loss: a scalar, or shape ``(...)`` under reduction "none"."""
+        return self.terms(student_logits, teacher_logits, target).loss
+
+    def terms(self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> DistillTerms:
+        """The loss with its unweighted terms, from one pass and under the same reduction."""
+        self._check_settings()  # again, because a schedule may have changed one
+        if self.kd_weight == 0:
+            teacher_logits = None
+        self._check_inputs(student_logits, teacher_logits, target)
+        loss, ce, kd = reference.terms(
+            student_logits,
+            teacher_logits,
+            target,
+            self.class_weight,
+            temperature=self.temperature,
+            student_temperature=self.temperature if self.student_temperature is None else self.student_temperature,
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
+            uniform_mass=to_uniform(self.label_smoothing, student_logits.shape[-1], self.smoothing),
+            ignore_index=self.ignore_index,
+        )
+        return DistillTerms(
+            self._reduce(loss, target),
+            None if ce is None else self._reduce(ce.detach(), target),
+            None if kd is None else self._reduce(kd.detach(), target),
+        )
 
     def _reduce(self, values: Tensor, target: Tensor) -> Tensor:
         if self.reduction == "none":
             return values
         if self.reduction == "sum":
             return values.sum()
-        return values.sum() / self._count(values.numel(), target)
-
-    def _count(self, positions: int, target: Tensor) -> int | Tensor:
-        """What the mean divides by: the positions that are not ignored, at least 1."""
         if target.is_floating_point():
-            return max(positions, 1)
-        return (target != self.ignore_index).sum().clamp(min=1)
+            return values.sum() / max(values.numel(), 1)
+        return values.sum() / (target != self.ignore_index).sum().clamp(min=1)
 
     def extra_repr(self) -> str:
         """The settings, for print(loss)."""
@@ -135,71 +186,6 @@ class DistillSettings(nn.Module):
             _check_logits("teacher_logits", teacher)
             _check_fits("teacher_logits", teacher, student, student.shape)
             _warn_of_probabilities(teacher)
-
-
-class DistillLoss(DistillSettings):
-    """``ce_weight * CE + kd_weight * Ts² * KL(softmax(t / T) || softmax(s / Ts))`` in nats.
-
-    ``loss(student_logits, teacher_logits, target)``: logits ``(..., K)`` of any floating dtype; target int64 ``(...)``
-    or probabilities ``(..., K)`` such as mixup's. Everything runs in float32, or float64 for a float64 student, and
-    that is the dtype returned. No gradient goes to teacher or target.
-
-    CE is ``-sum_k w_k q_k log softmax(s)_k`` with q the smoothed target (Szegedy et al. 2016 §7) and w
-    ``class_weight``: what F.cross_entropy gives under "sum" and "none". Its minimum is the entropy of q, so it reaches
-    0 only without smoothing.
-
-    The second term is Hinton et al. 2015 §2, with ``Ts = student_temperature`` or T. The factor Ts² undoes the 1/Ts
-    that the student's softmax puts into the gradient twice, by the chain rule and by flattening the difference: the
-    gradient is ``Ts * (softmax(s / Ts) - softmax(t / T))``. So it is T² KL by default; with ``student_temperature=1.0``
-    the factor is 1 and it is exactly the form of Müller et al. 2019 and of transformed teacher matching (TTM, Zheng &
-    Yang 2024). It is 0, and stationary, where both softened distributions are equal.
-
-    Args:
-        temperature: T, finite and > 0.
-        kd_weight, ce_weight: finite and ≥ 0. A term of weight 0 is not computed; with both 0 the loss is 0. With
-            ``kd_weight=0`` the teacher's logits are not looked at and may be None.
-        label_smoothing: mass in [0, 1) for the cross entropy.
-        smoothing: its convention, "uniform" (eps/K on every class) or "others" (eps/(K-1) on the others).
-        student_temperature: Ts; None means T.
-        class_weight: K floating weights ≥ 0 for the cross entropy only. A buffer that moves with the module and stays
-            out of its state_dict.
-        ignore_index: positions of this label give 0 to both terms and exactly 0 gradient. Not for probability targets.
-        reduction: "mean" divides the sum of both terms by the number of positions that are not ignored, also with
-            class_weight (F.cross_entropy divides by the sum of the labels' weights there), and is 0, with zero
-            gradients, where there are none; "sum"; "none" gives shape ``(...)``.
-        backend: "auto" or "reference".
-
-    A class at -inf in student and teacher (masked) gives 0 to the KD term. Smoothing puts mass on it, so with
-    label_smoothing > 0 the cross entropy is inf, as in F.cross_entropy. nan in gives nan out.
-
-    Raises ValueError or TypeError, naming the argument, for settings outside these ranges, shapes, devices and dtypes
-    that do not fit (nothing is broadcast), labels outside 0..K-1, target rows that are no probabilities, and a teacher,
-    target or class_weight with requires_grad. Warns where teacher_logits look like probabilities. Checks that read
-    values (on a GPU: that synchronise) are left out under torch.compile, torch.func and CUDA graph capture.
-    """
-
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> Tensor:
-        """The loss: a scalar, or shape ``(...)`` under reduction "none"."""
-        return self.terms(student_logits, teacher_logits, target).loss
-
-    def terms(self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> DistillTerms:
-        """The loss with its unweighted terms, from one pass and under the same reduction."""
-        self._check_settings()  # again, because a schedule may have changed one
-        if self.kd_weight == 0:
-            teacher_logits = None
-        self._check_inputs(student_logits, teacher_logits, target)
-        loss, ce, kd = reference.terms(
-            student_logits,
-            teacher_logits,
-            target,
-            self.class_weight,
-            **self._term_settings(student_logits.shape[-1]),
-        )
-        return DistillTerms(
-            self._reduce(loss, target),
-            None if ce is None else self._reduce(ce.detach(), target),
-            None if kd is None else self._reduce(kd.detach(), target),
-        )
 
 
 def distill_loss(

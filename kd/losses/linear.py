@@ -4,10 +4,8 @@ Shapes: ``(...)`` positions, N of them; ``D`` features; ``K`` classes. "Wide" is
 """
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
-from kd.losses.distill import DistillSettings, DistillTerms
+from kd.losses import fused, reference
+from kd.losses.distill import DistillTerms
+from kd.losses.settings import DistillSettings
 from kd.smoothing import check_number
 
 # The least that memory_budget is by default: below it chunks get so thin that reading the head dominates.
@@ -124,11 +124,14 @@ class LinearDistillLoss(DistillSettings):
             teacher_logits = teacher_features = teacher_weight = teacher_bias = None
         lead, classes = _check_student(features, weight, bias)
         # Logits that take no memory stand for those that are never made, so that the checks are DistillLoss's own.
-        logits = features.detach().new_zeros(()).expand(*lead, classes)
+        logits = features.detach().new_zeros((), dtype=_linear_dtype(features)).expand(*lead, classes)
+        backend = self._choose(logits)
         computed = self.kd_weight > 0 and _check_teacher(
             logits, teacher_logits, teacher_features, teacher_weight, teacher_bias
         )
-        self._check_inputs(logits, logits if computed else teacher_logits, target)
+        self._check_inputs(logits, logits if computed else teacher_logits, target, read_values=backend != "triton")
+        self.backend_used = backend
+        count = self._count(target)
         loss, ce, kd = self._rows(
             _Inputs(
                 features.reshape(-1, features.shape[-1]),
@@ -140,23 +143,25 @@ class LinearDistillLoss(DistillSettings):
                 teacher_bias,
                 target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1),
                 self.class_weight,
-            )
+            ),
+            backend,
+            count,
         )
         return DistillTerms(
-            self._reduce(loss.reshape(lead), target),
-            self._reduce(ce.reshape(lead), target) if self.ce_weight > 0 else None,
-            self._reduce(kd.reshape(lead), target) if self.kd_weight > 0 else None,
+            self._reduce(loss.reshape(lead), count),
+            self._reduce(ce.reshape(lead), count) if self.ce_weight > 0 else None,
+            self._reduce(kd.reshape(lead), count) if self.kd_weight > 0 else None,
         )
 
-    def _rows(self, inputs: "_Inputs") -> tuple[Tensor, Tensor, Tensor]:
+    def _rows(self, inputs: "_Inputs", backend: str, count: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, ce and kd (N,)."""
-        plan = self._plan(inputs)
+        plan = self._plan(inputs, backend)
         guess = None
         if any(plan.needs) and self.reduction != "none":
-            guess = self._guess(inputs, plan.dtype)
+            guess = self._guess(inputs, plan.dtype, count)
         return _ChunkedLoss.apply(*inputs, guess, plan, _Held())
 
-    def _plan(self, inputs: "_Inputs") -> "_Plan":
+    def _plan(self, inputs: "_Inputs", backend: str) -> "_Plan":
         n, width = inputs.features.shape
         classes = inputs.weight.shape[0]
         dtype = _linear_dtype(inputs.features)
@@ -165,7 +170,7 @@ class LinearDistillLoss(DistillSettings):
         if inputs.teacher_features is not None:
             teacher_dtype = _linear_dtype(inputs.teacher_features)
             per_class += teacher_dtype.itemsize
-        if self.backend_used == "reference":
+        if backend == "reference":
             per_class = REFERENCE_COPIES * wide.itemsize
         budget = self.memory_budget or max(LEAST_BUDGET, 2 * inputs.weight.numel())
         widening = 0 if dtype == wide else budget // 4
@@ -174,8 +179,8 @@ class LinearDistillLoss(DistillSettings):
         step = max(1, math.ceil(n / chunks))  # of equal size: the last is no slower for being thin
         wants = torch.is_grad_enabled()
         return _Plan(
-            rows=import_module(f"kd.losses.{self.backend_used}").rows,
-            settings=self._term_settings(classes),
+            backend=backend,
+            settings=self._numbers(classes),
             dtype=dtype,
             teacher_dtype=teacher_dtype,
             needs=tuple(wants and tensor is not None and tensor.requires_grad for tensor in inputs[:3]),
@@ -183,16 +188,16 @@ class LinearDistillLoss(DistillSettings):
             block=max(1, widening // (wide.itemsize * (width + step))) if widening else classes,
         )
 
-    def _guess(self, inputs: "_Inputs", dtype: torch.dtype) -> Tensor:
+    def _guess(self, inputs: "_Inputs", dtype: torch.dtype, count: Tensor | int) -> Tensor:
         """What will come from above for each row of the loss, as a scalar: exact where the loss itself is the root.
 
         For float16 it is the power of two that puts the largest gradient near 2^13 instead: in units of 1/N they would
         underflow, and the loss scale that prevents it is not known yet.
         """
-        target, wide = inputs.target, _wide(dtype)
-        one = torch.ones((), dtype=wide, device=target.device)
+        wide = _wide(dtype)
+        one = torch.ones((), dtype=wide, device=inputs.target.device)
         if dtype != torch.float16:
-            return one / self._count(len(target), target) if self.reduction == "mean" else one
+            return one / count
         heaviest = 1 if self.class_weight is None else self.class_weight.max().to(wide)
         kd_bound = self.kd_weight * (self.temperature if self.student_temperature is None else self.student_temperature)
         bound = one * (self.ce_weight * heaviest + kd_bound)
@@ -222,8 +227,8 @@ class _Inputs(NamedTuple):
 class _Plan:
     """What is no tensor."""
 
-    rows: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]  # the backend
-    settings: dict[str, Any]
+    backend: str
+    settings: fused.Settings
     dtype: torch.dtype  # of the student's logits
     teacher_dtype: torch.dtype  # of the teacher's, where they are computed here
     needs: tuple[bool, ...]  # gradients of features, weight, bias?
@@ -339,15 +344,16 @@ def _sweep(inputs: _Inputs, upstream: Tensor | None, plan: _Plan, values: list[T
         teacher = None
         if inputs.teacher_features is not None:
             teacher = _Head.cast(plan.teacher_dtype, *inputs[4:7])
+        rows = reference.rows if plan.backend == "reference" else fused.module(plan.backend).rows
         for start in range(0, n, plan.step):
             part = slice(start, start + plan.step)
-            *chunk, gradient = plan.rows(
+            *chunk, gradient = rows(
                 student.logits(part),
                 _part(inputs.teacher_logits, part) if teacher is None else teacher.logits(part),
                 inputs.target[part],
                 inputs.class_weight,
                 upstream[part],
-                **plan.settings,
+                **plan.settings._asdict(),
                 with_gradient=totals is not None,
             )
             if values is not None:
