@@ -6,6 +6,7 @@ Shapes: ``(...)`` positions, N of them; ``D`` features; ``K`` classes. "Wide" is
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
-from kd.losses import fused, reference
 from kd.losses.distill import DistillTerms
+from kd.losses.fused import Settings
 from kd.losses.settings import DistillSettings
 from kd.smoothing import check_number
 
@@ -228,7 +229,7 @@ class _Plan:
     """What is no tensor."""
 
     backend: str
-    settings: fused.Settings
+    settings: Settings
     dtype: torch.dtype  # of the student's logits
     teacher_dtype: torch.dtype  # of the teacher's, where they are computed here
     needs: tuple[bool, ...]  # gradients of features, weight, bias?
@@ -344,7 +345,7 @@ def _sweep(inputs: _Inputs, upstream: Tensor | None, plan: _Plan, values: list[T
         teacher = None
         if inputs.teacher_features is not None:
             teacher = _Head.cast(plan.teacher_dtype, *inputs[4:7])
-        rows = reference.rows if plan.backend == "reference" else fused.module(plan.backend).rows
+        rows = import_module(f"kd.losses.{plan.backend}").rows
         for start in range(0, n, plan.step):
             part = slice(start, start + plan.step)
             *chunk, gradient = rows(
