@@ -118,10 +118,10 @@ def test_chunks_fit_the_budget_and_are_of_equal_size(rows, sizes, chunks):
 
 
 def test_a_larger_head_has_a_larger_budget(chunks):
-    """Half of the weight's gradient, 32 MiB at least."""
+    """A quarter of the weight's gradient in float32, 24 MiB at least."""
     loss = LinearDistillLoss(backend="reference", kd_weight=0)
     per_row = 2**15 * 4 * linear.REFERENCE_COPIES
-    for d, budget in ((16, 2**25), (1024, 2**26)):
+    for d, budget in ((16, 24 * 2**20), (1024, 2**25)):
         x, w, y = torch.zeros(50, d), torch.zeros(1, 1).expand(2**15, d), torch.zeros(50, dtype=torch.int64)
         loss(x, w, y)
         assert max(chunks) == math.ceil(50 / math.ceil(50 / (budget // per_row)))
@@ -326,8 +326,7 @@ def test_one_class():
     case = Case(k=1)
     case.y = torch.zeros(N, dtype=torch.int64)
     value = case.ours(LinearDistillLoss(memory_budget=50))
-    assert value == 0
-    assert all((gradient == 0).all() for gradient in case.gradients(value))
+    assert_close([value, *case.gradients(value)], [torch.zeros_like(t) for t in (value, *case.leaves)], 1e-14)
 
 
 def test_nan_in_gives_nan_out():

@@ -20,7 +20,7 @@ from kd.losses.settings import DistillSettings
 from kd.smoothing import check_number
 
 # The least that memory_budget is by default: below it chunks get so thin that reading the head dominates.
-LEAST_BUDGET = 32 * 2**20
+LEAST_BUDGET = 24 * 2**20
 # How many tensors of a chunk's logits, in the wide dtype, the reference's autograd holds at once.
 REFERENCE_COPIES = 12
 
@@ -44,8 +44,8 @@ class LinearDistillLoss(DistillSettings):
 
     Args:
         memory_budget: bytes for what one chunk of rows holds: the logits of the student, their gradient, and the
-            teacher's logits where they are computed here. None is half a float32 gradient of weight, 32 MiB at least.
-            More rows in a chunk read the head less often; about a hundred suffice on a CPU, a GPU wants a thousand.
+            teacher's logits where they are computed here. None is a quarter of a float32 gradient of weight, 24 MiB at
+            least. More rows in a chunk read the head less often; 64 suffice on a CPU, a GPU wants several hundred.
         temperature, ...: as in DistillLoss.
 
     Raises as DistillLoss does, naming the argument.
@@ -173,7 +173,7 @@ class LinearDistillLoss(DistillSettings):
             per_class += teacher_dtype.itemsize
         if backend == "reference":
             per_class = REFERENCE_COPIES * wide.itemsize
-        budget = self.memory_budget or max(LEAST_BUDGET, 2 * inputs.weight.numel())
+        budget = self.memory_budget or max(LEAST_BUDGET, inputs.weight.numel())
         widening = 0 if dtype == wide else budget // 4
         rows = max(1, (budget - widening) // (per_class * classes))
         chunks = max(1, math.ceil(n / rows))
