@@ -14,7 +14,8 @@ Shapes: N rows, K classes. With z = s - max s, the student's and the teacher's l
 
 DS / DT keeps the digits that log DS - log DT would cancel; all three are near log K where the KL is near 0.
 
-A launch passes Python floats as float32. So that float64 rows are float64 throughout, theirs travel as bits of an int64.
+A launch passes Python floats as float32. So that float64 rows are float64 throughout, theirs travel as the
+bits of an int64.
 """
 
 import struct
@@ -203,16 +204,38 @@ def _scalar(value, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _share(target, class_weight, label, col, inside, classes, mass, SOFT: tl.constexpr, WIDE: tl.constexpr):
-    """``w ((1 - e) q + e / K)`` of the classes ``col``, 0 where not ``inside``; ``target``: the row(s)' first class."""
+def _label(target, mask, classes, ignore_index):
+    """``(label or -1, whether it is neither class nor ignored, whether it is ignored)``; -1 is not followed anywhere."""
+    label = tl.load(target, mask, other=0)
+    ignored = label == ignore_index
+    known = (label >= 0) & (label < classes)
+    return tl.where(known & ~ignored, label, -1).to(tl.int32), ~(known | ignored), ignored
+
+
+@triton.jit
+def _masses(uniform_mass, classes, WIDE: tl.constexpr):
+    """The smoothed mass of a class that is not the label, ``e / K``, and of the label, ``1 - e + e / K``."""
+    mass = _scalar(uniform_mass, WIDE)
     spread = mass / tl.cast(classes, WIDE)
+    return spread, 1 - mass + spread
+
+
+@triton.jit
+def _share(target, class_weight, col, label, inside, spread, own, SOFT: tl.constexpr, WIDE: tl.constexpr):
+    """``w ((1 - e) q + e / K)`` of the classes ``col``, 0 where not ``inside``."""
     if SOFT:
-        share = (1 - mass) * tl.load(target + col, inside, other=0).to(WIDE) + spread
+        share = (own - spread) * tl.load(target + col, inside, other=0).to(WIDE) + spread
     else:
-        share = tl.where(col == label, (1 - mass) + spread, spread)
+        share = tl.where(col == label, own, spread)
     if class_weight is not None:
         share *= tl.load(class_weight + col, inside, other=0).to(WIDE)
     return tl.where(inside, share, 0.0)
+
+
+@triton.jit
+def _dot(own, z_own, spread, z_others):
+    """Σ share z of an unweighted label; a class without a share counts 0 even at -inf."""
+    return tl.where(own == 0, 0.0, own * z_own) + tl.where(spread == 0, 0.0, spread * z_others)
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANY_ADDRESS)
@@ -256,37 +279,53 @@ def _resident(
         if tl.max(tl.max(written.to(tl.int32), 0), 0) == 0:
             return
     kept = written
-    label = None
+    label = 0
     if SOFT:
         target += row * target_stride * VECTOR
     else:
-        label = tl.load(target + row * target_stride, written, other=0)
-        kept &= label != ignore_index
+        label, bad, ignored = _label(target + row * target_stride, written, classes, ignore_index)
+        kept &= ~ignored
     inside = kept & (col < classes)
+    # Not a byte of an ignored row is read: it becomes a row of zeros, whose gradient times 0 is 0.
+    up = tl.where(kept, up, 0.0)
+    fill = tl.where(kept, -float("inf"), 0.0)
+    student += row * student_stride * VECTOR
+    s = tl.load(student + col, inside, other=fill)
+    t = s
+    if teacher is not None:
+        t = tl.load(teacher + row * teacher_stride * VECTOR + col, inside, other=fill)
     # A nan need not be the maximum (tl.max drops it): every sum below carries it into the row's results.
-    s = tl.load(student + row * student_stride * VECTOR + col, inside, other=-float("inf")).to(WIDE)
-    z = s - tl.max(s, 1, keep_dims=True)
+    s = s.to(WIDE)
+    top = tl.max(s, 1, keep_dims=True)
+    z = s - top
     slope = tl.zeros([ROWS, BLOCK], WIDE)
     ce_row = tl.zeros([ROWS, 1], WIDE)
     kd_row = tl.zeros([ROWS, 1], WIDE)
     if CE:
-        mass = _scalar(uniform_mass, WIDE)
-        share = _share(target, class_weight, label, col, inside, classes, mass, SOFT, WIDE)
-        weight = tl.full([ROWS, 1], 1.0, WIDE)
+        to_ce = up * _scalar(ce_weight, WIDE)
+        spread, own = _masses(uniform_mass, classes, WIDE)
         if SOFT or class_weight is not None:
+            share = _share(target, class_weight, col, label, inside, spread, own, SOFT, WIDE)
+            pull = to_ce * share
             weight = tl.sum(share, 1, keep_dims=True)
+            # A class without a share counts 0 even at -inf.
+            dot = tl.sum(share * tl.where(share == 0, 0.0, z), 1, keep_dims=True)
+        else:
+            others = inside & (col != label)
+            pull = tl.where(others, to_ce * spread, to_ce * own)
+            weight = tl.full([ROWS, 1], 1.0, WIDE)
+            z_own = tl.load(student + label, label >= 0, other=0).to(WIDE) - top
+            dot = _dot(own, z_own, spread, tl.sum(tl.where(others, z, 0.0), 1, keep_dims=True))
         if not SOFT:
-            # A label that is no class is followed nowhere: it makes its row nan.
-            weight = tl.where((label >= 0) & (label < classes), weight, float("nan"))
+            weight = tl.where(bad, float("nan"), weight)
         e = tl.exp2(z * LOG2E)
         total = tl.sum(e, 1, keep_dims=True)
-        # A class without a share counts 0 even at -inf.
-        ce_row = weight * tl.log2(total) * LN2 - tl.sum(tl.where(share == 0, 0.0, share * z), 1, keep_dims=True)
-        to_ce = up * _scalar(ce_weight, WIDE)
-        slope = to_ce * weight / total * e - to_ce * share
+        ce_row = weight * tl.log2(total) * LN2 - dot
+        slope = to_ce * weight / total * e - pull
     if teacher is not None:
         ts = _scalar(student_temperature, WIDE)
-        t = tl.load(teacher + row * teacher_stride * VECTOR + col, inside, other=-float("inf")).to(WIDE)
+        to_kd = up * _scalar(kd_weight, WIDE) * ts
+        t = t.to(WIDE)
         a = z * (LOG2E / ts)
         b = (t - tl.max(t, 1, keep_dims=True)) * (LOG2E / _scalar(temperature, WIDE))
         ea = tl.exp2(a)
@@ -294,14 +333,13 @@ def _resident(
         sum_a = tl.sum(ea, 1, keep_dims=True)
         sum_b = tl.sum(eb, 1, keep_dims=True)
         # Where the teacher gives nothing the gap may be inf - inf.
-        gap = tl.sum(tl.where(eb == 0, 0.0, eb * (b - a)), 1, keep_dims=True)
+        gap = tl.sum(eb * tl.where(eb == 0, 0.0, b - a), 1, keep_dims=True)
         kd_row = ts * ts * LN2 * (gap / sum_b + tl.log2(sum_a / sum_b))
-        to_kd = up * _scalar(kd_weight, WIDE) * ts
-        slope += to_kd / sum_a * ea - to_kd / sum_b * eb
+        slope += to_kd / sum_a * ea
+        slope -= to_kd / sum_b * eb
     if loss is not None:
         _store_values(loss, ce, kd, row, ce_row, kd_row, ce_weight, kd_weight, kept, written, WIDE)
     if gradient is not None:
-        slope = tl.where(kept, slope, 0.0)
         tl.store(gradient + row * classes + col, slope.to(gradient.dtype.element_ty), written & (col < classes))
 
 
@@ -366,47 +404,53 @@ def _sweeps(
     if gradient is not None:
         gradient += row * classes
     label = 0
-    valid = True
     if SOFT:
         target += row * target_stride * VECTOR
     else:
-        label = tl.load(target + row * target_stride)
-        valid = (label >= 0) & (label < classes)
-        if label == ignore_index:
+        label, bad, ignored = _label(target + row * target_stride, True, classes, ignore_index)
+        if ignored:
             if loss is not None:
-                tl.store(loss + row, 0.0)
-                tl.store(ce + row, 0.0)
-                tl.store(kd + row, 0.0)
+                _store_values(loss, ce, kd, row, 0.0, 0.0, ce_weight, kd_weight, True, True, WIDE)
             if gradient is not None:
                 for start in range(0, classes, BLOCK):
                     col = start + tl.arange(0, BLOCK)
                     tl.store(gradient + col, tl.zeros([BLOCK], gradient.dtype.element_ty), col < classes)
             return
     student += row * student_stride * VECTOR
-    mass = _scalar(uniform_mass, WIDE)
-    scale_s = LOG2E / _scalar(student_temperature, WIDE)
-    scale_t = LOG2E / _scalar(temperature, WIDE)
     if teacher is not None:
         teacher += row * teacher_stride * VECTOR
+    spread, own = _masses(uniform_mass, classes, WIDE)
+    ts = _scalar(student_temperature, WIDE)
+    scale_s = LOG2E / ts
+    scale_t = LOG2E / _scalar(temperature, WIDE)
 
     # First sweep. The sums are relative to the running maxima, so each step of a maximum rescales them.
     nothing = tl.full((), 0.0, WIDE)
     peak_s = tl.full((), -float("inf"), WIDE)
     peak_t, zero_s, zero_t = peak_s, nothing, nothing
-    sum_1, sum_a, sum_b, gap, weight, dot = nothing, nothing, nothing, nothing, nothing, nothing
+    total, sum_a, sum_b, gap, weight, dot = nothing, nothing, nothing, nothing, nothing, nothing
     for start in range(0, classes, BLOCK):
         col = start + tl.arange(0, BLOCK)
         inside = col < classes
-        s = tl.load(student + col, inside, other=-float("inf")).to(WIDE)
+        s = tl.load(student + col, inside, other=-float("inf"))
+        t = s
+        if teacher is not None:
+            t = tl.load(teacher + col, inside, other=-float("inf"))
+        s = s.to(WIDE)
         peak_s, step_s, zero_s = _onto(peak_s, s)
         z = s - zero_s
         if CE:
-            share = _share(target, class_weight, label, col, inside, classes, mass, SOFT, WIDE)
-            sum_1 = sum_1 * tl.exp2(step_s * LOG2E) + tl.sum(tl.exp2(z * LOG2E), 0)
-            dot += weight * step_s + tl.sum(tl.where(share == 0, 0.0, share * z), 0)
-            weight += tl.sum(share, 0)
+            total = total * tl.exp2(step_s * LOG2E) + tl.sum(tl.exp2(z * LOG2E), 0)
+            if SOFT or class_weight is not None:
+                share = _share(target, class_weight, col, label, inside, spread, own, SOFT, WIDE)
+                dot += weight * step_s + tl.sum(share * tl.where(share == 0, 0.0, z), 0)
+                weight += tl.sum(share, 0)
+            else:
+                # Here dot is the sum of z over the other classes, and weight their count so far.
+                dot += weight * step_s + tl.sum(tl.where(inside & (col != label), z, 0.0), 0)
+                weight = tl.cast(start + BLOCK - ((label >= 0) & (label < start + BLOCK)).to(tl.int32), WIDE)
         if teacher is not None:
-            t = tl.load(teacher + col, inside, other=-float("inf")).to(WIDE)
+            t = t.to(WIDE)
             peak_t, step_t, zero_t = _onto(peak_t, t)
             a = z * scale_s
             b = (t - zero_t) * scale_t
@@ -414,34 +458,42 @@ def _sweeps(
             fade = tl.exp2(step_t * scale_t)
             # A fade of 0 may meet a step that overflowed to -inf.
             gap = tl.where(fade == 0, 0.0, fade * (gap + sum_b * (step_t * scale_t - step_s * scale_s)))
-            gap += tl.sum(tl.where(eb == 0, 0.0, eb * (b - a)), 0)
+            gap += tl.sum(eb * tl.where(eb == 0, 0.0, b - a), 0)
             sum_a = sum_a * tl.exp2(step_s * scale_s) + tl.sum(tl.exp2(a), 0)
             sum_b = sum_b * fade + tl.sum(eb, 0)
     if not SOFT:
-        # A label that is no class is followed nowhere: it makes its row nan.
-        weight = tl.where(valid, weight if class_weight is not None else 1.0, float("nan"))
-    ts = _scalar(student_temperature, WIDE)
+        if class_weight is None:
+            weight = nothing + 1
+            z_own = tl.load(student + label, label >= 0, other=0).to(WIDE) - zero_s
+            dot = _dot(own, z_own, spread, dot)
+        weight = tl.where(bad, float("nan"), weight)
     if loss is not None:
         ce_row, kd_row = nothing, nothing
         if CE:
-            ce_row = weight * tl.log2(sum_1) * LN2 - dot
+            ce_row = weight * tl.log2(total) * LN2 - dot
         if teacher is not None:
             kd_row = ts * ts * LN2 * (gap / sum_b + tl.log2(sum_a / sum_b))
         _store_values(loss, ce, kd, row, ce_row, kd_row, ce_weight, kd_weight, True, True, WIDE)
-
     if gradient is not None:
         # Second sweep, with every factor of the row folded into one for each exponential.
         to_ce, to_kd = up * _scalar(ce_weight, WIDE), up * _scalar(kd_weight, WIDE) * ts
-        scale_1, scale_a, scale_b = to_ce * weight / sum_1, to_kd / sum_a, to_kd / sum_b
+        scale_1, scale_a, scale_b = to_ce * weight / total, to_kd / sum_a, to_kd / sum_b
         for start in range(0, classes, BLOCK):
             col = start + tl.arange(0, BLOCK)
             inside = col < classes
-            z = tl.load(student + col, inside, other=-float("inf")).to(WIDE) - zero_s
+            s = tl.load(student + col, inside, other=0)
+            t = s
+            if teacher is not None:
+                t = tl.load(teacher + col, inside, other=0)
+            z = s.to(WIDE) - zero_s
             slope = tl.zeros([BLOCK], WIDE)
             if CE:
-                share = _share(target, class_weight, label, col, inside, classes, mass, SOFT, WIDE)
-                slope = scale_1 * tl.exp2(z * LOG2E) - to_ce * share
+                if SOFT or class_weight is not None:
+                    pull = to_ce * _share(target, class_weight, col, label, inside, spread, own, SOFT, WIDE)
+                else:
+                    pull = tl.where(col == label, to_ce * own, to_ce * spread)
+                slope = scale_1 * tl.exp2(z * LOG2E) - pull
             if teacher is not None:
-                b = (tl.load(teacher + col, inside, other=-float("inf")).to(WIDE) - zero_t) * scale_t
-                slope += scale_a * tl.exp2(z * scale_s) - scale_b * tl.exp2(b)
+                slope += scale_a * tl.exp2(z * scale_s)
+                slope -= scale_b * tl.exp2((t.to(WIDE) - zero_t) * scale_t)
             tl.store(gradient + col, slope.to(gradient.dtype.element_ty), inside)
