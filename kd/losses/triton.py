@@ -149,7 +149,7 @@ def _launch(student, teacher, target, class_weight, upstream, held, values, grad
     target = _inner_contiguous(target) if soft else target
     class_weight = None if class_weight is None else class_weight.contiguous()
     strides = [0 if x is None else x.stride(0) for x in (student, teacher, target)]
-    vector = _vector(k, *(strides if soft else strides[:2]))
+    vector = _vector(16 // student.itemsize, k, *(strides if soft else strides[:2]))
     shape = shape_for(k, wide, soft or class_weight is not None, 64 if torch.version.hip else 32)
     kernel = _resident if shape.resident else _sweeps
     # Triton launches on the current device, which need not be the one the tensors are on.
@@ -185,9 +185,9 @@ def _inner_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _vector(*counts: int) -> int:
-    """Elements, at most 8, of which every row is a whole number and at whose multiples every row starts."""
-    return next(v for v in (8, 4, 2, 1) if all(count % v == 0 for count in counts))
+def _vector(most: int, *counts: int) -> int:
+    """Elements, at most ``most``, of which every row is a whole number and at whose multiples every row starts."""
+    return next(v for v in (8, 4, 2, 1) if v <= most and all(count % v == 0 for count in counts))
 
 
 def _bits(value: float) -> int:
@@ -354,14 +354,39 @@ def _store_values(loss, ce, kd, row, ce_row, kd_row, ce_weight, kd_weight, kept,
 
 
 @triton.jit
-def _onto(peak, block):
-    """The running maximum with a block: itself, its step down to the new one (≤ 0), and the zero point of exponents.
+def _lane_sum(x):
+    return tl.sum(tl.sum(x, 2, keep_dims=True), 0, keep_dims=True)
 
-    While all is -inf the zero point is 0, so that e^(-inf - 0) is 0, and there is nothing to step down.
+
+@triton.jit
+def _lane_max(x):
+    return tl.max(tl.max(x, 2, keep_dims=True), 0, keep_dims=True)
+
+
+@triton.jit
+def _onto(peak, high):
+    """A maximum ``peak`` raised to ``high``: the new one, the step from there down to the old (≤ 0), and a zero point.
+
+    While all is -inf the zero point is 0, so that e^(-inf - 0) is 0, and there is nothing to step over.
     """
-    high = tl.maximum(peak, tl.max(block, 0))
+    high = tl.maximum(peak, high)
     zero = tl.where(high == -float("inf"), 0.0, high)
     return high, tl.where(peak == -float("inf"), 0.0, peak - zero), zero
+
+
+@triton.jit
+def _step_ce(total, dot, weight, step):
+    """The sums of the cross entropy when their zero point rises by ``-step``."""
+    return total * tl.exp2(step * LOG2E), dot + weight * step
+
+
+@triton.jit
+def _step_kd(sum_a, sum_b, gap, step_a, step_b):
+    """The sums of the KL when their zero points rise by ``-step_a`` and ``-step_b``, in units of log 2."""
+    fade = tl.exp2(step_b)
+    # Where nothing is left the step itself may have overflowed to -inf.
+    gap = tl.where(fade == 0, 0.0, fade * (gap + sum_b * (step_b - step_a)))
+    return sum_a * tl.exp2(step_a), sum_b * fade, gap
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANY_ADDRESS)
@@ -424,74 +449,89 @@ def _sweeps(
     scale_s = LOG2E / ts
     scale_t = LOG2E / _scalar(temperature, WIDE)
 
-    # First sweep. The sums are relative to the running maxima, so each step of a maximum rescales them.
-    nothing = tl.full((), 0.0, WIDE)
-    peak_s = tl.full((), -float("inf"), WIDE)
-    peak_t, zero_s, zero_t = peak_s, nothing, nothing
+    tile = tl.arange(0, 8 // VECTOR)[:, None, None] * (BLOCK // 8 * VECTOR)
+    tile += tl.arange(0, BLOCK // 8)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    PLAIN: tl.constexpr = not SOFT and class_weight is None
+    base = tl.full((), 0.0, WIDE)
+    if PLAIN and CE:
+        s_own = tl.load(student + label, label >= 0, other=0).to(WIDE)
+        base = tl.where(s_own == -float("inf"), 0.0, s_own)
+
+    # First sweep. Each thread has maxima and sums of its own, so that none waits for another before the end.
+    nothing = tl.zeros([1, BLOCK // 8, 1], WIDE)
+    peak_s, peak_t = nothing - float("inf"), nothing - float("inf")
     total, sum_a, sum_b, gap, weight, dot = nothing, nothing, nothing, nothing, nothing, nothing
     for start in range(0, classes, BLOCK):
-        col = start + tl.arange(0, BLOCK)
+        col = start + tile
         inside = col < classes
         s = tl.load(student + col, inside, other=-float("inf"))
         t = s
         if teacher is not None:
             t = tl.load(teacher + col, inside, other=-float("inf"))
         s = s.to(WIDE)
-        peak_s, step_s, zero_s = _onto(peak_s, s)
+        peak_s, step_s, zero_s = _onto(peak_s, _lane_max(s))
         z = s - zero_s
         if CE:
-            total = total * tl.exp2(step_s * LOG2E) + tl.sum(tl.exp2(z * LOG2E), 0)
-            if SOFT or class_weight is not None:
-                share = _share(target, class_weight, col, label, inside, spread, own, SOFT, WIDE)
-                dot += weight * step_s + tl.sum(share * tl.where(share == 0, 0.0, z), 0)
-                weight += tl.sum(share, 0)
+            total, dot = _step_ce(total, dot, weight, step_s)
+            total += _lane_sum(tl.exp2(z * LOG2E))
+            if PLAIN:
+                # Relative to the label's logit, which makes its own part 0; weight stays 0.
+                dot += _lane_sum(tl.where(inside, s - base, 0.0))
             else:
-                # Here dot is the sum of z over the other classes, and weight their count so far.
-                dot += weight * step_s + tl.sum(tl.where(inside & (col != label), z, 0.0), 0)
-                weight = tl.cast(start + BLOCK - ((label >= 0) & (label < start + BLOCK)).to(tl.int32), WIDE)
+                share = _share(target, class_weight, col, label, inside, spread, own, SOFT, WIDE)
+                dot += _lane_sum(share * tl.where(share == 0, 0.0, z))
+                weight += _lane_sum(share)
         if teacher is not None:
             t = t.to(WIDE)
-            peak_t, step_t, zero_t = _onto(peak_t, t)
+            peak_t, step_t, zero_t = _onto(peak_t, _lane_max(t))
             a = z * scale_s
             b = (t - zero_t) * scale_t
             eb = tl.exp2(b)
-            fade = tl.exp2(step_t * scale_t)
-            # A fade of 0 may meet a step that overflowed to -inf.
-            gap = tl.where(fade == 0, 0.0, fade * (gap + sum_b * (step_t * scale_t - step_s * scale_s)))
-            gap += tl.sum(eb * tl.where(eb == 0, 0.0, b - a), 0)
-            sum_a = sum_a * tl.exp2(step_s * scale_s) + tl.sum(tl.exp2(a), 0)
-            sum_b = sum_b * fade + tl.sum(eb, 0)
-    if not SOFT:
-        if class_weight is None:
-            weight = nothing + 1
-            z_own = tl.load(student + label, label >= 0, other=0).to(WIDE) - zero_s
-            dot = _dot(own, z_own, spread, dot)
-        weight = tl.where(bad, float("nan"), weight)
+            sum_a, sum_b, gap = _step_kd(sum_a, sum_b, gap, step_s * scale_s, step_t * scale_t)
+            sum_a += _lane_sum(tl.exp2(a))
+            sum_b += _lane_sum(eb)
+            gap += _lane_sum(eb * tl.where(eb == 0, 0.0, b - a))
+
+    # All threads' sums onto the row's maxima, and into one.
+    _, step_s, _ = _onto(peak_s, tl.max(peak_s))
+    _, _, zero_s = _onto(tl.max(peak_s), tl.max(peak_s))
+    _, step_t, _ = _onto(peak_t, tl.max(peak_t))
+    _, _, zero_t = _onto(tl.max(peak_t), tl.max(peak_t))
+    ce_row, kd_row = base * 0, base * 0
+    if CE:
+        total, dot = _step_ce(total, dot, weight, step_s)
+        total, dot, weight = tl.sum(total), tl.sum(dot), tl.sum(weight)
+        if PLAIN:
+            weight += 1
+            others = dot + tl.cast(classes - 1, WIDE) * (base - zero_s)
+            dot = _dot(own, s_own - zero_s, spread, others)
+        if not SOFT:
+            weight = tl.where(bad, float("nan"), weight)
+        ce_row = weight * tl.log2(total) * LN2 - dot
+    if teacher is not None:
+        sum_a, sum_b, gap = _step_kd(sum_a, sum_b, gap, step_s * scale_s, step_t * scale_t)
+        sum_a, sum_b, gap = tl.sum(sum_a), tl.sum(sum_b), tl.sum(gap)
+        kd_row = ts * ts * LN2 * (gap / sum_b + tl.log2(sum_a / sum_b))
     if loss is not None:
-        ce_row, kd_row = nothing, nothing
-        if CE:
-            ce_row = weight * tl.log2(total) * LN2 - dot
-        if teacher is not None:
-            kd_row = ts * ts * LN2 * (gap / sum_b + tl.log2(sum_a / sum_b))
         _store_values(loss, ce, kd, row, ce_row, kd_row, ce_weight, kd_weight, True, True, WIDE)
     if gradient is not None:
         # Second sweep, with every factor of the row folded into one for each exponential.
         to_ce, to_kd = up * _scalar(ce_weight, WIDE), up * _scalar(kd_weight, WIDE) * ts
         scale_1, scale_a, scale_b = to_ce * weight / total, to_kd / sum_a, to_kd / sum_b
         for start in range(0, classes, BLOCK):
-            col = start + tl.arange(0, BLOCK)
+            col = start + tile
             inside = col < classes
             s = tl.load(student + col, inside, other=0)
             t = s
             if teacher is not None:
                 t = tl.load(teacher + col, inside, other=0)
             z = s.to(WIDE) - zero_s
-            slope = tl.zeros([BLOCK], WIDE)
+            slope = tl.zeros([8 // VECTOR, BLOCK // 8, VECTOR], WIDE)
             if CE:
-                if SOFT or class_weight is not None:
-                    pull = to_ce * _share(target, class_weight, col, label, inside, spread, own, SOFT, WIDE)
-                else:
+                if PLAIN:
                     pull = tl.where(col == label, to_ce * own, to_ce * spread)
+                else:
+                    pull = to_ce * _share(target, class_weight, col, label, inside, spread, own, SOFT, WIDE)
                 slope = scale_1 * tl.exp2(z * LOG2E) - pull
             if teacher is not None:
                 slope += scale_a * tl.exp2(z * scale_s)
