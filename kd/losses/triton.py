@@ -355,12 +355,12 @@ def _store_values(loss, ce, kd, row, ce_row, kd_row, ce_weight, kd_weight, kept,
 
 @triton.jit
 def _lane_sum(x):
-    return tl.sum(tl.sum(x, 2, keep_dims=True), 0, keep_dims=True)
+    return tl.sum(tl.sum(x, 2), 0)
 
 
 @triton.jit
 def _lane_max(x):
-    return tl.max(tl.max(x, 2, keep_dims=True), 0, keep_dims=True)
+    return tl.max(tl.max(x, 2), 0)
 
 
 @triton.jit
@@ -458,7 +458,7 @@ def _sweeps(
         base = tl.where(s_own == -float("inf"), 0.0, s_own)
 
     # First sweep. Each thread has maxima and sums of its own, so that none waits for another before the end.
-    nothing = tl.zeros([1, BLOCK // 8, 1], WIDE)
+    nothing = tl.zeros([BLOCK // 8], WIDE)
     peak_s, peak_t = nothing - float("inf"), nothing - float("inf")
     total, sum_a, sum_b, gap, weight, dot = nothing, nothing, nothing, nothing, nothing, nothing
     for start in range(0, classes, BLOCK):
@@ -470,7 +470,7 @@ def _sweeps(
             t = tl.load(teacher + col, inside, other=-float("inf"))
         s = s.to(WIDE)
         peak_s, step_s, zero_s = _onto(peak_s, _lane_max(s))
-        z = s - zero_s
+        z = s - zero_s[None, :, None]
         if CE:
             total, dot = _step_ce(total, dot, weight, step_s)
             total += _lane_sum(tl.exp2(z * LOG2E))
@@ -485,7 +485,7 @@ def _sweeps(
             t = t.to(WIDE)
             peak_t, step_t, zero_t = _onto(peak_t, _lane_max(t))
             a = z * scale_s
-            b = (t - zero_t) * scale_t
+            b = (t - zero_t[None, :, None]) * scale_t
             eb = tl.exp2(b)
             sum_a, sum_b, gap = _step_kd(sum_a, sum_b, gap, step_s * scale_s, step_t * scale_t)
             sum_a += _lane_sum(tl.exp2(a))
