@@ -71,7 +71,7 @@ def adjust(
     uniform_mass: float,
     ignore_index: int,
 ) -> None:
-    """Bring ``gradient``, the result of ``rows`` for the upstream ``held`` (N,), to ``upstream`` in place.
+    """Bring ``gradient``, the result of ``rows`` for the upstream ``held`` (N,), to ``upstream`` (N,) in place.
 
     Each row compares the two on the GPU: where they are equal it is left alone, else computed again from the logits.
     """
@@ -137,8 +137,7 @@ def _launch(
     class_weight = None if class_weight is None else class_weight.contiguous()
     strides = [0 if x is None else x.stride(0) for x in (student, teacher, target)]
     vector = _vector(16 // student.itemsize, k, *(strides if soft else strides[:2]))
-    lanes = torch.cuda.get_device_properties(student.device).warp_size if student.is_cuda else 32
-    shape = shape_for(k, wide_dtype(student), lanes)
+    shape = shape_for(k, wide_dtype(student), _lanes(student.device))
     kernel: Any = resident if shape.resident else sweeps
     # Triton launches on the current device, which need not be the one the tensors are on.
     with torch.cuda.device_of(student):
@@ -155,6 +154,7 @@ def _launch(
             strides[1] // vector,
             strides[2] // vector if soft else strides[2],
             upstream.stride(0),
+            0 if held is None else held.stride(0),
             n,
             k // vector,
             *(_bits(x) if double else float(x) for x in scalars),
@@ -167,6 +167,10 @@ def _launch(
             VECTOR=vector,
             num_warps=shape.warps,
         )
+
+
+def _lanes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
 def _rows_of_ones(x: Tensor) -> Tensor:
@@ -184,4 +188,5 @@ def _vector(most: int, *counts: int) -> int:
 
 
 def _bits(value: float) -> int:
-    return struct.unpack("q", struct.pack("d", value))[0]
+    # 0 as -0, whose bits are an int64 that no int32 holds: the kernel is not compiled anew for it.
+    return struct.unpack("q", struct.pack("d", value or -0.0))[0]

@@ -20,7 +20,8 @@ A / B keeps the digits that log A - log B would cancel: both are near log K wher
 Both kernels take the same arguments: pointers to rows whose classes lie side by side (None for ``teacher`` or
 ``class_weight``: there is none; for the values or ``gradient``: not wanted); the strides from row to row, those of
 student, teacher and probabilities in units of VECTOR elements, as is ``vectors``, K / VECTOR: by that the compiler
-knows what it may load at once; scalars, see ``_scalar``. With ``held``, a row whose ``upstream`` equals it is left alone.
+knows what it may load at once; scalars, see ``_scalar``. With ``held``, a row whose ``upstream`` equals it is left as
+it is.
 """
 
 import triton
@@ -34,7 +35,8 @@ LANE: tl.constexpr = tl.constexpr(8)  # classes that one thread takes at a time 
 # Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16, and for a pointer that is not
 # aligned to 16 bytes. It is worth that only for the pointers that are read in vectors.
 _ANY_VALUE = [
-    *("student_stride", "teacher_stride", "target_stride", "upstream_stride", "rows", "vectors"),
+    *("student_stride", "teacher_stride", "target_stride", "upstream_stride", "held_stride"),
+    *("rows", "vectors"),
     *("temperature", "student_temperature", "kd_weight", "ce_weight", "uniform_mass", "ignore_index"),
 ]
 _ANY_ADDRESS = ["upstream", "held", "loss", "ce", "kd"]
@@ -100,7 +102,7 @@ def _store_values(loss, ce, kd, row, ce_row, kd_row, ce_weight, kd_weight, kept,
 @triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def resident(
     student, teacher, target, class_weight, upstream, held, loss, ce, kd, gradient,
-    student_stride, teacher_stride, target_stride, upstream_stride, rows, vectors,
+    student_stride, teacher_stride, target_stride, upstream_stride, held_stride, rows, vectors,
     temperature, student_temperature, kd_weight, ce_weight, uniform_mass, ignore_index,
     CE: tl.constexpr, SOFT: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
@@ -112,7 +114,7 @@ def resident(
     written = row < rows
     up = tl.load(upstream + row * upstream_stride, written, other=0)
     if held is not None:
-        written &= up != tl.load(held + row, written, other=0)
+        written &= up != tl.load(held + row * held_stride, written, other=0)
         if tl.max(tl.max(written.to(tl.int32), 0), 0) == 0:
             return
     kept = written
@@ -151,7 +153,7 @@ def resident(
             others = inside & (col != label)
             pull = tl.where(others, to_ce * spread, to_ce * own)
             weight = tl.full([ROWS, 1], 1.0, WIDE)
-            z_own = tl.load(student + label, label >= 0, other=0).to(WIDE) - top
+            z_own = tl.load(student + label, kept & (label >= 0), other=0).to(WIDE) - top
             dot = _dot(own, z_own, spread, tl.sum(tl.where(others, z, 0.0), 1, keep_dims=True))
         if not SOFT:
             weight = tl.where(bad, float("nan"), weight)
@@ -221,7 +223,7 @@ def _step_kd(sum_a, sum_b, gap, step_a, step_b):
 @triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def sweeps(
     student, teacher, target, class_weight, upstream, held, loss, ce, kd, gradient,
-    student_stride, teacher_stride, target_stride, upstream_stride, rows, vectors,
+    student_stride, teacher_stride, target_stride, upstream_stride, held_stride, rows, vectors,
     temperature, student_temperature, kd_weight, ce_weight, uniform_mass, ignore_index,
     CE: tl.constexpr, SOFT: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
@@ -231,7 +233,7 @@ def sweeps(
     classes = vectors * VECTOR
     up = tl.load(upstream + row * upstream_stride)
     if held is not None:  # noqa: SIM102  (`and` would load held in any case)
-        if up == tl.load(held + row):
+        if up == tl.load(held + row * held_stride):
             return
     if gradient is not None:
         gradient += row * classes
