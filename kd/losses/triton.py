@@ -1,0 +1,192 @@
+"""The rows of the distillation loss on a GPU (CUDA or ROCm) and their gradient, in one launch of a Triton kernel.
+
+No atomics, so two runs give the same bits. Nothing waits for the GPU and no memory depends on values, so a CUDA graph
+may capture a call, if an earlier one with the same dtypes has compiled its kernel.
+"""
+
+import struct
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kd.losses.reference import wide_dtype
+from kd.losses.triton_kernels import LANE, resident, sweeps
+
+
+def rows(
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    upstream: Tensor,
+    *,
+    temperature: float,
+    student_temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+    uniform_mass: float,
+    ignore_index: int,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(loss, ce, kd, gradient)``: values (N,) in the wide dtype, ce and kd unweighted and 0 where their weight is.
+
+    ``gradient`` (N, K), in the student's dtype, is ``upstream[i]`` times that of ``loss[i]``, or (0, K). Logits are
+    (N, K), ``target`` (N,) labels or (N, K) probabilities, ``class_weight`` (K,), ``upstream`` (N,) in the wide dtype.
+    A label outside 0..K-1 other than ``ignore_index`` is not followed: its row is nan where ce_weight > 0.
+    """
+    n, k = student.shape
+    values = [student.new_empty(n, dtype=wide_dtype(student)) for _ in range(3)]
+    gradient = student.new_empty((n if with_gradient else 0, k))
+    _launch(
+        student,
+        teacher,
+        target,
+        class_weight,
+        upstream,
+        None,
+        values,
+        gradient if with_gradient else None,
+        (temperature, student_temperature, kd_weight, ce_weight, uniform_mass),
+        ignore_index,
+    )
+    return values[0], values[1], values[2], gradient
+
+
+def adjust(
+    gradient: Tensor,
+    held: Tensor,
+    upstream: Tensor,
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    *,
+    temperature: float,
+    student_temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+    uniform_mass: float,
+    ignore_index: int,
+) -> None:
+    """Bring ``gradient``, the result of ``rows`` for the upstream ``held`` (N,), to ``upstream`` (N,) in place.
+
+    Each row compares the two on the GPU: where they are equal it is left alone, else computed again from the logits.
+    """
+    _launch(
+        student,
+        teacher,
+        target,
+        class_weight,
+        upstream,
+        held,
+        [None, None, None],
+        gradient,
+        (temperature, student_temperature, kd_weight, ce_weight, uniform_mass),
+        ignore_index,
+    )
+
+
+class Shape(NamedTuple):
+    """How a launch divides its work: ``block`` classes at a time of ``rows`` rows by one program of ``warps`` warps."""
+
+    resident: bool
+    rows: int
+    block: int
+    warps: int
+
+
+def shape_for(classes: int, wide: torch.dtype, lanes: int) -> Shape:
+    """The launch for rows of this many classes; ``lanes`` is the number of threads in a warp.
+
+    What fits was read off the compiled code by tests/test_triton_offline.py: in none of these do registers spill. At
+    16 classes for each of 512 threads a row is 98 to 126 registers of 128; 32 for each spill on some architectures.
+    """
+    double = wide == torch.float64
+    each = 4 if double else 8
+    threads = 16 * lanes
+    block = max(triton.next_power_of_2(classes), 16)
+    if block > each * threads * (1 if double else 2):
+        threads = 256 if double else 512
+        return Shape(False, 1, LANE.value * threads, threads // lanes)
+    tile = max(block, each * 128)
+    return Shape(True, tile // block, block, min(tile // (each * lanes), 16))
+
+
+def _launch(
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    upstream: Tensor,
+    held: Tensor | None,
+    values: list[Tensor] | list[None],
+    gradient: Tensor | None,
+    scalars: tuple[float, float, float, float, float],
+    ignore_index: int,
+) -> None:
+    n, k = student.shape
+    if n == 0:
+        return
+    double, soft = student.dtype == torch.float64, target.is_floating_point()
+    student = _rows_of_ones(student)
+    teacher = _rows_of_ones(teacher) if teacher is not None and scalars[2] > 0 else None
+    target = _rows_of_ones(target) if soft else target
+    class_weight = None if class_weight is None else class_weight.contiguous()
+    strides = [0 if x is None else x.stride(0) for x in (student, teacher, target)]
+    vector = _vector(16 // student.itemsize, k, *(strides if soft else strides[:2]))
+    shape = shape_for(k, wide_dtype(student), _lanes(student.device))
+    kernel: Any = resident if shape.resident else sweeps
+    # Triton launches on the current device, which need not be the one the tensors are on.
+    with torch.cuda.device_of(student):
+        kernel[(triton.cdiv(n, shape.rows),)](
+            student,
+            teacher,
+            target,
+            class_weight,
+            upstream,
+            held,
+            *values,
+            gradient,
+            strides[0] // vector,
+            strides[1] // vector,
+            strides[2] // vector if soft else strides[2],
+            upstream.stride(0),
+            0 if held is None else held.stride(0),
+            n,
+            k // vector,
+            *(_bits(x) if double else float(x) for x in scalars),
+            ignore_index,
+            CE=scalars[3] > 0,
+            SOFT=soft,
+            WIDE=tl.float64 if double else tl.float32,
+            ROWS=shape.rows,
+            BLOCK=shape.block,
+            VECTOR=vector,
+            num_warps=shape.warps,
+        )
+
+
+def _lanes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+
+
+def _rows_of_ones(x: Tensor) -> Tensor:
+    """Copied where a row's classes are not side by side; the rows themselves may lie, or repeat, as they like."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _vector(most: int, *counts: int) -> int:
+    """How many elements, at most ``most``, every row is a multiple of and starts at a multiple of.
+
+    The kernels get their sizes in this unit: it is how the compiler knows that it may load 16 bytes at once. K that is
+    odd leaves 1, as every second contiguous row starts at an odd element: such rows are read one element a thread.
+    """
+    return next(v for v in (8, 4, 2, 1) if v <= most and all(count % v == 0 for count in counts))
+
+
+def _bits(value: float) -> int:
+    # 0 as -0, whose bits are an int64 that no int32 holds: the kernel is not compiled anew for it.
+    return struct.unpack("q", struct.pack("d", value or -0.0))[0]
