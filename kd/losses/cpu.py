@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from kd.losses.cpu_kernel import BFLOAT, BLOCK, DOUBLE, FLOAT, HALF, STATISTICS, Job, compile_work
+from kd.losses.cpu_kernel import BFLOAT, BLOCK, DOUBLE, FLOAT, HALF, Block, Job, compile_work
 from kd.losses.reference import wide_dtype
 
 SMALL = 32768  # classes in all below which a second thread costs more than it brings
@@ -166,7 +166,7 @@ def _launch(
     job.kd_weight, job.ce_weight, job.uniform_mass = kd_weight, ce_weight, uniform_mass
 
     threads = min(torch.get_num_threads(), count) if count * classes >= SMALL and not _forked else 1
-    statistics = (-(-classes // BLOCK) + 1) * STATISTICS * 8
+    statistics = (-(-classes // BLOCK) + 1) * ctypes.sizeof(Block)
     stored = (4 if dense or power < 0 else 2) * min(classes, BLOCK) * wide.itemsize
     job.tasks, job.scratch_task = threads, statistics + stored + 63 & ~63
     scratch = torch.empty(threads * job.scratch_task, dtype=torch.uint8)
