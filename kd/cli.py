@@ -140,7 +140,7 @@ def explain(error: Exception) -> str:
     if found := re.search(r"Could not find '(recipe|data)/([^']*)'", text):
         group, name = found.groups()
         options = list(recipe_files("" if group == "recipe" else group))
-        near = difflib.get_close_matches(name, options, n=1)
+        near = difflib.get_close_matches(Path(name).stem, options, n=1)
         hint = f"did you mean {group}={near[0]}?" if near else "there are " + ", ".join(options)
         return f"{group}={name}: no such {'recipe' if group == 'recipe' else 'data set'}; {hint}"
     if "must specify 'recipe'" in text:
@@ -148,8 +148,13 @@ def explain(error: Exception) -> str:
     if found := re.search(r"Error merging override ([^\s=]+)=?(.*)", text):
         return _wrong_type(found[1].lstrip("+"), found[2], cause)
     if found := re.search(r"Error parsing override '(.*)'|Error when parsing index: \d+, string: (.*) out of", text):
+        word = found[1] or found[2]
+        if "=" not in word:
+            return f"{word}: cannot be read; settings are typed key=value, such as {word.strip()}=true"
+        if re.match(r"\S+\s+=|\S+=\s", word):
+            return f"{word}: cannot be read; no space before or after ="
         return (
-            f"{found[1] or found[2]}: cannot be read; settings are typed key=value, and a value with brackets, "
+            f"{word}: cannot be read; settings are typed key=value, and a value with brackets, "
             f"commas or other than plain letters inside two pairs of quotes: 'key=\"VALUE\"'"
         )
     if found := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):

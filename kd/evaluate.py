@@ -89,6 +89,8 @@ def main(arguments: list[str]) -> int:
         )
     if not given.get("picture", ".svg").endswith(".svg"):
         raise ConfigError(f"picture={given['picture']}: must end in .svg")
+    if not (place := Path(given.get("picture", ".svg")).parent).is_dir():
+        raise ConfigError(f"picture={given['picture']}: no such folder {place}")
     return evaluate(Path(given["run"]).resolve(), given.get("picture"), others)
 
 

@@ -82,7 +82,7 @@ class Stage:
     loss: DistillLoss
     epochs: int
     folder: Path
-    metadata: dict[str, str]
+    metadata: dict[str, Any]
     teacher: Teacher | None = None
 
 

@@ -87,6 +87,10 @@ class Teacher(nn.Module):
 
     def __init__(self, model: nn.Module | str, *, features: Sequence[str] = (), **create_kwargs: Any):
         super().__init__()
+        if isinstance(model, str) and not create_kwargs.keys() & {"pretrained", "checkpoint_path"}:
+            warnings.warn(
+                f"Teacher({model!r}) has random weights: pretrained=True or checkpoint_path=...", stacklevel=2
+            )
         model = _network(model, create_kwargs)
         if create_kwargs.get("pretrained"):
             weights: Any = model.pretrained_cfg
@@ -98,6 +102,10 @@ class Teacher(nn.Module):
         self._taps = _Taps(model, features)
         self._held = (model.eval().requires_grad_(False),)  # modules in a tuple are not registered
         self.eval()
+
+    def extra_repr(self) -> str:
+        """The class of the network, for print(teacher)."""
+        return type(self.model).__name__
 
     @property
     def model(self) -> nn.Module:
@@ -191,8 +199,9 @@ def build(
     return model
 
 
-def weights_metadata(path: str | Path) -> dict[str, str]:
-    """The strings in a safetensors header, where kd keeps model, num_classes, label_smoothing and smoothing.
+def weights_metadata(path: str | Path) -> dict[str, Any]:
+    """What kd wrote beside the weights: model, num_classes, label_smoothing and smoothing; class_names, input_shape,
+    mean and std (of pixels from 0 to 1), with which new images are prepared.
 
     Empty for a file without them and for other formats. Raises ConfigError when a .safetensors file is not one.
     """
@@ -214,10 +223,15 @@ def _network(model: nn.Module | str, create_kwargs: dict[str, Any]) -> nn.Module
         if create_kwargs:
             raise ValueError(f"{', '.join(create_kwargs)}: only for networks given by name")
         return model
-    import timm
+    try:
+        import timm
 
-    import kd.networks  # noqa: F401 (registers its names)
-
+        import kd.networks  # noqa: F401 (registers its names)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"a network by name, {model!r}, needs {error.name}: pip install 'kd-torch[train]'"
+        ) from error
+    _check_name(model, f"model={model!r}")
     return timm.create_model(model, **create_kwargs)
 
 
@@ -299,7 +313,8 @@ def _load(model: nn.Module, path: Path, num_classes: int, role: str, finetune: b
     _raise_first(setting, found.unexpected_keys, "tensors that the network does not have")
     parameters = dict(model.named_parameters())  # a buffer may hold infinities, as attention masks do
     wrong = [key for key, v in weights.items() if not bool((v.isfinite() if key in parameters else ~v.isnan()).all())]
-    _raise_first(setting, wrong, "tensors with NaN or infinite values")
+    if wrong:
+        raise ConfigError(f"{setting}: {len(wrong)} tensors with NaN or infinite values, first {wrong[0]}")
 
 
 def _read(path: Path, setting: str) -> dict[str, Tensor]:
@@ -334,7 +349,10 @@ def _head(model: nn.Module) -> set[str]:
 
 def _raise_first(setting: str, keys: Sequence[str], what: str) -> None:
     if keys:
-        raise ConfigError(f"{setting}: does not fit the network, {len(keys)} {what}, first {keys[0]}")
+        raise ConfigError(
+            f"{setting}: does not fit the network, {len(keys)} {what}, first {keys[0]}; it must be a file of this very "
+            f"model, for as many channels as the data has"
+        )
 
 
 def _try_out(model: nn.Module, shape: tuple[int, ...], num_classes: int) -> None:

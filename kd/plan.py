@@ -48,6 +48,8 @@ def print_plan(run: Run) -> None:
     if run.accelerator.is_main_process:
         console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
         console.print(table)
+        if (run.folder / "result.json").exists():
+            console.print("finished before: the same command without dry_run prints its result at once", soft_wrap=True)
         console.print(f"about {duration(total)} in all, without evaluation; would write {run.folder}", soft_wrap=True)
 
 

@@ -90,7 +90,8 @@ def _check_environment(recipe: Recipe) -> None:
     checkpoint = recipe.teacher.checkpoint
     if checkpoint and not Path(checkpoint).is_file():
         raise ConfigError(
-            f"teacher.checkpoint={checkpoint}: no such file; give the path of a .safetensors or .pth file"
+            f"teacher.checkpoint={checkpoint}: {'is a folder' if Path(checkpoint).is_dir() else 'no such file'}; "
+            f"give the path of a .safetensors or .pth file"
         )
 
 
@@ -140,7 +141,7 @@ def claim(run: Run) -> None:
         write_atomically(folder / "recipe.yaml", lambda temporary: temporary.write_text(text))
         write_json(folder / "run.json", card)
     accelerator.wait_for_everyone()
-    if run.recipe.tracker != "none":
+    if run.recipe.tracker != "none" and not (folder / "result.json").exists():
         accelerator.init_trackers(run.recipe.name)
 
 
@@ -230,6 +231,10 @@ def stage(run: Run, name: str, teacher: Teacher | None = None) -> Stage:
         "num_classes": str(run.data.num_classes),
         "label_smoothing": str(section.label_smoothing),
         "smoothing": section.smoothing,
+        "class_names": run.data.class_names,
+        "input_shape": list(run.data.input_shape),
+        "mean": list(run.data.mean),
+        "std": list(run.data.std),
     }
     folder = run.teacher_folder if name == "teacher" else run.folder / name
     return Stage(name, Student(network(run, role)), loss, net.epochs, folder, metadata, teacher)

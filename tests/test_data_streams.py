@@ -17,6 +17,7 @@ from kd.data.streams import decode
 from kd.recipe import ConfigError, DataConfig
 
 CLASSES = ("one", "three", "two words")
+LAYOUT = "; images lie in train/CLASS/*.jpg and val/CLASS/*.jpg, or in CLASS/*.jpg"
 
 
 def picture(seed):
@@ -166,8 +167,8 @@ def broken_folder(tmp_path, kind):
             "data.root={root}: train/ and val/ have different classes, only in train/: ['one'], only in val/: ['zwei']",
         ),
         ("empty class", "data.root: class folder '{root}/train/four' holds no JPEG, PNG or WEBP image"),
-        ("one class", "data.root: {root}/train holds 1 class folders, needs at least 2"),
-        ("nothing", "data.root: {root} holds 0 class folders, needs at least 2"),
+        ("one class", "data.root: {root}/train holds 1 class folders, needs at least 2" + LAYOUT),
+        ("nothing", "data.root: {root} holds 0 class folders, needs at least 2" + LAYOUT),
         ("gif", "data.root: '{root}/train/one/a.gif' is not JPEG, PNG or WEBP; convert or remove it"),
         (
             "too few",

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd import DistillLoss, distill_loss
+from kd import DistillLoss, Teacher, distill_loss
 
 S = torch.linspace(-2, 2, 12).reshape(4, 3)
 T = S.flip(0)
@@ -114,7 +114,7 @@ META = {"device": "meta"}
         ),
         # teacher
         (S, None, Y, {}, ValueError, r"teacher_logits=None: must be given with kd_weight=0.9"),
-        (S, T.tolist(), Y, {}, TypeError, r"teacher_logits=.* must be a tensor of logits, got list"),
+        (S, T.tolist(), Y, {}, TypeError, "teacher_logits: must be a tensor of logits, got list"),
         (S, T.long(), Y, {}, TypeError, r"teacher_logits.dtype=torch.int64: must be a real floating dtype"),
         (S, T[:, :1], Y, {}, ValueError, r"teacher_logits has shape \(4, 1\): must be \(4, 3\)"),
         (S, T[:1], Y, {}, ValueError, r"teacher_logits has shape \(1, 3\): must be \(4, 3\)"),
@@ -133,7 +133,7 @@ META = {"device": "meta"}
         # student
         (S.long(), T, Y, {}, TypeError, r"student_logits.dtype=torch.int64: must be a real floating dtype"),
         (S.to(torch.complex64), T, Y, {}, TypeError, r"student_logits.dtype=torch.complex64"),
-        (S.tolist(), T, Y, {}, TypeError, r"student_logits=.* got list"),
+        (S.tolist(), T, Y, {}, TypeError, "student_logits: must be a tensor of logits, got list"),
         (S[:, :0], T[:, :0], Y, {}, ValueError, r"student_logits has shape \(4, 0\): .* K ≥ 1"),
         (S[0, 0], T[0, 0], Y[0], {}, ValueError, r"student_logits has shape \(\): "),
     ],
@@ -196,3 +196,9 @@ def test_checks_of_values_are_left_out_where_values_cannot_be_read():
 def test_no_gradient_reaches_the_teacher_under_torch_func():
     with pytest.raises(ValueError, match=r"teacher_logits.requires_grad=True"):
         torch.func.grad(distill_loss, argnums=(0, 1))(S, T, Y)
+
+
+def test_an_output_given_as_logits_is_told_about_its_logits():
+    teacher = Teacher(torch.nn.Linear(5, 3))
+    with pytest.raises(TypeError, match=r"teacher_logits: must be a tensor of logits, got Output; pass its \.logits"):
+        distill_loss(torch.zeros(2, 3), teacher(torch.zeros(2, 5)), torch.tensor([0, 1]))

@@ -144,7 +144,11 @@ def test_features_are_what_the_modules_give(wrap, net, x):
 
 @BOTH
 def test_features_of_a_timm_network_by_name(wrap, x):
-    wrapped = wrap("resnet10t", num_classes=3, features=["layer4"]).eval()
+    if wrap is Teacher:
+        with pytest.warns(UserWarning, match="random weights: pretrained=True"):
+            wrapped = wrap("resnet10t", num_classes=3, features=["layer4"])
+    else:
+        wrapped = wrap("resnet10t", num_classes=3, features=["layer4"]).eval()
     logits, features = wrapped(x)
     torch.testing.assert_close(wrapped.model.forward_head(features["layer4"]), logits, rtol=0, atol=0)
 

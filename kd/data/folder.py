@@ -48,7 +48,10 @@ def data_root(config: DataConfig) -> Path:
 def _classes(path: Path) -> list[str]:
     names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
     if len(names) < 2:
-        raise ConfigError(f"data.root: {path} holds {len(names)} class folders, needs at least 2")
+        raise ConfigError(
+            f"data.root: {path} holds {len(names)} class folders, needs at least 2; images lie in "
+            f"train/CLASS/*.jpg and val/CLASS/*.jpg, or in CLASS/*.jpg"
+        )
     return names
 
 

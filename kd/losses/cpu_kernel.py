@@ -199,7 +199,9 @@ def _load(address, kind, out, integer):
             if exponent == 0x7C00:  # inf and nan
                 magnitude = np.uint32(magnitude + 0x38000000)
             if exponent == 0:  # subnormal: read as 2^-14 and more, which is taken off again
-                magnitude = recast(recast(np.uint32(magnitude + 0x00800000), np.float32) - np.float32(2.0**-14), np.uint32)
+                magnitude = recast(
+                    recast(np.uint32(magnitude + 0x00800000), np.float32) - np.float32(2.0**-14), np.uint32
+                )
             out[i] = recast(np.uint32(magnitude | ((word & np.uint32(0x8000)) << 16)), np.float32)
     elif kind == BFLOAT:
         stored = view(address, out.size, np.uint16)

@@ -163,7 +163,8 @@ def _not_negative(value: float) -> bool:
 def check_logits(name: str, logits: object) -> None:
     """Raise unless it is a floating tensor."""
     if not isinstance(logits, Tensor):
-        raise TypeError(f"{name}={logits!r}: must be a tensor of logits, got {type(logits).__name__}")
+        hint = "; pass its .logits" if isinstance(getattr(logits, "logits", None), Tensor) else ""
+        raise TypeError(f"{name}: must be a tensor of logits, got {type(logits).__name__}{hint}")
     if not logits.is_floating_point():
         raise TypeError(f"{name}.dtype={logits.dtype}: must be a real floating dtype")
 
