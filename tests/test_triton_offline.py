@@ -178,6 +178,8 @@ def _read_cdna(compiled) -> Code:
 
 def vector(case: Case) -> int:
     size = DTYPES[case.student].itemsize
+    if case.odd:
+        return 1
     return next(v for v in (8, 4, 2, 1) if v <= 16 // size and case.classes % v == 0)
 
 
@@ -190,8 +192,6 @@ def expected_loads(case: Case, shape) -> collections.Counter:
         kinds += [case.probabilities, "fp32" if case.weights else ""]
     for kind in filter(None, kinds):
         width = min(vector(case) * DTYPES[kind].itemsize, 16)
-        if case.odd and not loads:
-            width = DTYPES[kind].itemsize
         loads[width] += each * DTYPES[kind].itemsize // width
     return loads
 
