@@ -12,7 +12,8 @@ import math
 import pytest
 import torch
 import triton
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime import interpreter
+from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 
 from kd.losses import reference, triton_kernels
 from kd.losses import triton as launcher
@@ -21,13 +22,25 @@ from kd.smoothing import to_uniform
 
 assert triton.knobs.runtime.interpret, "run by test_triton.py"
 
-# Inside a kernel, whose language it has patched, the interpreter does so again for each function that is called.
-_with_patching = InterpretedFunction.__call__
-InterpretedFunction.__call__ = lambda self, *args, **kwargs: (
-    self.rewrite()(*args, **kwargs)
-    if self.fn.__module__ == triton_kernels.__name__
-    else _with_patching(self, *args, **kwargs)
-)
+# The interpreter patches the language for each module that a launch calls into, and again at each call of a function in
+# it, which is most of its time. Once is enough.
+_launch, _patched = GridExecutor.__call__, set()
+
+
+def _interpret_launch(self, *args, **kwargs):
+    _patched.clear()
+    _patched.add(self.fn.__module__)
+    return _launch(self, *args, **kwargs)
+
+
+def _interpret_call(self, *args, **kwargs):
+    if self.fn.__module__ not in _patched:
+        _patched.add(self.fn.__module__)
+        interpreter._patch_lang(self.fn)
+    return self.rewrite()(*args, **kwargs)
+
+
+GridExecutor.__call__, InterpretedFunction.__call__ = _interpret_launch, _interpret_call
 
 # numpy warns of what a GPU does without a word: inf - inf, the maximum of nothing but nan.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -59,7 +72,7 @@ def batch(n=4, k=21, dtype=F64, seed=0):
     """Student, teacher, labels, probabilities, class weights (one of them 0), upstream."""
     s, t = draw(n, k, seed=seed, dtype=dtype), draw(n, k, seed=seed + 1, dtype=dtype)
     y = torch.randint(k, (n,), generator=torch.Generator().manual_seed(seed))
-    q, w = draw(n, k, seed=seed + 2).softmax(-1).to(F32), draw(k, seed=seed + 3).exp().to(F32)
+    q, w = draw(n, k, seed=seed + 2).softmax(-1).to(F32), draw(k, seed=seed + 3, scale=1.0).exp().to(F32)
     w[0] = 0
     return s, t, y, q, w, draw(n, seed=seed + 4, dtype=reference.wide_dtype(s))
 
@@ -69,13 +82,10 @@ def ours(s, t, target, w, upstream, with_gradient=True, **settings):
 
 
 def exact(s, t, target, w, upstream, dtype=F64, **settings):
-    """The same from the reference and its automatic gradient, all in ``dtype`` or wider."""
-
-    def cast(x):
-        return x if x is None or not x.is_floating_point() else x.to(dtype)
-
-    s = cast(s.detach()).clone().requires_grad_()
-    loss, ce, kd = reference.terms(s, cast(t), cast(target), cast(w), **(SETTINGS | settings))
+    """The same from the reference and its automatic gradient, the logits in ``dtype``."""
+    s = s.to(dtype, copy=True).requires_grad_()
+    t = None if t is None else t.to(dtype)
+    loss, ce, kd = reference.terms(s, t, target, w, **(SETTINGS | settings))
     (gradient,) = torch.autograd.grad(loss, s, upstream.to(loss.dtype))
     zero = torch.zeros_like(loss)
     return [x.detach() for x in (loss, zero if ce is None else ce, zero if kd is None else kd, gradient)]
@@ -117,7 +127,7 @@ def matrix(stride):
     return [c for c in combinations if not (c["soft"] and c["ignored"])][::stride]
 
 
-@pytest.mark.parametrize("stride", [1, 7])
+@pytest.mark.parametrize("stride", [1, 11])
 def test_the_sample_of_the_matrix_has_every_pair(stride):
     def pairs(combinations):
         return {(a, str(c[a]), b, str(c[b])) for c in combinations for a, b in itertools.combinations(AXES, 2)}
@@ -127,7 +137,7 @@ def test_the_sample_of_the_matrix_has_every_pair(stride):
 
 def test_matrix(kernel):
     """float64 to 1e-12, float32 to 1e-5, half types to 1.5 times what the reference errs in that dtype."""
-    for i, c in enumerate(matrix(1 if kernel == "resident" else 7)):
+    for i, c in enumerate(matrix(1 if kernel == "resident" else 11)):
         s, t, y, q, w, upstream = batch(3, dtype=c["dtype"], seed=i)
         if c["ignored"]:
             y[1] = -100
@@ -257,7 +267,7 @@ def test_extreme_logits_stay_finite(kernel, dtype, temperature):
         check(*inputs, tolerance=tolerance, **settings)
 
 
-# Blocks of the two sweeps are 16 classes, of which a thread takes 8: whole blocks and threads have nothing, at any place.
+# The sweeps take blocks of 16 classes, 8 a thread: some blocks and some threads find nothing, at different places.
 MASKS = [slice(0, 8), slice(0, 16), slice(8, 24), slice(0, 32), slice(16, 37), slice(1, 37), slice(3, None, 2)]
 
 

@@ -178,6 +178,8 @@ def _read_cdna(compiled) -> Code:
 
 def vector(case: Case) -> int:
     size = DTYPES[case.student].itemsize
+    if case.odd:
+        return 1
     return next(v for v in (8, 4, 2, 1) if v <= 16 // size and case.classes % v == 0)
 
 
@@ -190,8 +192,6 @@ def expected_loads(case: Case, shape) -> collections.Counter:
         kinds += [case.probabilities, "fp32" if case.weights else ""]
     for kind in filter(None, kinds):
         width = min(vector(case) * DTYPES[kind].itemsize, 16)
-        if case.odd and not loads:
-            width = DTYPES[kind].itemsize
         loads[width] += each * DTYPES[kind].itemsize // width
     return loads
 
@@ -329,16 +329,12 @@ def test_nothing_that_changes_in_training_compiles_anew(k, student):
 
 def table():
     """A line for each launch: what it holds, registers of a thread, warps on a multiprocessor (gfx942: on a SIMD)."""
-    print(
-        f"{'launch':<44} {'kernel':<9} {'rows':>4} {'block':>6} {'warps':>5} {'registers':>9} {'spills':>6} {'waves':>5}"
-    )
+    names = "kernel", "rows", "block", "warps", "registers", "spills", "waves"
+    print(f"{'launch':<44} " + " ".join(f"{name:>9}" for name in names))
     for case in cases():
         _, shape, code = check(case)
-        print(
-            f"{case!s:<44} {'resident' if shape.resident else 'sweeps':<9} {shape.rows:>4} {shape.block:>6} "
-            f"{shape.warps:>5} {code.registers:>9} {code.spilled:>6} {code.waves:>5}",
-            flush=True,
-        )
+        line = "resident" if shape.resident else "sweeps", *shape[1:], code.registers, code.spilled, code.waves
+        print(f"{case!s:<44} " + " ".join(f"{entry:>9}" for entry in line), flush=True)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,7 @@ def shape_for(classes: int, wide: torch.dtype, lanes: int) -> Shape:
     threads = 16 * lanes
     block = max(triton.next_power_of_2(classes), 16)
     if block > each * threads * (1 if double else 2):
-        threads = 256 if double else 512
-        return Shape(False, 1, LANE.value * threads, threads // lanes)
+        return Shape(False, 1, LANE.value * 256, 256 // lanes)
     tile = max(block, each * 128)
     return Shape(True, tile // block, block, min(tile // (each * lanes), 16))
 
@@ -136,7 +135,7 @@ def _launch(
     target = _rows_of_ones(target) if soft else target
     class_weight = None if class_weight is None else class_weight.contiguous()
     strides = [0 if x is None else x.stride(0) for x in (student, teacher, target)]
-    vector = _vector(16 // student.itemsize, k, *(strides if soft else strides[:2]))
+    vector = _vector(k, [x for x in (student, teacher, target if soft else None, class_weight) if x is not None])
     shape = shape_for(k, wide_dtype(student), _lanes(student.device))
     kernel: Any = resident if shape.resident else sweeps
     # Triton launches on the current device, which need not be the one the tensors are on.
@@ -155,6 +154,7 @@ def _launch(
             strides[2] // vector if soft else strides[2],
             upstream.stride(0),
             0 if held is None else held.stride(0),
+            0,
             n,
             k // vector,
             *(_bits(x) if double else float(x) for x in scalars),
@@ -178,13 +178,16 @@ def _rows_of_ones(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _vector(most: int, *counts: int) -> int:
-    """How many elements, at most ``most``, every row is a multiple of and starts at a multiple of.
+def _vector(classes: int, tensors: list[Tensor]) -> int:
+    """How many elements may be loaded at once: what all rows are a multiple of, and start at a multiple of.
 
-    The kernels get their sizes in this unit: it is how the compiler knows that it may load 16 bytes at once. K that is
-    odd leaves 1, as every second contiguous row starts at an odd element: such rows are read one element a thread.
+    The kernels get their sizes in this unit, which is how the compiler knows. If K is odd, every second contiguous row
+    starts at an odd element: then each thread loads one at a time, next to what its neighbours load.
     """
-    return next(v for v in (8, 4, 2, 1) if v <= most and all(count % v == 0 for count in counts))
+    if any(x.data_ptr() % 16 for x in tensors):
+        return 1
+    counts = [classes, *(x.stride(0) for x in tensors if x.ndim == 2)]
+    return next(v for v in (8, 4, 2, 1) if v <= 16 // tensors[0].itemsize and all(n % v == 0 for n in counts))
 
 
 def _bits(value: float) -> int:

@@ -20,8 +20,9 @@ A / B keeps the digits that log A - log B would cancel: both are near log K wher
 Both kernels take the same arguments: pointers to rows whose classes lie side by side (None for ``teacher`` or
 ``class_weight``: there is none; for the values or ``gradient``: not wanted); the strides from row to row, those of
 student, teacher and probabilities in units of VECTOR elements, as is ``vectors``, K / VECTOR: by that the compiler
-knows what it may load at once; scalars, see ``_scalar``. With ``held``, a row whose ``upstream`` equals it is left as
-it is.
+knows what it may load at once; ``weight_start``, which is 0, so that it knows no more of the class weights than of the
+rows, and gives both to the threads in one way; scalars, see ``_scalar``. With ``held``, a row whose ``upstream`` equals
+it is left as it is.
 """
 
 import triton
@@ -36,7 +37,7 @@ LANE: tl.constexpr = tl.constexpr(8)  # classes that one thread takes at a time 
 # aligned to 16 bytes. It is worth that only for the pointers that are read in vectors.
 _ANY_VALUE = [
     *("student_stride", "teacher_stride", "target_stride", "upstream_stride", "held_stride"),
-    *("rows", "vectors"),
+    *("weight_start", "rows", "vectors"),
     *("temperature", "student_temperature", "kd_weight", "ce_weight", "uniform_mass", "ignore_index"),
 ]
 _ANY_ADDRESS = ["upstream", "held", "loss", "ce", "kd"]
@@ -102,7 +103,7 @@ def _store_values(loss, ce, kd, row, ce_row, kd_row, ce_weight, kd_weight, kept,
 @triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def resident(
     student, teacher, target, class_weight, upstream, held, loss, ce, kd, gradient,
-    student_stride, teacher_stride, target_stride, upstream_stride, held_stride, rows, vectors,
+    student_stride, teacher_stride, target_stride, upstream_stride, held_stride, weight_start, rows, vectors,
     temperature, student_temperature, kd_weight, ce_weight, uniform_mass, ignore_index,
     CE: tl.constexpr, SOFT: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
@@ -111,6 +112,8 @@ def resident(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     classes = vectors * VECTOR
+    if class_weight is not None:
+        class_weight += weight_start * VECTOR
     written = row < rows
     up = tl.load(upstream + row * upstream_stride, written, other=0)
     if held is not None:
@@ -223,7 +226,7 @@ def _step_kd(sum_a, sum_b, gap, step_a, step_b):
 @triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def sweeps(
     student, teacher, target, class_weight, upstream, held, loss, ce, kd, gradient,
-    student_stride, teacher_stride, target_stride, upstream_stride, held_stride, rows, vectors,
+    student_stride, teacher_stride, target_stride, upstream_stride, held_stride, weight_start, rows, vectors,
     temperature, student_temperature, kd_weight, ce_weight, uniform_mass, ignore_index,
     CE: tl.constexpr, SOFT: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
@@ -231,6 +234,8 @@ def sweeps(
     """One row, LANE classes for each thread at a time."""
     row = tl.program_id(0).to(tl.int64)
     classes = vectors * VECTOR
+    if class_weight is not None:
+        class_weight += weight_start * VECTOR
     up = tl.load(upstream + row * upstream_stride)
     if held is not None:  # noqa: SIM102  (`and` would load held in any case)
         if up == tl.load(held + row * held_stride):
