@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-# A sample repeats a step until it takes about this long, so that the clock's own cost does not count.
+# A sample repeats a step for about this long.
 LEAST_SECONDS = 2e-3
 
 
@@ -35,10 +35,13 @@ def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int, device: 
 
 
 def _cpu_sample(step: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
+    """The median, because on a shared machine one call in ten may wait for its core a hundred times its own length."""
+    times = []
     for _ in range(repeats):
+        start = time.perf_counter()
         step()
-    return (time.perf_counter() - start) / repeats
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def _cuda_sample(step: Callable[[], object], repeats: int) -> float:

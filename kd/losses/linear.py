@@ -4,6 +4,7 @@ Shapes: ``(...)`` positions, N of them; ``D`` features; ``K`` classes. "Wide" is
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,6 +22,9 @@ from kd.smoothing import check_number
 
 # The least that memory_budget is by default: below it chunks get so thin that reading the head dominates.
 LEAST_BUDGET = 24 * 2**20
+# The backend goes through a chunk in so many parts and the gradient of each takes the place of its logits: half a chunk
+# less to hold. Not on a GPU, which wants many rows at a time.
+PARTS = 8
 # How many tensors of a chunk's logits, in the wide dtype, the reference's autograd holds at once.
 REFERENCE_COPIES = 12
 
@@ -37,15 +41,16 @@ class LinearDistillLoss(DistillSettings):
     Under "mean" and "sum" the forward pass computes the gradients too, and the backward pass multiplies them by what
     comes from above; so between the two there are, besides the inputs, gradients of features (N x D), weight (K x D)
     and bias in the wide dtype, rounded once when they are handed out. Under "none", and for the second backward pass
-    of a retained graph, the backward pass goes through the chunks again. The first terms of a second derivative raise
-    RuntimeError: there DistillLoss with ``backend="reference"`` on the logits is the way.
+    of a retained graph, the backward pass goes through the chunks again. A second derivative is a
+    RuntimeError: for those, DistillLoss with ``backend="reference"`` on the logits.
 
     Under autocast the logits are computed in its dtype, as by F.linear, and the gradients arrive unrounded.
 
     Args:
-        memory_budget: bytes for what one chunk of rows holds: the logits of the student, their gradient, and the
-            teacher's logits where they are computed here. None is a quarter of a float32 gradient of weight, 24 MiB at
-            least. More rows in a chunk read the head less often; 64 suffice on a CPU, a GPU wants several hundred.
+        memory_budget: bytes for what one chunk of rows holds: the student's logits, the teacher's where they are
+            computed here, and of their gradient an eighth at a time (all of it on a GPU). None is a quarter of a
+            float32 gradient of weight, 24 MiB at least. With more rows in a chunk the head is read less often: on a
+            CPU a hundred rows lose little, a GPU wants several hundred.
         temperature, ...: as in DistillLoss.
 
     Raises as DistillLoss does, naming the argument.
@@ -167,15 +172,15 @@ class LinearDistillLoss(DistillSettings):
         classes = inputs.weight.shape[0]
         dtype = _linear_dtype(inputs.features)
         wide = teacher_dtype = _wide(dtype)
-        per_class = 2 * dtype.itemsize
+        parts = 1 if inputs.features.is_cuda else PARTS
+        made = REFERENCE_COPIES * wide.itemsize if backend == "reference" else dtype.itemsize
+        per_class = dtype.itemsize + made / parts
         if inputs.teacher_features is not None:
             teacher_dtype = _linear_dtype(inputs.teacher_features)
             per_class += teacher_dtype.itemsize
-        if backend == "reference":
-            per_class = REFERENCE_COPIES * wide.itemsize
         budget = self.memory_budget or max(LEAST_BUDGET, inputs.weight.numel())
         widening = 0 if dtype == wide else budget // 4
-        rows = max(1, (budget - widening) // (per_class * classes))
+        rows = max(1, int((budget - widening) / (per_class * classes)))
         chunks = max(1, math.ceil(n / rows))
         step = max(1, math.ceil(n / chunks))  # of equal size: the last is no slower for being thin
         wants = torch.is_grad_enabled()
@@ -186,6 +191,7 @@ class LinearDistillLoss(DistillSettings):
             teacher_dtype=teacher_dtype,
             needs=tuple(wants and tensor is not None and tensor.requires_grad for tensor in inputs[:3]),
             step=step,
+            part=math.ceil(step / parts),
             block=max(1, widening // (wide.itemsize * (width + step))) if widening else classes,
         )
 
@@ -234,6 +240,7 @@ class _Plan:
     teacher_dtype: torch.dtype  # of the teacher's, where they are computed here
     needs: tuple[bool, ...]  # gradients of features, weight, bias?
     step: int  # rows in a chunk
+    part: int  # rows that the backend takes at a time
     block: int  # classes that _Totals.add takes at a time
 
 
@@ -345,29 +352,65 @@ def _sweep(inputs: _Inputs, upstream: Tensor | None, plan: _Plan, values: list[T
         teacher = None
         if inputs.teacher_features is not None:
             teacher = _Head.cast(plan.teacher_dtype, *inputs[4:7])
-        rows = import_module(f"kd.losses.{plan.backend}").rows
-        for start in range(0, n, plan.step):
-            part = slice(start, start + plan.step)
-            *chunk, gradient = rows(
-                student.logits(part),
-                _part(inputs.teacher_logits, part) if teacher is None else teacher.logits(part),
-                inputs.target[part],
+        for chunk in _slices(0, n, plan.step):
+            # Nothing here has a name for the logits, so that they are gone when their gradient is multiplied.
+            gradient = _chunk(
+                chunk,
+                student.logits(chunk),
+                _part(inputs.teacher_logits, chunk) if teacher is None else teacher.logits(chunk),
+                inputs.target[chunk],
                 inputs.class_weight,
-                upstream[part],
-                **plan.settings._asdict(),
+                upstream[chunk],
+                plan,
+                values,
                 with_gradient=totals is not None,
             )
-            if values is not None:
-                for whole, some in zip(values, chunk, strict=True):
-                    whole[part] = some
             if totals is not None:
-                totals.add(gradient, part, student, plan.block)
+                totals.add(gradient, chunk, student, plan.block)
             del gradient  # before the next chunk's logits are made
     return totals
 
 
+def _chunk(
+    chunk: slice,
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    upstream: Tensor,
+    plan: _Plan,
+    values: list[Tensor] | None,
+    with_gradient: bool,
+) -> Tensor:
+    """Fill in the ``values`` of a chunk of rows and give the gradient of its logits, which takes their place."""
+    rows = import_module(f"kd.losses.{plan.backend}").rows
+    for part in _slices(0, len(student), plan.part):
+        *some, gradient = rows(
+            student[part],
+            _part(teacher, part),
+            target[part],
+            class_weight,
+            upstream[part],
+            **plan.settings._asdict(),
+            with_gradient=with_gradient,
+        )
+        if values is not None:
+            for whole, value in zip(values, some, strict=True):
+                whole[chunk][part] = value
+        if len(gradient) == len(student):
+            return gradient
+        if with_gradient:
+            student[part] = gradient  # these logits have done their work
+    return student
+
+
 def _part(tensor: Tensor | None, part: slice) -> Tensor | None:
     return None if tensor is None else tensor[part]
+
+
+def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
