@@ -11,6 +11,9 @@ few and helpers are intrinsics, because each function costs a new user 0.1 s and
 Shapes: ``N`` rows, ``K`` classes. ``wide`` is np.float64 for a float64 student, else np.float32.
 """
 
+# pyrefly: ignore-errors
+# (numba gives the types; what intrinsics and Structures look like from outside is not what they are in compiled code)
+
 import ctypes
 import math
 
@@ -198,7 +201,9 @@ def _load(address, kind, out, integer):
             if exponent == 0x7C00:  # inf and nan
                 magnitude = np.uint32(magnitude + 0x38000000)
             if exponent == 0:  # subnormal: read as 2^-14 and more, which is taken off again
-                magnitude = recast(recast(np.uint32(magnitude + 0x00800000), np.float32) - np.float32(2.0**-14), np.uint32)
+                magnitude = recast(
+                    recast(np.uint32(magnitude + 0x00800000), np.float32) - np.float32(2.0**-14), np.uint32
+                )
             out[i] = recast(np.uint32(magnitude | ((word & np.uint32(0x8000)) << 16)), np.float32)
     elif kind == BFLOAT:
         stored = view(address, out.size, np.uint16)
@@ -233,7 +238,9 @@ def _store(address, kind, source):
             odd = np.uint32((magnitude >> np.uint32(13)) & np.uint32(1))
             normal = np.uint32(np.uint32(magnitude + odd - np.uint32(0x37FFF001)) >> np.uint32(13))
             # Subnormals come in steps of 2^-24, the last digit of a float32 at 1/2.
-            small = np.uint32(recast(recast(magnitude, np.float32) + np.float32(0.5), np.uint32) - np.uint32(0x3F000000))
+            small = np.uint32(
+                recast(recast(magnitude, np.float32) + np.float32(0.5), np.uint32) - np.uint32(0x3F000000)
+            )
             nearest = small if magnitude < np.uint32(0x38800000) else normal
             nearest = np.uint32(0x7C00) if magnitude >= np.uint32(0x477FF000) else nearest  # inf from 65520 on
             nearest = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else nearest
