@@ -11,6 +11,9 @@ few and helpers are intrinsics, because each function costs a new user 0.1 s and
 Shapes: ``N`` rows, ``K`` classes. ``wide`` is np.float64 for a float64 student, else np.float32.
 """
 
+# pyrefly: ignore-errors
+# (numba gives the types; what intrinsics and Structures look like from outside is not what they are in compiled code)
+
 import ctypes
 import math
 
@@ -189,7 +192,6 @@ def _load(address, kind, out, integer):
     Maxima of floats do not vectorise while nan is possible, maxima of integers do: as an integer a float ≥ 0 grows with
     its value and a float < 0 falls. What comes out for a row with nan does not matter: its exponentials are nan.
     """
-    long_vectors()
     if kind == HALF:
         stored = view(address, out.size, np.uint16)
         for i in range(out.size):
@@ -233,12 +235,16 @@ def _store(address, kind, source):
         for i in range(source.size):
             word = recast(np.float32(source[i]), np.uint32)
             magnitude = np.uint32(word & np.uint32(0x7FFFFFFF))
-            nearest = np.uint32(magnitude + 0xFFF + ((magnitude >> 13) & 1) - 0x38000000) >> 13
-            if magnitude < 0x38800000:  # subnormal, in steps of 2^-24: the last digit of a float32 at 1/2
-                nearest = recast(recast(magnitude, np.float32) + np.float32(0.5), np.uint32) - 0x3F000000
-            if magnitude >= 0x477FF000:  # from 65520 on
-                nearest = 0x7E00 if magnitude > 0x7F800000 else 0x7C00
-            stored[i] = np.uint16(np.uint32(nearest) | ((word >> 16) & np.uint32(0x8000)))
+            odd = np.uint32((magnitude >> np.uint32(13)) & np.uint32(1))
+            normal = np.uint32(np.uint32(magnitude + odd - np.uint32(0x37FFF001)) >> np.uint32(13))
+            # Subnormals come in steps of 2^-24, the last digit of a float32 at 1/2.
+            small = np.uint32(
+                recast(recast(magnitude, np.float32) + np.float32(0.5), np.uint32) - np.uint32(0x3F000000)
+            )
+            nearest = small if magnitude < np.uint32(0x38800000) else normal
+            nearest = np.uint32(0x7C00) if magnitude >= np.uint32(0x477FF000) else nearest  # inf from 65520 on
+            nearest = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else nearest
+            stored[i] = np.uint16(nearest | np.uint32(np.uint32(word >> np.uint32(16)) & np.uint32(0x8000)))
     else:
         for i in range(source.size):
             value = np.float32(source[i])
