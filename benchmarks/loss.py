@@ -141,6 +141,7 @@ def _bandwidth(case: Any, seconds: float | None) -> str:
 def _transfers(case: Any) -> int:
     """How often the kernel moves a logit: 3 where rows stay in registers, 5 in two sweeps."""
     import torch
+
     from kd.losses.triton import shape_for
 
     wide = torch.float64 if case.dtype == "float64" else torch.float32

@@ -67,8 +67,8 @@ def read_json(path: Path) -> Any:
 def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write a model's state dict as safetensors that ``timm.create_model(checkpoint_path=...)`` loads.
 
-    `metadata` travels in the header: what the network is, what it sees and with which smoothing it was trained. It is one entry,
-    because safetensors writes several in random order, and equal weights should be equal files.
+    `metadata` travels in the header: what the network is, what it sees and with which smoothing it was trained. It is
+    one entry, because safetensors writes several in random order, and equal weights should be equal files.
     """
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     header = {METADATA: json.dumps(metadata, sort_keys=True)}

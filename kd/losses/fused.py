@@ -85,7 +85,8 @@ class _Eager(torch.autograd.Function):
         return loss, ce, kd
 
     @staticmethod
-    def backward(ctx, upstream, *_):
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        upstream = grad_outputs[0]
         *inputs, held = ctx.saved_tensors
         module, settings = _module(ctx.backend), ctx.settings._asdict()
         gradient, ctx.gradient = ctx.gradient, None  # its receiver may change it in place
@@ -111,9 +112,9 @@ class _Functional(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
-    def backward(ctx, upstream, *_):
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         with torch.no_grad():
-            *_, gradient = fused_rows(*ctx.saved_tensors, upstream, ctx.backend, *ctx.settings, True)
+            *_, gradient = fused_rows(*ctx.saved_tensors, grad_outputs[0], ctx.backend, *ctx.settings, True)
         return _once(gradient, ctx.saved_tensors[0], ctx.backend), *[None] * 6
 
 
