@@ -88,7 +88,7 @@ def _own_cache():
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         yield
-    triton.runtime.driver.reset_active()
+    triton.runtime.driver._active = None  # reset_active looks for a GPU
 
 
 def launch(case: Case, **settings):
@@ -306,7 +306,7 @@ def test_scalars_in_double_do_not_spread(k):
     source = ASTSource(source.fn, signature, constants, source.attrs)
     compiled = triton.compile(source, target=TARGETS["sm_90"], options={"num_warps": shape.warps})
     assert signature["temperature"] == "fp64"
-    assert all(re.search(r"param\.(f64|b64)|cvt\.rn\.f32\.f64", line) for line in _lines(compiled, r"\.f64"))
+    assert all(re.search(r"\.param \.f64|cvt\.rn\.f32\.f64", line) for line in _lines(compiled, r"\.f64"))
     assert len(_lines(compiled, r"cvt\.rn\.f32\.f64")) == len(SCALARS)
     assert read(compiled, shape).spilled == 0
 
