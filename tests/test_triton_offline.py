@@ -307,7 +307,7 @@ def test_scalars_in_double_do_not_spread(k):
     compiled = triton.compile(source, target=TARGETS["sm_90"], options={"num_warps": shape.warps})
     assert signature["temperature"] == "fp64"
     assert all(re.search(r"\.param \.f64|cvt\.rn\.f32\.f64", line) for line in _lines(compiled, r"\.f64"))
-    assert len(_lines(compiled, r"cvt\.rn\.f32\.f64")) == len(SCALARS)
+    assert len(SCALARS) <= len(_lines(compiled, r"cvt\.rn\.f32\.f64")) <= 2 * len(SCALARS)  # once for each sweep
     assert read(compiled, shape).spilled == 0
 
 
