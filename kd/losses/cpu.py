@@ -202,8 +202,8 @@ def _openmp() -> Callable | None:
     """``GOMP_parallel`` of the OpenMP that torch runs its own operators in; None where it is another or not found.
 
     Its threads are awake after a torch operator, and turn in a loop for some ms in the hope of more work. Other threads
-    have to share the cores with them: 128 x 21841 float32 after a torch.add took 4.7 ms on a pool of our own, where it
-    takes 2.6 ms otherwise (2 cores). Handing out the work takes 3 us here and 15 us there.
+    have to share the cores with them: a prototype's 128 x 21841 float32 took 4.7 ms after a torch.add on a pool of its
+    own, where it took 2.6 ms otherwise (2 cores). Handing out the work takes 3 us here and 15 us there.
     """
     suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
     try:

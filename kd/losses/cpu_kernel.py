@@ -27,7 +27,7 @@ BLOCK = 1024  # 4 KiB of float32: two stored blocks and what is read fit the fir
 LOG2_E = math.log2(math.e)
 LOWEST = -3.4028234663852886e38  # the lowest finite float32
 
-# Nothing may be assumed about nan or inf, and no sum reordered: that would fold away the rounding in exp2.
+# Nothing may be assumed about nan or inf, and nothing reordered: that may fold away the rounding in exp2.
 EXACT = {"error_model": "numpy", "fastmath": {"contract"}}
 # Called from compiled code only.
 INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **EXACT}
