@@ -248,8 +248,9 @@ def test_a_label_that_is_no_class_gives_nan_and_is_not_followed(kernel, label):
 def test_nan_in_gives_nan_out(kernel, which, where):
     s, t, y, q, _, upstream = batch()
     (s if which == "student" else t)[2, where] = NAN
-    for target in (y, q):
-        loss, _, _, gradient = ours(s, t, target, None, upstream)
+    alone = [{"ce_weight": 0.0}, {"kd_weight": 0.0}][: 2 if which == "student" else 1]
+    for target, off in itertools.product((y, q), ({}, *alone)):
+        loss, _, _, gradient = ours(s, t, target, None, upstream, **off)
         assert loss.isnan().tolist() == [False, False, True, False]
         assert gradient.isnan().all(-1).tolist() == [False, False, True, False]
         assert gradient[[0, 1, 3]].isfinite().all()
@@ -364,13 +365,13 @@ def test_upstream_of_any_stride(kernel):
 
 
 def test_offsets_beyond_32_bits(kernel):
-    """Rows 2^31 elements apart, in memory of which only they are ever touched; a third would be beyond its end."""
-    far = torch.empty(2**31 + 64, dtype=F16).as_strided((2, 21), (2**31, 1))
-    s, t, y, _, _, upstream = batch(2, dtype=F16)
+    """2^31 elements to the last row, in memory of which only the rows are touched; beyond it there is none to read."""
+    far = torch.empty(2**31 + 64, dtype=F16).as_strided((3, 21), (2**30, 1))
+    s, t, y, _, _, upstream = batch(3, dtype=F16)
     expected = ours(s, t, y, None, upstream)
     for name in ("student", "teacher"):
         far.copy_(s if name == "student" else t)
-        assert far[1, 0].data_ptr() - far[0, 0].data_ptr() == 2**32
+        assert far[2].data_ptr() - far[0].data_ptr() == 2**32
         inputs = (far, t) if name == "student" else (s, far)
         for a, b in zip(ours(*inputs, y, None, upstream), expected, strict=True):
             assert torch.equal(a, b)

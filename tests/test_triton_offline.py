@@ -244,9 +244,9 @@ def check_transfers(case, shape, code, cdna):
         assert all(count("load", width) >= n for width, n in loads.items())
         return
     for width in LOAD:
-        # Once a row: upstream, held, the label and its logit.
+        # A few once a row: upstream, held, the label and its logit.
         alone = count("load", width) - sweeps * loads[width]
-        assert 0 <= alone <= (4 if width <= 8 else 0), (width, alone)
+        assert 0 <= alone <= (6 if width <= 8 else 0), (width, alone)
     size = DTYPES[case.student].itemsize
     width = min(vector(case) * size, 16)
     if case.call != "values":
