@@ -11,7 +11,6 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
@@ -22,9 +21,9 @@ from kd.smoothing import check_number
 
 # The least that memory_budget is by default: below it chunks get so thin that reading the head dominates.
 LEAST_BUDGET = 24 * 2**20
-# The backend goes through a chunk in so many parts and the gradient of each takes the place of its logits: half a chunk
-# less to hold. Not on a GPU, which wants many rows at a time.
-PARTS = 8
+# The backend goes through a chunk in so many parts and the gradient of each takes the place of its logits: most of a
+# third tensor less to hold. Not on a GPU, which wants many rows at a time.
+PARTS = 4
 # How many tensors of a chunk's logits, in the wide dtype, the reference's autograd holds at once.
 REFERENCE_COPIES = 12
 
@@ -48,7 +47,7 @@ class LinearDistillLoss(DistillSettings):
 
     Args:
         memory_budget: bytes for what one chunk of rows holds: the student's logits, the teacher's where they are
-            computed here, and of their gradient an eighth at a time (all of it on a GPU). None is a quarter of a
+            computed here, and of their gradient a quarter at a time (all of it on a GPU). None is a quarter of a
             float32 gradient of weight, 24 MiB at least. With more rows in a chunk the head is read less often: on a
             CPU a hundred rows lose little, a GPU wants several hundred.
         temperature, ...: as in DistillLoss.
@@ -330,13 +329,20 @@ class _Head(NamedTuple):
     features: Tensor
     weight: Tensor
     bias: Tensor | None
+    buffer: Tensor  # of a chunk's logits: made anew for each, page faults cost 4 % of the time
 
     @classmethod
-    def cast(cls, dtype: torch.dtype, features: Any, weight: Any, bias: Any) -> "_Head":
-        return cls(features.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    def cast(cls, dtype: torch.dtype, step: int, features: Any, weight: Any, bias: Any) -> "_Head":
+        buffer = features.new_empty(min(step, len(features)), len(weight), dtype=dtype)
+        return cls(features.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), buffer)
 
-    def logits(self, part: slice) -> Tensor:
-        return F.linear(self.features[part], self.weight, self.bias)
+    def logits(self, chunk: slice) -> Tensor:
+        """F.linear of these rows, until the next call."""
+        features = self.features[chunk]
+        out = self.buffer[: len(features)]
+        if self.bias is None:
+            return torch.mm(features, self.weight.T, out=out)
+        return torch.addmm(self.bias, features, self.weight.T, out=out)
 
 
 def _sweep(inputs: _Inputs, upstream: Tensor | None, plan: _Plan, values: list[Tensor] | None) -> _Totals | None:
@@ -348,12 +354,11 @@ def _sweep(inputs: _Inputs, upstream: Tensor | None, plan: _Plan, values: list[T
     totals = None if upstream is None else _Totals(inputs, plan)
     upstream = (inputs.features.new_ones((), dtype=_wide(plan.dtype)) if upstream is None else upstream).expand(n)
     with _without_autocast(inputs.features.device.type):
-        student = _Head.cast(plan.dtype, inputs.features, inputs.weight, inputs.bias)
+        student = _Head.cast(plan.dtype, plan.step, inputs.features, inputs.weight, inputs.bias)
         teacher = None
         if inputs.teacher_features is not None:
-            teacher = _Head.cast(plan.teacher_dtype, *inputs[4:7])
+            teacher = _Head.cast(plan.teacher_dtype, plan.step, *inputs[4:7])
         for chunk in _slices(0, n, plan.step):
-            # Nothing here has a name for the logits, so that they are gone when their gradient is multiplied.
             gradient = _chunk(
                 chunk,
                 student.logits(chunk),
@@ -367,7 +372,6 @@ def _sweep(inputs: _Inputs, upstream: Tensor | None, plan: _Plan, values: list[T
             )
             if totals is not None:
                 totals.add(gradient, chunk, student, plan.block)
-            del gradient  # before the next chunk's logits are made
     return totals
 
 
