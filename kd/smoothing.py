@@ -131,7 +131,7 @@ def _check_labels(target: Tensor, num_classes: int, ignore_index: int | None) ->
     if target.numel() == 0:
         return
     low, high = target.aminmax()  # one operation settles most batches: the loss calls this at every step
-    if low >= 0 and high < num_classes:
+    if low.item() >= 0 and high.item() < num_classes:
         return
     bad = (target < 0) | (target >= num_classes)
     if ignore_index is not None:

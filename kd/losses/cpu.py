@@ -85,6 +85,8 @@ def adjust(
     Rows where both are equal are not touched. Wide rows are multiplied by ``upstream / held`` where that is safe;
     those of 16 bits are computed again, because they may be rounded only once and may have lost all to underflow.
     """
+    if torch.equal(held, upstream):
+        return
     if gradient.dtype == held.dtype:
         # Beyond these bounds held may have pushed what the row holds out of float32's range.
         usable = (held.abs() > 2.0**-40) & (held.abs() < 2.0**40) & (upstream.abs() < 2.0**40)

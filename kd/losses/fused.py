@@ -13,6 +13,7 @@ nothing left to do.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -49,25 +50,26 @@ def terms(
 
     ``guess`` is one number, the expected gradient of every value of the loss; a wrong guess costs time only.
     """
-    classes, shape = student.shape[-1], student.shape[:-1]
-    flat = student.reshape(-1, classes)
-    inputs = (
-        flat,
-        None if teacher is None else teacher.reshape(-1, classes),
-        target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1),
-        class_weight,
-        guess.expand(len(flat)),
-    )
+    shape = student.shape[:-1]
+    if student.ndim != 2:  # a view more is a node more in the graph: for few logits that is much of the time
+        classes = student.shape[-1]
+        student = student.reshape(-1, classes)
+        teacher = None if teacher is None else teacher.reshape(-1, classes)
+        target = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
+    inputs = student, teacher, target, class_weight, guess.expand(len(student))
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         loss, ce, kd, _ = _Functional.apply(*inputs, backend, settings)
-    elif torch.is_grad_enabled() and flat.requires_grad:
+    elif torch.is_grad_enabled() and student.requires_grad:
         loss, ce, kd = _Eager.apply(*inputs, backend, settings)
     else:
         loss, ce, kd, _ = _module(backend).rows(*inputs, **settings._asdict(), with_gradient=False)
+    if len(shape) != 1:
+        loss, ce, kd = loss.view(shape), ce.view(shape), kd.view(shape)
     wanted = settings.ce_weight > 0, settings.kd_weight > 0 and teacher is not None
-    return loss.view(shape), ce.view(shape) if wanted[0] else None, kd.view(shape) if wanted[1] else None
+    return loss, ce if wanted[0] else None, kd if wanted[1] else None
 
 
+@cache
 def _module(backend: str) -> Any:
     return import_module(f"kd.losses.{backend}")
 

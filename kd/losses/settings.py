@@ -196,7 +196,7 @@ def _warn_of_probabilities(teacher: Tensor) -> None:
     if teacher.shape[-1] == 1 or teacher.numel() == 0 or not values_readable(teacher):
         return
     first = teacher[(0,) * (teacher.ndim - 1)]
-    if first.min() < 0:
+    if first.min().item() < 0:
         return
     if _are_probabilities(first) and _are_probabilities(teacher):
         warnings.warn("teacher_logits look like probabilities: pass logits, or probabilities.log()", stacklevel=5)
