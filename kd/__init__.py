@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kd import smoothing
     from kd.losses.distill import DistillLoss, DistillTerms, distill_loss
+    from kd.losses.linear import LinearDistillLoss
     from kd.models import Student, Teacher
 
 __version__ = "0.1.0"
@@ -17,11 +18,12 @@ _HOME = {
     "DistillLoss": "kd.losses.distill",
     "DistillTerms": "kd.losses.distill",
     "distill_loss": "kd.losses.distill",
+    "LinearDistillLoss": "kd.losses.linear",
     "Student": "kd.models",
     "Teacher": "kd.models",
 }
 
-__all__ = ["DistillLoss", "DistillTerms", "Student", "Teacher", "distill_loss", "smoothing"]
+__all__ = ["DistillLoss", "DistillTerms", "LinearDistillLoss", "Student", "Teacher", "distill_loss", "smoothing"]
 
 
 def __getattr__(name: str):

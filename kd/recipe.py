@@ -139,7 +139,7 @@ class LossConfig(Checked):
     smoothing: str = setting(
         "uniform", "convention: eps/K on every class, or eps/(K-1) on the others", among=("uniform", "others")
     )
-    backend: str = setting("auto", "which implementation computes it", among=("auto", "reference"))
+    backend: str = setting("auto", "which implementation computes it", among=("auto", "reference", "cpu", "triton"))
 
     def __post_init__(self):
         super().__post_init__()

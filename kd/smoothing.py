@@ -102,8 +102,12 @@ def _check_classes(num_classes: int) -> None:
     check_number("num_classes", num_classes, "a whole number ≥ 1", lambda v: v >= 1 and v % 1 == 0)
 
 
-def check_target(target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
-    """Raise unless target is int64 labels in 0..K-1 (or ignore_index) or floating rows of K probabilities."""
+def check_target(target: Tensor, num_classes: int, ignore_index: int | None = None, read_values: bool = True) -> None:
+    """Raise unless target is int64 labels in 0..K-1 (or ignore_index) or floating rows of K probabilities.
+
+    On a GPU reading the values makes the host wait; ``read_values=False`` checks dtype and shape only.
+    """
+    read_values = read_values and isinstance(target, Tensor) and values_readable(target)
     if not isinstance(target, Tensor):
         raise TypeError(f"target={target!r}: must be a tensor, got {type(target).__name__}")
     if target.is_floating_point():
@@ -112,20 +116,29 @@ def check_target(target: Tensor, num_classes: int, ignore_index: int | None = No
                 f"target of {target.dtype} with shape {tuple(target.shape)}: floating targets are probabilities of "
                 f"shape (..., {num_classes}); for class numbers use target.long()"
             )
-        if values_readable(target):
+        if read_values:
             _check_probabilities(target)
         return
     if target.dtype != torch.int64:
         raise TypeError(
             f"target.dtype={target.dtype}: must be int64 labels (use target.long()) or floating probabilities"
         )
-    if values_readable(target):
-        bad = (target < 0) | (target >= num_classes)
-        if ignore_index is not None:
-            bad &= target != ignore_index
-        if bad.any():
-            also = "" if ignore_index is None else f" or ignore_index={ignore_index}"
-            raise ValueError(f"target has label {target[bad][0].item()}: must be 0..{num_classes - 1}{also}")
+    if read_values:
+        _check_labels(target, num_classes, ignore_index)
+
+
+def _check_labels(target: Tensor, num_classes: int, ignore_index: int | None) -> None:
+    if target.numel() == 0:
+        return
+    low, high = target.aminmax()  # one operation settles most batches: the loss calls this at every step
+    if low >= 0 and high < num_classes:
+        return
+    bad = (target < 0) | (target >= num_classes)
+    if ignore_index is not None:
+        bad &= target != ignore_index
+    if bad.any():
+        also = "" if ignore_index is None else f" or ignore_index={ignore_index}"
+        raise ValueError(f"target has label {target[bad][0].item()}: must be 0..{num_classes - 1}{also}")
 
 
 def values_readable(tensor: Tensor) -> bool:

@@ -9,7 +9,7 @@ from kd.recipe import PACKAGE
 PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
 
 # The import names of everything in the extras.
-EXTRAS = "hydra omegaconf accelerate torchvision timm einops torchmetrics safetensors rich sklearn mlxtend mnist1d PIL"
+EXTRAS = "hydra omegaconf accelerate torchvision timm einops torchmetrics safetensors rich sklearn mlxtend mnist1d PIL numba"
 
 
 def test_the_loss_and_the_wrappers_need_torch_and_nothing_else():

@@ -189,6 +189,23 @@ def test_a_run_folder_with_another_recipe_is_refused_and_kept(finished, kd_train
     assert files(tmp_path / "runs/smoke/one.old-1") == files(finished[0] / "runs/smoke/one")
 
 
+def test_the_fused_loss_takes_the_same_path_as_the_reference_for_fifty_updates(kd_train, tmp_path):
+    """The main recipe's loop, with networks that take seconds."""
+    small = ("teacher.model=mlp_wide", "student.model=mlp_tiny", "data.image_size=8", "train.batch_size=24")
+    curves = []
+    for backend in ("auto", "reference"):
+        words = (f"loss.backend={backend}", f"output={backend}", "run=one", "teacher.epochs=1", "student.epochs=1")
+        done = kd_train("recipe=resnet50_to_18", *small, *words, "train.log_every=1", "loss.label_smoothing=0.1")
+        assert done.code == 0, done.err
+        lines = (tmp_path / backend / "resnet50_to_18/one/metrics.jsonl").read_text().splitlines()
+        curves.append([e for e in map(json.loads, lines) if e["stage"] == "student" and "kd" in e][:50])
+    assert [len(curve) for curve in curves] == [50, 50]
+    for fused, plain in zip(*curves, strict=True):
+        for name in ("loss", "ce", "kd", "grad_ratio"):  # AdamW, which divides by them, magnifies the last digits
+            assert fused[name] == pytest.approx(plain[name], rel=2e-3), (fused["update"], name)
+    assert curves[0][-1]["ce"] < curves[0][0]["ce"]
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(kd_train, tmp_path):
     done = kd_train("recipe=smoke", "dry_run=true")
     assert done.code == 0, done.err

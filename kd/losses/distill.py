@@ -1,28 +1,15 @@
-"""DistillLoss: label-smoothed cross entropy plus distillation. Inputs are checked and a backend chosen here.
+"""DistillLoss: label-smoothed cross entropy plus distillation, from two sets of logits.
 
 Shapes: ``(...)`` positions, ``K`` classes, always last.
 """
 
-import math
-import warnings
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kd.losses import reference
-from kd.smoothing import (
-    check_choice,
-    check_number,
-    check_smoothing,
-    check_target,
-    row_sum_tolerance,
-    to_uniform,
-    values_readable,
-)
-
-REDUCTIONS = ("mean", "sum", "none")
-BACKENDS = ("auto", "reference")
+from kd.losses import fused, reference
+from kd.losses.settings import DistillSettings, check_logits
 
 
 class DistillTerms(NamedTuple):
@@ -33,7 +20,7 @@ class DistillTerms(NamedTuple):
     kd: Tensor | None
 
 
-class DistillLoss(nn.Module):
+class DistillLoss(DistillSettings):
     """``ce_weight * CE + kd_weight * Ts² * KL(softmax(t / T) || softmax(s / Ts))`` in nats.
 
     ``loss(student_logits, teacher_logits, target)``: logits ``(..., K)`` of any floating dtype; target int64 ``(...)``
@@ -63,7 +50,10 @@ class DistillLoss(nn.Module):
         reduction: "mean" divides the sum of both terms by the number of positions that are not ignored, also with
             class_weight (F.cross_entropy divides by the sum of the labels' weights there), and is 0, with zero
             gradients, where there are none; "sum"; "none" gives shape ``(...)``.
-        backend: "auto" or "reference".
+        backend: "cpu" (compiled loops, needs numba) and "triton" (CUDA and ROCm) read the logits once and make loss and
+            gradient together; "reference" is plain PyTorch, for any device, with second and forward-mode derivatives.
+            "auto" takes the fused one of the logits' device where there is one, and warns when only its package is
+            missing. ``backend_used`` says what the last call took.
 
     A class at -inf in student and teacher (masked) gives 0 to the KD term. Smoothing puts mass on it, so with
     label_smoothing > 0 the cross entropy is inf, as in F.cross_entropy. nan in gives nan out.
@@ -71,121 +61,44 @@ class DistillLoss(nn.Module):
     Raises ValueError or TypeError, naming the argument, for settings outside these ranges, shapes, devices and dtypes
     that do not fit (nothing is broadcast), labels outside 0..K-1, target rows that are no probabilities, and a teacher,
     target or class_weight with requires_grad. Warns where teacher_logits look like probabilities. Checks that read
-    values (on a GPU: that synchronise) are left out under torch.compile, torch.func and CUDA graph capture.
+    values are left out under torch.compile and torch.func, and on "triton", because they would make the host wait; the
+    fused backends then give nan for a label outside 0..K-1. A second derivative of a fused backend is an error.
     """
-
-    class_weight: Tensor | None
-
-    def __init__(
-        self,
-        temperature: float = 4.0,
-        *,
-        kd_weight: float = 0.9,
-        ce_weight: float = 0.1,
-        label_smoothing: float = 0.0,
-        smoothing: str = "uniform",
-        student_temperature: float | None = None,
-        class_weight: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str = "auto",
-    ):
-        super().__init__()
-        self.temperature = temperature
-        self.kd_weight = kd_weight
-        self.ce_weight = ce_weight
-        self.label_smoothing = label_smoothing
-        self.smoothing = smoothing
-        self.student_temperature = student_temperature
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.backend = backend
-        _check_class_weight(class_weight)
-        self.register_buffer("class_weight", class_weight, persistent=False)
-        self._check_settings()
-
-    @property
-    def backend_used(self) -> str:
-        """The implementation that runs: "reference"."""
-        return "reference"
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> Tensor:
         """The loss: a scalar, or shape ``(...)`` under reduction "none"."""
-        return self.terms(student_logits, teacher_logits, target).loss
+        loss, _, _, count = self._values(student_logits, teacher_logits, target)
+        return self._reduce(loss, count)
 
     def terms(self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> DistillTerms:
         """The loss with its unweighted terms, from one pass and under the same reduction."""
+        loss, ce, kd, count = self._values(student_logits, teacher_logits, target)
+        return DistillTerms(
+            self._reduce(loss, count),
+            None if ce is None else self._reduce(ce.detach(), count),
+            None if kd is None else self._reduce(kd.detach(), count),
+        )
+
+    def _values(
+        self, student: Tensor, teacher: Tensor | None, target: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | int]:
+        """Loss and unweighted terms of every position, and how many positions count."""
         self._check_settings()  # again, because a schedule may have changed one
         if self.kd_weight == 0:
-            teacher_logits = None
-        self._check_inputs(student_logits, teacher_logits, target)
-        loss, ce, kd = reference.terms(
-            student_logits,
-            teacher_logits,
-            target,
-            self.class_weight,
-            temperature=self.temperature,
-            student_temperature=self.temperature if self.student_temperature is None else self.student_temperature,
-            kd_weight=self.kd_weight,
-            ce_weight=self.ce_weight,
-            uniform_mass=to_uniform(self.label_smoothing, student_logits.shape[-1], self.smoothing),
-            ignore_index=self.ignore_index,
-        )
-        return DistillTerms(
-            self._reduce(loss, target),
-            None if ce is None else self._reduce(ce.detach(), target),
-            None if kd is None else self._reduce(kd.detach(), target),
-        )
-
-    def _reduce(self, values: Tensor, target: Tensor) -> Tensor:
-        if self.reduction == "none":
-            return values
-        if self.reduction == "sum":
-            return values.sum()
-        if target.is_floating_point():
-            return values.sum() / max(values.numel(), 1)
-        return values.sum() / (target != self.ignore_index).sum().clamp(min=1)
-
-    def extra_repr(self) -> str:
-        """The settings, for print(loss)."""
-        shown = ("kd_weight", "ce_weight", "label_smoothing", "smoothing", "student_temperature", "reduction")
-        return ", ".join([f"{self.temperature}", *(f"{name}={getattr(self, name)!r}" for name in shown)])
-
-    def _check_settings(self) -> None:
-        check_number("temperature", self.temperature, "a finite number > 0", _positive)
-        if self.student_temperature is not None:
-            check_number("student_temperature", self.student_temperature, "None or a finite number > 0", _positive)
-        check_number("kd_weight", self.kd_weight, "a finite number ≥ 0", _not_negative)
-        check_number("ce_weight", self.ce_weight, "a finite number ≥ 0", _not_negative)
-        check_smoothing(self.label_smoothing, self.smoothing)
-        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
-            got = type(self.ignore_index).__name__
-            raise TypeError(f"ignore_index={self.ignore_index!r}: must be an int, got {got}")
-        check_choice("reduction", self.reduction, REDUCTIONS)
-        check_choice("backend", self.backend, BACKENDS)
-
-    def _check_inputs(self, student: Tensor, teacher: Tensor | None, target: Tensor) -> None:
-        _check_logits("student_logits", student)
-        if student.ndim == 0 or student.shape[-1] == 0:
-            raise ValueError(
-                f"student_logits has shape {tuple(student.shape)}: must be (..., K) with K ≥ 1, classes last"
-            )
-        classes = student.shape[-1]
-        check_target(target, classes, self.ignore_index)
-        soft = target.is_floating_point()
-        if soft and self.ignore_index >= 0:
-            raise ValueError(f"ignore_index={self.ignore_index}: must be < 0 (off) with probabilities as target")
-        _check_fits("target", target, student, student.shape if soft else student.shape[:-1])
-        if self.class_weight is not None:
-            _check_fits("class_weight", self.class_weight, student, student.shape[-1:])
-        if self.kd_weight > 0:
-            if teacher is None:
-                raise ValueError(
-                    f"teacher_logits=None: must be given with kd_weight={self.kd_weight} (0 needs no teacher)"
-                )
-            _check_logits("teacher_logits", teacher)
-            _check_fits("teacher_logits", teacher, student, student.shape)
-            _warn_of_probabilities(teacher)
+            teacher = None
+        check_logits("student_logits", student)
+        backend = self._choose(student)
+        self._check_inputs(student, teacher, target, read_values=backend != "triton")
+        if not torch.compiler.is_compiling():
+            self.backend_used = backend
+        settings = self._numbers(student.shape[-1])
+        count = self._count(target)
+        inputs = student, teacher, target, self.class_weight
+        if backend == "reference":
+            return *reference.terms(*inputs, **settings._asdict()), count
+        # The gradient that a mean or a sum will send back to each position, by the very operation that will send it.
+        guess = torch.ones((), dtype=reference.wide_dtype(student), device=student.device) / count
+        return *fused.terms(backend, *inputs, guess, settings), count
 
 
 def distill_loss(
@@ -218,54 +131,3 @@ def distill_loss(
         backend=backend,
     )
     return loss(student_logits, teacher_logits, target)
-
-
-def _positive(value: float) -> bool:
-    return 0 < value < math.inf
-
-
-def _not_negative(value: float) -> bool:
-    return 0 <= value < math.inf
-
-
-def _check_logits(name: str, logits: object) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name}={logits!r}: must be a tensor of logits, got {type(logits).__name__}")
-    if not logits.is_floating_point():
-        raise TypeError(f"{name}.dtype={logits.dtype}: must be a real floating dtype")
-
-
-def _check_fits(name: str, tensor: Tensor, student: Tensor, shape: torch.Size) -> None:
-    if tensor.shape != shape:
-        logits = tuple(student.shape)
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {tuple(shape)} for student_logits {logits}")
-    if tensor.device != student.device:
-        raise ValueError(f"{name} is on {tensor.device}: must be on {student.device}, the device of student_logits")
-    if tensor.requires_grad:
-        raise ValueError(f"{name}.requires_grad=True: must be False; use torch.no_grad() or {name}.detach()")
-
-
-def _check_class_weight(weight: Tensor | None) -> None:
-    if weight is None:
-        return
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 1:
-        got = f"{weight.dtype} of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"class_weight is {got}: must be None or a floating tensor of shape (K,)")
-    if values_readable(weight):
-        bad = ~((weight >= 0) & (weight < math.inf))
-        if bad.any():
-            raise ValueError(f"class_weight has {weight[bad][0].item():g}: must be finite and ≥ 0")
-
-
-def _warn_of_probabilities(teacher: Tensor) -> None:
-    # One class cannot tell probabilities from logits. The first row alone settles nearly every case, at little cost.
-    if teacher.shape[-1] == 1 or teacher.numel() == 0 or not values_readable(teacher):
-        return
-    first = teacher[(0,) * (teacher.ndim - 1)]
-    if _are_probabilities(first) and _are_probabilities(teacher):
-        warnings.warn("teacher_logits look like probabilities: pass logits, or probabilities.log()", stacklevel=5)
-
-
-def _are_probabilities(rows: Tensor) -> bool:
-    off = (rows.sum(-1, dtype=reference.wide_dtype(rows)) - 1).abs()
-    return bool((rows >= 0).all() & (off <= row_sum_tolerance(rows.dtype)).all())

@@ -55,6 +55,36 @@ def terms(
     return loss, ce, kd
 
 
+def rows(
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    upstream: Tensor,
+    *,
+    with_gradient: bool,
+    **settings: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``terms`` of rows (N, K) as the fused backends give it: ``(loss, ce, kd, gradient)``, detached.
+
+    A term that is not computed is 0. ``gradient`` is ``upstream[i] * d loss_i / d student_i`` (N, K) in the student's
+    dtype, or (0, K) without ``with_gradient``. A label outside 0..K-1 that is not ignored gives nan.
+    """
+    wide, classes = wide_dtype(student), student.shape[-1]
+    leaf = student.detach().to(wide)
+    leaf = leaf.view_as(leaf).requires_grad_(with_gradient)  # its own tensor: the caller's must not start to need one
+    with torch.enable_grad():
+        loss, *parts = terms(leaf, teacher, target, class_weight, **settings)  # type: ignore[arg-type]
+        if not target.is_floating_point():
+            inside = (target >= 0) & (target < classes) | (target == settings["ignore_index"])
+            loss = loss * torch.where(inside, 1, math.nan).to(wide)
+    gradient = leaf[:0]
+    if with_gradient:
+        (gradient,) = torch.autograd.grad(loss, leaf, upstream.to(wide))
+    ce, kd = (torch.zeros_like(loss) if part is None else part.detach() for part in parts)
+    return loss.detach(), ce, kd, gradient.detach().to(student.dtype)
+
+
 def wide_dtype(student: Tensor) -> torch.dtype:
     """What everything is computed in: float64 for a float64 student, float32 for all others."""
     return torch.float64 if student.dtype == torch.float64 else torch.float32

@@ -1,0 +1,1 @@
+"""Measurements of kd beside other implementations."""

@@ -1,0 +1,102 @@
+"""The benchmark runs, compares equals with equals, and measures memory right; how fast anything is, no test says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+LOSSES = [
+    "eager PyTorch",
+    "torch.compile",
+    "timm LogitDistillationTask",
+    "torchdistill KDLoss",
+    "Liger CE + KL",
+    "kd DistillLoss",
+    "floor: torch.add",
+]
+
+
+def benchmark(*arguments):
+    command = [sys.executable, "-m", "benchmarks.loss", "--device", "cpu", "--rounds", "1", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture
+def timing(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import timing
+
+    return timing
+
+
+def test_every_row_is_there_and_the_values_compared_are_equal(tmp_path):
+    out = tmp_path / "loss.json"
+    done = benchmark(
+        *("--shapes", "6x9", "--dtypes", "float32", "--linear", "20x4x33", "--no-memory", "--out", str(out))
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    rows = {row["name"]: row for row in result["losses"]}
+    assert list(rows) == LOSSES
+    assert all(name in done.stdout for name in rows)
+    for name, row in rows.items():
+        if row["seconds"] is None:
+            assert row["note"].startswith(("not installed: pip install", "GPU only", "failed: "))
+            assert name in LOSSES[1:5]
+        elif name != "floor: torch.add":
+            assert row["loss"] == pytest.approx(rows["eager PyTorch"]["loss"], rel=1e-5)
+            assert row["speedup"] > 0
+            assert row["floor"] > 0
+    assert rows["timm LogitDistillationTask"]["seconds"] > 0
+    assert rows["kd DistillLoss"]["note"] in ("cpu", "reference")
+    unfused, ours = result["linear"]
+    assert ours["loss"] == pytest.approx(unfused["loss"], rel=1e-5)
+    assert ours["difference"] < 1e-5
+    assert result["setup"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--shapes", "8x"), "--shapes: '8x': must be NxK, whole numbers ≥ 1"),
+        (("--linear", "8x9"), "--linear: '8x9': must be NxDxK or none"),
+        (("--dtypes", "int8"), "--dtypes: 'int8': must be of float32"),
+        (("--rounds", "0"), "--rounds: '0': must be a whole number ≥ 1"),
+        (("--out", "table.txt"), "--out: 'table.txt': must end in .json or .md"),
+    ],
+)
+def test_a_bad_option_is_one_line(arguments, message):
+    done = benchmark(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_peak_memory_is_what_is_held_at_once(timing):
+    """96 MiB at most at the same time, of 160 in all; a gradient left behind counts as the step's."""
+    held = torch.zeros(8 * 2**20, requires_grad=True)  # 32 MiB
+
+    def step():
+        held.grad = None
+        torch.ones(16 * 2**20).add_(1)  # 64 MiB, gone at once
+        held.grad = torch.ones(8 * 2**20)
+        torch.ones(16 * 2**20).add_(1)
+
+    peak = timing.peak_memory(step, [held], "cpu")
+    assert peak is None or peak / 2**20 == pytest.approx(96, abs=4)
+
+
+def test_peak_memory_in_a_process_of_its_own(timing):
+    """The floor makes one tensor."""
+    case = (1024, 4096, "float32", "cpu")
+    peak, failed = timing.peak_memory_apart("floor: torch.add", [case, ("no", "case")], threads=1)
+    assert failed is None
+    assert peak is None or peak / 2**20 == pytest.approx(16, abs=1)
+
+
+def test_quartiles(timing):
+    assert timing.quartiles([3.0]) == (3.0, 3.0, 3.0)
+    assert timing.quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == (2.0, 3.0, 4.0)
