@@ -267,7 +267,8 @@ class ATS(Method, name="ats"):
     ``student_temperature``. With the label the hotter (τ1 > τ2), a large teacher's other classes keep their
     differences. Values (N,) in nats. Stationary where softmax(s / Ts) = q, which is not s = t. Li et al. 2022,
     "Asymmetric Temperature Scaling Makes Larger Networks Teach Well Again", §4. They search τ1 in 1..6 and τ2 in 1..5
-    with Ts = 1 and one half of each loss; 4 and 2 are ours from inside that grid.
+    with Ts = 1 and one half of each loss; 4 and 2 are ours from inside that grid. Both temperatures divide the raw
+    logits, so a constant c added to a row of t moves the label's odds by the factor exp(c/τ1 - c/τ2).
     """
 
     target_temperature: float = 4.0
