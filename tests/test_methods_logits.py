@@ -385,6 +385,43 @@ def test_logit_standardization_sets_temperature_two_and_hands_settings_on():
         LogitStandardization("kd", {"nckd_weight": 1.0})
 
 
+def test_logit_standardization_of_a_method_that_learns():
+    s, t, y = batch()
+    lskd = LogitStandardization("ctkd")
+    values = ready(lskd, s, t, y)
+    assert list(lskd.state_dict()) == ["inner.temperature_logit"]
+    values.sum().backward()
+    assert lskd.inner.temperature_logit.grad.abs() > 0
+
+
+def test_logit_standardization_of_a_batch_method_cannot_ignore():
+    s, t, y = batch()
+    y[0] = -100
+    with pytest.raises(ValueError, match="lskd: compares examples with each other"):
+        ready(LogitStandardization("dist"), s, t, y)
+
+
+def test_rld_is_zero_at_a_right_teacher_and_trusts_a_wrong_one_only_below_the_label():
+    _, t, _ = batch()
+    same = t.clone().requires_grad_()
+    right = ready(RLD(), same, t, t.argmax(-1))
+    close(right, torch.zeros(6).double())
+    close(gradient(right, same), torch.zeros(6, 5).double())
+    y = t.argsort(-1)[:, 2]  # two classes above the label, two below
+    wrong = ready(RLD(confidence_weight=0), s := draw(6, 5, seed=7).requires_grad_(), t, y)
+    slope = gradient(wrong, s)
+    masked = t >= t.gather(-1, y[:, None])
+    assert (slope[masked] == 0).all()
+    assert (slope[~masked] != 0).all()
+
+
+def test_wsls_gradient_takes_its_weight_as_given():
+    s, t, y = batch()
+    weight = 1 - (-F.cross_entropy(s, y, reduction="none") / F.cross_entropy(t, y, reduction="none")).exp().detach()
+    expected = weight[:, None] * 4 * ((s / 4).softmax(-1) - (t / 4).softmax(-1))
+    close(gradient(ready(WSL(), s, t, y), s), expected.detach())
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_generalised_jsd_tends_to_both_kls(temperature):
     s, t, y = batch(scale=1.0)
