@@ -333,6 +333,15 @@ def test_tf_self_is_the_papers_kl(temperature):
     torch.testing.assert_close(released * 5, kd)
 
 
+def test_tf_self_without_a_class_that_both_mask():
+    s, t, y = draw(), draw(seed=1), labels(k=4)
+    masked = [torch.cat([z, torch.full((6, 1), -math.inf, dtype=z.dtype)], 1) for z in (s[:, :4], t[:, :4])]
+    value, grad = value_and_grad(lambda z: TfSelf()(seen(z, y, masked[1])), masked[0])
+    expected, slope = value_and_grad(lambda z: TfSelf()(seen(z, y, t[:, :4])), s[:, :4])
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grad, torch.cat([slope, torch.zeros(6, 1).double()], 1))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 20.0])
 def test_tf_reg_is_the_papers_kl(temperature):
     s, y = draw(), labels()
