@@ -45,6 +45,7 @@ class Seen:
     epoch: float = 0.0  # epochs done, with the fraction of the running one
     epochs: int = 1  # epochs in all
     images: Tensor | None = None  # (N, ...), what the networks saw
+    ignored: Tensor | None = None  # (N,) bool, set by Method.forward: rows that it has blanked and labelled 0
 
 
 class Method(nn.Module):
@@ -55,7 +56,8 @@ class Method(nn.Module):
     batch, are made in ``build``; they are trained, saved and resumed.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"teacher"})  # of: teacher, maps, embedding, weight, index, images
+    # Of: teacher, maps, embedding, weight, index, images, peer (a network to be set as `.peer` before `build`).
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
     per_example: ClassVar[bool] = True  # values are (N,), row i a function of row i alone; else () over the batch
     soft_targets: ClassVar[bool] = True  # whether the target may be probabilities, as with mixup
     # Settings of the paper beside its fields: this method's "weight" and the "warmup_epochs" over which it rises
@@ -151,7 +153,8 @@ def _blank(seen: Seen, ignored: Tensor) -> Seen:
         return replace(view, logits=fill(view.logits), maps=[fill(m) for m in view.maps], embedding=embedding)
 
     teacher = None if seen.teacher is None else blank(seen.teacher)
-    return replace(seen, student=blank(seen.student), teacher=teacher, target=seen.target.masked_fill(ignored, 0))
+    target = seen.target.masked_fill(ignored, 0)
+    return replace(seen, student=blank(seen.student), teacher=teacher, target=target, ignored=ignored)
 
 
 def batch_mean(values: Tensor, target: Tensor) -> Tensor:
