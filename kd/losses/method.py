@@ -94,10 +94,12 @@ class Method(nn.Module):
         self._check_inputs(seen, soft)
         teacher = None if seen.teacher is None else _wide(seen.teacher, torch.Tensor.detach)
         seen = replace(seen, student=_wide(seen.student), teacher=teacher)
-        if soft or not self.per_example:
-            return self.values(seen)
-        ignored = seen.target == IGNORE
-        return self.values(_blank(seen, ignored)).masked_fill(ignored, 0)
+        # Autocast would take products of features of 1e4 to float16, where they are infinite.
+        with torch.autocast(seen.student.logits.device.type, enabled=False):
+            if soft or not self.per_example:
+                return self.values(seen)
+            ignored = seen.target == IGNORE
+            return self.values(_blank(seen, ignored)).masked_fill(ignored, 0)
 
     def _check_inputs(self, seen: Seen, soft: bool) -> None:
         if soft and not self.soft_targets:
