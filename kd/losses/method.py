@@ -97,7 +97,7 @@ class Method(nn.Module):
         self._check_inputs(seen, soft)
         teacher = None if seen.teacher is None else _wide(seen.teacher, torch.Tensor.detach)
         seen = replace(seen, student=_wide(seen.student), teacher=teacher)
-        # Autocast would run the matrix products of a method in half precision again.
+        # Autocast would run matrix products in half precision again, where those of large features are infinite.
         with torch.autocast(seen.student.logits.device.type, enabled=False):
             if soft or not self.per_example:
                 return self.values(seen)
