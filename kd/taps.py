@@ -10,7 +10,7 @@ n: images, c: channels, h, w: height and width, l: tokens, d: dimensions, k: cla
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,6 +61,21 @@ def tap(model: nn.Module, layers: Sequence[str] = ()) -> Taps:
     Raises ValueError where the network states neither stages nor one linear classifier.
     """
     return Taps(tuple(layers) or tuple(entry["module"] for entry in _stages(model)), classifier_name(model))
+
+
+def needed(
+    needs: Collection[str],
+    student: nn.Module,
+    teacher: nn.Module,
+    student_layers: Sequence[str] = (),
+    teacher_layers: Sequence[str] = (),
+) -> tuple[Taps, Taps] | None:
+    """The taps for methods of such `needs` (kd.losses.method); None where logits are enough. Raises ValueError."""
+    if "maps" in needs:
+        return tap_pair(student, teacher, student_layers, teacher_layers)
+    if {"embedding", "weight"} & set(needs):  # of networks without stages too
+        return Taps((), classifier_name(student)), Taps((), classifier_name(teacher))
+    return None
 
 
 def tap_pair(

@@ -19,7 +19,9 @@ from kd.data import load_data
 from kd.journal import Journal
 from kd.loop import Stage, Trainer, TrainingError, epoch_order, mixed_seed, predict, share
 from kd.losses.distill import DistillLoss
+from kd.methods import build
 from kd.models import Student, Teacher
+from kd.objective import Objective
 from kd.recipe import DataConfig, OptimizerConfig, Recipe, SchedulerConfig, TrainConfig
 
 
@@ -51,12 +53,13 @@ def recipe(**train) -> Recipe:
     )
 
 
-def trainer(tmp_path, r: Recipe, *, teacher=None, loss=None, epochs=2, dropout=0.0, precision="no"):
+def trainer(tmp_path, r: Recipe, *, teacher=None, loss=None, methods=None, epochs=2, dropout=0.0, precision="no"):
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     data = load_data(r.data, r.seed)
     torch.manual_seed(0)
     loss = loss or DistillLoss(kd_weight=0.0, ce_weight=1.0, reduction="sum")
-    stage = Stage("student", Student(Tiny(dropout)), loss, epochs, tmp_path / "student", {}, teacher)
+    objective = Objective(loss, build(methods or {}))
+    stage = Stage("student", Student(Tiny(dropout)), objective, epochs, tmp_path / "student", {}, teacher)
     return Trainer(stage, r, data, accelerator, Journal(tmp_path / "metrics.jsonl", accelerator, Console(quiet=True)))
 
 
