@@ -224,7 +224,7 @@ def hard_loss(label_smoothing: float, smoothing: str, backend: str) -> DistillLo
 
 def distillation(run: Run) -> Objective:
     """The student's objective, as the recipe's `loss` section has it."""
-    settings = {key: value for key, value in asdict(run.recipe.loss).items() if key != "methods"}
+    settings: dict[str, Any] = {k: v for k, v in asdict(run.recipe.loss).items() if k != "methods"}
     weighted = methods.build(run.recipe.loss.methods)
     for each in weighted.values():
         if "peer" in each.method.needs:

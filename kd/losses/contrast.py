@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kd.losses.method import Method, Seen
-from kd.losses.shapes import check_at_least, embeddings, placed, unit
+from kd.losses.shapes import check_at_least, embeddings, everywhere, placed, unit
 
 
 @dataclass(eq=False)
@@ -37,8 +37,8 @@ class ContrastiveRepresentation(Method, name="crd"):
     although its label is the same.
 
     State: `memory_student`, `memory_teacher` (M, D), `labels` (M,), and the log constants; all saved. Draws come from
-    torch's generator, so that a seeded step is repeatable. Several processes have a memory each, fed by their own
-    share.
+    torch's generator, so that a seeded step is repeatable. Several processes hold the same memory: each enters the rows
+    of all, and ``released`` takes the mean over all for its constants.
 
     Args:
         num_negatives: n.
@@ -89,7 +89,7 @@ class ContrastiveRepresentation(Method, name="crd"):
         s, t = embeddings(seen)
         s, t = unit(self.embed_student(s)), unit(self.embed_teacher(t))
         if self.training:
-            self.get_buffer("labels")[seen.index] = seen.target
+            self.get_buffer("labels")[everywhere(seen.index)] = everywhere(seen.target)
         chosen = torch.cat([rearrange(seen.index, "n -> n 1"), self.negatives(seen.target)], 1)
         directions = (s, self.get_buffer("memory_teacher")), (t, self.get_buffer("memory_student"))
         # All products and then a choice: the rows chosen for a batch are more than the memory has. The memory is copied
@@ -118,6 +118,9 @@ class ContrastiveRepresentation(Method, name="crd"):
         constant = constants[direction].clone()
         if self.released:
             estimate = exponent.detach().logsumexp((0, 1)) - math.log(exponent.numel()) + math.log(size)
+            if self.training:
+                estimates = everywhere(rearrange(estimate, "-> 1"))
+                estimate = estimates.logsumexp(0) - math.log(len(estimates))
             constant = torch.where(constant.isnan(), estimate, constant)  # without waiting for the device
             if self.training:
                 constants[direction] = constant
@@ -126,5 +129,7 @@ class ContrastiveRepresentation(Method, name="crd"):
 
     @torch.no_grad()
     def _remember(self, index: Tensor, s: Tensor, t: Tensor) -> None:
+        index = everywhere(index)
         for memory, new in ((self.get_buffer("memory_student"), s), (self.get_buffer("memory_teacher"), t)):
+            new = everywhere(new)
             memory[index] = unit(self.momentum * memory[index] + (1 - self.momentum) * new)

@@ -6,6 +6,7 @@ N examples, C channels, H, W: height and width; s, t: student and teacher.
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -76,6 +77,20 @@ def placed(module: M, seen: Seen) -> M:
     """The learned module on the device of the student's outputs, in the dtype in which methods compute."""
     logits = seen.student.logits
     return module.to(logits.device, wide_dtype(logits))
+
+
+def everywhere(x: Tensor) -> Tensor:
+    """The rows of `x` of all processes, which may have different numbers of them, in the order of their ranks."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    count = torch.tensor([len(x)], device=x.device)
+    counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    padded = x.new_zeros(int(torch.cat(counts).max()), *x.shape[1:])  # a gathering wants equal shapes
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(number)] for part, number in zip(parts, counts, strict=True)])
 
 
 def check_at_least(name: str, **fields: tuple[float, float]) -> None:
