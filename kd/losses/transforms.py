@@ -207,6 +207,7 @@ class ReusedClassifier(Method, name="simkd"):
 
     needs = frozenset({"teacher", "maps", "weight"})
     per_example = False
+    classifies = True
     presets: ClassVar = {
         "cifar100": {"weight": 1.0, "ce_weight": 0.0, "kd_weight": 0.0},
         "imagenet": {"weight": 1.0, "ce_weight": 0.0, "kd_weight": 0.0},
