@@ -176,16 +176,17 @@ def test_a_stopped_and_resumed_run_ends_bit_identical(tmp_path, monkeypatch, sto
     assert not (tmp_path / "resumed" / "student" / "state.safetensors").exists()
 
 
-@pytest.mark.parametrize("field", ["model", "optimizer", "ema", "update"])
+@pytest.mark.parametrize("field", ["model", "objective", "optimizer", "ema", "update"])
 def test_each_part_of_the_state_is_needed(tmp_path, monkeypatch, field):
     """Bring one field back to what a fresh run has: the resumed run must then differ."""
     from kd import loop
 
-    options = {"ema_decay": 0.9}
-    whole = trainer(tmp_path / "whole", recipe(**options), dropout=0.2)
+    options, methods = {"ema_decay": 0.9}, {"online_label_smoothing": {"weight": 1.0}}
+    whole = trainer(tmp_path / "whole", recipe(**options), methods=methods, dropout=0.2)
     whole.fit()
-    first = trainer(tmp_path / "cut", recipe(**options), dropout=0.2)
+    first = trainer(tmp_path / "cut", recipe(**options), methods=methods, dropout=0.2)
     fresh = {"model": first.stage.model.model, "optimizer": first.optimizer, "ema": first.ema.module}
+    fresh["objective"] = first.stage.objective
     start = {k: deepcopy(m.state_dict()) for k, m in fresh.items()} | {"update": 0}
     monkeypatch.setattr("kd.loop.stop_requested", lambda a: first.progress.update >= 7)
     with pytest.raises(signals.Interrupted):
@@ -193,7 +194,7 @@ def test_each_part_of_the_state_is_needed(tmp_path, monkeypatch, field):
     monkeypatch.undo()
     path = tmp_path / "cut" / "student" / "state.safetensors"
     loop.save_state(path, {**loop.load_state(path), field: start[field]})
-    second = trainer(tmp_path / "cut", recipe(**options), dropout=0.2)
+    second = trainer(tmp_path / "cut", recipe(**options), methods=methods, dropout=0.2)
     second.fit()
     files = [tmp_path / d / "student" / "last.safetensors" for d in ("whole", "cut")]
     assert files[0].read_bytes() != files[1].read_bytes()
