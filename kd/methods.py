@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 PLAIN = "kd"  # the method that the `loss` section has by itself: kd_weight and temperature
 USUAL = "cifar100"  # the preset that is taken where none is named
 SHARED = {"weight": 1.0, "warmup_epochs": 0.0}  # what a recipe sets of every method beside its fields
-TAKEN = {"ce", "kd", "loss", "stage", "update", "epoch", "lr", "agreement"}  # other names in metrics.jsonl
+# Other figures in metrics.jsonl, where each method has one by its name.
+TAKEN = {"stage", "update", "epoch", "loss", "ce", "kd", "lr", "agreement", "student_entropy", "teacher_entropy"}
+TAKEN |= {"grad_kd", "grad_ce", "grad_ratio", "grad_norm", "images_per_second"}
 
 
 class Weighted(NamedTuple):

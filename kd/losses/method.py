@@ -80,7 +80,11 @@ class Method(nn.Module):
         """Raise ValueError for hyper-parameters that cannot work."""
 
     def build(self, seen: Seen, num_samples: int) -> None:
-        """Make the learned modules and lasting buffers, once, from a first batch and the size of the training set."""
+        """Make the learned modules and lasting buffers, once, from a first batch and the size of the training set.
+
+        Every process sees the same first batch. Gradients are averaged over processes; what `values` gathers in
+        training is each process's own unless it is exchanged there, as `kd.losses.shapes.everywhere` does.
+        """
 
     def end_epoch(self) -> None:
         """Turn what was gathered over an epoch into what the next one uses."""
