@@ -249,6 +249,13 @@ def test_later_words_change_single_fields_and_a_recipes_methods_give_way(kd_trai
     assert "    nst:\n      weight: 7\n" in out
 
 
+def test_many_values_make_a_run_of_each(kd_train, tmp_path):
+    done = kd_train("-m", "recipe=smoke", "control=false", "output=runs", "loss=kd:imagenet,[dkd,tf_reg]")
+    assert done.code == 0, done.err
+    found = [curve(folder)[0].keys() for folder in (tmp_path / "runs/smoke").iterdir()]
+    assert sorted((set(keys) & {"kd", "dkd", "tf_reg"} for keys in found), key=len) == [{"kd"}, {"dkd", "tf_reg"}]
+
+
 WRONG = {
     "loss=ddk": "loss=ddk: no such method as 'ddk'; did you mean loss=dkd?",
     "loss=": "loss=: no such method as ''; --help lists them",
