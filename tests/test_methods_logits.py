@@ -264,7 +264,9 @@ def ready(method, s, t, y, **seen):
     return method.double()(seen)
 
 
-@pytest.mark.parametrize(("name", "settings", "written", "arguments"), SECOND, ids=lambda x: str(x)[:24])
+@pytest.mark.parametrize(
+    ("name", "settings", "written", "arguments"), SECOND, ids=[f"{row[0]}{len(row[1])}" for row in SECOND]
+)
 @pytest.mark.parametrize(("n", "k"), [(6, 5), (7, 4), (3, 2)])
 def test_a_second_writing(name, settings, written, arguments, n, k):
     s, t, y = batch(n, k, seed=n)
