@@ -489,11 +489,14 @@ def test_dists_epsilon_costs_what_the_docstring_says():
 def test_dist_knows_the_correlation_of_columns_too_small_for_float32():
     s, t, y = batch(6, 4)
     s, t = s.detach().clone(), t.clone()
-    s[:, 0] += 200
-    t[:, 0] += 200  # the other columns are e^-200 in both
-    exact = ready(DIST(temperature=1.0), s, t, y)
-    near = ready(DIST(temperature=1.0), s.float(), t.float(), y)
-    assert near.item() == pytest.approx(exact.item(), abs=1e-4)
+    s[:, 0] += 60
+    t[:, 0] += 60  # the other columns are e^-60 in both, their squares nothing in float32
+    p, q = softmax(s.numpy()), softmax(t.numpy())
+    columns = np_pearson(p[:, 1:], q[:, 1:], 0).sum() / 4  # column 0 is all ones and counts 0
+    exact = 2 - np_pearson(p, q, 1).mean() - columns
+    assert abs(columns) > 0.01
+    assert ready(DIST(temperature=1.0), s, t, y).item() == pytest.approx(exact, rel=1e-10)
+    assert ready(DIST(temperature=1.0), s.float(), t.float(), y).item() == pytest.approx(exact, abs=1e-4)
 
 
 def test_mlkds_masks_drop_confident_examples_and_frequent_classes():
