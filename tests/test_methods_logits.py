@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,13 +88,12 @@ def sequence_case(case, s, t, y):
 
 
 def mlkd_whole(case, inputs):
-    """The whole forward pass of its code on two views, gradient with respect to the weak one."""
+    """The whole forward pass of its code on a weak and a strong view."""
     h = case["hyper"]
-    t, s_strong, t_strong = (tensor(inputs[k]) for k in ("t", "s_strong", "t_strong"))
-    y = torch.tensor(inputs["y"])
+    t, t_strong, y = tensor(inputs["t"]), tensor(inputs["t_strong"]), torch.tensor(inputs["y"])
     weak = MLKD((h["T"], 3.0, 5.0, 2.0, 6.0), confidence_mask="share")
 
-    def loss(s):
+    def loss(s, s_strong):
         kd = mean(weak, s, t, y)
         kd = kd + sum(mean(KD(T), s_strong, t_strong, y) for T in (h["T"], 3.0, 5.0))
         kd = kd + sum(mean(KD(T), s, t, y) for T in (2.0, 6.0))
@@ -108,8 +108,12 @@ def golden_cases():
         inputs, expected = FILE["inputs"][case["inputs"]], case["expected"]
         s, t, y = tensor(inputs["s"]), tensor(inputs["t"]), torch.tensor(inputs["y"])
         if case["key"] == "mlkd":
-            loss, value = mlkd_whole(case, inputs), expected["total"]
-        elif s.ndim == 3:
+            whole, strong, value = mlkd_whole(case, inputs), tensor(inputs["s_strong"]), expected["total"]
+            of_strong, of_weak = partial(whole, s), lambda z, whole=whole, strong=strong: whole(z, strong)
+            yield Case("mlkd", case["id"], of_weak, s, value, tensor(expected["grad_s"]))
+            yield Case("mlkd", case["id"], of_strong, strong, value, tensor(expected["grad_s_strong"]))
+            continue
+        if s.ndim == 3:
             loss, value = sequence_case(case, s, t, y), expected["loss"]
         else:
             loss, value = released(case, t, y), expected["loss"]
