@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,13 +88,12 @@ def sequence_case(case, s, t, y):
 
 
 def mlkd_whole(case, inputs):
-    """The whole forward pass of its code on two views, gradient with respect to the weak one."""
+    """The whole forward pass of its code on a weak and a strong view."""
     h = case["hyper"]
-    t, s_strong, t_strong = (tensor(inputs[k]) for k in ("t", "s_strong", "t_strong"))
-    y = torch.tensor(inputs["y"])
+    t, t_strong, y = tensor(inputs["t"]), tensor(inputs["t_strong"]), torch.tensor(inputs["y"])
     weak = MLKD((h["T"], 3.0, 5.0, 2.0, 6.0), confidence_mask="share")
 
-    def loss(s):
+    def loss(s, s_strong):
         kd = mean(weak, s, t, y)
         kd = kd + sum(mean(KD(T), s_strong, t_strong, y) for T in (h["T"], 3.0, 5.0))
         kd = kd + sum(mean(KD(T), s, t, y) for T in (2.0, 6.0))
@@ -108,8 +108,12 @@ def golden_cases():
         inputs, expected = FILE["inputs"][case["inputs"]], case["expected"]
         s, t, y = tensor(inputs["s"]), tensor(inputs["t"]), torch.tensor(inputs["y"])
         if case["key"] == "mlkd":
-            loss, value = mlkd_whole(case, inputs), expected["total"]
-        elif s.ndim == 3:
+            whole, strong, value = mlkd_whole(case, inputs), tensor(inputs["s_strong"]), expected["total"]
+            of_strong, of_weak = partial(whole, s), lambda z, whole=whole, strong=strong: whole(z, strong)
+            yield Case("mlkd", case["id"], of_weak, s, value, tensor(expected["grad_s"]))
+            yield Case("mlkd", case["id"], of_strong, strong, value, tensor(expected["grad_s_strong"]))
+            continue
+        if s.ndim == 3:
             loss, value = sequence_case(case, s, t, y), expected["loss"]
         else:
             loss, value = released(case, t, y), expected["loss"]
@@ -264,7 +268,9 @@ def ready(method, s, t, y, **seen):
     return method.double()(seen)
 
 
-@pytest.mark.parametrize(("name", "settings", "written", "arguments"), SECOND, ids=lambda x: str(x)[:24])
+@pytest.mark.parametrize(
+    ("name", "settings", "written", "arguments"), SECOND, ids=[f"{row[0]}{len(row[1])}" for row in SECOND]
+)
 @pytest.mark.parametrize(("n", "k"), [(6, 5), (7, 4), (3, 2)])
 def test_a_second_writing(name, settings, written, arguments, n, k):
     s, t, y = batch(n, k, seed=n)
@@ -487,11 +493,14 @@ def test_dists_epsilon_costs_what_the_docstring_says():
 def test_dist_knows_the_correlation_of_columns_too_small_for_float32():
     s, t, y = batch(6, 4)
     s, t = s.detach().clone(), t.clone()
-    s[:, 0] += 200
-    t[:, 0] += 200  # the other columns are e^-200 in both
-    exact = ready(DIST(temperature=1.0), s, t, y)
-    near = ready(DIST(temperature=1.0), s.float(), t.float(), y)
-    assert near.item() == pytest.approx(exact.item(), abs=1e-4)
+    s[:, 0] += 60
+    t[:, 0] += 60  # the other columns are e^-60 in both, their squares nothing in float32
+    p, q = softmax(s.numpy()), softmax(t.numpy())
+    columns = np_pearson(p[:, 1:], q[:, 1:], 0).sum() / 4  # column 0 is all ones and counts 0
+    exact = 2 - np_pearson(p, q, 1).mean() - columns
+    assert abs(columns) > 0.01
+    assert ready(DIST(temperature=1.0), s, t, y).item() == pytest.approx(exact, rel=1e-10)
+    assert ready(DIST(temperature=1.0), s.float(), t.float(), y).item() == pytest.approx(exact, abs=1e-4)
 
 
 def test_mlkds_masks_drop_confident_examples_and_frequent_classes():

@@ -6,6 +6,7 @@ Their value is one number for the batch. N examples, K classes; s and t are the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -66,30 +67,22 @@ def correlation(log_a: Tensor, log_b: Tensor, dim: int, epsilon: float = 0.0) ->
 
     With ``epsilon`` the product of the norms has it added, as in DIST's released code.
     """
-    unit_a, norm_a = _centred_unit(log_a, dim)
-    unit_b, norm_b = _centred_unit(log_b, dim)
-    rho = (unit_a * unit_b).sum(dim)
-    if epsilon == 0:
-        return rho
-    norms = (norm_a * norm_b).squeeze(dim)
-    return rho * norms / (norms + epsilon)
+    # In units of each largest entry, which a correlation does not see: columns of 1e-30 underflow no more.
+    peak_a, peak_b = (log_p.detach().amax(dim, keepdim=True) for log_p in (log_a, log_b))
+    a, norm_a, flat_a = centred((log_a - peak_a).exp(), dim, 1.0)
+    b, norm_b, flat_b = centred((log_b - peak_b).exp(), dim, 1.0)
+    norms = norm_a * norm_b
+    if epsilon > 0:
+        norms = norms + epsilon * (-peak_a - peak_b).exp()
+    return (a * b).sum(dim) / norms.masked_fill(flat_a | flat_b, math.inf).squeeze(dim)
 
 
-def _centred_unit(log_p: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """exp(log_p) less its mean along ``dim``, as a vector of length 1, and the length that it had."""
-    # In units of the largest entry, which a correlation does not see: columns of 1e-30 underflow no more.
-    peak = log_p.detach().amax(dim, keepdim=True)
-    scaled = (log_p - peak).exp()
-    deviation, flat = deviations(scaled, dim)
-    norm = deviation.masked_fill(flat, 1).square().sum(dim, keepdim=True).sqrt()
-    return deviation.masked_fill(flat, 0) / norm, norm.masked_fill(flat, 0) * peak.exp()
-
-
-def deviations(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Values less their mean along ``dim``, and where they vary by no more than their own rounding."""
+def centred(values: Tensor, dim: int, largest: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    """Values less their mean along ``dim``, their length, and whether that is but the rounding of ``largest``."""
     deviation = values - values.mean(dim, keepdim=True)
-    rounding = 8 * torch.finfo(values.dtype).eps * values.detach().abs().amax(dim, keepdim=True)
-    return deviation, deviation.detach().abs().amax(dim, keepdim=True) <= rounding
+    length = torch.linalg.vector_norm(deviation, dim=dim, keepdim=True)
+    rounding = 8 * torch.finfo(values.dtype).eps * math.sqrt(values.shape[dim]) * largest
+    return deviation, length, length.detach() <= rounding
 
 
 @dataclass(eq=False)
@@ -129,7 +122,7 @@ class MLKD(Method, name="mlkd"):
         if len(self.temperatures) == 0:
             raise ValueError(f"mlkd.temperatures={self.temperatures!r}: must be one or more finite numbers > 0")
         for temperature in self.temperatures:
-            check_number("mlkd.temperatures", temperature, "finite numbers > 0", lambda v: 0 < v < float("inf"))
+            check_number("mlkd.temperatures", temperature, "finite numbers > 0", lambda v: 0 < v < math.inf)
         check_weights(self, "instance_weight", "batch_weight", "class_weight")
         check_choice("mlkd.confidence_mask", self.confidence_mask, MASKS)
 

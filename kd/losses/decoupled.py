@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,18 +20,18 @@ from kd.losses.logits import check_positive, check_weights, cross, is_class, kl,
 from kd.losses.method import Method, Seen
 
 
-def split(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """A class against all others: the logit of its probability, (N,), and the log softmax of the others, (N, K).
+def against_others(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A class against all others: its margin (N,), the others' logits (N, K) and their log-sum-exp (N, 1).
 
-    The probability is sigmoid of the first, and log p and log(1 - p) keep their digits however near to 1 it is. The
-    second is -inf at the class itself.
+    The class's probability is sigmoid(margin), so that log p and log(1 - p) keep their digits however near to 1 it is.
+    The others' logits have -inf at the class itself.
     """
     num_classes = logits.shape[-1]
     if num_classes < 2:
         raise ValueError("one class against the others needs at least 2 classes, got 1")
     others = logits.masked_fill(is_class(index, num_classes), -math.inf)
     total = others.logsumexp(-1, keepdim=True)
-    return (logits.gather(-1, index.unsqueeze(-1)) - total).squeeze(-1), others - total
+    return (logits.gather(-1, index.unsqueeze(-1)) - total).squeeze(-1), others, total
 
 
 def binary_kl(margin_t: Tensor, margin_s: Tensor) -> Tensor:
@@ -76,10 +77,10 @@ class DKD(Method, name="dkd"):
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
-        margin_s, others_s = split(seen.student.logits / self.temperature, seen.target)
-        margin_t, others_t = split(teacher_of(seen).logits / self.temperature, seen.target)
+        margin_s, others_s, total_s = against_others(seen.student.logits / self.temperature, seen.target)
+        margin_t, others_t, total_t = against_others(teacher_of(seen).logits / self.temperature, seen.target)
         label = self.tckd_weight * binary_kl(margin_t, margin_s)
-        return self.temperature**2 * (label + self.nckd_weight * kl(others_t, others_s))
+        return self.temperature**2 * (label + self.nckd_weight * kl(others_t - total_t, others_s - total_s))
 
 
 @dataclass(eq=False)
@@ -112,8 +113,10 @@ class NKD(Method, name="nkd"):
         """(N,)."""
         student, teacher = seen.student.logits, teacher_of(seen).logits
         nll_s, nll_t = (F.cross_entropy(logits, seen.target, reduction="none") for logits in (student, teacher))
-        others_s, others_t = (split(logits / self.temperature, seen.target)[1] for logits in (student, teacher))
-        return (-nll_t).exp() * nll_s + self.other_weight * self.temperature**2 * cross(others_t, others_s)
+        _, others_s, total_s = against_others(student / self.temperature, seen.target)
+        _, others_t, total_t = against_others(teacher / self.temperature, seen.target)
+        of_others = cross(others_t - total_t, others_s - total_s)
+        return (-nll_t).exp() * nll_s + self.other_weight * self.temperature**2 * of_others
 
 
 @dataclass(eq=False)
@@ -156,14 +159,13 @@ class RLD(Method, name="rld"):
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
         student, teacher = seen.student.logits, teacher_of(seen).logits
-        sure_s, _ = split(student / self.confidence_temperature, seen.target)
-        sure_t, _ = split(teacher / self.confidence_temperature, teacher.argmax(-1))
+        sure_s, _, _ = against_others(student / self.confidence_temperature, seen.target)
+        sure_t, _, _ = against_others(teacher / self.confidence_temperature, teacher.argmax(-1))
         confidence = self.confidence_temperature**2 * binary_kl(sure_t, sure_s)
 
         masked = teacher >= teacher.gather(-1, seen.target.unsqueeze(-1))
-        nothing_left = masked.all(-1, keepdim=True)
-        below_s, below_t = (
-            logits.masked_fill(masked, -math.inf).masked_fill(nothing_left, 0) for logits in (student, teacher)
-        )
+        # -inf takes a class out of a softmax; a row of which nothing would be left becomes one of equal logits.
+        fill = torch.zeros_like(teacher[:, :1]).masked_fill(~masked.all(-1, keepdim=True), -math.inf)
+        below_s, below_t = (torch.where(masked, fill, logits) for logits in (student, teacher))
         correlation = reference.distillation(below_s, below_t, self.temperature, self.temperature)
         return self.confidence_weight * confidence + self.correlation_weight * correlation

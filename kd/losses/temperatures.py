@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd.losses.batch_logits import deviations
+from kd.losses.batch_logits import centred
 from kd.losses.logits import check_fields, check_positive, check_weights, kl, teacher_of
 from kd.losses.method import METHODS, Method, Seen
 from kd.smoothing import check_choice
@@ -83,9 +83,9 @@ class LogitStandardization(Method, name="lskd"):
 
     def standardize(self, logits: Tensor) -> Tensor:
         """Each row with mean 0 and deviation 1; zeros where it does not vary."""
-        deviation, flat = deviations(logits, -1)
-        variance = deviation.masked_fill(flat, 1).square().sum(-1, keepdim=True) / (logits.shape[-1] - self.correction)
-        return deviation.masked_fill(flat, 0) / (variance.sqrt() + self.epsilon)
+        deviation, length, flat = centred(logits, -1, logits.detach().abs().amax(-1, keepdim=True))
+        std = length.masked_fill(flat, math.inf) / math.sqrt(logits.shape[-1] - self.correction)
+        return deviation / (std + self.epsilon)
 
     def _fields_of_method(self) -> tuple[str, ...]:
         return tuple(inspect.signature(METHODS[self.method]).parameters)
