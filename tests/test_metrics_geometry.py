@@ -76,16 +76,17 @@ def test_features_without_variance(call, message):
 # ---- Müller's plane
 
 
-def test_the_projection_keeps_distances_in_the_plane():
+@pytest.mark.parametrize("classes", [[4, 0, 2], [0, 4, 2], [2, 0, 4], [4, 2, 0]])  # a QR's signs differ between them
+def test_the_projection_keeps_distances_in_the_plane(classes):
     weight, bias = draw(5, 4, seed=2), draw(5, seed=3)
-    points, templates = muller_projection(FEATURES, weight, bias, [4, 0, 2])
-    full = torch.cat([weight, bias[:, None]], 1)[[4, 0, 2]]
+    points, templates = muller_projection(FEATURES, weight, bias, classes)
+    full = torch.cat([weight, bias[:, None]], 1)[classes]
     torch.testing.assert_close(torch.cdist(templates, templates), torch.cdist(full, full))
     assert templates[0].tolist() == [0, 0]
     assert templates[1, 1].abs() < 1e-12
     assert templates[1, 0] > 0
     assert templates[2, 1] > 0
-    # least squares, without a QR: the foot of each point in the plane, from template 4
+    # least squares, without a QR: the foot of each point in the plane, from the first template
     x = torch.cat([FEATURES, torch.ones(32, 1)], 1) - full[0]
     edges = (full[1:] - full[0]).T
     foot = edges @ torch.linalg.lstsq(edges, x.T).solution  # (5, 32)
@@ -159,6 +160,7 @@ def test_the_best_bias_by_hand():
     assert recall_with_bias(logits, targets, 0, 3.5).item() == 0.5
     assert recall_with_bias(logits, targets, 0, 6.0).item() == 1
     assert best_bias(logits - torch.tensor([0.0, 3.2, 3.2]), targets, 0) == 0.0  # already within the best stretch
+    assert best_bias(logits + torch.tensor([5.8, 0, 0]), targets, 0) == 0.0  # of -2.3 and 0 that is nearer
     assert best_bias(logits[[0, 3]], targets[[0, 3]], 0) == 6.0  # beyond the last
 
 
