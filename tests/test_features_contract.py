@@ -272,7 +272,7 @@ def test_unequal_numbers_of_maps_are_named(name):
         (lambda: contrast.ContrastiveRepresentation(temperature=0), "crd: temperature=0: "),
         (lambda: contrast.ContrastiveRepresentation().build(batch(), 1), "crd: needs a training set of 2 examples"),
         (lambda: transforms.OverhaulFeature(layer_decay=-1), "ofd: layer_decay=-1: "),
-        (lambda: transforms.ReviewKD(warmup_epochs=-1), "reviewkd: warmup_epochs=-1: "),
+        (lambda: transforms.ReviewKD(max_width=0), "reviewkd: max_width=0: "),
         (lambda: transforms.ReusedClassifier(reduction=0), "simkd: reduction=0: "),
         (lambda: features.Hint(layer=5).build(batch(), 1), "hint: layer=5: there are 2 maps, give -2 to 1"),
         (lambda: features.FlowOfSolution()(batch()), "fsp: map 0 has 3 channels in the student and 4 in the teacher"),
@@ -294,6 +294,7 @@ def test_fsp_needs_two_maps():
 def test_presets_name_fields_that_exist(name):
     cls = METHODS[name.split()[0]]
     for preset in cls.presets.values():
-        ours = {key: value for key, value in preset.items() if key not in ("weight", "ce_weight", "kd_weight")}
+        callers = ("weight", "warmup_epochs", "ce_weight", "kd_weight")
+        ours = {key: value for key, value in preset.items() if key not in callers}
         cls(**ours)
         assert preset["weight"] > 0

@@ -295,11 +295,6 @@ def test_reviewkd(seen):
     same(method, seen, second.reviewkd(s, t, fusions))
 
 
-def test_reviewkd_warms_up(seen):
-    whole, part = built(ReviewKD(), seen), built(ReviewKD(warmup_epochs=4), seen)
-    torch.testing.assert_close(part(seen), whole(seen) * 3 / 4)
-
-
 def test_simkd(seen):
     method = built(ReusedClassifier(), seen)
     (_, s), (_, t) = maps(seen)

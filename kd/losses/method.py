@@ -58,7 +58,8 @@ class Method(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset({"teacher"})  # of: teacher, maps, embedding, weight, index, images
     per_example: ClassVar[bool] = True  # values are (N,), row i a function of row i alone; else () over the batch
     soft_targets: ClassVar[bool] = True  # whether the target may be probabilities, as with mixup
-    # Settings of the paper beside its fields: this method's "weight", "ce_weight", "kd_weight", fields that differ.
+    # Settings of the paper beside its fields: this method's "weight" and the "warmup_epochs" over which it rises
+    # linearly from 0, "ce_weight", "kd_weight" (a plain KD term beside it; 0 where not named), fields that differ.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     name: ClassVar[str] = ""
@@ -94,7 +95,7 @@ class Method(nn.Module):
         self._check_inputs(seen, soft)
         teacher = None if seen.teacher is None else _wide(seen.teacher, torch.Tensor.detach)
         seen = replace(seen, student=_wide(seen.student), teacher=teacher)
-        # Autocast would take products of features of 1e4 to float16, where they are infinite.
+        # Autocast would run the matrix products of a method in half precision again.
         with torch.autocast(seen.student.logits.device.type, enabled=False):
             if soft or not self.per_example:
                 return self.values(seen)
@@ -108,6 +109,13 @@ class Method(nn.Module):
             raise ValueError(f"{self.name}: needs a teacher")
         if seen.teacher is not None and seen.teacher.logits.shape[0] != len(seen.student.logits):
             raise ValueError(f"{self.name}: teacher and student must have seen the same examples")
+        # Without features there are only logits to compare, and a teacher of one class would broadcast.
+        if seen.teacher is not None and "teacher" in self.needs and not self.needs & {"maps", "embedding", "weight"}:
+            classes = [view.logits.shape[-1] for view in (seen.student, seen.teacher)]
+            if classes[0] != classes[1]:
+                raise ValueError(
+                    f"{self.name}: student has {classes[0]} classes and teacher {classes[1]}: must be equal"
+                )
         for need in sorted(self.needs & {"maps", "embedding", "weight"}):
             for who, view in (("student", seen.student), ("teacher", seen.teacher)):
                 found = None if view is None else getattr(view, need)
