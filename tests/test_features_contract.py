@@ -222,6 +222,7 @@ def test_learned_parts_get_gradients_are_saved_and_resume(name):
         assert parameter.grad.isfinite().all(), key
         # A bias in front of a batch normalisation is taken out by it.
         assert parameter.grad.any() or key == "regressor.0.bias", key
+    assert {key for key, _ in [*method.named_parameters(), *method.named_buffers()]} == frozen(method).keys()
     other = built(name, batch(name, seed=9))
     other.load_state_dict(frozen(method))
     assert value(other, seen) == value(method, seen)

@@ -26,10 +26,10 @@ class ContrastiveRepresentation(Method, name="crd"):
     draws, with replacement, from the examples of other labels than i's.
     The memory starts uniform, of expected length 1. In training, after the value is taken, the rows of the batch become
     ``momentum · old + (1 - momentum) · new``, made to length 1.
-    Units: nats an example; the sum over n negatives makes it thousands at first. ``released``: e^(u·v/temperature) is
-    divided by a constant first, M times its mean over the first batch, one for either direction, as in Wu et al. 2018;
-    so the typical ratio to n/M is 1/n instead of about 1, and the value at the start about 2·(1 + log n) instead of
-    thousands. The released code adds 1e-7 to denominators too, which is not done here: 3e-7 of n/M on CIFAR-100.
+    Units: nats an example; the sum over n negatives makes it ten thousands at first. ``released``: e^(u·v/temperature)
+    is divided by a constant first, M times its mean over the first batch, one for either direction, as in Wu et al.
+    2018; so its typical ratio to n/M is 1/n instead of about M/n, and the value at first about 2·(1 + log n). The
+    released code adds 1e-7 to denominators too, which is not done here: 3e-7 of n/M on CIFAR-100.
     Shapes: embeddings (N, D_s), (N, D_t), index (N,) positions in the training set, target (N,) labels; gives ().
     Never zero: it is a bound on log n minus mutual information; stationary where h is the posterior of a true pair.
     Paper: Tian et al. 2020, §3.1 Eq. 7-10, 18, 19; n and momentum of its supplement; negatives of other labels are its

@@ -5,6 +5,8 @@ height or width, the larger one is averaged down by adaptive pooling, as the pub
 position and their values add up.
 
 `released=True` gives the numbers of the code that the papers are compared by; `weight` in the presets is for those.
+The sums of hint, vid and fsp are the papers', and thousands of times a cross entropy: with weight 1 they diverged
+within 20 updates of SGD at a learning rate of 0.05. Start from the preset.
 """
 
 import math

@@ -143,7 +143,7 @@ class ReviewKD(Method, name="reviewkd"):
     needs = frozenset({"teacher", "maps", "embedding"})
     per_example = False
     presets: ClassVar = {
-        "cifar100": {"weight": 5.0, "ce_weight": 1.0, "kd_weight": 0.0, "warmup_epochs": 20.0},
+        "cifar100": {"weight": 5.0, "ce_weight": 1.0, "kd_weight": 0.0, "warmup_epochs": 20},
         "imagenet": {"weight": 1.0, "ce_weight": 1.0, "kd_weight": 0.0},
     }
 
