@@ -288,15 +288,3 @@ def test_fsp_needs_two_maps():
     first = [View(v.logits, v.maps[:1]) for v in (seen.student, seen.teacher)]
     with pytest.raises(ValueError, match="fsp: compares neighbouring maps: there is 1 map"):
         features.FlowOfSolution()(Seen(*first, seen.target))
-
-
-WEIGHTS = ("weight", "ce_weight", "kd_weight", "warmup_epochs")
-
-
-@every
-def test_presets_name_fields_that_exist(name):
-    cls = METHODS[name.split()[0]]
-    for preset in cls.presets.values():
-        ours = {key: value for key, value in preset.items() if key not in WEIGHTS}
-        cls(**ours)
-        assert preset["weight"] > 0

@@ -161,7 +161,7 @@ class OnlineLabelSmoothing(Method, name="online_label_smoothing"):
 class MaxSup(Method, name="maxsup"):
     """``w (max_k s_k - mean_k s_k)``: suppresses the largest logit, where label smoothing suppresses the label's.
 
-    (N,) in the logits' unit, beside the cross entropy. Non-negative; 0, where it has a kink, only for equal logits.
+    (N,) in the logits' unit, beside the cross entropy. Non-negative; zero, where it has a kink, only for equal logits.
     The label plays no part; on a correct prediction it is label smoothing with eps = w, written as in its identity
     LS = CE + eps (s_y - mean_k s_k). w grows linearly, by whole epochs, from start_weight to end_weight.
 
