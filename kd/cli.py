@@ -7,12 +7,14 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from kd import methods
 from kd.recipe import PACKAGE, ConfigError, Recipe, allowed
 
 USAGE = 2  # exit code of a command line that cannot work
@@ -60,6 +62,9 @@ def help_text(program: str) -> str:
         "data sets (data=NAME brings its usual schedule; a recipe's own settings win)",
         f"  {', '.join(recipe_files('data'))}",
         "",
+        "methods (loss=NAME, or several as loss=[A,B]; NAME:imagenet takes another of its presets)",
+        *(f"  {line}" for line in textwrap.wrap(", ".join(sorted(methods.names())), 100)),
+        "",
         "settings",
     ]
     for name, f in settings().items():
@@ -69,6 +74,7 @@ def help_text(program: str) -> str:
         "",
         "  --cfg job     print the resolved recipe and stop",
         "  -m, --multirun key=a,b   one run for each value",
+        "  --import FILE.py         a file of yours, or a module, with a method of your own; may be repeated",
         "  dry_run=true  build everything, take two steps, print the plan, write nothing",
         "",
         f"example: python -m {program} recipe=resnet50_to_18 loss.temperature=2 seed=1",
@@ -77,7 +83,10 @@ def help_text(program: str) -> str:
 
 
 def register(words: list[str]) -> None:
-    """Store the schema and every recipe in Hydra's ConfigStore; an unreadable one matters where `words` name it."""
+    """Store the schema, every recipe and the losses that `words` name in Hydra's ConfigStore.
+
+    An unreadable recipe matters where `words` name it.
+    """
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -87,10 +96,11 @@ def register(words: list[str]) -> None:
     store.store(name="schema", node=Recipe, replace=True)
     quiet = [{"override hydra/job_logging": "disabled"}, {"override hydra/hydra_logging": "disabled"}]
     # The data set's usual schedule comes first, then the recipe, which may say otherwise.
-    defaults = ["schema", "_self_", {"data": "digits"}, {"recipe": "???"}, *quiet]
+    defaults = ["schema", "_self_", {"data": "digits"}, {"recipe": "???"}, {"loss": None}, *quiet]
     sweep = str(Path(tempfile.gettempdir()) / "kd-multirun")  # Hydra insists on writing a multirun.yaml
     places = {"output_subdir": None, "run": {"dir": "."}, "sweep": {"dir": sweep, "subdir": "."}}
     store.store(name="kd", node={"defaults": defaults, "hydra": places}, replace=True)
+    replaced: set[str] = set()  # methods that recipes have: `loss=` puts others in their place
     for group, folder in (("recipe", ""), ("data", "data")):
         for name, path in recipe_files(folder).items():
             try:
@@ -100,6 +110,34 @@ def register(words: list[str]) -> None:
                     continue
                 raise ConfigError(f"{path}: not a readable recipe ({str(error).splitlines()[0]})") from error
             store.store(group=group, name=name, node=node, package="_global_", replace=True)
+            replaced |= set(OmegaConf.select(node, "loss.methods") or ())
+    for word in words:
+        for value in _losses(word):
+            section = methods.section(value)
+            section["methods"] = dict.fromkeys(replaced) | section["methods"]
+            store.store(group="loss", name=value, node={"loss": section}, package="_global_", replace=True)
+
+
+def _losses(word: str) -> list[str]:
+    """The values of `loss=A,[B,C]` as Hydra is to know them, `A` and `B+C`: in its grammar a list is a sweep's."""
+    if not word.startswith("loss="):
+        return []
+    values = re.findall(r"\[[^\]]*\]|[^,\[\]]+", word.removeprefix("loss=")) or [""]
+    return [re.sub(r"\s*,\s*", "+", value.strip("[] ")) for value in values]
+
+
+def _own_methods(words: list[str]) -> list[str]:
+    """Import what `--import` names, and return the other words. Only here: no recipe can name code to run."""
+    rest, given = [], iter(words)
+    for word in given:
+        option, equals, value = word.partition("=")
+        if option != "--import":
+            rest.append(word)
+        elif not (value := value if equals else next(given, "")) or value.startswith("-"):
+            raise ConfigError("--import: type --import my_method.py, or the name of a module")
+        else:
+            methods.import_own(value)
+    return rest
 
 
 def typed(config: Any) -> Recipe:
@@ -121,6 +159,8 @@ def typed(config: Any) -> Recipe:
 
 def _no_such_setting(key: str) -> str:
     names = list(settings())
+    if found := re.match(r"loss\.methods\.(\w+)(?:\.(\w+))?", key):
+        return _no_such_method_setting(key, found[1], found[2])
     if section := re.match(r"(teacher|student)\.model_kwargs", key):
         return f"{key}: type +{section[0]}.NAME=VALUE for each argument of timm.create_model"
     if key in names:
@@ -130,6 +170,17 @@ def _no_such_setting(key: str) -> str:
     near = near or [n for n in names if difflib.get_close_matches(key.split(".")[-1], [n.split(".")[-1]], cutoff=0.7)]
     hint = f"did you mean {' or '.join(near[:3])}?" if near else "--help lists all"
     return f"{key}: no such setting; {hint}"
+
+
+def _no_such_method_setting(key: str, method: str, setting: str | None) -> str:
+    """The method is not chosen, or has no such setting, or its recipe leaves the setting at its default."""
+    known = [*methods.names(), *methods.library()]
+    if method not in known:
+        near = difflib.get_close_matches(method, known, n=1)
+        return f"{key}: no such method; " + (f"did you mean loss.methods.{near[0]}?" if near else "--help lists them")
+    if setting and methods.has(method, setting):
+        return f"{key}: is not in this recipe; type loss={method} before it, or +{key}=VALUE"
+    return f"{key}: no such setting; {methods.did_you_mean(method, setting or '')}"
 
 
 def explain(error: Exception) -> str:
@@ -175,7 +226,8 @@ def _wrong_type(key: str, value: str, cause: str) -> str:
             else f"{key}: {cause}"
         )
     kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    kinds |= {"list": "a list of whole numbers such as [30,60]", "dict": "given as +NAME.KEY=VALUE"}
+    kinds |= {"list[int]": "a list of whole numbers such as [30,60]", "list[str]": "a list of names such as [layer1]"}
+    kinds |= {"dict": "given as +NAME.KEY=VALUE"}
     kind = next((words for name, words in kinds.items() if str(field.type).startswith(name)), str(field.type))
     limits = allowed(field.metadata)
     return f"{key}={value}: must be {kind}{f' {limits}' if limits else ''} ({field.metadata['doc']})"
@@ -218,9 +270,9 @@ def _check_words(words: list[str]) -> None:
             raise ConfigError(f"{word}: settings cannot be removed; type {word[1:].partition('=')[0]}=VALUE")
         if word.startswith("--") and word.partition("=")[0] not in OPTIONS:
             raise ConfigError(f"{word}: no such option; --help lists what there is")
-    for group in ("recipe", "data"):
+    for group in ("recipe", "data", "loss"):
         if len(given := [word for word in words if word.startswith(f"{group}=")]) > 1:
-            raise ConfigError(f"{' '.join(given)}: type one {group}=")
+            raise ConfigError(f"{' '.join(given)}: type one {group}={'[A,B]' if group == 'loss' else ''}")
 
 
 def command(program: str, run: Callable[[Recipe], int]) -> None:
@@ -229,7 +281,8 @@ def command(program: str, run: Callable[[Recipe], int]) -> None:
         print(help_text(program))
         return
     with one_line_errors(program):
-        _check_words(sys.argv[1:])
+        words = _own_methods(sys.argv[1:])
+        _check_words(words)
         import hydra
 
         @hydra.main(config_path=None, config_name="kd")
@@ -239,5 +292,7 @@ def command(program: str, run: Callable[[Recipe], int]) -> None:
             if code:
                 raise SystemExit(code)
 
-        register(sys.argv[1:])
+        register(words)
+        losses = {word: f"loss={','.join(_losses(word))}" for word in words if word.startswith("loss=")}
+        sys.argv[1:] = [losses.get(word, word) for word in words]
         main()

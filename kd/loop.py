@@ -12,25 +12,29 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd.checkpoint import CheckpointError, load_state, save_state, save_weights, write_json
 from kd.data import Batch, Data, Split, mixer
+from kd.data.mixing import Mixer
 from kd.journal import Journal
-from kd.losses.distill import DistillLoss, DistillTerms
+from kd.losses.distill import DistillLoss
+from kd.losses.method import Seen, View
 from kd.metrics import nll, top_k_accuracy
-from kd.models import Student, Teacher
+from kd.models import Output, Student, Teacher
+from kd.objective import Objective, Terms
 from kd.recipe import Recipe
 from kd.signals import Interrupted, stop_requested
+from kd.taps import Taps
 
 
 class TrainingError(RuntimeError):
@@ -79,11 +83,71 @@ class Stage:
 
     name: str
     model: Student
-    loss: DistillLoss
+    objective: Objective
     epochs: int
     folder: Path
     metadata: dict[str, Any]
     teacher: Teacher | None = None
+    taps: tuple[Taps, Taps] | None = None  # student's and teacher's, where the objective looks at more than logits
+
+    def place(self, device: torch.device, channels_last: bool) -> list[Student | Teacher]:
+        """Move everything to a device; returns the networks."""
+        networks = [network for network in (self.model, self.teacher) if network]
+        for network in networks:
+            network.to(device)
+            if channels_last:
+                network.to(memory_format=torch.channels_last)
+        self.objective.to(device)
+        return networks
+
+    def see(self, batch: Batch, epoch: float, model: nn.Module, accelerator: Accelerator) -> Seen:
+        """What the networks give for a batch, after `epoch` epochs; `model` is the student as it is trained."""
+        images = batch.images
+        ours, theirs = self.taps or (None, None)
+        with accelerator.autocast():
+            teacher = _view(theirs, self.teacher.model, self.teacher(images)) if self.teacher else None
+            student = _view(ours, self.model.model, model(images))
+        index = batch.index.to(images.device, non_blocking=True)
+        return Seen(student, teacher, batch.targets, index, epoch, self.epochs, images)
+
+
+def _view(taps: Taps | None, network: nn.Module, output: Output) -> View:
+    return taps.view(network, output) if taps else View(output.logits)
+
+
+def _as_trained(batch: Batch, mix: Mixer, seed: int, channels_last: bool) -> Batch:
+    """The batch mixed, and laid out in memory, as the recipe says."""
+    images, targets = mix(batch.images, batch.targets, seed)
+    if channels_last and images.ndim == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return batch._replace(images=images, targets=targets)
+
+
+FIRST = 256  # images from which an objective is built: enough for statistics, whatever the number of processes
+
+
+def build(stage: Stage, recipe: Recipe, data: Data, accelerator: Accelerator, rehearse: bool = False) -> None:
+    """Let the stage's objective make what it learns, from the first images of the first epoch; the same everywhere.
+
+    `rehearse`: evaluate it too, on as few images as a piece of a batch can have. Raises ValueError for what cannot
+    work, such as a network without the layers that a method needs.
+    """
+    if not stage.objective.methods:
+        return
+    train, processes = recipe.train, accelerator.num_processes
+    order = epoch_order(len(data.train), recipe.seed, 0)[: train.batch_size]
+    smallest = share(order, train.accumulation, processes, processes - 1)[-1]
+    mix = mixer(recipe.data, data.num_classes)
+    stage.place(accelerator.device, train.channels_last)
+    stage.model.eval()  # batch normalisation must not move
+    torch.manual_seed(mixed_seed(recipe.seed, len(order)))
+    with torch.no_grad():
+        batches = data.train.batches([order[:FIRST], smallest] if rehearse else [order[:FIRST]], 0)
+        ready = (_as_trained(batch, mix, recipe.seed, train.channels_last) for batch in batches)
+        seen = [stage.see(batch, 0.0, stage.model, accelerator) for batch in ready]
+    stage.objective.build(seen[0], len(data.train))
+    if rehearse:
+        stage.objective.rehearse(seen[1])
 
 
 @dataclass
@@ -106,11 +170,8 @@ class Trainer:
         self.saved_at = time.monotonic()
         self.selected_weights: dict[str, Tensor] | None = None  # chosen since the last save
         self.state_path = stage.folder / "state.safetensors"
-        models = [model for model in (stage.model, stage.teacher) if model]
-        for model in models:
-            model.to(accelerator.device)
-            if recipe.train.channels_last:
-                model.to(memory_format=torch.channels_last)
+        models = stage.place(accelerator.device, recipe.train.channels_last)
+        build(stage, recipe, data, accelerator)
         self.optimizer = create_optimizer_v2(
             stage.model.model,
             opt=recipe.optimizer.name,
@@ -119,6 +180,7 @@ class Trainer:
             momentum=recipe.optimizer.momentum,
             filter_bias_and_bn=not recipe.optimizer.decay_norm_and_bias,
         )
+        self._add_learned()
         self.scheduler = self._scheduler()
         decay = recipe.train.ema_decay
         self.ema = ModelEmaV3(stage.model, decay=decay) if decay else None
@@ -126,6 +188,18 @@ class Trainer:
             model.compile()
         self.model, self.stepper = accelerator.prepare(stage.model, self.optimizer)
         self.mix = mixer(recipe.data, data.num_classes)
+
+    def _add_learned(self) -> None:
+        """What the objective learns joins the student's optimizer, under the same rule for weight decay."""
+        o = self.recipe.optimizer
+        groups = param_groups_weight_decay(
+            self.stage.objective, o.weight_decay, weight_decay_exclude_1d=not o.decay_norm_and_bias
+        )
+        for group in groups:
+            self.optimizer.add_param_group(group)
+
+    def _learned(self) -> Iterator[nn.Parameter]:
+        return chain(self.model.parameters(), self.stage.objective.parameters())
 
     def _scheduler(self):
         s = self.recipe.scheduler
@@ -151,6 +225,7 @@ class Trainer:
         with self.journal.progress(self.stage.name, self.updates, self.progress.update):
             for epoch in range(self.progress.update // self.updates_per_epoch, self.stage.epochs):
                 self._epoch(epoch)
+                self.stage.objective.end_epoch()
                 self._validate(epoch)
                 self._save_or_stop()
         if self.accelerator.is_main_process:
@@ -208,6 +283,7 @@ class Trainer:
     def _update(self, batches: list[Batch]) -> dict[str, Tensor]:
         """One optimizer step over the global batch; returns what there is to log, as sums over this process."""
         self.model.train()
+        self.stage.objective.train()
         update, rank = self.progress.update, self.accelerator.process_index
         self.scheduler.step_update(update)
         logged: dict[str, Tensor] = {}
@@ -218,9 +294,9 @@ class Trainer:
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 for name, value in self._forward_backward(batch, seed).items():
                     logged[name] = logged.get(name, 0) + value
-        norm = cast(
-            Tensor, self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.train.clip_grad or math.inf)
-        )
+        self._average_gradients()
+        limit = self.recipe.train.clip_grad or math.inf
+        norm = cast(Tensor, self.accelerator.clip_grad_norm_(self._learned(), limit))
         self._check_finite(norm, logged)
         self.stepper.step()
         self.stepper.zero_grad()
@@ -228,18 +304,22 @@ class Trainer:
             self.ema.update(self.stage.model)
         return {**logged, "grad_norm": norm}
 
+    def _average_gradients(self) -> None:
+        """Of what the objective learns, over the processes: DDP would send its buffers, a memory bank, every time."""
+        if self.accelerator.num_processes > 1:
+            for parameter in self.stage.objective.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = cast(Tensor, self.accelerator.reduce(parameter.grad, reduction="mean"))
+
     def _forward_backward(self, batch: Batch, seed: int) -> dict[str, Tensor]:
-        images, targets = self.mix(batch.images, batch.targets, seed)
-        if self.recipe.train.channels_last and images.ndim == 4:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with self.accelerator.autocast():
-            teacher_logits = self.stage.teacher(images).logits if self.stage.teacher else None
-            logits = self.model(images).logits
-        terms = self.stage.loss.terms(logits, teacher_logits, targets)
+        epoch = self.progress.update / self.updates_per_epoch
+        batch = _as_trained(batch, self.mix, seed, self.recipe.train.channels_last)
+        seen = self.stage.see(batch, epoch, self.model, self.accelerator)
+        terms = self.stage.objective(seen)
         # The loss sums over images; DDP averages over processes. Together: the mean over the global batch, whatever
         # the number of processes and accumulation steps, also where their shares are uneven.
         scale = self.accelerator.num_processes / self.recipe.train.batch_size
-        logged = _observe(terms, self.stage.loss, logits, teacher_logits, targets) if self._logs_next() else {}
+        logged = _observe(terms, self.stage.objective.loss, seen) if self._logs_next() else {}
         self.accelerator.backward(terms.loss * scale)
         return {**logged, "loss": terms.loss.detach()}
 
@@ -297,6 +377,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         state = {
             "model": self.stage.model.model.state_dict(),
+            "objective": self.stage.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "scaler": scaler.state_dict() if scaler else None,
@@ -317,6 +398,7 @@ class Trainer:
         state: dict[str, Any] = load_state(self.state_path)
         try:
             self.stage.model.model.load_state_dict(state["model"])
+            self.stage.objective.load_state_dict(state["objective"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.ema:
                 self.ema.module.load_state_dict(state["ema"])
@@ -328,23 +410,19 @@ class Trainer:
             raise CheckpointError(f"{self.state_path}: does not fit this run ({str(error).splitlines()[0]})") from error
 
 
-def _observe(
-    terms: DistillTerms, loss: DistillLoss, logits: Tensor, teacher_logits: Tensor | None, targets: Tensor
-) -> dict[str, Tensor]:
+def _observe(terms: Terms, loss: DistillLoss, seen: Seen) -> dict[str, Tensor]:
     """Sums over the batch of what is worth watching; the terms unweighted, their gradients weighted as they act."""
-    seen = {"student_entropy": _entropy(logits)}
-    if terms.ce is not None:
-        seen["ce"] = terms.ce
-    if teacher_logits is None:
-        return seen
-    seen["teacher_entropy"] = _entropy(teacher_logits)
-    seen["agreement"] = (logits.argmax(-1) == teacher_logits.argmax(-1)).float().sum()
-    if terms.kd is not None:
-        seen["kd"] = terms.kd
-    if terms.kd is not None and terms.ce is not None:
-        seen["grad_kd"] = _gradient_norm(loss, "ce_weight", logits, teacher_logits, targets)
-        seen["grad_ce"] = _gradient_norm(loss, "kd_weight", logits, teacher_logits, targets)
-    return seen
+    logits, values = seen.student.logits, terms.values
+    found = {"student_entropy": _entropy(logits), **values}
+    if seen.teacher is None:
+        return found
+    teacher_logits = seen.teacher.logits
+    found["teacher_entropy"] = _entropy(teacher_logits)
+    found["agreement"] = (logits.argmax(-1) == teacher_logits.argmax(-1)).float().sum()
+    if {"kd", "ce"} <= values.keys():
+        found["grad_kd"] = _gradient_norm(loss, "ce_weight", logits, teacher_logits, seen.target)
+        found["grad_ce"] = _gradient_norm(loss, "kd_weight", logits, teacher_logits, seen.target)
+    return found
 
 
 def _gradient_norm(loss: DistillLoss, without: str, logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:

@@ -29,8 +29,11 @@ class Output(NamedTuple):
     features: dict[str, Tensor]
 
 
+INPUT = ":input"  # behind the name of a module, it means what the module takes instead of what it gives
+
+
 class _Taps:
-    """Forward hooks that keep the outputs of named modules while `run` is running, and nothing afterwards.
+    """Forward hooks that keep what named modules give, or take, while `run` is running, and nothing afterwards.
 
     They are registered once, because torch.compile recompiles for every new hook.
     """
@@ -40,14 +43,24 @@ class _Taps:
         self.running: list[dict[str, tuple[Tensor, int]]] = []
         modules = {name: module for name, module in model.named_modules() if name}
         for name in self.names:
-            if name not in modules:
-                raise ValueError(f"features={name!r}: no such module{_did_you_mean(name, modules)}")
-            modules[name].register_forward_hook(partial(self._keep, name))
+            module = name.removesuffix(INPUT)
+            if module not in modules:
+                raise ValueError(f"features={name!r}: no such module{_did_you_mean(module, modules)}")
+            if name.endswith(INPUT):
+                modules[module].register_forward_pre_hook(partial(self._keep_input, name))
+            else:
+                modules[module].register_forward_hook(partial(self._keep, name))
+
+    def _keep_input(self, name: str, module: nn.Module, inputs: Any) -> None:
+        if self.running:  # a copy, because the module may write into it, as a ReLU in place does
+            first = inputs[0].clone() if inputs and isinstance(inputs[0], Tensor) else inputs
+            self._keep(name, module, inputs, first)
 
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if self.running:  # else someone calls the network itself
             if not isinstance(output, Tensor):
-                raise ValueError(f"features={name!r}: the module gives a {type(output).__name__}, not a tensor")
+                verb = "takes" if name.endswith(INPUT) else "gives"
+                raise ValueError(f"features={name!r}: the module {verb} a {type(output).__name__}, not a tensor")
             self.running[-1][name] = (output, _writes(output))
 
     def run(self, model: nn.Module, inputs: tuple[Any, ...]) -> Output:
@@ -76,8 +89,8 @@ class Teacher(nn.Module):
 
     Args:
         model: a network, or a timm name.
-        features: names of modules, as in `named_modules`, whose outputs to give; of a module that runs more than once,
-            the last.
+        features: names of modules, as in `named_modules`, whose outputs to give, or with ":input" behind the name
+            their first inputs; of a module that runs more than once, the last.
         create_kwargs: arguments of timm.create_model, such as pretrained=True, where `model` is a name.
 
     Raises:
@@ -133,8 +146,7 @@ class Student(nn.Module):
 
     Args:
         model: a network, or a timm name.
-        features: names of modules, as in `named_modules`, whose outputs to give with their graph; of a module that
-            runs more than once, the last.
+        features: as the teacher's, with their graph.
         create_kwargs: arguments of timm.create_model where `model` is a name.
 
     Raises:

@@ -51,6 +51,14 @@ class _Network(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def _stages(*widths_and_reductions: tuple[int, int]) -> list[dict[str, Any]]:
+    """What timm calls feature_info: layer1, layer2 and so on, their channels, and how much smaller their maps are."""
+    return [
+        {"num_chs": width, "reduction": reduction, "module": f"layer{i}"}
+        for i, (width, reduction) in enumerate(widths_and_reductions, start=1)
+    ]
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: the identity, or a 1x1 convolution where the shape changes."""
 
@@ -92,6 +100,7 @@ class CifarResNet(_Network):
         self.layer1 = self._stage(blocks, 16, 16, stride=1)
         self.layer2 = self._stage(blocks, 16, 32, stride=2)
         self.layer3 = self._stage(blocks, 32, 64, stride=2)
+        self.feature_info = _stages((16, 1), (32, 2), (64, 4))
         self.reset_classifier(num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -125,6 +134,9 @@ class Mlp(_Network):
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         widths = [in_chans * prod(self.img_size), *hidden]
         self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)))
+        self.feature_info = [
+            {"num_chs": width, "reduction": 1, "module": f"layers.{i}"} for i, width in enumerate(hidden)
+        ]
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -147,6 +159,7 @@ class SmallCnn(_Network):
         self.layer1 = self._layer(in_chans, 32, stride=1)
         self.layer2 = self._layer(32, 64, stride=2)
         self.layer3 = self._layer(64, 128, stride=2)
+        self.feature_info = _stages((32, 1), (64, 2), (128, 4))
         self.reset_classifier(num_classes)
 
     @staticmethod

@@ -6,11 +6,14 @@ import resource
 import sys
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from torch import nn
 
 from kd.loop import Trainer
 from kd.models import Teacher
 from kd.stages import Run, network, stage, teacher_is_trained
+from kd.taps import list_layers, tap
 
 
 def peak_memory() -> int:
@@ -51,6 +54,30 @@ def print_plan(run: Run) -> None:
         if (run.folder / "result.json").exists():
             console.print("finished before: the same command without dry_run prints its result at once", soft_wrap=True)
         console.print(f"about {duration(total)} in all, without evaluation; would write {run.folder}", soft_wrap=True)
+
+
+def print_layers(run: Run) -> None:
+    """Every layer of both networks with what it gives for one image; marked: what feature methods read by default."""
+    console = run.journal.console
+    for role in ("teacher", "student"):
+        net = network(run, role)
+        read = _read_by_default(net)
+        table = Table("", "layer", "kind", "shape", title=f"{role}.layers", title_justify="left", box=SIMPLE_HEAD)
+        for layer in list_layers(net, run.data.input_shape):
+            table.add_row(
+                "*" if layer.name in read else "", layer.name, layer.kind, " x ".join(map(str, layer.shape[1:]))
+            )
+        if run.accelerator.is_main_process:
+            console.print(table)
+    if run.accelerator.is_main_process:
+        console.print("* read where no layers are named", highlight=False, markup=False)
+
+
+def _read_by_default(net: nn.Module) -> tuple[str, ...]:
+    try:
+        return tap(net).layers
+    except ValueError:  # it states no stages: layers must be named
+        return ()
 
 
 def duration(seconds: float) -> str:

@@ -111,6 +111,7 @@ class TeacherConfig(Checked):
     label_smoothing: float = setting(0.0, "smoothing mass of the teacher's own training targets", ge=0, lt=1)
     smoothing: str = setting("uniform", "convention of that mass", among=("uniform", "others"))
     model_kwargs: dict[str, Any] = setting({}, "further arguments of timm.create_model")
+    layers: list[str] = setting([], "layers that feature methods read, from shallow to deep; empty: timm's stages")
 
 
 @dataclass
@@ -123,11 +124,12 @@ class StudentConfig(Checked):
     pretrained: bool = setting(False, "start from timm's weights")
     epochs: int = setting(10, "passes over the training images, for the student and for its control", ge=1)
     model_kwargs: dict[str, Any] = setting({}, "further arguments of timm.create_model")
+    layers: list[str] = setting([], "the student's, as many; list_layers=true prints those of both")
 
 
 @dataclass
 class LossConfig(Checked):
-    """ce_weight * CE(label_smoothing) + kd_weight * T² * KL(teacher || student)."""
+    """ce_weight * CE(label_smoothing) + kd_weight * T² * KL(teacher || student), and further methods."""
 
     section: ClassVar[str] = "loss."
 
@@ -140,10 +142,12 @@ class LossConfig(Checked):
         "uniform", "convention: eps/K on every class, or eps/(K-1) on the others", among=("uniform", "others")
     )
     backend: str = setting("auto", "which implementation computes it", among=("auto", "reference", "cpu", "triton"))
+    methods: dict[str, Any] = setting({}, "further methods by name, their weights and settings; loss=NAME writes them")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.kd_weight == 0 and self.ce_weight == 0:
+        self.methods = {name: settings for name, settings in self.methods.items() if settings is not None}
+        if self.kd_weight == 0 and self.ce_weight == 0 and not self.methods:
             raise ConfigError("loss.kd_weight=0 with loss.ce_weight=0 leaves nothing to learn: make one of them > 0")
 
 
@@ -224,10 +228,11 @@ class Recipe(Checked):
     run: str | None = setting(None, "name of the run's folder; null: made from the seed and the recipe's hash")
     resume: bool = setting(True, "go on where the same run stopped; false: set the old run aside and start again")
     dry_run: bool = setting(False, "build everything, take two steps, print the plan, write nothing")
+    list_layers: bool = setting(False, "print the layers of both networks and stop")
 
 
 # Where a run is kept, how it is watched and how quickly it is fed do not change what it computes.
-_NOT_IDENTITY = {"output", "run", "resume", "dry_run", "tracker"}
+_NOT_IDENTITY = {"output", "run", "resume", "dry_run", "list_layers", "tracker"}
 _NOT_TRAIN_IDENTITY = {"log_every", "save_every"}
 _NOT_DATA_IDENTITY = {"root", "download", "workers", "verify"}
 

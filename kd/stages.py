@@ -19,14 +19,18 @@ from rich.console import Console
 from timm.optim import list_optimizers
 from torch import nn
 
+from kd import methods
 from kd.checkpoint import read_json, write_atomically, write_json
 from kd.data import Data, load_data
 from kd.journal import Journal
-from kd.loop import Stage, Trainer, predict
+from kd.loop import Stage, Trainer, mixed_seed, predict
+from kd.loop import build as build_objective
 from kd.losses.distill import DistillLoss
 from kd.metrics import top_k_accuracy
 from kd.models import Student, Teacher, build
+from kd.objective import Objective
 from kd.recipe import ConfigError, Recipe, content_hash, identity
+from kd.taps import needed
 
 
 @dataclass
@@ -186,18 +190,21 @@ def teacher_folder(recipe: Recipe, data_hash: str) -> Path:
     """Where a trained teacher lives: named by everything that decides its weights, shared by all recipes."""
     values = identity(recipe)
     content = {key: values[key] for key in ("seed", "teacher", "data", "optimizer", "scheduler", "train")}
+    del content["teacher"]["layers"]  # what a student looks at does not change its teacher
     key = content_hash([content, data_hash, _checkpoint_hash(recipe)])
     model = recipe.teacher.model.replace("/", "-").replace(":", "-")
     return Path(recipe.output) / "teachers" / f"{model}-{key}"
 
 
-def network(run: Run, role: str, weights: Path | None = None) -> nn.Module:
+def network(run: Run, role: str, weights: Path | None = None, seed: int | None = None) -> nn.Module:
     """The teacher's or student's network, with trained `weights` or as its section of the recipe starts it."""
     section = run.recipe.teacher if role == "teacher" else run.recipe.student
     shape = {"num_classes": run.data.num_classes, "input_shape": run.data.input_shape}
     if weights:
         return build(section.model, role=role, checkpoint=weights, model_kwargs=section.model_kwargs, **shape)
-    torch.manual_seed(run.recipe.seed)  # the student and its control start from the same weights
+    torch.manual_seed(
+        run.recipe.seed if seed is None else seed
+    )  # the student and its control start from the same weights
     start: dict[str, Any] = {"pretrained": section.pretrained, "finetune": True}
     if role == "teacher":
         start |= {"checkpoint": run.recipe.teacher.checkpoint, "finetune": run.recipe.teacher.finetune}
@@ -216,18 +223,49 @@ def hard_loss(label_smoothing: float, smoothing: str, backend: str) -> DistillLo
     )
 
 
+def distillation(run: Run) -> Objective:
+    """The student's objective, as the recipe's `loss` section has it."""
+    settings: dict[str, Any] = {k: v for k, v in asdict(run.recipe.loss).items() if k != "methods"}
+    weighted = methods.build(run.recipe.loss.methods)
+    for each in weighted.values():
+        if "peer" in each.method.needs:
+            each.method.peer = network(run, "student", seed=mixed_seed(run.recipe.seed, 1))
+    return Objective(DistillLoss(**settings, reduction="sum"), weighted)
+
+
+def rehearse(run: Run) -> None:
+    """Show the student's methods a first batch, so that what cannot work says so before a teacher is trained."""
+    if not run.recipe.loss.methods:
+        return
+    try:
+        planned = stage(run, "student", Teacher(network(run, "teacher")))
+        build_objective(planned, run.recipe, run.data, run.accelerator, rehearse=True)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"loss.methods: {error}") from error
+
+
 def stage(run: Run, name: str, teacher: Teacher | None = None) -> Stage:
     """A stage ready to train: the teacher's own, the distilled student's, or the control's."""
     recipe = run.recipe
     section = recipe.teacher if name == "teacher" else recipe.loss
-    if name == "student":
-        loss = DistillLoss(**asdict(recipe.loss), reduction="sum")
-    else:
-        loss = hard_loss(section.label_smoothing, section.smoothing, recipe.loss.backend)
     role = "teacher" if name == "teacher" else "student"
-    net = recipe.teacher if role == "teacher" else recipe.student
+    net, taps = network(run, role), None
+    if name == "student":
+        assert teacher is not None
+        objective = distillation(run)
+        layers = recipe.student.layers, recipe.teacher.layers
+        taps = needed(objective.needs, net, teacher.model, *layers)
+    else:
+        objective = Objective(hard_loss(section.label_smoothing, section.smoothing, recipe.loss.backend))
+    if taps:
+        assert teacher is not None
+        teacher = Teacher(teacher.model, features=taps[1].names)
+    model = Student(net, features=taps[0].names if taps else ())
+    own = recipe.teacher if role == "teacher" else recipe.student
     metadata = {
-        "model": net.model,
+        "model": own.model,
         "num_classes": str(run.data.num_classes),
         "label_smoothing": str(section.label_smoothing),
         "smoothing": section.smoothing,
@@ -237,7 +275,7 @@ def stage(run: Run, name: str, teacher: Teacher | None = None) -> Stage:
         "std": list(run.data.std),
     }
     folder = run.teacher_folder if name == "teacher" else run.folder / name
-    return Stage(name, Student(network(run, role)), loss, net.epochs, folder, metadata, teacher)
+    return Stage(name, model, objective, own.epochs, folder, metadata, teacher, taps)
 
 
 def train(run: Run, stage: Stage) -> None:

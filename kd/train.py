@@ -12,10 +12,14 @@ def run(recipe: Recipe) -> int:
     from kd import results, stages
     from kd.checkpoint import read_json
     from kd.loop import TrainingError
-    from kd.plan import print_plan
+    from kd.plan import print_layers, print_plan
     from kd.signals import Interrupted, listen
 
     run = stages.prepare(recipe)
+    if recipe.list_layers:
+        print_layers(run)
+        return 0
+    stages.rehearse(run)
     if recipe.dry_run:
         print_plan(run)
         return 0

@@ -100,3 +100,26 @@ def test_peak_memory_in_a_process_of_its_own(timing):
 def test_quartiles(timing):
     assert timing.quartiles([3.0]) == (3.0, 3.0, 3.0)
     assert timing.quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == (2.0, 3.0, 4.0)
+
+
+def test_every_logit_method_is_measured_against_plain_kd(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import methods
+
+    out = tmp_path / "methods.md"
+    ratios = methods.run(["--shape", "8x5", "--rounds", "1", "--device", "cpu", "--out", str(out)])
+    assert ratios[methods.PLAIN] == 1
+    assert set(ratios) == {methods.PLAIN, *methods.pure()}
+    assert {"dkd", "mlkd", "ctkd", "online_label_smoothing"} <= set(ratios)
+    assert not {"rkd", "crd", "dml", "at"} & set(ratios)
+    assert all(f"| {name} |" in out.read_text() for name in ratios)
+
+
+def test_plain_kd_of_the_benchmark_is_the_method(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import methods
+    from benchmarks.contenders import Case
+    from kd.losses.method import METHODS
+
+    case = Case(6, 5, "float32", "cpu")
+    assert float(methods.plain(case)()) == pytest.approx(float(methods.step(METHODS["kd"](), case)()), rel=1e-5)

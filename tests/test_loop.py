@@ -19,7 +19,9 @@ from kd.data import load_data
 from kd.journal import Journal
 from kd.loop import Stage, Trainer, TrainingError, epoch_order, mixed_seed, predict, share
 from kd.losses.distill import DistillLoss
+from kd.methods import build
 from kd.models import Student, Teacher
+from kd.objective import Objective
 from kd.recipe import DataConfig, OptimizerConfig, Recipe, SchedulerConfig, TrainConfig
 
 
@@ -51,12 +53,13 @@ def recipe(**train) -> Recipe:
     )
 
 
-def trainer(tmp_path, r: Recipe, *, teacher=None, loss=None, epochs=2, dropout=0.0, precision="no"):
+def trainer(tmp_path, r: Recipe, *, teacher=None, loss=None, methods=None, epochs=2, dropout=0.0, precision="no"):
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     data = load_data(r.data, r.seed)
     torch.manual_seed(0)
     loss = loss or DistillLoss(kd_weight=0.0, ce_weight=1.0, reduction="sum")
-    stage = Stage("student", Student(Tiny(dropout)), loss, epochs, tmp_path / "student", {}, teacher)
+    objective = Objective(loss, build(methods or {}))
+    stage = Stage("student", Student(Tiny(dropout)), objective, epochs, tmp_path / "student", {}, teacher)
     return Trainer(stage, r, data, accelerator, Journal(tmp_path / "metrics.jsonl", accelerator, Console(quiet=True)))
 
 
@@ -173,16 +176,17 @@ def test_a_stopped_and_resumed_run_ends_bit_identical(tmp_path, monkeypatch, sto
     assert not (tmp_path / "resumed" / "student" / "state.safetensors").exists()
 
 
-@pytest.mark.parametrize("field", ["model", "optimizer", "ema", "update"])
+@pytest.mark.parametrize("field", ["model", "objective", "optimizer", "ema", "update"])
 def test_each_part_of_the_state_is_needed(tmp_path, monkeypatch, field):
     """Bring one field back to what a fresh run has: the resumed run must then differ."""
     from kd import loop
 
-    options = {"ema_decay": 0.9}
-    whole = trainer(tmp_path / "whole", recipe(**options), dropout=0.2)
+    options, methods = {"ema_decay": 0.9}, {"online_label_smoothing": {"weight": 1.0}}
+    whole = trainer(tmp_path / "whole", recipe(**options), methods=methods, dropout=0.2)
     whole.fit()
-    first = trainer(tmp_path / "cut", recipe(**options), dropout=0.2)
+    first = trainer(tmp_path / "cut", recipe(**options), methods=methods, dropout=0.2)
     fresh = {"model": first.stage.model.model, "optimizer": first.optimizer, "ema": first.ema.module}
+    fresh["objective"] = first.stage.objective
     start = {k: deepcopy(m.state_dict()) for k, m in fresh.items()} | {"update": 0}
     monkeypatch.setattr("kd.loop.stop_requested", lambda a: first.progress.update >= 7)
     with pytest.raises(signals.Interrupted):
@@ -190,7 +194,7 @@ def test_each_part_of_the_state_is_needed(tmp_path, monkeypatch, field):
     monkeypatch.undo()
     path = tmp_path / "cut" / "student" / "state.safetensors"
     loop.save_state(path, {**loop.load_state(path), field: start[field]})
-    second = trainer(tmp_path / "cut", recipe(**options), dropout=0.2)
+    second = trainer(tmp_path / "cut", recipe(**options), methods=methods, dropout=0.2)
     second.fit()
     files = [tmp_path / d / "student" / "last.safetensors" for d in ("whole", "cut")]
     assert files[0].read_bytes() != files[1].read_bytes()

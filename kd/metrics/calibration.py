@@ -8,6 +8,8 @@ from torch import Tensor
 
 from kd.metrics.inputs import checked, checked_targets
 
+BINS = 15
+
 
 def top_k_accuracy(logits: Tensor, targets: Tensor, k: int = 1) -> Tensor:
     """Share of samples whose class is among the k largest logits.
@@ -99,3 +101,90 @@ def ece(logits: Tensor, targets: Tensor) -> Tensor:
     # torchmetrics puts a confidence of exactly 1 into a 16th bin of its own (its issue 3510)
     probabilities = logits.softmax(dim=1).clamp(max=1 - 1e-6)
     return multiclass_calibration_error(probabilities, targets, num_classes=logits.shape[1], n_bins=15).double()
+
+
+def mce(logits: Tensor, targets: Tensor) -> Tensor:
+    """Maximum calibration error: the worst bin of `ece`. Misleads: the worst bin is mostly the emptiest one.
+
+    max over b of |accuracy_b - confidence_b|, 15 bins [lo, hi) of equal width, empty ones count 0; Naeini et al. 2015,
+    "Obtaining Well Calibrated Probabilities Using Bayesian Binning", section 2.
+
+    Parameters
+    ----------
+    logits : (N, K) floating point
+    targets : (N,) int64
+
+    Returns
+    -------
+    Tensor
+        () float64, between 0 and 1, at least `ece`.
+    """
+    gap, confidence = _gap(logits, targets)
+    bins = _equal_width(confidence)
+    counts = bins.bincount(minlength=BINS).clamp(min=1)
+    return (_sums(gap, bins).abs() / counts).max()
+
+
+def equal_mass_ece(logits: Tensor, targets: Tensor) -> Tensor:
+    """Expected calibration error of the top class, over 15 bins of equally many samples.
+
+    Σ_b (n_b / N) |accuracy_b - confidence_b|, the sample of confidence rank r = 0..N-1 in bin floor(15 r / N); Nguyen &
+    O'Connor 2015, "Posterior calibration and exploratory analysis", section 3. The released code of Mukhoti et al. 2020
+    (AdaECE) has bins ceil(15 r / N) - 1: at some edges one sample is a bin lower, and the least confident one is in
+    none. Equal confidences keep the samples' order.
+
+    Parameters
+    ----------
+    logits : (N, K) floating point
+    targets : (N,) int64
+
+    Returns
+    -------
+    Tensor
+        () float64, between 0 and 1.
+    """
+    gap, confidence = _gap(logits, targets)
+    n = len(gap)
+    bins = torch.arange(n, device=gap.device) * BINS // n
+    return _sums(gap[confidence.argsort(stable=True)], bins).abs().sum() / n
+
+
+def classwise_ece(logits: Tensor, targets: Tensor) -> Tensor:
+    """Calibration error of every class's probability, not only the top one's; the mean over the K classes.
+
+    (1/K) Σ_k Σ_b (n_bk / N) |share of class k_b - mean p_b[k]|, 15 bins [lo, hi) of equal width for each class; Kull et
+    al. 2019, "Beyond temperature scaling", section 2. With many classes nearly all of it is probabilities near 0, so
+    that it is small for everything: compare it at equal K only. The released code of Mukhoti et al. 2020 averages over
+    max(targets) + 1 classes, has bins (lo, hi] and drops probabilities of exactly 0.
+
+    Parameters
+    ----------
+    logits : (N, K) floating point
+    targets : (N,) int64
+
+    Returns
+    -------
+    Tensor
+        () float64, between 0 and 2/K.
+    """
+    logits = checked("logits", logits)
+    p = logits.softmax(dim=1)
+    gap = F.one_hot(checked_targets(targets, logits), logits.shape[1]) - p
+    sums = torch.zeros(BINS, logits.shape[1], dtype=torch.float64, device=logits.device)
+    return sums.scatter_add_(0, _equal_width(p), gap).abs().sum() / gap.numel()
+
+
+def _gap(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) how much more right than confident each sample is, and its confidence."""
+    logits = checked("logits", logits)
+    confidence = logits.softmax(dim=1).amax(dim=1)
+    right = logits.argmax(dim=1) == checked_targets(targets, logits)
+    return right.double() - confidence, confidence
+
+
+def _equal_width(p: Tensor) -> Tensor:
+    return (p * BINS).long().clamp(max=BINS - 1)
+
+
+def _sums(gap: Tensor, bins: Tensor) -> Tensor:
+    return gap.new_zeros(BINS).index_add_(0, bins, gap)

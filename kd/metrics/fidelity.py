@@ -1,37 +1,45 @@
 """How close a student's predictions are to its teacher's.
 
 From Stanton et al. 2021, "Does Knowledge Distillation Really Work?", section 3.
-Never show one without the other: the predictive KL falls with label smoothing while the agreement falls too.
+Never show the predictive KL without the agreement: it falls with label smoothing while the agreement falls too.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from kd.metrics.inputs import checked
+from kd.metrics.inputs import checked_pair
 
 
-def agreement(a: Tensor, b: Tensor) -> Tensor:
-    """Share of samples on which two networks predict the same class.
+def agreement(a: Tensor, b: Tensor, k: int = 1) -> Tensor:
+    """Share of the k most likely classes that two networks have in common.
 
-    mean over i of 1{argmax a[i] = argmax b[i]}; Stanton et al. 2021.
+    mean over i of |top k of a[i] ∩ top k of b[i]| / k. For k = 1 the share of samples with the same prediction, Stanton
+    et al. 2021; the overlap for k > 1 is ours. Of equal logits the one with the lower index ranks first, as in argmax.
 
     Parameters
     ----------
     a, b : (N, K) floating point
         Logits of the two networks for the same samples.
+    k : from 1 to K
 
     Returns
     -------
     Tensor
-        () float64, between 0 and 1.
+        () float64, between 0 and 1; k/K is chance.
     """
-    a, b = _pair("a", a, "b", b)
-    return (a.argmax(dim=1) == b.argmax(dim=1)).double().mean()
+    a, b = checked_pair("a", a, "b", b)
+    if not 1 <= k <= a.shape[1]:
+        raise ValueError(f"k={k}: must be from 1 to {a.shape[1]}, the number of classes")
+    in_a, in_b = (
+        torch.zeros_like(z).scatter(1, z.sort(dim=1, descending=True, stable=True).indices[:, :k], 1) for z in (a, b)
+    )
+    return (in_a * in_b).sum(dim=1).mean() / k
 
 
 def predictive_kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """Divergence of the student's predictions from the teacher's.
+    """Divergence of the student's predictions from the teacher's. Misleads alone: show it beside `agreement`.
 
     mean over i of Σ_k p_t[k] (log p_t[k] - log p_s[k]), p = softmax at T = 1; Stanton et al. 2021.
 
@@ -45,12 +53,6 @@ def predictive_kl(teacher: Tensor, student: Tensor) -> Tensor:
     Tensor
         () float64 in nats, at least 0; 0 where the logits differ by a constant per sample.
     """
-    teacher, student = _pair("teacher", teacher, "student", student)
+    teacher, student = checked_pair("teacher", teacher, "student", student)
     p, q = teacher.log_softmax(dim=1), student.log_softmax(dim=1)
     return (p.exp() * (p - q)).sum(dim=1).mean()
-
-
-def _pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> tuple[Tensor, Tensor]:
-    if a.shape != b.shape:
-        raise ValueError(f"{name_a} has shape {tuple(a.shape)}, {name_b} has {tuple(b.shape)}: must be the same")
-    return checked(name_a, a), checked(name_b, b)

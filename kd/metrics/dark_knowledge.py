@@ -1,0 +1,245 @@
+"""What a network knows about the wrong classes. Logits (N, K), labels (N,); K ≥ 3 where wrong classes are compared.
+
+NT stands for non-target: the label's class is dropped and the others renormalised, so that accuracy and confidence
+play no part. The reference is what should be known: logits whose softmax is p*, such as the logarithm of the true
+posterior, or of the mean prediction of an ensemble of clean networks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kd.metrics.inputs import (
+    checked,
+    checked_features,
+    checked_groups,
+    checked_pair,
+    checked_targets,
+    checked_temperature,
+    class_means,
+)
+from kd.metrics.ranking import spearman
+from kd.metrics.temperature import inverse_temperature
+
+
+def nt_cosine(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+    """Alignment of the wrong classes' logits with the reference's, free of scale and offset.
+
+    mean over i of cos(c(logits[i] without class targets[i]), c(log p*[i] without it)), c subtracting the mean. Ours.
+
+    Parameters
+    ----------
+    logits, reference : (N, K) floating point, K ≥ 3
+    targets : (N,) int64
+
+    Returns
+    -------
+    Tensor
+        () float64, between -1 and 1; 1 for reference·a + b, a > 0; a sample whose wrong classes are equal counts 0.
+    """
+    z, r = _non_target(logits, reference, targets)
+    z, r = z - z.mean(dim=1, keepdim=True), r - r.mean(dim=1, keepdim=True)
+    norm = z.norm(dim=1) * r.norm(dim=1)
+    return ((z * r).sum(dim=1) / norm.where(norm > 0, 1)).mean()
+
+
+def nt_kl(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+    """Divergence of the wrong classes' probabilities from the reference's, at the temperature that suits them best.
+
+    min over T of mean over i of KL(nt(p*[i]) ‖ nt(softmax(logits[i] / T))), one T for all samples. Ours. The best T
+    takes out what smoothing does to confidence alone.
+
+    Parameters
+    ----------
+    logits, reference : (N, K) floating point, K ≥ 3
+    targets : (N,) int64
+
+    Returns
+    -------
+    Tensor
+        () float64 in nats, from 0 (at reference·a + b, a > 0) to the divergence from uniform (T = inf).
+    """
+    z, r = _non_target(logits, reference, targets)
+    log_p = r.log_softmax(dim=1)
+    z = z - z.amax(dim=1, keepdim=True)
+    inverse = inverse_temperature(z, (log_p.exp() * z).sum(dim=1))
+    # Where p* has all its mass on the largest logits the best T is 0: stop short of it, at differences of 1e9.
+    inverse = min(inverse, 1e9 / max(z.abs().mean().item(), 1e-300))
+    log_q = (inverse * z).log_softmax(dim=1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1).mean().clamp(min=0)
+
+
+def transfer_efficiency(student: float, hard: float, bayes: float) -> float:
+    """How much of the dark knowledge that can be transferred was transferred.
+
+    (hard - student) / (hard - bayes), each an `nt_kl` against the same reference: of the distilled student, of the same
+    student trained on hard labels, and of the same student trained on the reference's probabilities. Ours.
+
+    Parameters
+    ----------
+    student, hard, bayes : float
+        nats, at least 0.
+
+    Returns
+    -------
+    float
+        1 as good as the reference itself would teach, 0 no better than labels, negative harmful; not bounded. nan where
+        hard ≤ bayes: there was nothing to transfer.
+    """
+    for name, value in (("student", student), ("hard", hard), ("bayes", bayes)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value}: must be an nt_kl, finite and ≥ 0")
+    return (hard - student) / (hard - bayes) if hard > bayes else math.nan
+
+
+def class_similarity_correlation(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+    """Whether the network confuses a class with the same others, in the same order, as the reference does.
+
+    mean over the classes c present of Spearman's ρ between the class means of softmax(logits) and of p* over the
+    samples of class c, both without entry c. Ours. Smoothing a prediction exactly, (1-eps) p + eps/K, changes no rank.
+
+    Parameters
+    ----------
+    logits, reference : (N, K) floating point, K ≥ 3
+    targets : (N,) int64
+
+    Returns
+    -------
+    Tensor
+        () float64, between -1 and 1; equal entries share their rank, and a row of equal entries counts 0.
+    """
+    logits, reference, targets = _three(logits, reference, targets)
+    present, groups = targets.unique(return_inverse=True)
+    rows_a, rows_b = (class_means(z.softmax(dim=1), groups) for z in (logits, reference))
+    found = []
+    for label, a, b in zip(present.tolist(), rows_a, rows_b, strict=True):
+        others = torch.arange(len(a), device=a.device) != label
+        found.append(spearman(a[others], b[others]))
+    return torch.stack(found).mean()
+
+
+def gamma(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """Müller's γ, the mass off the label. Misleads: smoothing and temperature raise it without any dark knowledge.
+
+    mean over i of Σ_k (1 - y_k) softmax(logits[i] / T)[k] · K/(K-1), y one-hot; Müller et al. 2019, "When Does Label
+    Smoothing Help?", section 4, who set a smoothed target's eps equal to a teacher's γ(T) to compare the two.
+
+    Parameters
+    ----------
+    logits : (N, K) floating point
+    targets : (N,) int64
+    temperature : T, finite and > 0
+
+    Returns
+    -------
+    Tensor
+        () float64, between 0 and K/(K-1); eps for exactly smoothed labels, 1 for constant logits.
+    """
+    logits = checked("logits", logits)
+    k = logits.shape[1]
+    p = (logits / checked_temperature(temperature)).softmax(dim=1)
+    wrong = torch.arange(k, device=p.device) != checked_targets(targets, logits)[:, None]
+    return (p * wrong).sum(dim=1).mean() * k / (k - 1)
+
+
+def shen_instability(logits: Tensor, targets: Tensor) -> Tensor:
+    """Shen's 1 - S, the spread of predictions in a class. Misleads: on fitted data it rises with smoothing.
+
+    (1/C) Σ_c (1/n_c) Σ_{i in c} ‖p_i - mean of p over c‖², p = softmax(logits), over the C classes present; Shen et al.
+    2021, "Is Label Smoothing Truly Incompatible with Knowledge Distillation?", whose stability S is 1 minus this. A
+    network that interpolates its training data with hard labels is saturated there, all its predictions one-hot, and
+    scores 0: the rise with smoothing is the end of saturation and not knowledge.
+
+    Parameters
+    ----------
+    logits : (N, K) floating point
+    targets : (N,) int64, of at least two classes
+
+    Returns
+    -------
+    Tensor
+        () float64, between 0 and 1.
+    """
+    p, groups = _grouped(logits, targets)
+    spread = (p - class_means(p, groups)[groups]).square().sum(dim=1, keepdim=True)
+    return class_means(spread, groups).mean()
+
+
+def cmi(logits: Tensor, targets: Tensor) -> Tensor:
+    """Conditional mutual information of input and prediction given the label. Misleads as `shen_instability` does.
+
+    mean over i of KL(p_i ‖ mean of p over the samples of class targets[i]), p = softmax(logits): Ye et al. 2024,
+    "Bayes Conditional Distribution Estimation for Knowledge Distillation Based on Conditional Mutual Information".
+    Per class it is H(mean p) - mean H(p). On interpolated training data it rises with smoothing, by saturation.
+
+    Parameters
+    ----------
+    logits : (N, K) floating point
+    targets : (N,) int64, of at least two classes
+
+    Returns
+    -------
+    Tensor
+        () float64 in nats, between 0 and log K.
+    """
+    p, groups = _grouped(logits, targets)
+    means = class_means(p, groups)[groups]
+    return (torch.special.xlogy(p, p) - torch.special.xlogy(p, means)).sum(dim=1).mean().clamp(min=0)
+
+
+def mutual_information(values: Tensor) -> Tensor:
+    """Müller's estimate of how much of an input is left in a logit, or in the difference of two.
+
+    (1/N) Σ_x mean over l of [ -(v[x, l] - μ_x)²/2σ² - log (1/N) Σ_x' exp(-(v[x, l] - μ_x')²/2σ²) ] with v[x, l] the
+    logit of augmentation l of input x, μ_x its mean over l, σ² the mean of (v[x, l] - μ_x)² over all; Müller et al.
+    2019, "When Does Label Smoothing Help?", section 4 and appendix, N = 600 of two classes, L = 5. The scale of the
+    logit, which differs from network to network, plays no part.
+
+    Parameters
+    ----------
+    values : (N, L) floating point, N ≥ 2, L ≥ 2
+
+    Returns
+    -------
+    Tensor
+        () float64 in nats, at most log N; log 2 for inputs collapsed to two far points; about 0 where the inputs do
+        not differ, and as an estimate a little below it at times.
+    """
+    values = checked_features("values", values)
+    n, repeats = values.shape
+    if n < 2 or repeats < 2:
+        raise ValueError(f"values have shape {(n, repeats)}: must be (N, L), at least two inputs and two augmentations")
+    means = values.mean(dim=1)
+    variance = (values - means[:, None]).square().mean()
+    if variance == 0:
+        raise ValueError("values do not vary over the augmentations: the noise that the estimate needs is 0")
+    total = values.new_zeros(())
+    for column in values.T:
+        exponent = -(column[:, None] - means).square() / (2 * variance)  # (N, N)
+        total = total + (exponent.diagonal() - exponent.logsumexp(dim=1) + math.log(n)).mean()
+    return total / repeats
+
+
+def _three(logits: Tensor, reference: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All checked, of at least two wrong classes."""
+    logits, reference = checked_pair("logits", logits, "reference", reference)
+    if logits.shape[1] < 3:
+        raise ValueError("logits have 2 classes: must be at least 3, or there is one wrong class and nothing to know")
+    return logits, reference, checked_targets(targets, logits)
+
+
+def _non_target(logits: Tensor, reference: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, K-1) logits and reference without the label's class."""
+    logits, reference, targets = _three(logits, reference, targets)
+    n, k = logits.shape
+    others = torch.arange(k, device=logits.device) != targets[:, None]
+    return logits[others].view(n, k - 1), reference[others].view(n, k - 1)
+
+
+def _grouped(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, K) probabilities, (N,) groups 0..C-1."""
+    logits = checked("logits", logits)
+    return logits.softmax(dim=1), checked_groups(checked_targets(targets, logits), logits)

@@ -1,0 +1,115 @@
+"""How classes lie in feature space. Features (N, D), labels (N,) of at least two classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kd.metrics.inputs import checked_features, checked_groups, class_means
+
+
+def within_total_variance(features: Tensor, targets: Tensor) -> Tensor:
+    """Share of the features' variance that lies within the classes; label smoothing lowers it.
+
+    Σ_i ‖f_i - mean of f over i's class‖² / Σ_i ‖f_i - mean of f‖². The rest is between the classes.
+
+    Parameters
+    ----------
+    features : (N, D) floating point
+    targets : (N,) int64, of at least two classes
+
+    Returns
+    -------
+    Tensor
+        () float64, between 0 (a point per class) and 1 (equal class means).
+    """
+    features = checked_features("features", features)
+    groups = checked_groups(targets, features)
+    centred = features - features.mean(dim=0)
+    total = centred.square().sum()
+    if total == 0:
+        raise ValueError("features are all equal: there is no variance to share")
+    return (centred - class_means(centred, groups)[groups]).square().sum() / total
+
+
+def class_separation(features: Tensor, targets: Tensor) -> Tensor:
+    """Class separation R² in cosine distance; higher with label smoothing, and with it worse transfer.
+
+    1 - d_within / d_total, d the mean of 1 - cos over all pairs of a class (a sample with itself too), averaged over
+    the classes, and over all pairs of all classes, each class of equal weight; Kornblith et al. 2021, "Why Do Better
+    Loss Functions Lead to Less Transferable Features?", section 4.
+
+    Parameters
+    ----------
+    features : (N, D) floating point, no row 0
+    targets : (N,) int64, of at least two classes
+
+    Returns
+    -------
+    Tensor
+        () float64, between 0 (equal mean directions) and 1 (a direction per class).
+    """
+    features = checked_features("features", features)
+    groups = checked_groups(targets, features)
+    size = features.norm(dim=1, keepdim=True)
+    if (size == 0).any():
+        raise ValueError(f"features have {(size == 0).sum().item()} rows of 0: they have no direction")
+    # The mean cosine over all pairs of two classes is the product of their mean unit vectors.
+    means = class_means(features / size, groups)
+    within = 1 - means.square().sum(dim=1).mean()
+    total = 1 - means.mean(dim=0).square().sum()
+    if total <= 1e-15:
+        raise ValueError("features have all the same direction: there is no distance to share")
+    return 1 - within / total
+
+
+class Projection(NamedTuple):
+    """Positions in Müller's plane."""
+
+    points: Tensor  # (N, 2)
+    templates: Tensor  # (3, 2)
+
+
+def muller_projection(features: Tensor, weight: Tensor, bias: Tensor, classes: Sequence[int]) -> Projection:
+    """Features in the plane through the templates of three classes: the pictures of clusters and triangles.
+
+    A class's template is its row of the last layer with the bias appended, (w_c, b_c); a feature is (f, 1). The plane
+    goes through templates i, j, k; its origin is template i, its basis the orthonormal one of (w_j - w_i, w_k - w_i) by
+    QR, with j on the first axis and k above it. Müller et al. 2019, "When Does Label Smoothing Help?", section 2, 100
+    examples of each class.
+
+    Parameters
+    ----------
+    features : (N, D) floating point
+        What the last layer reads.
+    weight : (K, D) floating point
+    bias : (K,) floating point
+        Zeros for a layer without one.
+    classes : three different classes
+
+    Returns
+    -------
+    Projection
+        points (N, 2) and templates (3, 2), float64.
+    """
+    features, weight = checked_features("features", features), checked_features("weight", weight)
+    k, d = weight.shape
+    if features.shape[1] != d or bias.shape != (k,):
+        raise ValueError(
+            f"features {tuple(features.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}: must be "
+            "(N, D), (K, D) and (K,)"
+        )
+    if len(set(classes)) != 3 or not all(0 <= c < k for c in classes):
+        raise ValueError(f"classes={list(classes)}: must be three different ones from 0 to {k - 1}")
+    chosen = torch.cat([weight, bias.detach().double()[:, None]], dim=1)[list(classes)]
+    edges = (chosen[1:] - chosen[0]).T  # (D + 1, 2)
+    basis, upper = torch.linalg.qr(edges)
+    size = upper.diagonal()
+    if size.abs().min() <= 1e-12 * upper.abs().max() or upper.abs().max() == 0:
+        raise ValueError(f"classes={list(classes)}: their templates lie on a line and span no plane")
+    basis = basis * size.sign()
+    points = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
+    return Projection((points - chosen[0]) @ basis, (chosen - chosen[0]) @ basis)

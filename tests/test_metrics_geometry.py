@@ -1,0 +1,193 @@
+"""Geometry of classes, and a class that was left out, against scikit-learn and second writings."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import cdist
+from sklearn.metrics import roc_auc_score
+
+from kd.metrics import (
+    best_bias,
+    bias_corrected_recall,
+    class_separation,
+    muller_projection,
+    omitted_auroc,
+    recall_with_bias,
+    top_k_accuracy,
+    within_total_variance,
+)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+TARGETS = torch.tensor([0] * 20 + [3] * 5 + [1] * 7)  # unequal, class 2 absent
+FEATURES = draw(32, 4) + 2 * draw(4, 4, seed=1)[TARGETS]
+
+
+def test_within_total_variance_is_the_decomposition():
+    f, y = FEATURES.numpy(), TARGETS.numpy()
+    between = sum((y == c).sum() * ((f[y == c].mean(0) - f.mean(0)) ** 2).sum() for c in (0, 1, 3))
+    assert within_total_variance(FEATURES, TARGETS).item() == pytest.approx(
+        1 - between / ((f - f.mean(0)) ** 2).sum(), rel=1e-12
+    )
+    assert within_total_variance(5 * FEATURES + 3, TARGETS) == pytest.approx(within_total_variance(FEATURES, TARGETS))
+    points = draw(4, 4)
+    assert within_total_variance(points[TARGETS], TARGETS).item() == pytest.approx(0, abs=1e-14)
+    same = torch.cat([FEATURES, FEATURES])
+    assert within_total_variance(same, torch.arange(64) // 32).item() == pytest.approx(1)
+
+
+def test_class_separation_over_all_pairs():
+    f, y = FEATURES.numpy(), TARGETS.numpy()
+    distance = cdist(f, f, "cosine")
+    classes = [y == c for c in (0, 1, 3)]
+    within = np.mean([distance[np.ix_(c, c)].mean() for c in classes])
+    total = np.mean([[distance[np.ix_(a, b)].mean() for b in classes] for a in classes])
+    found = class_separation(FEATURES, TARGETS)
+    assert found.item() == pytest.approx(1 - within / total, rel=1e-12)
+    scaled = FEATURES * (1 + torch.arange(32)[:, None])
+    assert class_separation(scaled, TARGETS).item() == pytest.approx(found.item(), rel=1e-12)  # directions only
+
+
+def test_class_separation_at_its_ends():
+    points = draw(4, 4)
+    assert class_separation(points[TARGETS], TARGETS).item() == pytest.approx(1, rel=1e-12)
+    same = torch.cat([FEATURES, FEATURES])
+    assert class_separation(same, torch.arange(64) // 32).item() == pytest.approx(0, abs=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: class_separation(FEATURES * 0, TARGETS), r"^features have 32 rows of 0: they have no direction$"),
+        (lambda: class_separation(FEATURES * 0 + 1, TARGETS), r"^features have all the same direction"),
+        (lambda: within_total_variance(FEATURES * 0 + 1, TARGETS), r"^features are all equal"),
+    ],
+)
+def test_features_without_variance(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# ---- Müller's plane
+
+
+@pytest.mark.parametrize("classes", [[4, 0, 2], [0, 4, 2], [2, 0, 4], [4, 2, 0]])  # a QR's signs differ between them
+def test_the_projection_keeps_distances_in_the_plane(classes):
+    weight, bias = draw(5, 4, seed=2), draw(5, seed=3)
+    points, templates = muller_projection(FEATURES, weight, bias, classes)
+    full = torch.cat([weight, bias[:, None]], 1)[classes]
+    torch.testing.assert_close(torch.cdist(templates, templates), torch.cdist(full, full))
+    assert templates[0].tolist() == [0, 0]
+    assert templates[1, 1].abs() < 1e-12
+    assert templates[1, 0] > 0
+    assert templates[2, 1] > 0
+    # least squares, without a QR: the foot of each point in the plane, from the first template
+    x = torch.cat([FEATURES, torch.ones(32, 1)], 1) - full[0]
+    edges = (full[1:] - full[0]).T
+    foot = edges @ torch.linalg.lstsq(edges, x.T).solution  # (5, 32)
+    torch.testing.assert_close(points.norm(dim=1), foot.norm(dim=0))
+    torch.testing.assert_close(torch.cdist(points, points), torch.cdist(foot.T, foot.T), atol=1e-7, rtol=1e-7)
+
+
+def test_the_projection_by_hand():
+    """Templates (0,0,0), (2,0,0) and (1,3,0) with biases 0: the plane is the first two axes."""
+    weight = torch.tensor([[0.0, 0, 0], [2, 0, 0], [1, 3, 0]])
+    points, templates = muller_projection(torch.tensor([[5.0, -6, 7]]), weight, torch.zeros(3), (0, 1, 2))
+    torch.testing.assert_close(points, torch.tensor([[5.0, -6]]).double())
+    torch.testing.assert_close(templates, torch.tensor([[0.0, 0], [2, 0], [1, 3]]).double())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": [0, 1, 1]}, r"^classes=\[0, 1, 1\]: must be three different ones from 0 to 4$"),
+        ({"classes": [0, 1]}, r"^classes=\[0, 1\]: must be three"),
+        ({"classes": [0, 1, 5]}, r"^classes=\[0, 1, 5\]: must be three different ones from 0 to 4$"),
+        ({"bias": torch.zeros(4)}, r"^features \(32, 4\), weight \(5, 4\), bias \(4,\): must be"),
+        ({"features": torch.zeros(3, 5)}, r"^features \(3, 5\), weight \(5, 4\)"),
+        (
+            {"weight": torch.arange(5.0)[:, None].expand(5, 4), "bias": torch.zeros(5)},
+            r"lie on a line and span no plane",
+        ),
+        ({"weight": draw(5, 4) * math.nan}, r"^weight has 5 rows with nan or inf"),
+    ],
+)
+def test_misuse_of_the_projection(change, message):
+    given = {"features": FEATURES, "weight": draw(5, 4, seed=2), "bias": draw(5, seed=3), "classes": [0, 1, 2]}
+    with pytest.raises(ValueError, match=message):
+        muller_projection(**(given | change))
+
+
+# ---- a class that was left out
+
+
+def omitted_case(bias=-6.0, n=200):
+    """Logits that know class 2 but for its bias."""
+    targets = torch.arange(n) % 4
+    logits = draw(n, 4, seed=4)
+    logits[torch.arange(n), targets] += 2
+    logits[:, 2] += bias
+    return logits, targets
+
+
+def test_the_best_bias_is_the_best_of_a_grid():
+    logits, targets = omitted_case()
+    found = best_bias(logits, targets, 2)
+
+    def accuracy(bias):
+        return top_k_accuracy(logits + bias * torch.tensor([0, 0, 1.0, 0]), targets).item()
+
+    grid = max(accuracy(b) for b in torch.linspace(-5, 20, 2001).tolist())
+    assert accuracy(found) >= grid
+    assert accuracy(found) > accuracy(0.0) + 0.1
+    assert 4 < found < 8
+    expected = ((logits + found * torch.tensor([0, 0, 1.0, 0])).argmax(1) == 2)[targets == 2].double().mean()
+    assert bias_corrected_recall(logits, targets, 2) == recall_with_bias(logits, targets, 2, found) == expected
+    assert recall_with_bias(logits, targets, 2).item() < 0.1
+
+
+def test_the_best_bias_by_hand():
+    # margins (others' best - class 0): 5 and 3 for class 0, 4 for a right other, 1 for an other that is wrong anyway
+    logits = torch.tensor([[0.0, 5, 0], [0, 3, 0], [0, 0, 4], [0, 1, 0]])
+    targets = torch.tensor([0, 0, 2, 2])
+    # right: below 3 one; between 3 and 4 two; between 4 and 5 one; above 5 two. Nearest to 0 is 3.5
+    assert best_bias(logits, targets, 0) == 3.5
+    assert recall_with_bias(logits, targets, 0, 3.5).item() == 0.5
+    assert recall_with_bias(logits, targets, 0, 6.0).item() == 1
+    assert best_bias(logits - torch.tensor([0.0, 3.2, 3.2]), targets, 0) == 0.0  # already within the best stretch
+    assert best_bias(logits + torch.tensor([5.8, 0, 0]), targets, 0) == 0.0  # of -2.3 and 0 that is nearer
+    assert best_bias(logits[[0, 3]], targets[[0, 3]], 0) == 6.0  # beyond the last
+
+
+def test_recall_after_correction_does_not_see_the_bias():
+    one, other = (bias_corrected_recall(*omitted_case(bias), 2) for bias in (-6.0, -60.0))
+    assert one.item() == pytest.approx(other.item())
+    assert one.item() > 0.6
+
+
+def test_auroc_against_scikit_learn():
+    logits, targets = omitted_case()
+    p = logits.softmax(1)[:, 2].numpy()
+    assert omitted_auroc(logits, targets, 2).item() == pytest.approx(roc_auc_score(targets == 2, p), rel=1e-12)
+    ties = logits.round()
+    odds = (ties.softmax(1)[:, 2] / (1 - ties.softmax(1)[:, 2])).numpy().round(9)
+    assert omitted_auroc(ties, targets, 2).item() == pytest.approx(roc_auc_score(targets == 2, odds), abs=1e-3)
+    far = omitted_auroc(omitted_case(-600.0)[0], targets, 2)  # where p itself is 0 for all
+    assert far.item() == pytest.approx(omitted_auroc(logits, targets, 2).item(), abs=1e-3)
+    assert omitted_auroc(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1]), 0).item() == 0.5
+
+
+@pytest.mark.parametrize("metric", [best_bias, bias_corrected_recall, recall_with_bias, omitted_auroc])
+def test_an_omitted_class_has_to_be_there(metric):
+    logits, targets = omitted_case()
+    with pytest.raises(ValueError, match=r"^omitted=4: must be from 0 to 3, the classes of the logits$"):
+        metric(logits, targets, 4)
+    with pytest.raises(ValueError, match=r"^targets have 0 of 200 samples of class 2: must have some, not all$"):
+        metric(logits, targets.where(targets != 2, 1), 2)
+    with pytest.raises(ValueError, match=r"^targets have 200 of 200 samples of class 2"):
+        metric(logits, torch.full((200,), 2), 2)
