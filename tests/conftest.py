@@ -14,6 +14,13 @@ from kd import cli
 
 Done = namedtuple("Done", "code out err")
 
+LONG = ("test_triton.py", "test_triton_offline.py", "test_methods_train.py", "test_train.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Longest first: a long test that starts last leaves the other core idle."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 @pytest.fixture
 def kd_train(monkeypatch, capsys, tmp_path):
