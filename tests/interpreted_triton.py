@@ -60,7 +60,7 @@ SETTINGS = {
 @pytest.fixture(params=["resident", "sweeps"])
 def kernel(request, monkeypatch):
     if request.param == "sweeps":
-        monkeypatch.setattr(launcher, "shape_for", lambda *_: Shape(False, 1, 16, 1))
+        monkeypatch.setattr(launcher, "shape_for", lambda *_: Shape(False, 1, 16, 1, None))
     return request.param
 
 
@@ -167,7 +167,7 @@ def test_matrix(kernel):
             raise AssertionError(f"{kernel}: {c}") from failure
 
 
-@pytest.mark.parametrize("k", [1, 2, 16, 17, 37])
+@pytest.mark.parametrize("k", [1, 2, 16, 17, 37, 300])
 def test_any_number_of_classes(kernel, k):
     s, t, y, q, w, upstream = batch(5, k)
     for target, weight in ((y, None), (y, w), (q, None), (q, w)):

@@ -90,28 +90,34 @@ def adjust(
 
 
 class Shape(NamedTuple):
-    """How a launch divides its work: ``block`` classes at a time of ``rows`` rows by one program of ``warps`` warps."""
+    """How a launch divides its work: ``block`` classes at a time of ``rows`` rows by one program of ``warps`` warps.
+
+    ``registers`` is the most that a thread may have on CUDA, None what the compiler makes of it.
+    """
 
     resident: bool
     rows: int
     block: int
     warps: int
+    registers: int | None
 
 
-def shape_for(classes: int, wide: torch.dtype, lanes: int) -> Shape:
-    """The launch for rows of this many classes; ``lanes`` is the number of threads in a warp.
+def shape_for(classes: int, wide: torch.dtype, vector: int, lanes: int) -> Shape:
+    """The launch for rows of this many classes, loaded ``vector`` at a time; ``lanes`` is the threads of a warp.
 
     What fits was read off the compiled code by tests/test_triton_offline.py: in none of these do registers spill. At
     16 classes for each of 512 threads a row is 98 to 126 registers of 128; 32 for each spill on some architectures.
     """
     double = wide == torch.float64
     each = 4 if double else 8
-    threads = 16 * lanes
     block = max(triton.next_power_of_2(classes), 16)
-    if block > each * threads * (1 if double else 2):
-        return Shape(False, 1, LANE.value * 256, 256 // lanes)
-    tile = max(block, each * 128)
-    return Shape(True, tile // block, block, min(tile // (each * lanes), 16))
+    if block > 16 * lanes * each * (1 if double else 2):
+        return Shape(False, 1, LANE.value * 256, 256 // lanes, None)
+    tile = max(block, each * lanes)
+    warps = min(tile // (each * lanes), 16)
+    # Left to itself, ptxas spills a register to be down at 56 in some launches that load one class at a time.
+    held = vector == 1 and not double and block == tile == warps * lanes * each
+    return Shape(True, tile // block, block, warps, 64 if held else None)
 
 
 def _launch(
@@ -136,8 +142,9 @@ def _launch(
     class_weight = None if class_weight is None else class_weight.contiguous()
     strides = [0 if x is None else x.stride(0) for x in (student, teacher, target)]
     vector = _vector(k, [x for x in (student, teacher, target if soft else None, class_weight) if x is not None])
-    shape = shape_for(k, wide_dtype(student), _lanes(student.device))
+    shape = shape_for(k, wide_dtype(student), vector, _lanes(student.device))
     kernel: Any = resident if shape.resident else sweeps
+    limit = {"maxnreg": shape.registers} if shape.registers and not torch.version.hip else {}
     # Triton launches on the current device, which need not be the one the tensors are on.
     with torch.cuda.device_of(student):
         kernel[(triton.cdiv(n, shape.rows),)](
@@ -166,6 +173,7 @@ def _launch(
             BLOCK=shape.block,
             VECTOR=vector,
             num_warps=shape.warps,
+            **limit,
         )
 
 
