@@ -19,7 +19,7 @@ LONG = ("test_triton.py", "test_triton_offline.py", "test_methods_train.py", "te
 
 def pytest_collection_modifyitems(items):
     """Longest first: a long test that starts last leaves the other core idle."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture
