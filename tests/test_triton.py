@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is published for Linux only")
 
 
+@pytest.mark.timeout(1200)  # minutes on a slow core: every operation of a kernel is Python here
 def test_the_kernels_under_the_interpreter():
     checks = Path(__file__).with_name("interpreted_triton.py")
     done = subprocess.run(
