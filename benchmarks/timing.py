@@ -16,20 +16,28 @@ from pathlib import Path
 
 import torch
 
-# A sample repeats a step for about this long.
-LEAST_SECONDS = 2e-3
+# A sample repeats a step for about this long, and so often at least.
+LEAST_SECONDS = 1e-2
+LEAST_CALLS = 3
+WARM_UP = 3
 
 
 def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of one step, ``rounds`` samples of each: every round runs all of them, so that noise meets all alike."""
+    """Seconds of one step, ``rounds`` samples of each: every round runs all of them, so that noise meets all alike.
+
+    Before each sample its step runs unmeasured: else it would pay for the caches and the allocator that its predecessor
+    left behind, and the short ones most. Three calls are what it took until times stayed the same.
+    """
     sample = _cuda_sample if device == "cuda" else _cpu_sample
     repeats = {}
     for name, step in steps.items():
         step()
-        repeats[name] = max(1, round(LEAST_SECONDS / max(sample(step, 1), 1e-9)))
+        repeats[name] = max(LEAST_CALLS, round(LEAST_SECONDS / max(sample(step, 1), 1e-9)))
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
+            for _ in range(WARM_UP):
+                step()
             times[name].append(sample(step, repeats[name]))
     return times
 

@@ -102,8 +102,10 @@ def _check_classes(num_classes: int) -> None:
     check_number("num_classes", num_classes, "a whole number ≥ 1", lambda v: v >= 1 and v % 1 == 0)
 
 
-def check_target(target: Tensor, num_classes: int, ignore_index: int | None = None, read_values: bool = True) -> None:
+def check_target(target: Tensor, num_classes: int, ignore_index: int | None = None, read_values: bool = True) -> bool:
     """Raise unless target is int64 labels in 0..K-1 (or ignore_index) or floating rows of K probabilities.
+
+    True where it has seen labels, and all of them in 0..K-1.
 
     On a GPU reading the values makes the host wait; ``read_values=False`` checks dtype and shape only.
     """
@@ -118,27 +120,27 @@ def check_target(target: Tensor, num_classes: int, ignore_index: int | None = No
             )
         if read_values:
             _check_probabilities(target)
-        return
+        return False
     if target.dtype != torch.int64:
         raise TypeError(
             f"target.dtype={target.dtype}: must be int64 labels (use target.long()) or floating probabilities"
         )
-    if read_values:
-        _check_labels(target, num_classes, ignore_index)
+    return read_values and _check_labels(target, num_classes, ignore_index)
 
 
-def _check_labels(target: Tensor, num_classes: int, ignore_index: int | None) -> None:
+def _check_labels(target: Tensor, num_classes: int, ignore_index: int | None) -> bool:
     if target.numel() == 0:
-        return
+        return True
     low, high = target.aminmax()  # one operation settles most batches: the loss calls this at every step
     if low.item() >= 0 and high.item() < num_classes:
-        return
+        return True
     bad = (target < 0) | (target >= num_classes)
     if ignore_index is not None:
         bad &= target != ignore_index
     if bad.any():
         also = "" if ignore_index is None else f" or ignore_index={ignore_index}"
         raise ValueError(f"target has label {target[bad][0].item()}: must be 0..{num_classes - 1}{also}")
+    return False
 
 
 def values_readable(tensor: Tensor) -> bool:

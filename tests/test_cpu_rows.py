@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kd.losses import cpu, reference
+from kd.losses.reference import Settings
 from kd.smoothing import to_uniform
 
 INF = math.inf
@@ -47,7 +48,7 @@ def batch(n=6, k=5, dtype=torch.float64, soft=False, weighted=False, ignored=Fal
 
 
 def run(s, t, target, weight, upstream, with_gradient=True, **changed):
-    return cpu.rows(s, t, target, weight, upstream, with_gradient=with_gradient, **SETTINGS | changed)
+    return cpu.rows(s, t, target, weight, upstream, Settings(**SETTINGS | changed), with_gradient=with_gradient)
 
 
 def expected(s, t, target, weight, upstream, dtype=torch.float64, **changed):
@@ -55,7 +56,7 @@ def expected(s, t, target, weight, upstream, dtype=torch.float64, **changed):
     leaf = s.to(dtype).requires_grad_()
     t, weight = (None if x is None else x.to(dtype) for x in (t, weight))
     target = target.to(dtype) if target.is_floating_point() else target
-    loss, *terms = reference.terms(leaf, t, target, weight, **SETTINGS | changed)
+    loss, *terms = reference.terms(leaf, t, target, weight, Settings(**SETTINGS | changed))
     (gradient,) = torch.autograd.grad(loss, leaf, upstream.to(loss.dtype))
     none = torch.zeros(len(s), dtype=torch.float64)
     return *(none if x is None else x.detach().double() for x in (loss, *terms)), gradient.double()
@@ -291,7 +292,7 @@ def test_adjust_brings_the_gradient_to_another_upstream(dtype):
         held[1] = 0  # says nothing of the row
         gradient = run(s, t, target, w, held)[3]
         before = gradient.clone()
-        cpu.adjust(gradient, held, wanted, s, t, target, w, **SETTINGS)
+        cpu.adjust(gradient, held, wanted, s, t, target, w, Settings(**SETTINGS))
         exact = run(s, t, target, w, wanted)[3]
         same = held == wanted
         assert torch.equal(gradient[same], before[same])
@@ -305,7 +306,7 @@ def test_adjust_brings_the_gradient_to_another_upstream(dtype):
 def test_adjust_leaves_equal_rows_alone():
     s, t, y, w, up = batch(dtype=torch.bfloat16)
     marker = torch.full_like(s, 7.0)
-    cpu.adjust(marker, up, up, s, t, y, w, **SETTINGS)
+    cpu.adjust(marker, up, up, s, t, y, w, Settings(**SETTINGS))
     assert (marker == 7).all()
 
 
@@ -355,11 +356,11 @@ def test_called_from_four_threads_at_once(threads):
 IN_A_CHILD = """
 import os, signal, torch
 from kd.losses import cpu
+from kd.losses.reference import Settings
 torch.set_num_threads(2)
 s, t, y, up = torch.randn(64, 2000), torch.randn(64, 2000), torch.randint(2000, (64,)), torch.ones(64)
 def run():
-    return cpu.rows(s, t, y, None, up, temperature=4.0, student_temperature=4.0, kd_weight=1.0, ce_weight=1.0,
-                    uniform_mass=0.1, ignore_index=-100, with_gradient=True)
+    return cpu.rows(s, t, y, None, up, Settings(4.0, 4.0, 1.0, 1.0, 0.1, -100), with_gradient=True)
 before = run()
 child = os.fork()
 if child == 0:

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kd.losses import triton as launcher
+from kd.losses.reference import Settings
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -110,15 +111,14 @@ def launch(case: Case, **settings):
 
 def call(case: Case, n=2, **settings):
     dtype, k = DTYPES[case.student], case.classes
-    settings = {
-        "temperature": 4.0,
-        "student_temperature": 2.0,
-        "kd_weight": 0.9 * (case.terms != "ce"),
-        "ce_weight": 0.1 * (case.terms != "kd"),
-        "uniform_mass": 0.1,
-        "ignore_index": -100,
-        **settings,
-    }
+    settings = Settings(
+        temperature=4.0,
+        student_temperature=2.0,
+        kd_weight=0.9 * (case.terms != "ce"),
+        ce_weight=0.1 * (case.terms != "kd"),
+        uniform_mass=0.1,
+        ignore_index=-100,
+    )._replace(**settings)
     s, t = (
         torch.empty(n * k + 1, dtype=dtype)[case.odd : n * k + case.odd].view(n, k),
         torch.empty(n, k, dtype=DTYPES[case.teacher]),
@@ -128,9 +128,9 @@ def call(case: Case, n=2, **settings):
     upstream = torch.ones((), dtype=torch.float64 if case.student == "fp64" else torch.float32).expand(n)
     t = None if case.terms == "ce" else t
     if case.call == "adjust":
-        launcher.adjust(torch.empty_like(s), upstream.clone(), upstream, s, t, y, w, **settings)
+        launcher.adjust(torch.empty_like(s), upstream.clone(), upstream, s, t, y, w, settings)
     else:
-        launcher.rows(s, t, y, w, upstream, with_gradient=case.call == "rows", **settings)
+        launcher.rows(s, t, y, w, upstream, settings, with_gradient=case.call == "rows")
 
 
 # ---- what the code says

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kd.losses.cpu_kernel import BFLOAT, BLOCK, DOUBLE, FLOAT, HALF, Block, Job, compile_work
-from kd.losses.reference import wide_dtype
+from kd.losses.reference import Settings, wide_dtype
 
 SMALL = 32768  # classes in all below which a second thread costs more than it brings
 KINDS = {torch.float16: HALF, torch.bfloat16: BFLOAT, torch.float32: FLOAT, torch.float64: DOUBLE}
@@ -28,13 +28,8 @@ def rows(
     target: Tensor,
     class_weight: Tensor | None,
     upstream: Tensor,
+    settings: Settings,
     *,
-    temperature: float,
-    student_temperature: float,
-    kd_weight: float,
-    ce_weight: float,
-    uniform_mass: float,
-    ignore_index: int,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(loss, ce, kd, gradient)``: wide ``(N,)`` three times, and ``(N, K)`` in the student's dtype.
@@ -53,12 +48,7 @@ def rows(
         teacher,
         target,
         class_weight,
-        temperature=temperature,
-        student_temperature=student_temperature,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
-        uniform_mass=uniform_mass,
-        ignore_index=ignore_index,
+        settings,
     )
     loss, ce, kd = values.unbind()
     return loss, ce, kd, gradient
@@ -72,13 +62,7 @@ def adjust(
     teacher: Tensor | None,
     target: Tensor,
     class_weight: Tensor | None,
-    *,
-    temperature: float,
-    student_temperature: float,
-    kd_weight: float,
-    ce_weight: float,
-    uniform_mass: float,
-    ignore_index: int,
+    settings: Settings,
 ) -> None:
     """Bring a gradient that holds the rows for the upstream ``held`` (N,) to ``upstream`` (N,), in place.
 
@@ -104,12 +88,7 @@ def adjust(
         teacher,
         target,
         class_weight,
-        temperature=temperature,
-        student_temperature=student_temperature,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
-        uniform_mass=uniform_mass,
-        ignore_index=ignore_index,
+        settings,
     )
 
 
@@ -121,13 +100,7 @@ def _launch(
     teacher: Tensor | None,
     target: Tensor,
     class_weight: Tensor | None,
-    *,
-    temperature: float,
-    student_temperature: float,
-    kd_weight: float,
-    ce_weight: float,
-    uniform_mass: float,
-    ignore_index: int,
+    settings: Settings,
 ) -> Tensor:
     """Compute all rows, or those where ``held`` differs from ``upstream``; returns loss, ce and kd as ``(3, N)``."""
     count, classes = student.shape
@@ -135,6 +108,7 @@ def _launch(
     values = torch.empty((3, count), dtype=wide)
     if count == 0:
         return values
+    temperature, student_temperature, kd_weight, ce_weight, uniform_mass, ignore_index = settings
     if kd_weight == 0:
         teacher = None
     if teacher is None and ce_weight == 0:
@@ -171,7 +145,7 @@ def _launch(
 
     threads = min(torch.get_num_threads(), count) if count * classes >= SMALL and not _forked else 1
     statistics = (-(-classes // BLOCK) + 1) * ctypes.sizeof(Block)
-    stored = (4 if dense or power < 0 else 2) * min(classes, BLOCK) * wide.itemsize
+    stored = 6 * min(classes, BLOCK) * wide.itemsize
     job.tasks, job.scratch_task = threads, statistics + stored + 63 & ~63
     scratch = torch.empty(threads * job.scratch_task, dtype=torch.uint8)
     job.scratch = scratch.data_ptr()

@@ -119,15 +119,20 @@ def multiply_add(_typing, a, b, c):
 
 @intrinsic
 def long_vectors(_typing):
-    """Vectors of 512 bits in the loops of the calling function, on machines that have them.
+    """Vectors of 512 bits in the loops of the calling function, on machines that have them, and for any addresses.
 
-    LLVM prefers 256 for the sake of older ones. Measured on one core (Sapphire Rapids), 1024 float32 classes in cache:
-    the two exponentials and their sums 0.58 -> 0.44 ns a class, the gradient 0.11 -> 0.07.
+    The function's arrays must not overlap. Else LLVM would look whether they do, take the slow loop where two of them
+    only lie close, and sum in another order there: bits would depend on addresses. By itself it prefers 256 bits for
+    the sake of older machines. Measured on one core (Sapphire Rapids), 1024 float32 classes in cache: the two
+    exponentials and their sums 0.58 -> 0.44 ns a class, the gradient 0.11 -> 0.07.
     """
 
     def build(context, builder, signature, arguments):
         # llvmlite lists the attributes it knows and has no other way to write one.
         set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        for argument in builder.function.args:
+            if isinstance(argument.type, ir.PointerType):
+                argument.add_attribute("noalias")
         return context.get_dummy_value()
 
     return types.void(), build
@@ -186,12 +191,12 @@ def _exp2(value, scale, lowest):
 
 
 @njit(**INNER)
-def _load(address, kind, out, integer):
-    """Copy stored classes to ``out`` as wide; returns their maximum, at least the lowest finite number.
-
-    Maxima of floats do not vectorise while nan is possible, maxima of integers do: as an integer a float ≥ 0 grows with
-    its value and a float < 0 falls. What comes out for a row with nan does not matter: its exponentials are nan.
-    """
+def _wide(address, kind, out):
+    """The classes stored at this address as wide: where they lie, or else copied to ``out``."""
+    single = out.itemsize == 4
+    if kind == (FLOAT if single else DOUBLE):
+        return view(address, out.size, out.dtype.type)
+    long_vectors()
     if kind == HALF:
         stored = view(address, out.size, np.uint16)
         for i in range(out.size):
@@ -217,13 +222,25 @@ def _load(address, kind, out, integer):
         double = view(address, out.size, np.float64)
         for i in range(out.size):
             out[i] = double[i]
-    high, low = recast(out.dtype.type(-0.0), integer), recast(out.dtype.type(-np.inf), integer)
-    for i in range(out.size):
-        word = recast(out[i], integer)
+    return out
+
+
+@njit(**INNER)
+def _maximum(values, integer):
+    """The maximum, at least the lowest finite number.
+
+    Maxima of floats do not vectorise while nan is possible, maxima of integers do: as an integer a float ≥ 0 grows with
+    its value and a float < 0 falls. What comes out for a row with nan does not matter: its exponentials are nan.
+    """
+    long_vectors()
+    wide = values.dtype.type
+    high, low = recast(wide(-0.0), integer), recast(wide(-np.inf), integer)
+    for i in range(values.size):
+        word = recast(values[i], integer)
         high = word if word > high else high
         low = word if word < low else low
-    top = recast(low if high < 0 else high, out.dtype.type)
-    return top if top > LOWEST else out.dtype.type(LOWEST)
+    top = recast(low if high < 0 else high, wide)
+    return top if top > LOWEST else wide(LOWEST)
 
 
 @njit(**INNER)
@@ -254,30 +271,32 @@ def _store(address, kind, source):
 
 
 @njit(**SUMS)
-def _exponentials(s, top, scale, lowest):
-    """Replace s by ``2^((s - top) scale)``; returns their sum and that of ``s - top``."""
+def _exponentials(s, e, top, scale, lowest):
+    """Write ``2^((s - top) scale)`` to e; returns their sum and that of ``s - top``."""
     long_vectors()
     total = offset = s.dtype.type(0)
     for i in range(s.size):
         below = s[i] - top
-        s[i] = exp2(below, scale, lowest)
-        total += s[i]
+        power = exp2(below, scale, lowest)
+        e[i] = power
+        total += power
         offset += below
     return total, offset
 
 
 @njit(**SUMS)
-def _exponential_pairs(s, t, s_top, t_top, s_scale, t_scale, s_lowest, t_lowest, ratio):
+def _exponential_pairs(s, t, s_e, t_e, s_top, t_top, s_scale, t_scale, s_lowest, t_lowest, ratio):
     """The same for both, with ``sum e_t ((t - t_top) ratio - (s - s_top))``, to which a class at e_t = 0 adds 0."""
     long_vectors()
     nothing = s.dtype.type(0)
     s_total = t_total = gap = offset = nothing
     for i in range(s.size):
         s_below, t_below = s[i] - s_top, t[i] - t_top
-        s[i] = exp2(s_below, s_scale, s_lowest)
+        power = exp2(s_below, s_scale, s_lowest)
         weight = exp2(t_below, t_scale, t_lowest)
-        t[i] = weight
-        s_total += s[i]
+        s_e[i] = power
+        t_e[i] = weight
+        s_total += power
         t_total += weight
         offset += s_below
         product = weight * (t_below * ratio - s_below)
@@ -319,24 +338,27 @@ def _share_sums(share, s, top):
 
 
 @njit(**INNER)
-def _combine(e, power, whole, soft, even):
-    """Replace e by ``whole e^(2^power) + soft e - even``, for a power of 0 to 3."""
+def _combine(e, power, whole, soft, even, other, factor):
+    """Replace e by ``whole e^(2^power) + soft e - even - factor other``, for a power of 0 to 3; other may be None."""
     long_vectors()
+    nothing = e.dtype.type(0)
     if power == 0:
         for i in range(e.size):
-            e[i] = (whole + soft) * e[i] - even
+            e[i] = (whole + soft) * e[i] - even - (nothing if other is None else factor * other[i])
     elif power == 1:
         for i in range(e.size):
-            e[i] = (whole * e[i] + soft) * e[i] - even
+            e[i] = (whole * e[i] + soft) * e[i] - even - (nothing if other is None else factor * other[i])
     elif power == 2:
         for i in range(e.size):
             square = e[i] * e[i]
-            e[i] = whole * (square * square) + (soft * e[i] - even)
+            rest = soft * e[i] - even - (nothing if other is None else factor * other[i])
+            e[i] = whole * (square * square) + rest
     else:
         for i in range(e.size):
             square = e[i] * e[i]
             fourth = square * square
-            e[i] = whole * (fourth * fourth) + (soft * e[i] - even)
+            rest = soft * e[i] - even - (nothing if other is None else factor * other[i])
+            e[i] = whole * (fourth * fourth) + rest
 
 
 @njit(**INNER)
@@ -351,16 +373,19 @@ def _subtract(out, factor, other):
 
 
 @njit(**INNER)
-def _shares(job, row, first, share, integer):
+def _shares(job, row, first, share):
     """Write ``w_k ((1 - eps) q_k + eps / K)`` of the classes from ``first`` on; a label's own part is left out."""
     long_vectors()
     wide = share.dtype.type
-    even, kept = wide(job.uniform_mass / job.classes), wide(0)
+    even = wide(job.uniform_mass / job.classes)
     if job.shares:
-        _load(job.shares + row * job.shares_row + first * job.shares_item, job.shares_kind, share, integer)
+        given = _wide(job.shares + row * job.shares_row + first * job.shares_item, job.shares_kind, share)
         kept = wide(1 - job.uniform_mass)
-    for i in range(share.size):
-        share[i] = (kept * share[i] if job.shares else wide(0)) + even
+        for i in range(share.size):
+            share[i] = kept * given[i] + even
+    else:
+        for i in range(share.size):
+            share[i] = even
     if job.class_weight:
         weight = view(job.class_weight + first * job.wide_bytes, share.size, wide)
         for i in range(share.size):
@@ -368,29 +393,30 @@ def _shares(job, row, first, share, integer):
 
 
 @njit(**INNER)
-def _first_pass(job, row, first, s, t, third, share, block, integer):
+def _first_pass(job, row, first, s, t, third, share, s_read, t_read, block, integer):
     """Exponentials of one block into s, t and third, its sums into ``block``."""
     wide = s.dtype.type
     lowest = wide(-127 if job.wide_bytes == 4 else -1023)
     scale = wide(LOG2_E / job.student_temperature)
-    top = _load(job.student + row * job.student_row + first * job.student_item, job.student_kind, s, integer)
+    student = _wide(job.student + row * job.student_row + first * job.student_item, job.student_kind, s_read)
+    top = _maximum(student, integer)
     block.s_top = top
     if job.dense:
-        _shares(job, row, first, share, integer)
-        block.mass, block.shared = _share_sums(share, s, top)
+        _shares(job, row, first, share)
+        block.mass, block.shared = _share_sums(share, student, top)
     if job.power < 0:
-        for i in range(s.size):
-            third[i] = s[i]
-        block.sum_1 = _exponentials(third, top, wide(LOG2_E), lowest / wide(LOG2_E))[0]
+        block.sum_1 = _exponentials(student, third, top, wide(LOG2_E), lowest / wide(LOG2_E))[0]
     if job.teacher:
-        t_top = _load(job.teacher + row * job.teacher_row + first * job.teacher_item, job.teacher_kind, t, integer)
+        at = job.teacher + row * job.teacher_row + first * job.teacher_item
+        teacher = _wide(at, job.teacher_kind, t_read)
+        t_top = _maximum(teacher, integer)
         block.t_top = t_top
         t_scale, ratio = wide(LOG2_E / job.temperature), wide(job.student_temperature / job.temperature)
         block.sum_s, block.sum_t, block.gap, block.offset = _exponential_pairs(
-            s, t, top, t_top, scale, t_scale, lowest / scale, lowest / t_scale, ratio
+            student, teacher, s, t, top, t_top, scale, t_scale, lowest / scale, lowest / t_scale, ratio
         )
     else:
-        block.sum_s, block.offset = _exponentials(s, top, scale, lowest / scale)
+        block.sum_s, block.offset = _exponentials(student, s, top, scale, lowest / scale)
     if job.power >= 0:
         block.sum_1 = _power_sum(s, job.power) if job.power > 0 else block.sum_s
 
@@ -480,18 +506,20 @@ def _row(job, row, last, scratch, wide, integer):
         if job.class_weight:
             label_share *= view(job.class_weight + label * job.wide_bytes, 1, wide)[0]
         one = view(scratch, 1, wide)
-        logit = _load(job.student + row * job.student_row + label * job.student_item, job.student_kind, one, integer)
-        logit = float(one[0])
+        at = job.student + row * job.student_row + label * job.student_item
+        logit = float(_wide(at, job.student_kind, one)[0])
 
     s_at, t_at, third_at, s_step, rest_step, again = _places(job, row, last, scratch)
-    share_at = scratch + 3 * min(job.classes, BLOCK) * job.wide_bytes
+    width = min(job.classes, BLOCK) * job.wide_bytes
+    s_read, t_read, share_at = scratch + 3 * width, scratch + 4 * width, scratch + 5 * width
     for b in range(blocks):
         first = b * BLOCK
         size = min(job.classes - first, BLOCK)
         s = view(s_at + first * s_step, size, wide)
         t = view(t_at + first * rest_step, size, wide)
         third = view(third_at + first * rest_step, size, wide)
-        _first_pass(job, row, first, s, t, third, view(share_at, size, wide), found[b], integer)
+        share, student, teacher = view(share_at, size, wide), view(s_read, size, wide), view(t_read, size, wide)
+        _first_pass(job, row, first, s, t, third, share, student, teacher, found[b], integer)
 
     temperature, student_temperature = job.temperature, job.student_temperature
     s_top = t_top = -np.inf
@@ -532,17 +560,20 @@ def _row(job, row, last, scratch, wide, integer):
         third = view(third_at + first * rest_step, size, wide)
         share = view(share_at, size, wide)
         if again:
-            _first_pass(job, row, first, s, t, third, share, found[blocks], integer)
+            student, teacher = view(s_read, size, wide), view(t_read, size, wide)
+            _first_pass(job, row, first, s, t, third, share, student, teacher, found[blocks], integer)
         whole = ce_scale * mass / sum_1 * found[b].sum_1 if job.ce_weight > 0 else 0.0
         soft = kd_scale / sum_s * found[b].sum_s if job.teacher else 0.0
         even = 0.0 if job.dense else ce_scale * job.uniform_mass / job.classes
-        _combine(s, max(job.power, 0), wide(0 if job.power < 0 else whole), wide(soft), wide(even))
+        power, factor = wide(0 if job.power < 0 else whole), wide(kd_scale / sum_t * found[b].sum_t)
+        if job.teacher:
+            _combine(s, max(job.power, 0), power, wide(soft), wide(even), t, factor)
+        else:
+            _combine(s, max(job.power, 0), power, wide(soft), wide(even), None, factor)
         if job.power < 0:
             _subtract(s, wide(-whole), third)
-        if job.teacher:
-            _subtract(s, wide(kd_scale / sum_t * found[b].sum_t), t)
         if job.dense:
-            _shares(job, row, first, share, integer)
+            _shares(job, row, first, share)
             _subtract(s, wide(ce_scale), share)
         if first <= label < first + size:
             s[label - first] -= wide(ce_scale * label_share)

@@ -67,38 +67,36 @@ class DistillLoss(DistillSettings):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> Tensor:
         """The loss: a scalar, or shape ``(...)`` under reduction "none"."""
-        loss, _, _, count = self._values(student_logits, teacher_logits, target)
-        return self._reduce(loss, count)
+        return self._values(student_logits, teacher_logits, target)[0]
 
     def terms(self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> DistillTerms:
         """The loss with its unweighted terms, from one pass and under the same reduction."""
         loss, ce, kd, count = self._values(student_logits, teacher_logits, target)
         return DistillTerms(
-            self._reduce(loss, count),
+            loss,
             None if ce is None else self._reduce(ce.detach(), count),
             None if kd is None else self._reduce(kd.detach(), count),
         )
 
     def _values(
         self, student: Tensor, teacher: Tensor | None, target: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | int]:
-        """Loss and unweighted terms of every position, and how many positions count."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | int | None]:
+        """The loss, reduced; the unweighted terms of every position; and what their sums are divided by."""
         self._check_settings()  # again, because a schedule may have changed one
         if self.kd_weight == 0:
             teacher = None
         check_logits("student_logits", student)
         backend = self._choose(student)
-        self._check_inputs(student, teacher, target, read_values=backend != "triton")
+        all_count = self._check_inputs(student, teacher, target, read_values=backend != "triton")
         if not torch.compiler.is_compiling():
             self.backend_used = backend
         settings = self._numbers(student.shape[-1])
-        count = self._count(target)
+        count = self._count(target, all_count)
         inputs = student, teacher, target, self.class_weight
         if backend == "reference":
-            return *reference.terms(*inputs, **settings._asdict()), count
-        # The gradient that a mean or a sum will send back to each position, by the very operation that will send it.
-        guess = torch.ones((), dtype=reference.wide_dtype(student), device=student.device) / count
-        return *fused.terms(backend, *inputs, guess, settings), count
+            loss, ce, kd = reference.terms(*inputs, settings)
+            return self._reduce(loss, count), ce, kd, count
+        return *fused.terms(backend, *inputs, settings, count), count
 
 
 def distill_loss(

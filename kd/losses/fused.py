@@ -2,7 +2,7 @@
 
 A backend is a module with two functions over rows, N of them with K classes each:
 
-- ``rows(student, teacher, target, class_weight, upstream, **settings, with_gradient=...)`` gives loss, ce and kd (N,)
+- ``rows(student, teacher, target, class_weight, upstream, settings, with_gradient=...)`` gives loss, ce and kd (N,)
   and the gradient (N, K) of the loss at the student's logits, each row multiplied by its ``upstream`` (N,).
 - ``adjust(gradient, held, upstream, ...)`` brings such a gradient, in place, from the upstream it holds to another.
 
@@ -15,26 +15,15 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kd.losses.reference import wide_dtype
+from kd.losses.reference import Settings, wide_dtype
 
 BACKENDS = ("cpu", "triton")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class Settings(NamedTuple):
-    """The numbers of one loss; `kd.losses.reference.terms` says what each does."""
-
-    temperature: float
-    student_temperature: float
-    kd_weight: float
-    ce_weight: float
-    uniform_mass: float
-    ignore_index: int
 
 
 def terms(
@@ -43,30 +32,43 @@ def terms(
     teacher: Tensor | None,
     target: Tensor,
     class_weight: Tensor | None,
-    guess: Tensor,
     settings: Settings,
+    count: Tensor | int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What `kd.losses.reference.terms` gives, by a fused backend.
 
-    ``guess`` is one number, the expected gradient of every value of the loss; a wrong guess costs time only.
+    With a ``count`` the loss is one number, the sum over positions divided by it: one node of the graph, where sum and
+    division would be two more, which for few logits is much of the time.
     """
     shape = student.shape[:-1]
-    if student.ndim != 2:  # a view more is a node more in the graph: for few logits that is much of the time
+    if student.ndim != 2:  # for the same reason
         classes = student.shape[-1]
         student = student.reshape(-1, classes)
         teacher = None if teacher is None else teacher.reshape(-1, classes)
         target = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
-    inputs = student, teacher, target, class_weight, guess.expand(len(student))
+    inputs = student, teacher, target, class_weight
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        loss, ce, kd, _ = _Functional.apply(*inputs, backend, settings)
+        loss, ce, kd, _ = _Functional.apply(*inputs, _guess(student, None), backend, settings)
+        loss = _reduce(loss, count)
     elif torch.is_grad_enabled() and student.requires_grad:
-        loss, ce, kd = _Eager.apply(*inputs, backend, settings)
+        loss, ce, kd = _Eager.apply(*inputs, count, backend, settings)
     else:
-        loss, ce, kd, _ = _module(backend).rows(*inputs, **settings._asdict(), with_gradient=False)
+        loss, ce, kd, _ = _module(backend).rows(*inputs, _guess(student, None), settings, with_gradient=False)
+        loss = _reduce(loss, count)
     if len(shape) != 1:
-        loss, ce, kd = loss.view(shape), ce.view(shape), kd.view(shape)
+        loss, ce, kd = loss if loss.ndim == 0 else loss.view(shape), ce.view(shape), kd.view(shape)
     wanted = settings.ce_weight > 0, settings.kd_weight > 0 and teacher is not None
     return loss, ce if wanted[0] else None, kd if wanted[1] else None
+
+
+def _reduce(loss: Tensor, count: Tensor | int | None) -> Tensor:
+    return loss if count is None else loss.sum() / count
+
+
+def _guess(student: Tensor, count: Tensor | int | None) -> Tensor:
+    """What will come from above for each row (N,), by the operations that will bring it there from 1."""
+    one = torch.ones((), dtype=wide_dtype(student), device=student.device)
+    return (one if count is None else one / count).expand(len(student))
 
 
 @cache
@@ -78,23 +80,25 @@ class _Eager(torch.autograd.Function):
     """The gradient is computed with the loss and handed out once; it exists once."""
 
     @staticmethod
-    def forward(ctx, student, teacher, target, class_weight, held, backend, settings):
-        inputs = student, teacher, target, class_weight
-        loss, ce, kd, ctx.gradient = _module(backend).rows(*inputs, held, **settings._asdict(), with_gradient=True)
+    def forward(ctx, student, teacher, target, class_weight, count, backend, settings):
+        inputs, held = (student, teacher, target, class_weight), _guess(student, count)
+        loss, ce, kd, ctx.gradient = _module(backend).rows(*inputs, held, settings, with_gradient=True)
         ctx.save_for_backward(*inputs, held)
-        ctx.backend, ctx.settings = backend, settings
+        ctx.count, ctx.backend, ctx.settings = count, backend, settings
         ctx.mark_non_differentiable(ce, kd)
-        return loss, ce, kd
+        return _reduce(loss, count), ce, kd
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        upstream = grad_outputs[0]
+        upstream = grad_outputs[0].detach()
         *inputs, held = ctx.saved_tensors
-        module, settings = _module(ctx.backend), ctx.settings._asdict()
+        if ctx.count is not None:
+            upstream = (upstream / ctx.count).expand_as(held)
+        module = _module(ctx.backend)
         gradient, ctx.gradient = ctx.gradient, None  # its receiver may change it in place
         if gradient is None:  # a retained graph, once more: the same two steps give the same bits
-            gradient = module.rows(*inputs, held, **settings, with_gradient=True)[-1]
-        module.adjust(gradient, held, upstream.detach(), *inputs, **settings)
+            gradient = module.rows(*inputs, held, ctx.settings, with_gradient=True)[-1]
+        module.adjust(gradient, held, upstream, *inputs, ctx.settings)
         return _once(gradient, inputs[0], ctx.backend), *[None] * 6
 
 
@@ -162,7 +166,7 @@ def fused_rows(
     """A backend's ``rows`` as one operation that a compiler does not look into."""
     settings = Settings(temperature, student_temperature, kd_weight, ce_weight, uniform_mass, ignore_index)
     inputs = student, teacher, target, class_weight, upstream
-    *values, gradient = _module(backend).rows(*inputs, **settings._asdict(), with_gradient=with_gradient)
+    *values, gradient = _module(backend).rows(*inputs, settings, with_gradient=with_gradient)
     return *(value.clone() for value in values), gradient  # an operation's results may not share memory
 
 

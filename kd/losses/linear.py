@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
 from kd.losses.distill import DistillTerms
-from kd.losses.fused import Settings
+from kd.losses.reference import Settings
 from kd.losses.settings import DistillSettings
 from kd.smoothing import check_number
 
@@ -134,9 +134,10 @@ class LinearDistillLoss(DistillSettings):
         computed = self.kd_weight > 0 and _check_teacher(
             logits, teacher_logits, teacher_features, teacher_weight, teacher_bias
         )
-        self._check_inputs(logits, logits if computed else teacher_logits, target, read_values=backend != "triton")
+        known = logits if computed else teacher_logits
+        all_count = self._check_inputs(logits, known, target, read_values=backend != "triton")
         self.backend_used = backend
-        count = self._count(target)
+        count = self._count(target, all_count)
         loss, ce, kd = self._rows(
             _Inputs(
                 features.reshape(-1, features.shape[-1]),
@@ -395,7 +396,7 @@ def _chunk(
             target[part],
             class_weight,
             upstream[part],
-            **plan.settings._asdict(),
+            plan.settings,
             with_gradient=with_gradient,
         )
         if values is not None:

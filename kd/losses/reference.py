@@ -7,6 +7,7 @@ Shapes: ``(...)`` positions, ``K`` classes, always last.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,18 +16,23 @@ from torch import Tensor
 from kd.smoothing import mix_uniform
 
 
+class Settings(NamedTuple):
+    """The numbers of one loss, as DistillLoss has them; ``uniform_mass`` is its smoothing by the uniform convention."""
+
+    temperature: float
+    student_temperature: float
+    kd_weight: float
+    ce_weight: float
+    uniform_mass: float
+    ignore_index: int
+
+
 def terms(
     student: Tensor,
     teacher: Tensor | None,
     target: Tensor,
     class_weight: Tensor | None,
-    *,
-    temperature: float,
-    student_temperature: float,
-    kd_weight: float,
-    ce_weight: float,
-    uniform_mass: float,
-    ignore_index: int,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(ce_weight * ce + kd_weight * kd, ce, kd)``, each of shape ``(...)``; a term of weight 0 is None.
 
@@ -34,24 +40,24 @@ def terms(
     """
     wide = wide_dtype(student)
     student = student.to(wide)
-    share = mix_uniform(target, student.shape[-1], uniform_mass, wide)
+    share = mix_uniform(target, student.shape[-1], settings.uniform_mass, wide)
     if class_weight is not None:
         share = share * class_weight.to(wide)
     if not target.is_floating_point():
         # Masked before the softmax, not after it: a nan there would come back as 0 * nan in the backward pass.
-        ignored = (target == ignore_index).unsqueeze(-1)
+        ignored = (target == settings.ignore_index).unsqueeze(-1)
         student = student.masked_fill(ignored, 0)
         share = share.masked_fill(ignored, 0)
         teacher = None if teacher is None else teacher.masked_fill(ignored, 0)
     # An empty sum is a zero that belongs to the graph; 0 * student would be nan at infinite logits.
     loss = student[..., :0].sum(-1)
     ce = kd = None
-    if ce_weight > 0:
+    if settings.ce_weight > 0:
         ce = cross_entropy(student, share)
-        loss = loss + ce_weight * ce
-    if kd_weight > 0 and teacher is not None:
-        kd = distillation(student, teacher.to(wide), temperature, student_temperature)
-        loss = loss + kd_weight * kd
+        loss = loss + settings.ce_weight * ce
+    if settings.kd_weight > 0 and teacher is not None:
+        kd = distillation(student, teacher.to(wide), settings.temperature, settings.student_temperature)
+        loss = loss + settings.kd_weight * kd
     return loss, ce, kd
 
 
@@ -61,9 +67,9 @@ def rows(
     target: Tensor,
     class_weight: Tensor | None,
     upstream: Tensor,
+    settings: Settings,
     *,
     with_gradient: bool,
-    **settings: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``terms`` of rows (N, K) as the fused backends give it: ``(loss, ce, kd, gradient)``, detached.
 
@@ -74,9 +80,9 @@ def rows(
     leaf = student.detach().to(wide)
     leaf = leaf.view_as(leaf).requires_grad_(with_gradient)  # its own tensor: the caller's must not start to need one
     with torch.enable_grad():
-        loss, *parts = terms(leaf, teacher, target, class_weight, **settings)  # type: ignore[arg-type]
+        loss, *parts = terms(leaf, teacher, target, class_weight, settings)
         if not target.is_floating_point():
-            inside = (target >= 0) & (target < classes) | (target == settings["ignore_index"])
+            inside = (target >= 0) & (target < classes) | (target == settings.ignore_index)
             loss = loss * torch.where(inside, 1, math.nan).to(wide)
     gradient = leaf[:0]
     if with_gradient:

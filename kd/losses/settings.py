@@ -63,9 +63,9 @@ class DistillSettings(nn.Module):
         self.register_buffer("class_weight", class_weight, persistent=False)
         self._check_settings()
 
-    def _numbers(self, num_classes: int) -> fused.Settings:
+    def _numbers(self, num_classes: int) -> reference.Settings:
         """The settings as backends take them."""
-        return fused.Settings(
+        return reference.Settings(
             temperature=self.temperature,
             student_temperature=self.temperature if self.student_temperature is None else self.student_temperature,
             kd_weight=self.kd_weight,
@@ -92,16 +92,17 @@ class DistillSettings(nn.Module):
             raise ModuleNotFoundError(f"backend={self.backend!r}: needs {package}; pip install {package}")
         return self.backend
 
-    def _count(self, target: Tensor) -> Tensor | int:
-        """What the sum over positions is divided by: under "mean" their number without the ignored, at least 1."""
+    def _count(self, target: Tensor, all_count: bool) -> Tensor | int | None:
+        """What the sum over positions is divided by; None where there is no sum. At least 1, without the ignored."""
         if self.reduction != "mean":
-            return 1
-        if target.is_floating_point():
-            return max(target.shape[:-1].numel(), 1)
+            return None if self.reduction == "none" else 1
+        if target.is_floating_point() or all_count:
+            positions = target.shape[:-1] if target.is_floating_point() else target.shape
+            return max(positions.numel(), 1)
         return (target != self.ignore_index).sum().clamp(min=1)
 
-    def _reduce(self, values: Tensor, count: Tensor | int) -> Tensor:
-        return values if self.reduction == "none" else values.sum() / count
+    def _reduce(self, values: Tensor, count: Tensor | int | None) -> Tensor:
+        return values if count is None else values.sum() / count
 
     def extra_repr(self) -> str:
         """The settings, for print(loss)."""
@@ -123,13 +124,14 @@ class DistillSettings(nn.Module):
 
     def _check_inputs(
         self, student: Tensor, teacher: Tensor | None, target: Tensor, *, read_values: bool = True
-    ) -> None:
+    ) -> bool:
+        """Raise for what cannot be right; True where every label is known to be one that counts."""
         if student.ndim == 0 or student.shape[-1] == 0:
             raise ValueError(
                 f"student_logits has shape {tuple(student.shape)}: must be (..., K) with K ≥ 1, classes last"
             )
         classes = student.shape[-1]
-        check_target(target, classes, self.ignore_index, read_values)
+        all_count = check_target(target, classes, self.ignore_index, read_values) and self.ignore_index < 0
         soft = target.is_floating_point()
         if soft and self.ignore_index >= 0:
             raise ValueError(f"ignore_index={self.ignore_index}: must be < 0 (off) with probabilities as target")
@@ -145,6 +147,7 @@ class DistillSettings(nn.Module):
             _check_fits("teacher_logits", teacher, student, student.shape)
             if read_values:
                 _warn_of_probabilities(teacher)
+        return all_count
 
 
 def _interpreted(backend: str) -> bool:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kd.losses.reference import wide_dtype
+from kd.losses.reference import Settings, wide_dtype
 from kd.losses.triton_kernels import LANE, resident, sweeps
 
 
@@ -22,13 +22,8 @@ def rows(
     target: Tensor,
     class_weight: Tensor | None,
     upstream: Tensor,
+    settings: Settings,
     *,
-    temperature: float,
-    student_temperature: float,
-    kd_weight: float,
-    ce_weight: float,
-    uniform_mass: float,
-    ignore_index: int,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(loss, ce, kd, gradient)``: values (N,) in the wide dtype, ce and kd unweighted and 0 where their weight is.
@@ -49,8 +44,7 @@ def rows(
         None,
         values,
         gradient if with_gradient else None,
-        (temperature, student_temperature, kd_weight, ce_weight, uniform_mass),
-        ignore_index,
+        settings,
     )
     return values[0], values[1], values[2], gradient
 
@@ -63,13 +57,7 @@ def adjust(
     teacher: Tensor | None,
     target: Tensor,
     class_weight: Tensor | None,
-    *,
-    temperature: float,
-    student_temperature: float,
-    kd_weight: float,
-    ce_weight: float,
-    uniform_mass: float,
-    ignore_index: int,
+    settings: Settings,
 ) -> None:
     """Bring ``gradient``, the result of ``rows`` for the upstream ``held`` (N,), to ``upstream`` (N,) in place.
 
@@ -84,8 +72,7 @@ def adjust(
         held,
         [None, None, None],
         gradient,
-        (temperature, student_temperature, kd_weight, ce_weight, uniform_mass),
-        ignore_index,
+        settings,
     )
 
 
@@ -129,15 +116,15 @@ def _launch(
     held: Tensor | None,
     values: list[Tensor] | list[None],
     gradient: Tensor | None,
-    scalars: tuple[float, float, float, float, float],
-    ignore_index: int,
+    settings: Settings,
 ) -> None:
     n, k = student.shape
     if n == 0:
         return
+    *scalars, ignore_index = settings
     double, soft = student.dtype == torch.float64, target.is_floating_point()
     student = _rows_of_ones(student)
-    teacher = _rows_of_ones(teacher) if teacher is not None and scalars[2] > 0 else None
+    teacher = _rows_of_ones(teacher) if teacher is not None and settings.kd_weight > 0 else None
     target = _rows_of_ones(target) if soft else target
     class_weight = None if class_weight is None else class_weight.contiguous()
     strides = [0 if x is None else x.stride(0) for x in (student, teacher, target)]
@@ -166,7 +153,7 @@ def _launch(
             k // vector,
             *(_bits(x) if double else float(x) for x in scalars),
             ignore_index,
-            CE=scalars[3] > 0,
+            CE=settings.ce_weight > 0,
             SOFT=soft,
             WIDE=tl.float64 if double else tl.float32,
             ROWS=shape.rows,
