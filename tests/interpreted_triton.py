@@ -242,6 +242,8 @@ def test_a_label_that_is_no_class_gives_nan_and_is_not_followed(kernel, label):
         assert kd.isfinite().all()
         expected = exact(s[others], t[others], y[others], weight, upstream[others])
         assert_exact([x[others] for x in (loss, ce, kd, gradient)], expected)
+    loss, _, _, gradient = ours(s, t, y, None, upstream, ce_weight=0.0)  # the label is not needed, and still wrong
+    assert loss.isnan().tolist() == gradient.isnan().all(-1).tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])

@@ -30,7 +30,7 @@ def rows(
 
     ``gradient`` (N, K), in the student's dtype, is ``upstream[i]`` times that of ``loss[i]``, or (0, K). Logits are
     (N, K), ``target`` (N,) labels or (N, K) probabilities, ``class_weight`` (K,), ``upstream`` (N,) in the wide dtype.
-    A label outside 0..K-1 other than ``ignore_index`` is not followed: its row is nan where ce_weight > 0.
+    A label outside 0..K-1 other than ``ignore_index`` is not followed: its loss, ce and gradient are nan.
     """
     n, k = student.shape
     values = [student.new_empty(n, dtype=wide_dtype(student)) for _ in range(3)]
@@ -99,10 +99,11 @@ def shape_for(classes: int, wide: torch.dtype, vector: int, lanes: int) -> Shape
     each = 4 if double else 8
     block = max(triton.next_power_of_2(classes), 16)
     if block > 16 * lanes * each * (1 if double else 2):
-        return Shape(False, 1, LANE.value * 256, 256 // lanes, None)
+        return Shape(False, 1, LANE.value * 256, 256 // lanes, 192 if double else None)
     tile = max(block, each * lanes)
     warps = min(tile // (each * lanes), 16)
-    # Left to itself, ptxas spills a register to be down at 56 in some launches that load one class at a time.
+    # Left to itself, ptxas spills a register to be down at 56 in some launches that load one class at a time, and (above)
+    # one to be down at 64 in a sweep of doubles, of which a multiprocessor holds a single program either way.
     held = vector == 1 and not double and block == tile == warps * lanes * each
     return Shape(True, tile // block, block, warps, 64 if held else None)
 

@@ -130,6 +130,8 @@ def resident(
     inside = kept & (col < classes)
     # Nothing of an ignored row is read: it becomes a row of zeros, whose gradient is finite, and 0 times that is 0.
     up = tl.where(kept, up, 0.0)
+    if not SOFT:
+        up = tl.where(bad, float("nan"), up)
     fill = tl.where(kept, -float("inf"), 0.0)
     student += row * student_stride * VECTOR
     s = tl.load(student + col, inside, other=fill)
@@ -158,8 +160,6 @@ def resident(
             weight = tl.full([ROWS, 1], 1.0, WIDE)
             z_own = tl.load(student + label, kept & (label >= 0), other=0).to(WIDE) - top
             dot = _dot(own, z_own, spread, tl.sum(tl.where(others, z, 0.0), 1, keep_dims=True))
-        if not SOFT:
-            weight = tl.where(bad, float("nan"), weight)
         e = tl.exp2(z * LOG2E)
         total = tl.sum(e, 1, keep_dims=True)
         ce_row = weight * tl.log2(total) * LN2 - dot
@@ -180,6 +180,8 @@ def resident(
         slope += to_kd / sum_a * ea
         slope -= to_kd / sum_b * eb
     if loss is not None:
+        if not SOFT:
+            ce_row = tl.where(bad, float("nan"), ce_row)
         _store_values(loss, ce, kd, row, ce_row, kd_row, ce_weight, kd_weight, kept, written, WIDE)
     if gradient is not None:
         tl.store(gradient + row * classes + col, slope.to(gradient.dtype.element_ty), written & (col < classes))
@@ -255,6 +257,7 @@ def sweeps(
                     col = start + tl.arange(0, BLOCK)
                     tl.store(gradient + col, tl.zeros([BLOCK], gradient.dtype.element_ty), col < classes)
             return
+        up = tl.where(bad, float("nan"), up)
     student += row * student_stride * VECTOR
     if teacher is not None:
         teacher += row * teacher_stride * VECTOR
@@ -322,14 +325,14 @@ def sweeps(
             weight += 1
             others = dot + tl.cast(classes - 1, WIDE) * (base - zero_s)
             dot = _dot(own, s_own - zero_s, spread, others)
-        if not SOFT:
-            weight = tl.where(bad, float("nan"), weight)
         ce_row = weight * tl.log2(total) * LN2 - dot
     if teacher is not None:
         sum_a, sum_b, gap = _step_kd(sum_a, sum_b, gap, step_s * scale_s, step_t * scale_t)
         sum_a, sum_b, gap = tl.sum(sum_a), tl.sum(sum_b), tl.sum(gap)
         kd_row = ts * ts * LN2 * (gap / sum_b + tl.log2(sum_a / sum_b))
     if loss is not None:
+        if not SOFT:
+            ce_row = tl.where(bad, float("nan"), ce_row)
         _store_values(loss, ce, kd, row, ce_row, kd_row, ce_weight, kd_weight, True, True, WIDE)
     if gradient is not None:
         # Second sweep, with every factor of the row folded into one for each exponential.
