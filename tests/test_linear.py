@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kd import distill_loss
+from kd.losses import chunks as chunked
 from kd.losses import linear, reference
 from kd.losses.linear import LinearDistillLoss
 
@@ -68,14 +69,14 @@ def assert_close(ours, theirs, tolerance=1e-12):
 @pytest.fixture
 def chunks(monkeypatch):
     """The number of rows of logits each time that some are made."""
-    sizes, logits = [], linear._Head.logits
+    sizes, logits = [], chunked._Head.logits
 
     def counted(head, part):
         made = logits(head, part)
         sizes.append(len(made))
         return made
 
-    monkeypatch.setattr(linear._Head, "logits", counted)
+    monkeypatch.setattr(chunked._Head, "logits", counted)
     return sizes
 
 

@@ -91,9 +91,10 @@ def rows(
     return loss.detach(), ce, kd, gradient.detach().to(student.dtype)
 
 
-def wide_dtype(student: Tensor) -> torch.dtype:
+def wide_dtype(student: Tensor | torch.dtype) -> torch.dtype:
     """What everything is computed in: float64 for a float64 student, float32 for all others."""
-    return torch.float64 if student.dtype == torch.float64 else torch.float32
+    dtype = student.dtype if isinstance(student, Tensor) else student
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def cross_entropy(student: Tensor, share: Tensor) -> Tensor:

@@ -102,8 +102,8 @@ def shape_for(classes: int, wide: torch.dtype, vector: int, lanes: int) -> Shape
         return Shape(False, 1, LANE.value * 256, 256 // lanes, 192 if double else None)
     tile = max(block, each * lanes)
     warps = min(tile // (each * lanes), 16)
-    # Left to itself, ptxas spills a register to be down at 56 in some launches that load one class at a time, and, above,
-    # one to be down at 64 in a sweep of doubles, of which a multiprocessor holds one program in any case.
+    # Left to itself, ptxas spills a register to be down at 56 in some launches that load one class at a time; above, to
+    # be down at 64, in a sweep of doubles, of which a multiprocessor holds one program in any case.
     held = vector == 1 and not double and block == tile == warps * lanes * each
     return Shape(True, tile // block, block, warps, 64 if held else None)
 
