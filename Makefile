@@ -10,7 +10,7 @@ test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
-	$(BIN)/python -m pytest -n 2 --cov
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov
 
 # A stamp for each extra: pip runs again only when pyproject.toml changes.
 .venv/train .venv/test: .venv/%: pyproject.toml | .venv/bin/python

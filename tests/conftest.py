@@ -14,13 +14,6 @@ from kd import cli
 
 Done = namedtuple("Done", "code out err")
 
-LONG = ("test_triton.py", "test_triton_offline.py", "test_methods_train.py", "test_train.py")
-
-
-def pytest_collection_modifyitems(items):
-    """Longest first: a long test that starts last leaves the other core idle."""
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
-
 
 @pytest.fixture
 def kd_train(monkeypatch, capsys, tmp_path):
