@@ -270,6 +270,12 @@ def _check_words(words: list[str]) -> None:
             raise ConfigError(f"{word}: settings cannot be removed; type {word[1:].partition('=')[0]}=VALUE")
         if word.startswith("--") and word.partition("=")[0] not in OPTIONS:
             raise ConfigError(f"{word}: no such option; --help lists what there is")
+    if {"-m", "--multirun"} & set(words) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "-m: starts one run after the other, which torchrun's processes cannot; type one run at a time"
+        )
+    if words and words[-1] == "--cfg":
+        raise ConfigError("--cfg: type --cfg job to print the resolved recipe")
     for group in ("recipe", "data", "loss"):
         if len(given := [word for word in words if word.startswith(f"{group}=")]) > 1:
             raise ConfigError(f"{' '.join(given)}: type one {group}={'[A,B]' if group == 'loss' else ''}")

@@ -47,7 +47,7 @@ class Run:
 
 def run_name(recipe: Recipe) -> str:
     """The folder of a run inside its recipe's: the same command finds the same run again."""
-    return recipe.run or f"seed{recipe.seed}-{content_hash(identity(recipe))}"
+    return f"seed{recipe.seed}-{content_hash(identity(recipe))}" if recipe.run is None else recipe.run
 
 
 def prepare(recipe: Recipe) -> Run:

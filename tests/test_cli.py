@@ -66,6 +66,8 @@ WRONG = {
     "data=cifar10 data.root=/nowhere": "data.root=/nowhere",
     "train.batch_size=5000": "train.batch_size=5000: must be ≤ 1293, the training images of digits",
     "train.batch_size=2 train.accumulation=4": "train.batch_size=2: must be ≥ 4",
+    "run=": "run='': must be a plain folder name",
+    "--cfg": "--cfg: type --cfg job",
     "run=../elsewhere": "run='../elsewhere': must be a plain folder name",
     "run=" + "x" * 300: "run='xxx",
     "name=a/b": "name='a/b': must be a plain folder name",
@@ -156,3 +158,10 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
         cli.command("kd.train", train.run)
     assert stop.value.code == cli.USAGE
     assert capsys.readouterr().err == "error: kd.train needs hydra: pip install 'kd-torch[train]'\n"
+
+
+def test_several_runs_at_once_are_refused_under_torchrun(kd_train, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = kd_train("recipe=smoke", "-m", "seed=0,1")
+    assert done.code == cli.USAGE
+    assert done.err.startswith("error: -m: starts one run after the other")
