@@ -145,7 +145,9 @@ def _launch(
 
     threads = min(torch.get_num_threads(), count) if count * classes >= SMALL and not _forked else 1
     statistics = (-(-classes // BLOCK) + 1) * ctypes.sizeof(Block)
-    stored = 6 * min(classes, BLOCK) * wide.itemsize
+    narrow = student.dtype != wide or (teacher is not None and teacher.dtype != wide)
+    # s and t; what they are read into; the third exponential and the shares.
+    stored = (6 if dense or power < 0 else 4 if narrow else 2) * min(classes, BLOCK) * wide.itemsize
     job.tasks, job.scratch_task = threads, statistics + stored + 63 & ~63
     scratch = torch.empty(threads * job.scratch_task, dtype=torch.uint8)
     job.scratch = scratch.data_ptr()

@@ -451,7 +451,7 @@ def _places(job, row, last, scratch):
     """
     width = job.wide_bytes
     size, full = min(job.classes, BLOCK) * width, job.classes * width
-    s, t, third = scratch, scratch + size, scratch + 2 * size
+    s, t, third = scratch, scratch + size, scratch + 4 * size
     s_step = rest_step = 0
     own = job.gradient != 0 and job.student_kind >= FLOAT
     several = job.classes > BLOCK
@@ -511,7 +511,7 @@ def _row(job, row, last, scratch, wide, integer):
 
     s_at, t_at, third_at, s_step, rest_step, again = _places(job, row, last, scratch)
     width = min(job.classes, BLOCK) * job.wide_bytes
-    s_read, t_read, share_at = scratch + 3 * width, scratch + 4 * width, scratch + 5 * width
+    s_read, t_read, share_at = scratch + 2 * width, scratch + 3 * width, scratch + 5 * width
     for b in range(blocks):
         first = b * BLOCK
         size = min(job.classes - first, BLOCK)
