@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
 from kd.losses.reference import Settings, wide_dtype
+from kd.smoothing import unsmooth
 
 
 class Inputs(NamedTuple):
@@ -36,6 +37,7 @@ class Plan:
 
     backend: str
     settings: Settings
+    teacher_smoothing: float  # taken out of the teacher's logits, a part at a time
     dtype: torch.dtype  # of the student's logits
     teacher_dtype: torch.dtype  # of the teacher's, where they are computed here
     needs: tuple[bool, ...]  # gradients of features, weight, bias?
@@ -200,7 +202,7 @@ def _chunk(
     for part in _slices(0, len(student), plan.part):
         *some, gradient = rows(
             student[part],
-            _part(teacher, part),
+            None if teacher is None else unsmooth(teacher[part], plan.teacher_smoothing),
             target[part],
             class_weight,
             upstream[part],

@@ -63,6 +63,7 @@ class LinearDistillLoss(DistillSettings):
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        teacher_smoothing: float = 0.0,
         memory_budget: int | None = None,
     ):
         super().__init__(
@@ -76,6 +77,7 @@ class LinearDistillLoss(DistillSettings):
             ignore_index=ignore_index,
             reduction=reduction,
             backend=backend,
+            teacher_smoothing=teacher_smoothing,
         )
         self.memory_budget = memory_budget
         self._check_budget()
@@ -182,6 +184,7 @@ class LinearDistillLoss(DistillSettings):
         return Plan(
             backend=backend,
             settings=self._numbers(classes),
+            teacher_smoothing=self.teacher_smoothing,
             dtype=dtype,
             teacher_dtype=teacher_dtype,
             needs=tuple(wants and tensor is not None and tensor.requires_grad for tensor in inputs[:3]),
