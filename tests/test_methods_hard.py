@@ -16,16 +16,14 @@ from kd import distill_loss
 from kd.losses.hard import (
     FLSD53,
     ConfidencePenalty,
-    DeepMutualLearning,
     Focal,
     GeneralizedSmoothing,
     LabelSmoothing,
     MaxSup,
     OnlineLabelSmoothing,
-    TfReg,
-    TfSelf,
 )
 from kd.losses.method import IGNORE, METHODS, Seen, View, batch_mean
+from kd.losses.teacher_free import DeepMutualLearning, TfReg, TfSelf
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "authors_hard.json").read_text())
 KEYS = sorted({case["key"] for case in GOLDEN["cases"]})
@@ -663,9 +661,9 @@ def test_methods_that_need_labels_say_so(method):
         (lambda: Focal(-1.0), r"^gamma=-1.0: must be a finite number ≥ 0$"),
         (lambda: FLSD53(low_gamma=math.inf), r"^low_gamma=inf: must be a finite number ≥ 0$"),
         (lambda: FLSD53(threshold=1.2), r"^threshold=1.2: must be a probability from 0 to 1$"),
-        (lambda: TfSelf(0.0), r"^temperature=0.0: must be a finite number > 0$"),
-        (lambda: TfReg(temperature=-1.0), r"^temperature=-1.0: must be a finite number > 0$"),
-        (lambda: TfReg(1.0), r"^correct_probability=1.0: must be a number > 0 and < 1$"),
+        (lambda: TfSelf(0.0), r"^tf_self.temperature=0.0: must be a finite number > 0$"),
+        (lambda: TfReg(temperature=-1.0), r"^tf_reg.temperature=-1.0: must be a finite number > 0$"),
+        (lambda: TfReg(1.0), r"^tf_reg.correct_probability=1.0: must be a number > 0 and < 1$"),
     ],
 )
 def test_settings_that_cannot_work(make, message):
