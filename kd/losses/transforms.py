@@ -192,9 +192,9 @@ class ReusedClassifier(Method, name="simkd"):
     """``mean_nchw (r(s) - t)²`` of the last maps, r a learned bottleneck of a 1x1, a 3x3 and a 1x1 convolution.
 
     There is no cross entropy (its presets say so): the student's own classifier is not trained. The network to
-    evaluate, and to ship, is student, r and the teacher's classifier: ``classify(view)`` gives its logits. Whoever
-    evaluates must call it in eval mode instead of reading ``view.logits``, and save the method with the student; its
-    state_dict holds the teacher's classifier, so that the teacher is not needed then.
+    evaluate, and to ship, is student, r and the teacher's classifier: ``classify(view)`` gives its logits, in eval
+    mode. kd.train scores and saves that network (kd.assembled); in a loop of your own call it instead of reading
+    ``view.logits``, and save the method's state_dict, which holds the teacher's classifier, with the student.
     Units: squared teacher activations; the paper writes the squared norm, C·H·W times this, its code the mean.
     Shapes: one map of each (N, C, H, W); gives (). A larger student map is averaged down to the teacher's size in
     front of r, a larger teacher map to the student's.
