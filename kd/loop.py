@@ -23,6 +23,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from kd.assembled import Reclassified
 from kd.checkpoint import CheckpointError, load_state, save_state, save_weights, write_json
 from kd.data import Batch, Data, Split, mixer
 from kd.data.mixing import Mixer
@@ -99,6 +100,14 @@ class Stage:
                 network.to(memory_format=torch.channels_last)
         self.objective.to(device)
         return networks
+
+    def deployed(self) -> Student:
+        """What is evaluated and saved: the student, or what a method's own classifier makes of it; once it is built."""
+        method = self.objective.classifier
+        if method is None:
+            return self.model
+        assert self.taps is not None
+        return Student(Reclassified(self.model.model, self.taps[0], method))
 
     def see(self, batch: Batch, epoch: float, model: nn.Module, accelerator: Accelerator) -> Seen:
         """What the networks give for a batch, after `epoch` epochs; `model` is the student as it is trained."""
@@ -183,7 +192,8 @@ class Trainer:
         self._add_learned()
         self.scheduler = self._scheduler()
         decay = recipe.train.ema_decay
-        self.ema = ModelEmaV3(stage.model, decay=decay) if decay else None
+        self.deployed = stage.deployed()
+        self.ema = ModelEmaV3(self.deployed, decay=decay) if decay else None
         for model in models if recipe.train.compile else ():
             model.compile()
         self.model, self.stepper = accelerator.prepare(stage.model, self.optimizer)
@@ -301,7 +311,7 @@ class Trainer:
         self.stepper.step()
         self.stepper.zero_grad()
         if self.ema:
-            self.ema.update(self.stage.model)
+            self.ema.update(self.deployed)
         return {**logged, "grad_norm": norm}
 
     def _average_gradients(self) -> None:
@@ -319,7 +329,7 @@ class Trainer:
         # The loss sums over images; DDP averages over processes. Together: the mean over the global batch, whatever
         # the number of processes and accumulation steps, also where their shares are uneven.
         scale = self.accelerator.num_processes / self.recipe.train.batch_size
-        logged = _observe(terms, self.stage.objective.loss, seen) if self._logs_next() else {}
+        logged = _observe(terms, self.stage.objective, seen) if self._logs_next() else {}
         self.accelerator.backward(terms.loss * scale)
         return {**logged, "loss": terms.loss.detach()}
 
@@ -354,9 +364,16 @@ class Trainer:
 
     def _evaluated(self) -> Student:
         """The weights that count: the averaged ones where there is an average."""
-        return self.ema.module if self.ema else self.stage.model
+        return self.ema.module if self.ema else self.deployed
+
+    def _share_buffers(self) -> None:
+        """Every process validates the network that the first one saves: running statistics are each one's own."""
+        if self.accelerator.num_processes > 1:
+            for buffer in self._evaluated().buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def _validate(self, epoch: int) -> None:
+        self._share_buffers()
         logits = predict(self._evaluated(), self.data.val, self.recipe.train.batch_size, self.accelerator)
         targets = self.data.val.targets
         top1, val_nll = top_k_accuracy(logits, targets, 1).item(), nll(logits, targets).item()
@@ -410,18 +427,18 @@ class Trainer:
             raise CheckpointError(f"{self.state_path}: does not fit this run ({str(error).splitlines()[0]})") from error
 
 
-def _observe(terms: Terms, loss: DistillLoss, seen: Seen) -> dict[str, Tensor]:
+def _observe(terms: Terms, objective: Objective, seen: Seen) -> dict[str, Tensor]:
     """Sums over the batch of what is worth watching; the terms unweighted, their gradients weighted as they act."""
-    logits, values = seen.student.logits, terms.values
-    found = {"student_entropy": _entropy(logits), **values}
+    logits, values, evaluated = seen.student.logits, terms.values, objective.logits(seen.student)
+    found = {"student_entropy": _entropy(evaluated), **values}
     if seen.teacher is None:
         return found
     teacher_logits = seen.teacher.logits
     found["teacher_entropy"] = _entropy(teacher_logits)
-    found["agreement"] = (logits.argmax(-1) == teacher_logits.argmax(-1)).float().sum()
+    found["agreement"] = (evaluated.argmax(-1) == teacher_logits.argmax(-1)).float().sum()
     if {"kd", "ce"} <= values.keys():
-        found["grad_kd"] = _gradient_norm(loss, "ce_weight", logits, teacher_logits, seen.target)
-        found["grad_ce"] = _gradient_norm(loss, "kd_weight", logits, teacher_logits, seen.target)
+        found["grad_kd"] = _gradient_norm(objective.loss, "ce_weight", logits, teacher_logits, seen.target)
+        found["grad_ce"] = _gradient_norm(objective.loss, "kd_weight", logits, teacher_logits, seen.target)
     return found
 
 

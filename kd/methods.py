@@ -161,10 +161,6 @@ def _build(name: str, settings: Any) -> Weighted:
     method = _find(name, f"{at}: no such method", "loss.methods.")
     if name in TAKEN:
         raise ConfigError(f"{at}: {name} is another figure of metrics.jsonl; give the method another name")
-    if method.classifies:
-        raise ConfigError(
-            f"{at}: has a classifier of its own, which kd.train does not score yet; use it in your own loop"
-        )
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{at}={settings}: must be settings such as {{weight: 1.0}}; type loss={name}")
     hints = {key: hint for key, hint in get_type_hints(method).items() if key in _fields(method)}
@@ -182,6 +178,11 @@ def _build(name: str, settings: Any) -> Weighted:
     except (ValueError, TypeError) as error:  # its `check`, which may start with the method's name or not
         raise ConfigError(f"{at}.{re.sub(rf'^{name}(: |[.])', '', str(error))}") from error
     return Weighted(made, **shared)
+
+
+def classifies(values: Mapping[str, Any]) -> bool:
+    """Whether one of the methods that `loss.methods` names brings the classifier to evaluate."""
+    return any(name in library() and library()[name].classifies for name in values)
 
 
 def has(name: str, key: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.losses.distill import DistillLoss
-from kd.losses.method import Method, Seen
+from kd.losses.method import Method, Seen, View
 from kd.methods import Weighted
 
 
@@ -43,11 +43,30 @@ class Objective(nn.Module):
         self._weights = {name: (each.weight, each.warmup_epochs) for name, each in methods.items()}
         if loss.reduction != "sum":
             raise ValueError(f"reduction={loss.reduction!r}: must be 'sum', the loop divides")
+        own = [name for name, method in self._each() if method.classifies]
+        if len(own) > 1:
+            raise ValueError(f"{' and '.join(own)}: each has a classifier of its own to evaluate; choose one")
 
     @property
     def needs(self) -> frozenset[str]:
         """What the methods need of the loop, as `Method.needs` has it."""
         return frozenset().union(*(method.needs for _, method in self._each()))
+
+    @property
+    def classifier(self) -> Method | None:
+        """The method that gives the logits to evaluate; None where those are the student's own."""
+        return next((method for _, method in self._each() if method.classifies), None)
+
+    @torch.no_grad()
+    def logits(self, student: View) -> Tensor:
+        """The logits that would be evaluated, of a batch seen in training."""
+        method = self.classifier
+        if method is None:
+            return student.logits.detach()
+        training = method.training
+        logits = method.eval().classify(student)  # in eval mode nothing that it gathers moves
+        method.train(training)
+        return logits
 
     def _each(self) -> Iterator[tuple[str, Method]]:
         yield from self.methods.items()  # type: ignore[misc]

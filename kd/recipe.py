@@ -127,6 +127,8 @@ class TeacherConfig(Checked):
     epochs: int = setting(10, "passes over the training images, where the teacher is trained here", ge=1)
     label_smoothing: float = setting(0.0, "smoothing mass of the teacher's own training targets", ge=0, lt=1)
     smoothing: str = setting("uniform", "convention of that mass", among=("uniform", "others"))
+    members: int = setting(1, "networks, each trained from its own seed, that teach as one", ge=1, le=64)
+    averaging_temperature: float = setting(1.0, "temperature at which the members' probabilities are averaged", gt=0)
     model_kwargs: dict[str, Any] = setting({}, "further arguments of timm.create_model")
     layers: list[str] = setting([], "layers that feature methods read, from shallow to deep; empty: timm's stages")
 
@@ -260,6 +262,8 @@ _NOT_DATA_IDENTITY = {"root", "download", "workers", "verify"}
 def identity(recipe: Recipe) -> dict[str, Any]:
     """The settings that decide what the run computes, as plain values."""
     values: dict[str, Any] = {k: v for k, v in asdict(recipe).items() if k not in _NOT_IDENTITY}
+    if recipe.teacher.members == 1:  # then there is nothing to average
+        del values["teacher"]["members"], values["teacher"]["averaging_temperature"]
     values["data"] = {k: v for k, v in values["data"].items() if k not in _NOT_DATA_IDENTITY}
     values["train"] = {k: v for k, v in values["train"].items() if k not in _NOT_TRAIN_IDENTITY}
     return values

@@ -17,7 +17,7 @@ from kd.metrics import agreement, classification, predictive_kl
 from kd.models import Teacher
 from kd.provenance import provenance
 from kd.recipe import content_hash, identity
-from kd.stages import Run, network, teacher_is_trained
+from kd.stages import Run, scored, teacher_is_trained
 
 NETWORKS = ("teacher", "student", "control")
 WEIGHTS = ("last", "selected")
@@ -36,9 +36,11 @@ def networks(run: Run) -> dict[str, dict[str, Teacher]]:
     names = NETWORKS if run.recipe.control else NETWORKS[:2]
     found: dict[str, dict[str, Teacher]] = {}
     for name in names:
-        role = "teacher" if name == "teacher" else "student"
+        teacher = found["teacher"]["last"] if found else None
         paths = {which: weights_of(run, name, which) for which in WEIGHTS}
-        built = {path: Teacher(network(run, role, path)).to(run.accelerator.device) for path in set(paths.values())}
+        built = {
+            path: Teacher(scored(run, name, path, teacher)).to(run.accelerator.device) for path in set(paths.values())
+        }
         found[name] = {which: built[path] for which, path in paths.items()}
     return found
 

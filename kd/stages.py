@@ -16,11 +16,13 @@ import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 from rich.console import Console
+from safetensors.torch import load_file
 from timm.optim import list_optimizers
 from torch import nn
 
 from kd import methods
-from kd.checkpoint import read_json, write_atomically, write_json
+from kd.assembled import Ensemble, load_exactly
+from kd.checkpoint import read_json, save_weights, write_atomically, write_json
 from kd.data import Data, load_data
 from kd.journal import Journal
 from kd.loop import Stage, Trainer, mixed_seed, predict
@@ -91,6 +93,11 @@ def _check_environment(recipe: Recipe) -> None:
                 f"scheduler.warmup_epochs={recipe.scheduler.warmup_epochs}: must be < {section.section}epochs="
                 f"{section.epochs}"
             )
+    if recipe.teacher.members > 1 and not teacher_is_trained(recipe):
+        raise ConfigError(
+            f"teacher.members={recipe.teacher.members}: needs teachers that are trained here, each from its own seed; "
+            f"with weights of teacher.checkpoint or timm type teacher.members=1, or teacher.finetune=true"
+        )
     checkpoint = recipe.teacher.checkpoint
     if checkpoint and not Path(checkpoint).is_file():
         raise ConfigError(
@@ -200,16 +207,33 @@ def teacher_folder(recipe: Recipe, data_hash: str) -> Path:
 def network(run: Run, role: str, weights: Path | None = None, seed: int | None = None) -> nn.Module:
     """The teacher's or student's network, with trained `weights` or as its section of the recipe starts it."""
     section = run.recipe.teacher if role == "teacher" else run.recipe.student
+    if role == "teacher" and run.recipe.teacher.members > 1:
+        members = [network(_member(run, i), role) for i in range(run.recipe.teacher.members)]
+        ensemble = Ensemble(members, run.recipe.teacher.averaging_temperature)
+        if weights:
+            load_exactly(ensemble, weights)
+        return ensemble
     shape = {"num_classes": run.data.num_classes, "input_shape": run.data.input_shape}
     if weights:
         return build(section.model, role=role, checkpoint=weights, model_kwargs=section.model_kwargs, **shape)
-    torch.manual_seed(
-        run.recipe.seed if seed is None else seed
-    )  # the student and its control start from the same weights
+    # The student and its control start from the same weights.
+    torch.manual_seed(run.recipe.seed if seed is None else seed)
     start: dict[str, Any] = {"pretrained": section.pretrained, "finetune": True}
     if role == "teacher":
         start |= {"checkpoint": run.recipe.teacher.checkpoint, "finetune": run.recipe.teacher.finetune}
     return build(section.model, role=role, model_kwargs=section.model_kwargs, **start, **shape)
+
+
+def scored(run: Run, name: str, weights: Path | None, teacher: Teacher | None = None) -> nn.Module:
+    """A network of the run as it is evaluated; the teacher is needed where the student has a method's classifier."""
+    if name != "student" or not methods.classifies(run.recipe.loss.methods):
+        return network(run, "teacher" if name == "teacher" else "student", weights)
+    assert weights is not None
+    planned = stage(run, name, teacher)
+    build_objective(planned, run.recipe, run.data, run.accelerator)
+    deployed = planned.deployed().model
+    load_exactly(deployed, weights)
+    return deployed
 
 
 def hard_loss(label_smoothing: float, smoothing: str, backend: str) -> DistillLoss:
@@ -264,19 +288,25 @@ def stage(run: Run, name: str, teacher: Teacher | None = None) -> Stage:
         assert teacher is not None
         teacher = Teacher(teacher.model, features=taps[1].names)
     model = Student(net, features=taps[0].names if taps else ())
-    own = recipe.teacher if role == "teacher" else recipe.student
-    metadata = {
+    epochs = recipe.teacher.epochs if role == "teacher" else recipe.student.epochs
+    folder = run.teacher_folder if name == "teacher" else run.folder / name
+    return Stage(name, model, objective, epochs, folder, _metadata(run, name), teacher, taps)
+
+
+def _metadata(run: Run, name: str) -> dict[str, Any]:
+    """What travels with the weights."""
+    recipe = run.recipe
+    own, smoothing = (recipe.teacher, recipe.teacher) if name == "teacher" else (recipe.student, recipe.loss)
+    return {
         "model": own.model,
         "num_classes": str(run.data.num_classes),
-        "label_smoothing": str(section.label_smoothing),
-        "smoothing": section.smoothing,
+        "label_smoothing": str(smoothing.label_smoothing),
+        "smoothing": smoothing.smoothing,
         "class_names": run.data.class_names,
         "input_shape": list(run.data.input_shape),
         "mean": list(run.data.mean),
         "std": list(run.data.std),
     }
-    folder = run.teacher_folder if name == "teacher" else run.folder / name
-    return Stage(name, model, objective, own.epochs, folder, metadata, teacher, taps)
 
 
 def data_of(run: Run, name: str) -> Data:
@@ -300,9 +330,40 @@ def find_teacher(run: Run) -> Teacher:
         weights = folder / "last.safetensors"
         if (folder / "stage.json").exists():
             run.journal.say(f"teacher  found in {folder}")
+        elif run.recipe.teacher.members > 1:
+            _train_members(run)
         else:
             train(run, stage(run, "teacher"))
     return Teacher(network(run, "teacher", weights)).to(run.accelerator.device)
+
+
+def _member(run: Run, i: int) -> Run:
+    """The run whose teacher is the i-th member: the first is that of a run without others."""
+    seed = run.recipe.seed if i == 0 else mixed_seed(run.recipe.seed, i) % 2**31
+    recipe = replace(run.recipe, seed=seed, teacher=replace(run.recipe.teacher, members=1))
+    return replace(run, recipe=recipe, teacher_folder=teacher_folder(recipe, run.data.hash))
+
+
+def _train_members(run: Run) -> None:
+    """Find or train every member, and write them as one network where a teacher's weights are looked for."""
+    folders = []
+    for i in range(run.recipe.teacher.members):
+        recipe = replace(_member(run, i).recipe, tracker="none")
+        member = prepare(recipe)  # anew: its data follow its seed
+        find_teacher(member)
+        folders.append(member.teacher_folder)
+    if run.accelerator.is_main_process:
+        for which in ("last", "selected"):
+            parts = [load_file(folder / f"{which}.safetensors") for folder in folders]
+            weights = {f"members.{i}.{key}": value for i, part in enumerate(parts) for key, value in part.items()}
+            save_weights(run.teacher_folder / f"{which}.safetensors", weights, _metadata(run, "teacher"))
+        done = [read_json(folder / "stage.json") for folder in folders]
+        total = {key: sum(each[key] for each in done) for key in ("updates", "seconds")}
+        write_json(
+            run.teacher_folder / "stage.json",
+            total | {"selected": {"epoch": [each["selected"]["epoch"] for each in done]}},
+        )
+    run.accelerator.wait_for_everyone()
 
 
 def check_teacher(run: Run, teacher: Teacher) -> None:

@@ -16,7 +16,7 @@ def flat(x):
 def pool(x, h, w):
     """Adaptive average pooling: cell i covers floor(i H / h) to ceil((i + 1) H / h)."""
     height, width = x.shape[-2:]
-    out = np.empty((*x.shape[:2], h, w))
+    out = np.empty((*x.shape[:2], h, w), x.dtype)
     for i, j in product(range(h), range(w)):
         rows = slice(i * height // h, -(-(i + 1) * height // h))
         columns = slice(j * width // w, -(-(j + 1) * width // w))
@@ -26,7 +26,7 @@ def pool(x, h, w):
 
 def max_pool(x, h, w):
     height, width = x.shape[-2:]
-    out = np.empty((*x.shape[:2], h, w))
+    out = np.empty((*x.shape[:2], h, w), x.dtype)
     for i, j in product(range(h), range(w)):
         rows = slice(i * height // h, -(-(i + 1) * height // h))
         columns = slice(j * width // w, -(-(j + 1) * width // w))
@@ -43,7 +43,7 @@ def conv(x, weight, bias=None, padding=0, stride=1):
     x = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
     k, m = weight.shape[2:]
     h, w = (x.shape[2] - k) // stride + 1, (x.shape[3] - m) // stride + 1
-    out = np.zeros((len(x), len(weight), h, w))
+    out = np.zeros((len(x), len(weight), h, w), x.dtype)
     for i, j in product(range(k), range(m)):
         piece = x[:, :, i : i + stride * h : stride, j : j + stride * w : stride]
         out += np.tensordot(piece, weight[:, :, i, j], ([1], [1])).transpose(0, 3, 1, 2)
@@ -98,7 +98,7 @@ def vid(maps_s, maps_t, weights, scales, released):
 
 
 def nst(maps_s, maps_t):
-    total = np.zeros(len(maps_s[0]))
+    total = np.zeros(len(maps_s[0]), maps_s[0].dtype)
     for s, t in zip(maps_s, maps_t, strict=True):
         s, t = (flat(x) for x in meet(s, t))
         for n in range(len(s)):
@@ -112,7 +112,7 @@ def nst(maps_s, maps_t):
 
 
 def fsp(maps_s, maps_t, released):
-    total = np.zeros(len(maps_s[0]))
+    total = np.zeros(len(maps_s[0]), maps_s[0].dtype)
     shrink = pool if released else max_pool
 
     def flow(a, b):

@@ -501,6 +501,24 @@ def test_presets_name_fields_and_weights(name):
         assert set(settings) - weights <= fields, preset
 
 
+# What the released configurations set, of which a wrong figure would train without an error. Read in
+# hunto/image_classification_sota configs/strategies/distill/{dist_cifar,resnet_dist}.yaml and
+# megvii-research/mdistiller configs/imagenet/r34_r18/reviewkd.yaml, mdistiller/engine/cfg.py.
+CONFIGURATIONS = [
+    ("dist", "cifar100", {"weight": 2.0, "ce_weight": 1.0, "temperature": 4.0}),
+    ("dist", "imagenet", {"weight": 2.0, "ce_weight": 1.0, "temperature": 1.0}),
+    ("reviewkd", "imagenet", {"weight": 1.0, "warmup_epochs": 1}),
+    ("dkd", "imagenet", {"tckd_weight": 1.0, "nckd_weight": 0.5, "temperature": 1.0, "warmup_epochs": 1}),
+    ("ofd", "imagenet", {"weight": 1e-4, "ce_weight": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "preset", "published"), CONFIGURATIONS)
+def test_presets_are_the_released_configurations(name, preset, published):
+    ours = vars(METHODS[name](**ROWS[name].settings)) | METHODS[name].presets[preset]
+    assert {key: ours[key] for key in published} == published
+
+
 @every_method
 def test_the_docstring_has_a_formula_a_paper_and_says_where_it_is_zero(name):
     text = METHODS[name].__doc__ or ""

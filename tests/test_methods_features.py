@@ -1,13 +1,16 @@
 """The feature methods against their authors' numbers, against a second writing, and against what must hold for them."""
 
+import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import features_second as second
 import numpy as np
 import pytest
 import torch
+from golden_table import SECOND, TOLERANCE, Case, errors, slope
 from torch import nn
 
 from kd.losses.contrast import ContrastiveRepresentation
@@ -44,39 +47,28 @@ def views(s, t):
     return Seen(view(s), view(t), torch.zeros(n, dtype=torch.int64))
 
 
-def errors(case):
-    """Relative errors of value and gradient, the gradient's in units of its largest element."""
+def authors_case(case):
     s, t = (torch.tensor(GOLDEN["inputs"][case["inputs"]][key], dtype=torch.float64) for key in "st")
-    s.requires_grad_()
     method = AUTHORS[case["key"]](**case["hyper"])
     method.build(views(s, t), len(s))
     for name, _ in list(method.named_children()):
         setattr(method, name, nn.Identity())
-    value = method(views(s, t)).mean()
-    (gradient,) = torch.autograd.grad(value, s)
-    want, want_gradient = case["expected"]["loss"], torch.tensor(case["expected"]["grad_s"], dtype=torch.float64)
-    return abs(value.item() / want - 1), ((gradient - want_gradient).abs().max() / want_gradient.abs().max()).item()
+    numbers = (torch.tensor(case["expected"][key], dtype=torch.float64) for key in ("loss", "grad_s"))
+    source = f"{case['repo']} {case['path']}"
+    return Case(method.name, source, case["id"], lambda x: method(views(x, t)).mean(), s, *numbers)
 
 
-def rows():
-    """A row a golden key: method, number of cases, worst relative error of value and of gradient."""
-    found = []
-    for key in AUTHORS:
-        cases = [case for case in GOLDEN["cases"] if case["key"] == key]
-        values, gradients = zip(*(errors(case) for case in cases), strict=True)
-        found.append((cases[0]["method"], len(cases), max(values), max(gradients)))
-    return found
+AUTHORS_CASES = [authors_case(case) for case in GOLDEN["cases"]]
 
 
-@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["id"])
+@pytest.mark.parametrize("case", AUTHORS_CASES, ids=lambda case: case.name)
 def test_released_forms_equal_the_authors_numbers(case):
-    value, gradient = errors(case)
-    assert value <= 1e-9
-    assert gradient <= 1e-9
+    assert max(errors(case)) <= TOLERANCE
 
 
-def test_every_golden_case_is_in_the_table():
-    assert sum(row[1] for row in rows()) == len(GOLDEN["cases"]) == 13
+def test_every_golden_case_is_compared():
+    assert {case["key"] for case in GOLDEN["cases"]} == set(AUTHORS)
+    assert len(AUTHORS_CASES) == len(GOLDEN["cases"]) == 13
 
 
 # ---- a second writing
@@ -89,8 +81,7 @@ def randn(*shape, seed=0):
 N, K, SAMPLES = 5, 4, 12
 
 
-@pytest.fixture
-def seen():
+def two_pairs():
     """Two pairs of maps that differ in channels and size, and embeddings of other lengths."""
     student = View(randn(N, K), [randn(N, 3, 8, 8), randn(N, 4, 3, 4)], randn(N, 6), randn(K, 6), randn(K))
     maps = [randn(N, 4, 4, 4, seed=1), randn(N, 5, 4, 4, seed=2)]
@@ -100,12 +91,13 @@ def seen():
     return Seen(student, teacher, torch.tensor([0, 1, 2, 1, 3]), index, 3.0, 10)
 
 
+@pytest.fixture
+def seen():
+    return two_pairs()
+
+
 def numpy(x):
     return x.detach().numpy()
-
-
-def maps(seen):
-    return [numpy(m) for m in seen.student.maps], [numpy(m) for m in seen.teacher.maps]
 
 
 def built(method, seen):
@@ -118,33 +110,171 @@ def weights(module):
     return [numpy(m.weight) for m in module.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
 
 
-def same(method, seen, want):
-    torch.testing.assert_close(method(seen), torch.as_tensor(want), rtol=1e-10, atol=1e-12)
+# A method's value by the second writing, from the student's arrays (its maps, then its embedding) and what was seen.
 
 
-def test_hint(seen):
-    method = built(Hint(), seen)
-    (s, _), (t, _) = maps(seen)
+def of_hint(method, maps, seen, form=second.hint):
     convolution = method.regressor[0]
-    assert convolution.kernel_size == (5, 5)  # 8 - 4 + 1
-    same(method, seen, second.hint(s, t, numpy(convolution.weight), numpy(convolution.bias)))
+    more = {} if form is second.hint else {"stride": 2, "padding": 1}
+    t = numpy(seen.teacher.maps[method.layer])
+    return form(maps[:-1][method.layer], t, numpy(convolution.weight), numpy(convolution.bias), **more)
 
 
-def test_hint_of_a_larger_teacher_averages_it_down(seen):
-    method = built(Hint(layer=-1), seen)
-    (_, s), (_, t) = maps(seen)
-    convolution = method.regressor[0]
-    same(method, seen, second.hint(s, t, numpy(convolution.weight), numpy(convolution.bias)))
+def of_maps(form, **more):
+    return lambda method, maps, seen: form(maps[:-1], [numpy(m) for m in seen.teacher.maps], **more)
 
 
-def test_hint_released(seen):
-    method = built(Hint(released=True), seen)
-    (s, _), (t, _) = maps(seen)
-    convolution = method.regressor[0]
-    same(method, seen, second.hint_released(s, t, numpy(convolution.weight), numpy(convolution.bias), 2, 1))
+def of_embeddings(form, **more):
+    return lambda method, maps, seen: form(maps[-1], numpy(seen.teacher.embedding), **more)
 
 
-def test_hint_released_doubles_a_student_of_half_the_size(seen):
+def of_vid(method, maps, seen):
+    layers, scales = [weights(mean) for mean in method.means], [numpy(scale) for scale in method.scales]
+    return second.vid(maps[:-1], [numpy(m) for m in seen.teacher.maps], layers, scales, method.released)
+
+
+def of_crd(method, maps, seen):
+    """From the memory and the draws that a call after `torch.manual_seed(1)` finds."""
+    layers = (method.embed_student, maps[-1]), (method.embed_teacher, numpy(seen.teacher.embedding))
+    s, t = (
+        np.stack([v / np.linalg.norm(v) for v in x @ numpy(layer.weight).T + numpy(layer.bias)]) for layer, x in layers
+    )
+    index, memories = numpy(seen.index), (numpy(method.memory_student), numpy(method.memory_teacher))
+    method.labels[seen.index] = seen.target
+    torch.manual_seed(1)
+    negatives = numpy(method.negatives(seen.target))
+    return second.crd(s, t, *memories, index, negatives, 0.5, numpy(method.log_constants.exp()))
+
+
+def of_ofd(method, maps, seen):
+    layers = [weights(connector)[0] for connector in method.connectors]
+    margins = [numpy(method.get_buffer(f"margin{i}")).ravel() for i in range(2)]
+    return second.ofd(maps[:-1], [numpy(m) for m in seen.teacher.maps], layers, margins)
+
+
+def of_reviewkd(method, maps, seen):
+    fusions = []
+    for fusion in method.fusions:
+        weigh = (None, None) if fusion.weigh is None else (numpy(fusion.weigh[0].weight), numpy(fusion.weigh[0].bias))
+        fusions.append((*weights(fusion.enter), *weights(fusion.leave), *weigh))
+    t = [*(numpy(m) for m in seen.teacher.maps), numpy(seen.teacher.embedding)[:, :, None, None]]
+    return second.reviewkd([*maps[:-1], maps[-1][:, :, None, None]], t, fusions)
+
+
+def of_simkd(method, maps, seen):
+    return second.simkd(maps[-2], numpy(seen.teacher.maps[-1]), weights(method.projector))
+
+
+def equal_channels():
+    seen = two_pairs()
+    student = View(seen.student.logits, [randn(N, 3, 8, 8), randn(N, 4, 4, 4)], seen.student.embedding)
+    teacher = View(seen.student.logits, [randn(N, 3, 6, 6), randn(N, 4, 5, 5)], seen.teacher.embedding)
+    return Seen(student, teacher, seen.target)
+
+
+def vid(released):
+    """With variances that differ from channel to channel."""
+
+    def prepare(method):
+        for scale in method.scales:
+            scale.data += torch.linspace(-1, 1, len(scale))
+
+    return lambda: VariationalInformation(released=released), prepare
+
+
+def crd(released):
+    def prepare(method):  # the constants of a first batch, from which the derivative is taken, stay
+        torch.manual_seed(1)
+        before = {key: x.clone() for key, x in method.state_dict().items()}
+        method(two_pairs())
+        method.load_state_dict(before | {"log_constants": method.log_constants.clone()})
+
+    return lambda: ContrastiveRepresentation(7, 0.5, embed_dim=8, released=released), prepare
+
+
+def plain(make):
+    return make, lambda method: None
+
+
+WRITINGS = {
+    # name: (how the method is made and prepared), its second writing, what it sees
+    "hint": (plain(Hint), of_hint, two_pairs),
+    "hint of a larger teacher": (plain(lambda: Hint(layer=-1)), of_hint, two_pairs),
+    "hint released": (
+        plain(lambda: Hint(released=True)),
+        lambda *given: of_hint(*given, form=second.hint_released),
+        two_pairs,
+    ),
+    "at": (plain(AttentionTransfer), of_maps(second.at), two_pairs),
+    "at power 1": (plain(lambda: AttentionTransfer(1.0)), of_maps(second.at, power=1.0), two_pairs),
+    "at power 3": (plain(lambda: AttentionTransfer(3.0)), of_maps(second.at, power=3.0), two_pairs),
+    "vid": (vid(False), of_vid, two_pairs),
+    "vid released": (vid(True), of_vid, two_pairs),
+    "nst": (plain(NeuronSelectivity), of_maps(second.nst), two_pairs),
+    "fsp": (plain(FlowOfSolution), of_maps(second.fsp, released=False), equal_channels),
+    "fsp released": (plain(lambda: FlowOfSolution(released=True)), of_maps(second.fsp, released=True), equal_channels),
+    "pkt": (plain(ProbabilisticKnowledge), of_embeddings(second.pkt), two_pairs),
+    "rkd": (plain(Relational), of_embeddings(second.rkd), two_pairs),
+    "rkd distance 3": (plain(lambda: Relational(3.0)), of_embeddings(second.rkd, distance_weight=3), two_pairs),
+    "rkd angle 0": (plain(lambda: Relational(angle_weight=0.0)), of_embeddings(second.rkd, angle_weight=0), two_pairs),
+    "cc": (plain(CorrelationCongruence), of_embeddings(second.cc), two_pairs),
+    "cc order 4": (
+        plain(lambda: CorrelationCongruence(1.5, 4)),
+        of_embeddings(second.cc, gamma=1.5, order=4),
+        two_pairs,
+    ),
+    "crd": (crd(False), of_crd, two_pairs),
+    "crd released": (crd(True), of_crd, two_pairs),
+    "ofd": (plain(OverhaulFeature), of_ofd, two_pairs),
+    "reviewkd": (plain(ReviewKD), of_reviewkd, two_pairs),
+    "simkd": (plain(ReusedClassifier), of_simkd, two_pairs),
+}
+
+
+def second_case(name):
+    """Value at the drawn features, derivative along a drawn direction of all of the student's."""
+    (make, prepare), written, see = WRITINGS[name]
+    seen = see()
+    method = built(make(), seen)
+    prepare(method)
+    start = [*seen.student.maps, seen.student.embedding]
+    directions = [randn(*x.shape, seed=7) for x in start]
+
+    def loss(way):
+        *maps, embedding = (x + way * direction for x, direction in zip(start, directions, strict=True))
+        student = replace(seen.student, maps=maps, embedding=embedding)
+        torch.manual_seed(1)
+        return copy.deepcopy(method)(replace(seen, student=student)).sum()
+
+    def theirs(way):
+        moved = [numpy(x) + way * numpy(direction) for x, direction in zip(start, directions, strict=True)]
+        return np.sum(written(method, moved, seen))
+
+    at, *numbers = (torch.tensor(float(x), dtype=torch.float64) for x in (0, theirs(0.0), slope(theirs)))
+    return Case(method.name, SECOND, name, loss, at, *numbers)
+
+
+SECOND_CASES = [second_case(name) for name in WRITINGS]
+GOLDEN_CASES = AUTHORS_CASES + SECOND_CASES
+
+
+@pytest.mark.parametrize("case", SECOND_CASES, ids=lambda case: case.name)
+def test_a_second_writing(case):
+    assert max(errors(case)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name in WRITINGS if WRITINGS[name][0][0]().per_example])
+def test_a_second_writing_row_by_row(name, seen):
+    (make, prepare), written, see = WRITINGS[name]
+    seen = see()
+    method = built(make(), seen)
+    prepare(method)
+    maps = [numpy(x) for x in (*seen.student.maps, seen.student.embedding)]
+    torch.testing.assert_close(method(seen), torch.as_tensor(written(method, maps, seen)), rtol=1e-10, atol=1e-12)
+
+
+def test_hint_has_the_papers_kernel_and_the_released_codes_strides(seen):
+    assert built(Hint(), seen).regressor[0].kernel_size == (5, 5)  # 8 - 4 + 1
     half = Seen(
         View(seen.student.logits, [randn(N, 3, 2, 2)]), View(seen.student.logits, [randn(N, 2, 4, 4)]), seen.target
     )
@@ -154,82 +284,42 @@ def test_hint_released_doubles_a_student_of_half_the_size(seen):
     assert method(half).shape == (N,)
 
 
-@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
-def test_at(seen, power):
-    same(AttentionTransfer(power), seen, second.at(*maps(seen), power))
-
-
-@pytest.mark.parametrize("released", [False, True])
-def test_vid(seen, released):
-    method = built(VariationalInformation(released=released), seen)
-    for scale in method.scales:
-        scale.data += torch.linspace(-1, 1, len(scale))
-    layers = [weights(mean) for mean in method.means]
-    same(method, seen, second.vid(*maps(seen), layers, [numpy(scale) for scale in method.scales], released))
-
-
 def test_vid_starts_at_its_variance(seen):
     method = built(VariationalInformation(initial_variance=3.0), seen)
     for scale in method.scales:
         torch.testing.assert_close(nn.functional.softplus(scale) + 1e-5, torch.full_like(scale, 3))
 
 
-def test_nst(seen):
-    same(NeuronSelectivity(), seen, second.nst(*maps(seen)))
+def in_common_space(method, seen):
+    """s and t of crd as arrays."""
+    pairs = (method.embed_student, seen.student.embedding), (method.embed_teacher, seen.teacher.embedding)
+    return (np.stack([x / np.linalg.norm(x) for x in numpy(layer(x))]) for layer, x in pairs)
 
 
-@pytest.mark.parametrize("released", [False, True])
-def test_fsp(seen, released):
-    student = View(seen.student.logits, [randn(N, 3, 8, 8), randn(N, 4, 4, 4)])
-    teacher = View(seen.student.logits, [randn(N, 3, 6, 6), randn(N, 4, 5, 5)])
-    pair = Seen(student, teacher, seen.target)
-    same(FlowOfSolution(released=released), pair, second.fsp(*maps(pair), released))
-
-
-def test_pkt(seen):
-    same(ProbabilisticKnowledge(), seen, second.pkt(numpy(seen.student.embedding), numpy(seen.teacher.embedding)))
-
-
-@pytest.mark.parametrize("ours", [{}, {"distance_weight": 3}, {"angle_weight": 0}])
-def test_rkd(seen, ours):
-    want = second.rkd(numpy(seen.student.embedding), numpy(seen.teacher.embedding), **ours)
-    same(Relational(**ours), seen, want)
-
-
-@pytest.mark.parametrize("ours", [{}, {"gamma": 1.5, "order": 4}])
-def test_cc(seen, ours):
-    want = second.cc(numpy(seen.student.embedding), numpy(seen.teacher.embedding), **ours)
-    same(CorrelationCongruence(**ours), seen, want)
-
-
-@pytest.mark.parametrize("released", [False, True])
-def test_crd(seen, released):
-    method = built(ContrastiveRepresentation(num_negatives=7, embed_dim=8, temperature=0.5, released=released), seen)
-    memory_s, memory_t = numpy(method.memory_student).copy(), numpy(method.memory_teacher).copy()
-    s, t = (
-        np.stack([x / np.linalg.norm(x) for x in numpy(layer(x))])
-        for layer, x in (
-            (method.embed_student, seen.student.embedding),
-            (method.embed_teacher, seen.teacher.embedding),
-        )
-    )
-    index, constants = numpy(seen.index), (1.0, 1.0)
+def test_crd_sets_its_constants_from_the_first_batch(seen):
+    method = built(ContrastiveRepresentation(7, 0.5, embed_dim=8, released=True), seen)
+    s, t = in_common_space(method, seen)
+    index, memories = numpy(seen.index), (numpy(method.memory_teacher).copy(), numpy(method.memory_student).copy())
     method.labels[seen.index] = seen.target
     torch.manual_seed(1)
-    negatives = numpy(method.negatives(seen.target))
-    if released:  # M times the mean exponential of the first batch
-        chosen = np.concatenate([index[:, None], negatives], 1)
-        constants = tuple(
-            SAMPLES * np.mean([[np.exp(x[i] @ m[j] / 0.5) for j in chosen[i]] for i in range(N)])
-            for x, m in ((s, memory_t), (t, memory_s))
-        )
+    chosen = np.concatenate([index[:, None], numpy(method.negatives(seen.target))], 1)
     torch.manual_seed(1)
-    same(method, seen, second.crd(s, t, memory_s, memory_t, index, negatives, 0.5, constants))
+    method(seen)
+    for x, memory, constant in zip((s, t), memories, method.log_constants, strict=True):
+        exponentials = [[np.exp(x[i] @ memory[j] / 0.5) for j in chosen[i]] for i in range(N)]
+        assert constant.item() == pytest.approx(math.log(SAMPLES * np.mean(exponentials)), rel=1e-12)
 
-    # The memory afterwards: the batch's rows half old, half new, of length 1; the others as they were.
-    for memory, old, new in ((method.memory_student, memory_s, s), (method.memory_teacher, memory_t, t)):
+
+@pytest.mark.parametrize("released", [False, True])
+def test_crd_remembers_the_batch(seen, released):
+    """Its rows half old, half new, of length 1; the others as they were."""
+    method = built(ContrastiveRepresentation(7, 0.5, embed_dim=8, released=released), seen)
+    before = numpy(method.memory_student).copy(), numpy(method.memory_teacher).copy()
+    new = in_common_space(method, seen)
+    method(seen)
+    for memory, old, rows in zip((method.memory_student, method.memory_teacher), before, new, strict=True):
         want = old.copy()
-        for i, x in zip(index, new, strict=True):
+        for i, x in zip(numpy(seen.index), rows, strict=True):
             want[i] = (old[i] + x) / 2
             want[i] /= np.linalg.norm(want[i])
         np.testing.assert_allclose(numpy(memory), want, rtol=1e-10)
@@ -258,14 +348,11 @@ def test_crd_draws_evenly_from_other_labels(seen):
         assert ((counts[others] - expected).abs() < 5 * expected**0.5).all()
 
 
-def test_ofd(seen):
+def test_ofd_margins_are_means_of_negative_values(seen):
     method = built(OverhaulFeature(), seen)
-    layers = [weights(connector)[0] for connector in method.connectors]
-    for i, t in enumerate(maps(seen)[1]):
-        want = [channel[channel < 0].mean() for channel in t.transpose(1, 0, 2, 3)]
+    for i, t in enumerate(seen.teacher.maps):
+        want = [channel[channel < 0].mean() for channel in numpy(t).transpose(1, 0, 2, 3)]
         np.testing.assert_allclose(numpy(method.get_buffer(f"margin{i}")).ravel(), want, rtol=1e-6)
-    margins = [numpy(method.get_buffer(f"margin{i}")).ravel() for i in range(2)]
-    same(method, seen, second.ofd(*maps(seen), layers, margins))
 
 
 def test_ofd_margin_of_a_normal_is_the_mean_of_its_negative_half():
@@ -282,23 +369,6 @@ def test_ofd_takes_margins_from_batch_normalisations(seen):
     norms = [nn.BatchNorm2d(4), nn.BatchNorm2d(5)]
     method.set_margins(norms)
     torch.testing.assert_close(method.margin1, torch.full((5, 1, 1), -((2 / math.pi) ** 0.5), dtype=torch.float64))
-
-
-def test_reviewkd(seen):
-    method = built(ReviewKD(), seen)
-    fusions = []
-    for fusion in method.fusions:
-        weigh = (None, None) if fusion.weigh is None else (numpy(fusion.weigh[0].weight), numpy(fusion.weigh[0].bias))
-        fusions.append((*weights(fusion.enter), *weights(fusion.leave), *weigh))
-    s, t = maps(seen)
-    s, t = [*s, numpy(seen.student.embedding)[:, :, None, None]], [*t, numpy(seen.teacher.embedding)[:, :, None, None]]
-    same(method, seen, second.reviewkd(s, t, fusions))
-
-
-def test_simkd(seen):
-    method = built(ReusedClassifier(), seen)
-    (_, s), (_, t) = maps(seen)
-    same(method, seen, second.simkd(s, t, weights(method.projector)))
 
 
 def test_simkd_classifies_as_the_teacher_where_the_maps_agree(seen):

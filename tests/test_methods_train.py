@@ -24,7 +24,7 @@ EVERY = sorted(methods.names())
 SMALL = ("recipe=smoke", "control=false", "run=one")
 # Three stages, with as many channels in both networks as fsp wants; maps of 4x4, 2x2 and 1x1.
 MAPS = (*SMALL, "teacher.model=cnn_small", "student.model=cnn_small", "data.image_size=4")
-NOT_HERE = {"kd", "simkd"}  # the one is the plain term, the other is refused
+NOT_HERE = {"kd"}  # the plain term
 
 
 def curve(folder, stage="student"):
@@ -133,7 +133,7 @@ def test_on_two_processes_both_hold_the_same(tmp_path):
     """Parameters of the student and of its methods, and what these gather; 255 is an uneven share."""
     (tmp_path / "checked.py").write_text(EQUAL)
     words = (*MAPS, "student.epochs=2", "train.batch_size=255", "output=runs", "run=null", "-m")
-    losses = "loss=[vid,ctkd,online_label_smoothing,crd],[dml,hint,at],[reviewkd,rkd,mlkd]"
+    losses = "loss=[vid,ctkd,online_label_smoothing,crd],[dml,hint,at],[reviewkd,rkd,mlkd,simkd]"
     launch = ("-m", "torch.distributed.run", "--nproc_per_node=2", "checked.py")
     done = subprocess.run(
         [sys.executable, *launch, *words, losses], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -286,7 +286,6 @@ WRONG = {
     "loss=at student.layers=3": "student.layers=3: must be a list of names such as [layer1]",
     "loss=rkd train.batch_size=1": "loss.methods: rkd: compares examples with each other: a batch of 1 is too small",
     "loss=reviewkd train.batch_size=8 train.accumulation=8": "loss.methods: reviewkd: compares examples",
-    "loss=simkd": "loss.methods.simkd: has a classifier of its own, which kd.train does not score yet",
     "--import": "--import: type --import my_method.py, or the name of a module",
     "--import nowhere.py": "--import nowhere.py: no such file",
     "--import nowhere_at_all": "--import nowhere_at_all: ModuleNotFoundError: No module named 'nowhere_at_all'",

@@ -32,9 +32,9 @@ class ContrastiveRepresentation(Method, name="crd"):
     released code adds 1e-7 to denominators too, which is not done here: 3e-7 of n/M on CIFAR-100.
     Shapes: embeddings (N, D_s), (N, D_t), index (N,) positions in the training set, target (N,) labels; gives ().
     Never zero: it is a bound on log n minus mutual information; stationary where h is the posterior of a true pair.
-    Paper: Tian et al. 2020, §3.1 Eq. 7-10, 18, 19; n and momentum of its supplement; negatives of other labels are its
-    better choice there. Labels are learned from what was seen: in the first epoch an example not yet seen may be drawn
-    although its label is the same.
+    Paper: Tian et al. 2020, "Contrastive Representation Distillation", §3.1; n, momentum, temperature and negatives of
+    other labels are the defaults of its released code. Labels are learned from what was seen: in the first epoch an
+    example not yet seen may be drawn although its label is the same.
 
     State: `memory_student`, `memory_teacher` (M, D), `labels` (M,), and the log constants; all saved. Draws come from
     torch's generator, so that a seeded step is repeatable. Several processes hold the same memory: each enters the rows

@@ -11,12 +11,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses import reference
-from kd.losses.logits import check_positive, check_weights, cross, is_class, kl, teacher_of
+from kd.losses.logits import check_positive, check_weights, cross, kl, teacher_of
 from kd.losses.method import Method, Seen
 
 
@@ -29,9 +27,10 @@ def against_others(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tenso
     num_classes = logits.shape[-1]
     if num_classes < 2:
         raise ValueError("one class against the others needs at least 2 classes, got 1")
-    others = logits.masked_fill(is_class(index, num_classes), -math.inf)
+    index = index.unsqueeze(-1)
+    others = logits.scatter(-1, index, -math.inf)
     total = others.logsumexp(-1, keepdim=True)
-    return (logits.gather(-1, index.unsqueeze(-1)) - total).squeeze(-1), others, total
+    return (logits.gather(-1, index) - total).squeeze(-1), others, total
 
 
 def binary_kl(margin_t: Tensor, margin_s: Tensor) -> Tensor:
@@ -87,12 +86,13 @@ class DKD(Method, name="dkd"):
 class NKD(Method, name="nkd"):
     """``-softmax(t)_y log softmax(s)_y + other_weight T² H(n_T(t), n_T(s))``: normalised distillation.
 
-    n_T is the softmax at T over the classes other than the label, H the cross entropy; the label's term has
-    temperature 1 at any T. Values (N,) in nats. Neither zero nor stationary at s = t: the label's term always asks for
-    more. Yang et al. 2023, "From Knowledge Distillation to Self-Knowledge Distillation", §3.2 Eq. 6; their γ is
-    ``other_weight`` and their λ is T. The second term is a cross entropy in paper and code; a KL would differ by the
-    entropy of n_T(t) in value and not at all in gradient. The released code reduces probability targets to their
-    largest class; here they are an error. Defaults and presets are those of its configurations.
+    n_T is the softmax at T over the classes other than the label, H the cross entropy; the label's term has temperature
+    1 at any T. Values (N,) in nats. Neither zero nor stationary at s = t: the label's term always asks for more. Yang
+    et al. 2023, "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss
+    and Customized Soft Labels"; their γ is ``other_weight`` and their λ is T. The second term is a cross entropy in
+    paper and code; a KL would differ by the entropy of n_T(t) in value and not at all in gradient. The released code
+    reduces probability targets to their largest class; here they are an error. Defaults and presets are those of its
+    configurations.
     """
 
     other_weight: float = 3.5
@@ -129,9 +129,9 @@ class RLD(Method, name="rld"):
     teacher logit is below the label's; where none is, 0. Values (N,) in nats. Zero and stationary at s = t where the
     teacher's first choice is the label; elsewhere SC is neither.
 
-    Sun et al. 2024, "Knowledge Distillation with Refined Logits" (arXiv 2408.07703), its Method section. Formula and
-    defaults are those of the authors' code (zju-SWJ/RLD, commit d54578f, mdistiller/distillers/RLD.py), which this
-    equals; the equations of the paper were not compared. The weight of the whole rises over ``warmup_epochs``.
+    Sun et al. 2024, "Knowledge Distillation with Refined Logits" (arXiv 2408.07703). Formula, defaults and presets are
+    those of the authors' code (zju-SWJ/RLD, commit d54578f, mdistiller/distillers/RLD.py), which this equals; the
+    equations of the paper were not compared. The weight of the whole rises over ``warmup_epochs``.
     """
 
     confidence_weight: float = 1.0
@@ -160,12 +160,14 @@ class RLD(Method, name="rld"):
         """(N,)."""
         student, teacher = seen.student.logits, teacher_of(seen).logits
         sure_s, _, _ = against_others(student / self.confidence_temperature, seen.target)
-        sure_t, _, _ = against_others(teacher / self.confidence_temperature, teacher.argmax(-1))
+        sure_t, _, _ = against_others(teacher / self.confidence_temperature, teacher.max(-1).indices)
         confidence = self.confidence_temperature**2 * binary_kl(sure_t, sure_s)
 
-        masked = teacher >= teacher.gather(-1, seen.target.unsqueeze(-1))
-        # -inf takes a class out of a softmax; a row of which nothing would be left becomes one of equal logits.
-        fill = torch.zeros_like(teacher[:, :1]).masked_fill(~masked.all(-1, keepdim=True), -math.inf)
-        below_s, below_t = (torch.where(masked, fill, logits) for logits in (student, teacher))
-        correlation = reference.distillation(below_s, below_t, self.temperature, self.temperature)
+        of_label = teacher.gather(-1, seen.target.unsqueeze(-1))
+        # A softmax gives exactly 0 at -1e30; -inf through a mask would take several times as long on a CPU.
+        penalty = (teacher >= of_label).to(teacher.dtype) * -1e30
+        below_s, below_t = ((logits + penalty) / self.temperature for logits in (student, teacher))
+        gap = below_t.log_softmax(-1) - below_s.log_softmax(-1)
+        any_below = (of_label > teacher.amin(-1, keepdim=True)).squeeze(-1)
+        correlation = self.temperature**2 * (below_t.softmax(-1) * gap).sum(-1) * any_below
         return self.confidence_weight * confidence + self.correlation_weight * correlation

@@ -129,7 +129,8 @@ class VariationalInformation(Method, name="vid"):
     Shapes: any number of maps (N, C, H, W); gives (N,).
     Never zero where it matters: its least value for given σ is at μ(s) = t, where it is stationary in s; it falls with
     σ² and may be negative. -5.76 per element is the floor.
-    Paper: Ahn et al. 2019, §3.2, Eq. 4-6. The width of the hidden layers, the teacher's channels, is the code's.
+    Paper: Ahn et al. 2019, "Variational Information Distillation for Knowledge Transfer". The width of the hidden
+    layers, the teacher's channels, is the code's.
 
     Args:
         initial_variance: σ² at the start, above 1e-5.
@@ -180,7 +181,8 @@ class NeuronSelectivity(Method, name="nst"):
     Shapes: any number of maps (N, C, H, W), C of student and teacher free; gives (N,).
     Zero, and stationary: where both have the same mean of c·cᵀ over their channels c, so for the same channels in any
     order, sign and number of copies.
-    Paper: Huang & Wang 2017, §3.3, Eq. 7-8, polynomial kernel of degree 2 and offset 0. The released code is the same.
+    Paper: Huang & Wang 2017, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", polynomial kernel
+    of degree 2 and offset 0. The released code is the same.
     """
 
     needs = frozenset({"teacher", "maps"})
@@ -210,9 +212,9 @@ class FlowOfSolution(Method, name="fsp"):
     the released code averages it; `released` chooses that too.
     Shapes: two or more maps (N, C, H, W), as many channels in the student's as in the teacher's; gives (N,).
     Zero, and stationary: where all G are equal, so at equal maps, and at maps whose positions are permuted alike.
-    Paper: Yim et al. 2017, §3.3-3.4, Eq. 1-2, all weights λ equal. The paper trains the student with it alone first,
-    and with the labels alone afterwards. RepDistiller does so too, with weight 1: the weight 50 of its script, kept in
-    the preset for one stage with both terms, meets a term that is 0 in its code.
+    Paper: Yim et al. 2017, "A Gift from Knowledge Distillation" (FSP matrices), all weights λ equal. The paper trains
+    the student with it alone first, and with the labels alone afterwards. RepDistiller does so too, with weight 1: the
+    weight 50 of its script, kept in the preset for one stage with both terms, meets a term that is 0 in its code.
 
     Args:
         released: RepDistiller's FSP.

@@ -1,12 +1,7 @@
-"""Methods on the side of the labels: smoothing and its alternatives, virtual teachers, and a peer for a teacher.
+"""Methods on the side of the labels: smoothing and its alternatives, without any teacher.
 
 ``values`` is either what a paper puts in the place of the cross entropy, or the term that it adds to it; the presets'
-``ce_weight`` (0, or the paper's) says which. Everything is in nats, at temperature 1 unless it says otherwise.
-
-Born-again networks (Furlanello et al. 2018, §3) are no loss of their own: they are knowledge distillation at
-temperature 1 from a trained network of the student's architecture, generation after generation. That is DistillLoss
-with ``temperature=1``, ``kd_weight=1``, ``ce_weight=1`` (with labels) or 0 (without) and a teacher that an earlier run
-of the same recipe has left. ``tf_self`` is one such generation at a higher temperature.
+``ce_weight`` (0, or the paper's) says which. Everything is in nats, at temperature 1.
 
 N examples, K classes; p = softmax(s) of the student's logits s, y the label.
 """
@@ -22,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.method import Method, Seen, probabilities
+from kd.losses.method import Method, Seen
 from kd.losses.reference import cross_entropy, wide_dtype
 from kd.smoothing import check_choice, check_number, check_smoothing, mix_uniform, to_uniform
 
@@ -71,7 +66,7 @@ class GeneralizedSmoothing(Method, name="generalized_smoothing"):
     stationary point at finite logits: it drives the label's logit away, so the network has to be regularised or
     trained by CE first, as the authors do where labels are very noisy. At eps = 0 it is CE.
 
-    Wei et al. 2022, "To Smooth or Not? When Label Smoothing Meets Noisy Labels", Eq. 2, which tries 0.8 to -8 on
+    Wei et al. 2022, "To Smooth or Not? When Label Smoothing Meets Noisy Labels", which tries 0.8 to -8 on
     CIFAR-10 with noisy labels and keeps the best; 0.1 is the default of its released ``loss_gls``, which agrees with
     the paper.
     """
@@ -102,7 +97,7 @@ class OnlineLabelSmoothing(Method, name="online_label_smoothing"):
     class's row; ``end_epoch`` makes their means the next epoch's S. A class without a correct example gets 1/K. On
     several processes the rows are summed over them batch by batch, so that all hold the same table. Rows are classes.
 
-    Zhang et al. 2021, "Delving Deep into Label Smoothing", §III, Eq. 2-6. The paper starts from S = 1/K. The released
+    Zhang et al. 2021, "Delving Deep into Label Smoothing". The paper starts from S = 1/K. The released
     CIFAR and ImageNet scripts start from 0, so their soft term is 0 in the first epoch: ``start="zero"``.
     """
 
@@ -165,7 +160,7 @@ class MaxSup(Method, name="maxsup"):
     The label plays no part; on a correct prediction it is label smoothing with eps = w, written as in its identity
     LS = CE + eps (s_y - mean_k s_k). w grows linearly, by whole epochs, from start_weight to end_weight.
 
-    Zhou et al. 2025, "MaxSup: Overcoming Representation Collapse in Label Smoothing", §4. The released ImageNet code
+    Zhou et al. 2025, "MaxSup: Overcoming Representation Collapse in Label Smoothing". The released ImageNet code
     (and ``ramp="after_last"``) has w = start + (end - start) epoch/epochs, which the last epoch does not reach; its
     long-tailed code (``ramp="in_last"``) divides by epochs - 1 and does. The README's formula has a constant w.
     """
@@ -254,7 +249,7 @@ class FLSD53(Method, name="flsd53"):
     value, without gradient, so the loss jumps down where p_y falls through 0.2 (by 0.8³·0.36·log 5 = 0.30). Labels
     only.
 
-    Mukhoti et al. 2020, "Calibrating Deep Neural Networks using Focal Loss", §5, FLSD-53. In their released code the
+    Mukhoti et al. 2020, "Calibrating Deep Neural Networks using Focal Loss", FLSD-53. In their released code the
     gamma argument moves only p_y ≥ 0.5 and [0.2, 0.5) stays at 3: equal to this for its gamma 3, the published method.
     It sums over the batch by default, so that its learning rate goes with N times this mean.
     """
@@ -281,126 +276,7 @@ class FLSD53(Method, name="flsd53"):
         return -(gamma * rest).exp() * own
 
 
-@dataclass(eq=False)
-class TfSelf(Method, name="tf_self"):
-    """``KL(p^t_T || p_T)``, p_T = softmax(s/T), the teacher a trained copy of the student's own architecture.
-
-    (N,) in nats, beside the cross entropy. 0, and stationary, where the softened distributions are equal. No T²: the
-    gradient is (p_T - p^t_T)/T.
-
-    Yuan et al. 2020, "Revisiting Knowledge Distillation via Label Smoothing Regularization", Eq. 7. The released code
-    has the factor T²/K instead of 1 (T² as Hinton, and 1/K from nn.KLDivLoss's mean over all elements; 0.36 at T = 6,
-    K = 100) and a multiplier of 1, 10 or 50 that the paper has not: ``released_code=True``, and the multiplier in the
-    weight. Its plain KD (Re-KD, De-KD) is the same with another teacher.
-    """
-
-    temperature: float = 6.0
-    released_code: bool = False
-
-    presets: ClassVar = {
-        "cifar100": {"weight": 0.95, "ce_weight": 0.05, "kd_weight": 0.0},
-        "cifar100_released": {"weight": 47.5, "ce_weight": 0.05, "kd_weight": 0.0, "released_code": True},
-    }
-
-    def check(self) -> None:
-        """The temperature is finite and above 0."""
-        _check_temperature(self.temperature)
-
-    def values(self, seen: Seen) -> Tensor:
-        """(N,)."""
-        assert seen.teacher is not None  # forward has checked
-        student, teacher = seen.student.logits, seen.teacher.logits
-        kl = _kl(F.log_softmax(teacher / self.temperature, -1), F.log_softmax(student / self.temperature, -1))
-        return kl * (self.temperature**2 / student.shape[-1] if self.released_code else 1.0)
-
-
-@dataclass(eq=False)
-class TfReg(Method, name="tf_reg"):
-    """``KL(p^d_T || p_T)``: distillation from a virtual teacher that knows the label, p^d = a on y, (1-a)/(K-1) else.
-
-    p^d_T is p^d softened as if by a temperature in its logits, (p^d)^(1/T) renormalised; p_T = softmax(s/T). (N,) in
-    nats, beside the cross entropy. 0, and stationary, where p = p^d. No T²: the gradient is (p_T - p^d_T)/T. At T = 1
-    it is label smoothing with eps = 1-a over the others, less the entropy of p^d. Probability targets pass through
-    the linear map that takes the one-hot label to p^d.
-
-    Yuan et al. 2020, "Revisiting Knowledge Distillation via Label Smoothing Regularization", Eq. 8-9, a ≥ 0.9, T ≥ 20.
-    The released code (``released_code=True``) is another function: it takes the softmax of p^d/T, probabilities as if
-    they were logits, which at T = 20 is nearly uniform (the label gets e^0.05 = 1.05 times the others' share, against
-    1.58 times here for K = 100); the student is at T = 1; it divides by K; and a multiplier of 100, which the paper
-    has not, belongs into the weight.
-    """
-
-    correct_probability: float = 0.99
-    temperature: float = 20.0
-    released_code: bool = False
-
-    needs = frozenset()
-    presets: ClassVar = {
-        "cifar100": {"weight": 0.1, "ce_weight": 0.9, "kd_weight": 0.0},
-        "cifar100_released": {"weight": 10.0, "ce_weight": 0.9, "kd_weight": 0.0, "released_code": True},
-    }
-
-    def check(self) -> None:
-        """The virtual teacher's probability is in (0, 1), its temperature finite and above 0."""
-        check_number("correct_probability", self.correct_probability, "a number > 0 and < 1", lambda v: 0 < v < 1)
-        _check_temperature(self.temperature)
-
-    def values(self, seen: Seen) -> Tensor:
-        """(N,)."""
-        logits, k = seen.student.logits, seen.student.logits.shape[-1]
-        mass = to_uniform(1 - self.correct_probability, k, "others")
-        virtual = mix_uniform(seen.target, k, mass, logits.dtype)
-        if self.released_code:
-            return _kl(F.log_softmax(virtual / self.temperature, -1), F.log_softmax(logits, -1)) / k
-        soft = F.log_softmax(virtual.log() / self.temperature, -1)
-        return _kl(soft, F.log_softmax(logits / self.temperature, -1))
-
-
-@dataclass(eq=False)
-class DeepMutualLearning(Method, name="dml"):
-    """``KL(p² || p) + CE(p², y) + KL(p || p²)``: two students that learn from the label and from each other.
-
-    p is the student's, p² that of a peer which sees the same images, starts from other weights and is trained in the
-    same step. The first term is the student's (p² detached), the other two are the peer's (p detached); the student's
-    own CE stands beside them. (N,) in nats. The student's term is 0, and stationary, where p = p². A weight of this
-    method scales the peer's whole gradient as well as the student's mimicry; the paper's is 1.
-
-    Set ``peer``, a network from images to (N, K) logits, before ``build``. It is the method's learned part.
-
-    Zhang et al. 2018, "Deep Mutual Learning", §2.2, Eq. 4-7, at temperature 1. The paper updates the two in turn and
-    computes p anew between them; here both step from the same predictions, a difference of one step's change.
-    """
-
-    needs = frozenset({"images", "peer"})
-    presets: ClassVar = {"cifar100": {"weight": 1.0, "ce_weight": 1.0, "kd_weight": 0.0}}
-
-    def build(self, seen: Seen, num_samples: int) -> None:
-        """The peer is there already: nothing is made, but a missing one is an error."""
-        if "peer" not in dict(self.named_children()):
-            raise ValueError(f"{self.name}: needs a second network, set as .peer before the first batch")
-
-    def values(self, seen: Seen) -> Tensor:
-        """(N,) the student's mimicry, and the peer's whole loss."""
-        logits = seen.student.logits
-        peer = self.get_submodule("peer")(seen.images).to(logits.dtype)
-        if peer.shape != logits.shape:
-            raise ValueError(f"{self.name}: peer gives {tuple(peer.shape)} logits, the student {tuple(logits.shape)}")
-        mine, its = F.log_softmax(logits, -1), F.log_softmax(peer, -1)
-        label = cross_entropy(peer, probabilities(seen.target, logits.shape[-1], logits.dtype))
-        return _kl(its.detach(), mine) + label + _kl(mine.detach(), its)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """(N,) KL(p || q); a class that p gives 0 counts 0."""
-    p = log_p.exp()
-    return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(-1)
-
-
 def _log_p_and_rest(seen: Seen) -> tuple[Tensor, Tensor]:
     """(N,) log p_y and log(1 - p_y); the second from the other classes, because 1 - p_y would cancel."""
     log_p, label = F.log_softmax(seen.student.logits, -1), seen.target.unsqueeze(-1)
     return log_p.gather(-1, label).squeeze(-1), log_p.scatter(-1, label, -math.inf).logsumexp(-1)
-
-
-def _check_temperature(temperature: float) -> None:
-    check_number("temperature", temperature, "a finite number > 0", lambda v: 0 < v < math.inf)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses import reference
-from kd.losses.method import Method, Seen, View, probabilities
+from kd.losses.method import Method, Seen, View
 from kd.smoothing import check_number
 
 # ---- what the methods share
@@ -58,11 +58,6 @@ def cross(log_t: Tensor, log_s: Tensor) -> Tensor:
     return -(log_t.exp() * log_s.masked_fill(log_t == -math.inf, 0)).sum(-1)
 
 
-def is_class(index: Tensor, num_classes: int) -> Tensor:
-    """(N, K), true at each row's class."""
-    return index.unsqueeze(-1) == torch.arange(num_classes, device=index.device)
-
-
 # ---- one temperature for both
 
 
@@ -74,8 +69,9 @@ class KD(Method, name="kd"):
     ``T (p_T(s) - p_T(t))``. Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", §2.
 
     The preset "funmatch" is function matching (Beyer et al. 2022, "Knowledge distillation: A good teacher is patient
-    and consistent", §3): T = 1 and no labels, with mixup, the same view for both networks and a very long schedule,
-    which the recipe sets.
+    and consistent"): T = 1 and no labels, with mixup, the same view for both networks and a very long schedule,
+    which the recipe sets. The preset "born_again" is Furlanello et al. 2018, "Born Again Neural Networks": T = 1 beside
+    the labels, from a teacher of the student's own architecture, whose student teaches the next generation.
     """
 
     temperature: float = 4.0
@@ -84,6 +80,7 @@ class KD(Method, name="kd"):
         "cifar100": {"weight": 0.9, "ce_weight": 0.1},
         "imagenet": {"weight": 0.5, "ce_weight": 0.5, "temperature": 1.0},
         "funmatch": {"weight": 1.0, "ce_weight": 0.0, "temperature": 1.0},
+        "born_again": {"weight": 1.0, "ce_weight": 1.0, "temperature": 1.0},
     }
 
     def check(self) -> None:
@@ -99,8 +96,8 @@ class KD(Method, name="kd"):
 class ReverseKL(Method, name="reverse_kl"):
     """``T² KL(p_T(s) || p_T(t))``: the student avoids what the teacher finds unlikely, rather than covering it all.
 
-    Values (N,) in nats. Zero and stationary where both softened distributions are equal. Gu et al. 2024, "MiniLLM",
-    §2.1, at T = 1; the factor T² is ours, so that its weight is that of KD.
+    Values (N,) in nats. Zero and stationary where both softened distributions are equal. Gu et al. 2024, "MiniLLM:
+    Knowledge Distillation of Large Language Models", at T = 1; the factor T² is ours, so that its weight is that of KD.
     """
 
     temperature: float = 1.0
@@ -120,7 +117,7 @@ class GeneralisedJSD(Method, name="gjsd"):
 
     Values (N,) in nats, at most ``T² log 2``. Zero and stationary where both distributions are equal. Divided by a it
     tends to KL(t || s) as a -> 0, and divided by 1-a to KL(s || t) as a -> 1. Agarwal et al. 2024, "On-Policy
-    Distillation of Language Models" (GKD), §2, at T = 1. The factor T² is ours; TRL's GKDTrainer has none, so that its
+    Distillation of Language Models" (GKD), at T = 1. The factor T² is ours; TRL's GKDTrainer has none, so that its
     number is 1/T² of this, and gives the two limits, not 0, for a = 0 and 1.
     """
 
@@ -148,7 +145,7 @@ class LogitMSE(Method, name="logit_mse"):
 
     Values (N,) in squared logits. Zero and stationary where the logits, not only the distributions, are equal: adding
     a constant to a row changes it. Kim et al. 2021, "Comparing Kullback-Leibler Divergence and Mean Squared Error Loss
-    in Knowledge Distillation", §3. Ba & Caruana 2014 have half of it; F.mse_loss's mean over classes is 1/K of it.
+    in Knowledge Distillation". Ba & Caruana 2014 have half of it; F.mse_loss's mean over classes is 1/K of it.
     """
 
     def values(self, seen: Seen) -> Tensor:
@@ -181,7 +178,7 @@ class TTM(Method, name="ttm"):
 
     Values (N,) in nats; no T², since the student's temperature is 1. Zero and stationary where the student's
     distribution is the teacher's softened one, so not at s = t unless T = 1, where it is KD at T = 1. Zheng & Yang
-    2024, "Knowledge Distillation Based on Transformed Teacher Matching", §3; their exponent γ is 1/T. The paper tunes
+    2024, "Knowledge Distillation Based on Transformed Teacher Matching"; their exponent γ is 1/T. The paper tunes
     T and the weight for each pair of networks; the preset is the example of the released code (vgg13 -> vgg8).
     """
 
@@ -203,8 +200,8 @@ class WTTM(Method, name="wttm"):
     """``U KL(p_T(t) || softmax(s))``, ``U = sum_k softmax(t)_k^(1/T)``: TTM, smooth teachers weighing more.
 
     Values (N,) in nats. U lies between 1 (a certain teacher) and K^(1 - 1/T) (a uniform one) and is not normalised over
-    the batch. Zero and stationary where TTM is; at T = 1 it is KD at T = 1. Zheng & Yang 2024, §4; the preset is the
-    released code's example (combined with CRD there).
+    the batch. Zero and stationary where TTM is; at T = 1 it is KD at T = 1. Zheng & Yang 2024, as TTM; the preset is
+    the released code's example (combined with CRD there).
     """
 
     temperature: float = 5.0
@@ -229,7 +226,7 @@ class WSL(Method, name="wsl"):
     H is the cross entropy and w carries no gradient: near 0 where the student already does better than its teacher,
     near 1 where the teacher is far better. Values (N,) in nats. Stationary, not zero, at s = t: w T² times the entropy
     of p_T(t) is left, 1 - 1/e of it. Zhou et al. 2021, "Rethinking Soft Labels for Knowledge Distillation: A
-    Bias-Variance Tradeoff Perspective", §4.
+    Bias-Variance Tradeoff Perspective".
 
     The released code has epsilon = 1e-7 against the division by zero of a certain teacher, which halves the ratio of a
     teacher with CE = 1e-7 and is nothing at CE = 0.1. Here epsilon is 0, w is 1 in that case, and where both are
@@ -252,11 +249,15 @@ class WSL(Method, name="wsl"):
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
         student, teacher = seen.student.logits, teacher_of(seen).logits
-        share = probabilities(seen.target, student.shape[-1], student.dtype)
-        hard_s, hard_t = (reference.cross_entropy(logits, share).detach() for logits in (student, teacher))
+        hard_s, hard_t = (self._nll(logits.detach(), seen.target) for logits in (student, teacher))
         ratio = (hard_s / (hard_t + self.epsilon)).abs().nan_to_num(nan=1.0)
         log_s, log_t = (F.log_softmax(logits / self.temperature, -1) for logits in (student, teacher))
         return -torch.expm1(-ratio) * self.temperature**2 * cross(log_t, log_s)
+
+    def _nll(self, logits: Tensor, target: Tensor) -> Tensor:
+        if target.is_floating_point():
+            return reference.cross_entropy(logits, target.to(logits.dtype))
+        return F.cross_entropy(logits, target, reduction="none")
 
 
 @dataclass(eq=False)
@@ -266,7 +267,7 @@ class ATS(Method, name="ats"):
     τ is ``target_temperature`` at the label and ``other_temperature`` at all other classes, H the cross entropy, Ts =
     ``student_temperature``. With the label the hotter (τ1 > τ2), a large teacher's other classes keep their
     differences. Values (N,) in nats. Stationary where softmax(s / Ts) = q, which is not s = t. Li et al. 2022,
-    "Asymmetric Temperature Scaling Makes Larger Networks Teach Well Again", §4. They search τ1 in 1..6 and τ2 in 1..5
+    "Asymmetric Temperature Scaling Makes Larger Networks Teach Well Again". They search τ1 in 1..6 and τ2 in 1..5
     with Ts = 1 and one half of each loss; 4 and 2 are ours from inside that grid. Both temperatures divide the raw
     logits, so a constant c added to a row of t moves the label's odds by the factor exp(c/τ1 - c/τ2).
     """
@@ -285,7 +286,8 @@ class ATS(Method, name="ats"):
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
         teacher = teacher_of(seen).logits
-        labelled = is_class(seen.target, teacher.shape[-1])
-        softened = torch.where(labelled, teacher / self.target_temperature, teacher / self.other_temperature)
+        label = seen.target.unsqueeze(-1)
+        of_label = teacher.gather(-1, label) / self.target_temperature
+        softened = (teacher / self.other_temperature).scatter(-1, label, of_label)
         log_s = F.log_softmax(seen.student.logits / self.student_temperature, -1)
         return self.student_temperature**2 * cross(F.log_softmax(softened, -1), log_s)

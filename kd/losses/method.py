@@ -60,7 +60,7 @@ class Method(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
     per_example: ClassVar[bool] = True  # values are (N,), row i a function of row i alone; else () over the batch
     soft_targets: ClassVar[bool] = True  # whether the target may be probabilities, as with mixup
-    classifies: ClassVar[bool] = False  # the network to evaluate is the method's own, not the student as it is
+    classifies: ClassVar[bool] = False  # `classify` gives the logits to evaluate, not the student's own classifier
     # Settings of the paper beside its fields: this method's "weight" and the "warmup_epochs" over which it rises
     # linearly from 0, "ce_weight", "kd_weight" (a plain KD term beside it; 0 where not named), fields that differ.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -88,6 +88,10 @@ class Method(nn.Module):
 
     def end_epoch(self) -> None:
         """Turn what was gathered over an epoch into what the next one uses."""
+
+    def classify(self, view: View) -> Tensor:
+        """Logits (N, K) from the student's view, for a method that `classifies`; it is saved with the student."""
+        raise NotImplementedError(f"{self.name}: classifies without a classifier")
 
     @abstractmethod
     def values(self, seen: Seen) -> Tensor:

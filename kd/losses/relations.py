@@ -28,8 +28,8 @@ class SimilarityPreserving(Method, name="sp"):
     Units: none, between 0 and 4/N; the same for maps that are scaled.
     Shapes: one map of each (N, C, H, W), all sizes free; gives ().
     Zero, and stationary: where the rows of G agree, so for features that differ by an orthogonal map and a factor.
-    Paper: Tung & Mori 2019, §3.1, Eq. 1-4; the paper may sum over several layers, its CIFAR experiments and
-    RepDistiller take the last one. The released code is the same.
+    Paper: Tung & Mori 2019, "Similarity-Preserving Knowledge Distillation"; the paper may sum over several layers, its
+    CIFAR experiments and RepDistiller take the last one. The released code is the same.
 
     Args:
         layer: position among the maps; negative from the deepest.
@@ -65,7 +65,7 @@ class ProbabilisticKnowledge(Method, name="pkt"):
     Shapes: embeddings (N, D); gives (). Probabilities below 1e-7 count as that, so that opposite vectors stay finite.
     Zero, and stationary (`released` but for 1e-7): where q = p, so for embeddings that differ by an orthogonal map and
     factors of their rows.
-    Paper: Passalis & Tefas 2018, §3, Eq. 4-7, cosine kernel.
+    Paper: Passalis & Tefas 2018, "Learning Deep Representations with Probabilistic Knowledge Transfer", cosine kernel.
 
     Args:
         released: the authors' probabilistic_kt and RepDistiller's PKT.
@@ -115,7 +115,7 @@ class Relational(Method, name="rkd"):
     Shapes: embeddings (N, D); gives (). With N = 2 there is no angle, and its term is 0.
     Zero, and stationary: where all distance ratios and angles agree, so for embeddings that differ by a shift, an
     orthogonal map and a factor. Equal rows have no direction: their cosines are 0.
-    Paper: Park et al. 2019, §3.2, Eq. 5-9; weights of its CIFAR-100 experiments.
+    Paper: Park et al. 2019, "Relational Knowledge Distillation", §3.2; weights of its CIFAR-100 experiments.
 
     Args:
         distance_weight: weight of the distances, at least 0.
@@ -178,7 +178,7 @@ class CorrelationCongruence(Method, name="cc"):
     Shapes: embeddings (N, D); gives ().
     Zero, and stationary: where all kernel values agree, so for embeddings that differ by an orthogonal map and factors
     of their rows; released: where of any two neighbours one agrees with its teacher, with a kink.
-    Paper: Peng et al. 2019, §3.3-3.4, Eq. 6-11, γ 0.4 and order 2.
+    Paper: Peng et al. 2019, "Correlation Congruence for Knowledge Distillation", γ 0.4 and order 2.
 
     Args:
         gamma: γ of the Gaussian kernel, at least 0.

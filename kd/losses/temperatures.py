@@ -27,9 +27,9 @@ class LogitStandardization(Method, name="lskd"):
 
     ``method`` names the method and ``settings`` are its fields; a ``temperature`` that they do not mention is the
     paper's base temperature 2. Values, units and shape are that method's. Where it is zero at s = t, this is zero
-    wherever t = a s + b in each row with a > 0: the student may be as sure as it likes. A row without variation
-    becomes zeros without a gradient. Sun et al. 2024, "Logit Standardization in Knowledge Distillation", §4 and
-    Algorithm 1: weight 9 for KD on CIFAR-100; for DKD both of its weights times 9.
+    wherever t = a s + b in each row with a > 0: the student may be as sure as it likes. A row without variation becomes
+    zeros without a gradient. Sun et al. 2024, "Logit Standardization in Knowledge Distillation": weight 9 for KD on
+    CIFAR-100; for DKD both of its weights times 9.
 
     The paper divides by K in the variance. The released code divides by K - 1, a temperature larger by
     sqrt(K/(K-1)) (0.5 % at K = 100; KD at T = 2 is 1 % smaller), and adds 1e-7 to the deviation:
@@ -99,7 +99,7 @@ class CTKD(Method, name="ctkd"):
     grows from 0 with ``½ final_strength (1 - cos(π min(E, curriculum_epochs) / curriculum_epochs))`` in the E-th epoch,
     counted from 1: the task becomes harder. The gradient of θ includes that of T². Values (N,) in nats. Zero and
     stationary where both softened distributions are equal, for any θ. Li et al. 2023, "Curriculum Temperature for
-    Knowledge Distillation", §3, the global version (θ = 1 at the start: T = 15.6); the one that predicts a temperature
+    Knowledge Distillation", the global version (θ = 1 at the start: T = 15.6); the one that predicts a temperature
     for each example is not here. Read in the authors' code (zhengli97/CTKD, commit 7d52522); the optimizer of the
     student, weight decay included, trains θ there.
     """

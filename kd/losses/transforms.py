@@ -32,7 +32,8 @@ class OverhaulFeature(Method, name="ofd"):
     Name layers in front of their ReLU: behind one nothing is negative, the margin has no effect, and the loss is that
     of m = 0.
     Zero, and stationary: where r(s) = t' at every positive t and r(s) ≤ t' elsewhere.
-    Paper: Heo et al. 2019, §3.2-3.4, Eq. 2-6. The factors 1/2 from layer to layer are the released code's.
+    Paper: Heo et al. 2019, "A Comprehensive Overhaul of Feature Distillation". The factors 1/2 from layer to layer are
+    the released code's.
 
     Args:
         layer_decay: weight of a layer relative to the next deeper one, at least 0.
@@ -133,8 +134,8 @@ class ReviewKD(Method, name="reviewkd"):
     Shapes: any number of maps (N, C, H, W) and embeddings (N, D), all sizes free; gives (). N must be 2 or more, for
     the batch normalisation of the 1x1 map.
     Zero, and stationary: where every fused map equals the teacher's.
-    Paper: Chen et al. 2021, §3.2-3.4, Eq. 6-8, Fig. 3. The released code is the same; it takes the teacher's maps, and
-    some students', in front of their ReLU.
+    Paper: Chen et al. 2021, "Distilling Knowledge via Knowledge Review". The released code is the same; it takes the
+    teacher's maps, and some students', in front of their ReLU. Its weight differs from pair to pair of networks.
 
     Args:
         max_width: channels inside the fusion are those of the student's embedding, at most this.
@@ -144,7 +145,7 @@ class ReviewKD(Method, name="reviewkd"):
     per_example = False
     presets: ClassVar = {
         "cifar100": {"weight": 5.0, "ce_weight": 1.0, "kd_weight": 0.0, "warmup_epochs": 20},
-        "imagenet": {"weight": 1.0, "ce_weight": 1.0, "kd_weight": 0.0},
+        "imagenet": {"weight": 1.0, "ce_weight": 1.0, "kd_weight": 0.0, "warmup_epochs": 1},
     }
 
     max_width: int = 512
@@ -191,14 +192,15 @@ class ReusedClassifier(Method, name="simkd"):
     """``mean_nchw (r(s) - t)²`` of the last maps, r a learned bottleneck of a 1x1, a 3x3 and a 1x1 convolution.
 
     There is no cross entropy (its presets say so): the student's own classifier is not trained. The network to
-    evaluate, and to ship, is student, r and the teacher's classifier: ``classify(view)`` gives its logits. Whoever
-    evaluates must call it in eval mode instead of reading ``view.logits``, and save the method with the student; its
-    state_dict holds the teacher's classifier, so that the teacher is not needed then.
+    evaluate, and to ship, is student, r and the teacher's classifier: ``classify(view)`` gives its logits, in eval
+    mode. kd.train scores and saves that network (kd.assembled); in a loop of your own call it instead of reading
+    ``view.logits``, and save the method's state_dict, which holds the teacher's classifier, with the student.
     Units: squared teacher activations; the paper writes the squared norm, C·H·W times this, its code the mean.
     Shapes: one map of each (N, C, H, W); gives (). A larger student map is averaged down to the teacher's size in
     front of r, a larger teacher map to the student's.
     Zero, and stationary in r(s): where r(s) = t; then the student's logits are the teacher's.
-    Paper: Chen et al. 2022, §3.2-3.3, Eq. 3, Fig. 2; r with batch normalisation and ReLU behind every convolution.
+    Paper: Chen et al. 2022, "Knowledge Distillation with the Reused Teacher Classifier"; r with batch normalisation and
+    ReLU behind every convolution.
 
     Args:
         layer: position of the map whose average the teacher's classifier reads; negative from the deepest.
