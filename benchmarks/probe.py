@@ -1,4 +1,4 @@
-"""The smoothing estimate against the truth: teachers trained here with known smoothing, read on training images and not.
+"""The smoothing estimate against the truth, on teachers trained here with known smoothing.
 
 One row for each task, smoothing mass and split: mean and standard deviation of the estimate over the seeds, the range
 that the middle half of a network's samples gives (mean of its ends), how often the truth lies in it, and how often the

@@ -273,3 +273,48 @@ def test_help_needs_no_torch(capsys):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: python -m kd.probe")
     assert probe.main([]) == 0
+
+
+# --- the benchmark
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
+    from benchmarks import probe as benchmark
+
+    return benchmark
+
+
+def test_the_table_of_the_benchmark_says_what_the_estimates_say(benchmark, monkeypatch):
+    """Two seeds, of which one has the truth in its range and one is doubted."""
+    found = [
+        SmoothingEstimate(0.2, 0.05, 0.3, 0.1, 0.9, 500, ()),
+        SmoothingEstimate(0.4, 0.15, 0.5, 0.1, 0.7, 500, ("a doubt",)),
+    ]
+    monkeypatch.setattr(
+        benchmark, "estimates", lambda task, mass, seed, output: {"train": found[seed], "val": found[0]}
+    )
+    lines = list(benchmark.rows(benchmark.Task("mixture", "mlp_mini", masses=(0.1,)), 2, "nowhere"))
+    assert lines == [
+        "| mixture | 0.1 | training | 0.300 ± 0.141 | 0.100 .. 0.400 | 1/2 | 1/2 | 80.0% |",
+        "| mixture | 0.1 | held out | 0.200 ± 0.000 | 0.050 .. 0.300 | 2/2 | 0/2 | 90.0% |",
+    ]
+
+
+def test_the_benchmark_trains_what_its_rows_say(benchmark):
+    for task in benchmark.TASKS + benchmark.FAILURES:
+        recipe = benchmark.recipe(task, 0.3, 2, "out")
+        assert (recipe.teacher.model, recipe.teacher.label_smoothing, recipe.seed) == (task.model, 0.3, 2)
+        assert (recipe.data.family, recipe.output) == (task.data, "out")
+    assert recipe.data.mixup == 0.4
+    assert recipe.teacher.epochs == 20
+
+
+def test_the_benchmark_reads_training_and_held_out_samples(benchmark, tmp_path):
+    try:
+        task = benchmark.Task("mixture", "mlp_mini", ("teacher.epochs=8",))
+        found = benchmark.estimates(task, 0.1, 0, str(tmp_path))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert found["train"].count <= 600 < found["val"].count <= 2000
