@@ -108,7 +108,8 @@ class DistillSettings(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, for print(loss)."""
-        shown = ("kd_weight", "ce_weight", "label_smoothing", "smoothing", "student_temperature", "reduction")
+        shown = ("kd_weight", "ce_weight", "label_smoothing", "smoothing", "student_temperature")
+        shown = (*shown, "teacher_smoothing", "reduction")
         return ", ".join([f"{self.temperature}", *(f"{name}={getattr(self, name)!r}" for name in shown)])
 
     def _check_settings(self) -> None:
