@@ -4,11 +4,10 @@ Collected by test_triton.py alone.
 """
 
 import contextlib
-import os
 
 import pytest
 import torch
-from interpreted_triton import kernel  # noqa: F401  (a fixture)
+from interpreted_triton import NIGHTLY, kernel  # noqa: F401  (kernel is a fixture)
 from loss_matrix import BF16, F16, F32, F64, check, combinations, largest, pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,7 +15,7 @@ from kd import DistillLoss
 from kd.losses import triton as launcher
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what a GPU does without a word
-SAMPLE = 1 if os.environ.get("KD_NIGHTLY") == "1" else 61
+SAMPLE = 1 if NIGHTLY else 61
 FULL = {"temperature": 3.0, "student_temperature": 2.0, "label_smoothing": 0.1, "smoothing": "others"}
 
 

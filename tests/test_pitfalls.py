@@ -1,28 +1,30 @@
 """Fourteen ways in which released fused losses were wrong, a test for each, by number.
 
-On the CPU backend, and on the reference where it could go wrong alike. What concerns the GPU's kernels is tested, for
-the same pitfalls, in interpreted_triton.py (I), interpreted_loss.py (L) and test_triton_offline.py (O):
+Those below are of the CPU backend, and of the reference where it could go wrong alike; each was seen red on a kernel
+broken for it. What concerns the kernels of a GPU is tested in interpreted_triton.py, interpreted_loss.py and
+test_triton_offline.py, for the same pitfalls by tests of these names:
 
-1. I upstream_of_any_stride, adjust_computes_changed_rows_anew; L upstream_gradients
-2. I inputs_are_left_as_they_were_and_two_runs_agree
-3. L matrix, confident_rows; O machine_code (float32 inside, rounded to nearest)
-4. I an_ignored_row_is_zero, a_label_that_is_no_class, no_rows
-5. I masked_classes, masks_of_the_lowest_finite_number, nan_in_gives_nan_out, extreme_logits, each_term_alone
-6. L matrix
-7. I offsets_beyond_32_bits, any_number_of_classes, more_rows_than_one_program_takes, layout; O machine_code (one-
-   dimensional grid, odd addresses)
-8. I each_term_alone_and_neither; L matrix (teacher of another dtype)
-9. L matrix; O machine_code
-10. O scalars_in_double_do_not_spread, nothing_that_changes_in_training_compiles_anew
-11. L nothing_waits_for_the_gpu, the_launch_is_on_the_device_of_the_logits; O machine_code (at most 16 warps)
-12. L a_second_derivative_is_refused_and_a_retained_graph_gives_the_same_bits
-13. I matrix; L matrix
-14. L identities
-
-(2.) to (14.) of the CPU are below. Each was seen red on a kernel broken for it.
+1. upstream_of_any_stride, adjust_computes_changed_rows_anew_and_leaves_the_others, upstream_gradients
+2. inputs_are_left_as_they_were_and_two_runs_agree
+3. confident_rows, machine_code (nothing but float32 inside, rounded to nearest)
+4. an_ignored_row_is_zero_whatever_is_in_it, a_label_that_is_no_class_gives_nan_and_is_not_followed, no_rows
+5. masked_classes_are_as_in_the_reference, masks_of_the_lowest_finite_number, nan_in_gives_nan_out,
+   extreme_logits_stay_finite, each_term_alone_and_neither
+6. matrix
+7. offsets_beyond_32_bits, any_number_of_classes, more_rows_than_one_program_takes, layout_does_not_matter, machine_code
+   (a grid of one dimension, addresses that allow no vectors)
+8. each_term_alone_and_neither, matrix (a teacher of another dtype)
+9. matrix, values_alone_are_the_same_values
+10. scalars_in_double_do_not_spread, nothing_that_changes_in_training_compiles_anew
+11. nothing_waits_for_the_gpu, the_launch_is_on_the_device_of_the_logits, machine_code (at most 16 warps)
+12. a_second_derivative_is_refused_and_a_retained_graph_gives_the_same_bits
+13. matrix
+14. identities
 """
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +93,17 @@ def assert_rounded_once(actual, exact, floor=0.0):
 def assert_equal(actual, expected):
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_tests_named_above_exist():
+    folder = Path(__file__).parent
+    files = ("interpreted_triton.py", "interpreted_loss.py", "test_triton_offline.py")
+    exist = set(re.findall(r"^def test_(\w+)", "".join((folder / name).read_text() for name in files), re.M))
+    lists = re.findall(r"^\d+\. (.*(?:\n   .*)*)", __doc__, re.M)
+    assert len(lists) == 14
+    named = [set(re.findall(r"\w+", re.sub(r"\([^)]*\)", "", names))) for names in lists]
+    assert all(named)
+    assert set().union(*named) <= exist
 
 
 # ---- 1
