@@ -148,14 +148,6 @@ def test_the_teachers_and_the_targets_dtype_are_free(teacher):
         check((s, t.to(teacher), target.argmax(-1), weight.to(teacher), upstream))
 
 
-def test_128_thousand_classes_in_float32():
-    """Naive sums over so many lose two digits: the loss to 1e-6, the gradient to 1e-5 of its largest."""
-    inputs = batch(2, 128256, torch.float32)
-    ours, exact = run(*inputs), expected(*inputs)
-    assert ((ours[0] - exact[0]).abs() <= 1e-6 * exact[0]).all()
-    assert ((ours[3] - exact[3]).abs() <= 1e-6 * exact[3].abs().amax(-1, keepdim=True)).all()
-
-
 def test_the_exponential_and_16_bits_at_their_edges():
     """Differences of 0 to 140 at T = 1 against float64; gradients from 1e-9 to beyond float16's largest number."""
     s = torch.linspace(0, -140, 2000, dtype=torch.float32).unsqueeze(0)
@@ -173,26 +165,6 @@ def test_the_exponential_and_16_bits_at_their_edges():
 
 
 # ---- memory layout
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_strides_and_no_input_is_written(dtype):
-    s, t, y, w, up = batch(4, 1100, dtype, weighted=True)
-    shifted = torch.cat([s.new_zeros(4, 1), s], 1)[:, 1:]  # rows apart by one more, and not aligned
-    for student, teacher, upstream in (
-        (s.t().contiguous().t(), t.t().contiguous().t(), up),
-        (shifted, t[:1].expand(4, -1), up[:1].expand(4)),
-        (s.repeat(1, 2)[:, :1100], t.repeat(2, 1)[::2], up.repeat_interleave(2)[::2]),
-    ):
-        for target in (y, y.repeat_interleave(3)[::3], t.float().softmax(-1), t[:1].float().softmax(-1).expand(4, -1)):
-            given = (student, teacher, target, w, upstream)
-            before = [x.clone() for x in given]
-            versions = [x._version for x in given]
-            strided, plain = run(*given), run(*(x.contiguous() for x in given))
-            for a, b in zip(strided, plain, strict=True):
-                assert torch.equal(a, b)
-            assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
-            assert [x._version for x in given] == versions
 
 
 def test_without_gradient_the_values_are_the_same():
@@ -220,41 +192,6 @@ def test_ignored_rows_are_0_and_labels_that_are_no_class_nan_whatever_the_row_ho
                 assert out[3:5].isnan().all()
                 assert torch.equal(out[[0, 2, 5]], before[[0, 2, 5]])
                 assert out[[0, 2, 5]].isfinite().all()
-
-
-def test_nan_stays_in_its_row():
-    for dtype, classes, soft in itertools.product(DTYPES, (5, 3000), (False, True)):
-        for which in (0, 1):
-            inputs = batch(4, classes, dtype, soft)
-            inputs[which][2, classes - 2] = math.nan
-            loss, *_, gradient = run(*inputs)
-            assert loss.isnan().tolist() == [False, False, True, False]
-            assert gradient.isnan().all(-1).tolist() == [False, False, True, False]
-            assert gradient[[0, 1, 3]].isfinite().all()
-
-
-def test_a_term_of_weight_0_cannot_poison_the_other():
-    s, t, y, w, up = batch(weighted=True)
-    nowhere = torch.full_like(t, math.nan)
-    for a, b in zip(
-        run(s, nowhere, y, w, up, kd_weight=0.0), run(s, None, y, w, up, kd_weight=0.0, temperature=1.0), strict=True
-    ):
-        assert torch.equal(a, b)
-    broken = torch.full_like(w, math.nan)
-    for a, b in zip(run(s, t, y, broken, up, ce_weight=0.0), run(s, t, y, None, up, ce_weight=0.0), strict=True):
-        assert torch.equal(a, b)
-    for out in run(nowhere, None, y, w, up, kd_weight=0.0, ce_weight=0.0):
-        assert torch.equal(out, torch.zeros_like(out))
-
-
-def test_extreme_logits_stay_finite_and_right():
-    ends = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0], [1e4, 1e4, -1e4]])
-    for dtype, temperature, label in itertools.product(DTYPES, (0.5, 1.0, 4.0), (0, 1, 2)):
-        s = ends.to(dtype)
-        inputs = (s, s.flip(0), torch.full((3,), label), None, torch.ones(3, dtype=reference.wide_dtype(s)))
-        changed = {"temperature": temperature, "student_temperature": temperature}
-        assert all(out.isfinite().all() for out in run(*inputs, **changed))
-        check(inputs, **changed)
 
 
 def test_masked_classes_as_in_the_reference():
@@ -318,20 +255,6 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-def test_bits_repeat_and_do_not_depend_on_the_number_of_threads(threads, monkeypatch):
-    for dtype, changed in itertools.product(DTYPES, ({}, {"student_temperature": 2.5})):
-        inputs = batch(31, 3000, dtype, weighted=True)
-        results = []
-        for count in (1, 2, 2, 5):
-            threads(count)
-            results.append(run(*inputs, **changed))
-        with monkeypatch.context() as patch:  # the pool that stands in where torch has another OpenMP
-            patch.setattr(cpu, "_openmp", lambda: None)
-            results.append(run(*inputs, **changed))
-        for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_called_from_four_threads_at_once(threads):

@@ -1,26 +1,43 @@
-"""Identities that any right implementation satisfies, on drawn inputs: none of them shares code with one."""
+"""Identities that any right implementation satisfies, on drawn inputs: none of them shares code with one.
+
+Each on the fused CPU backend and on the reference, 50 examples; 1,000 with ``pytest --hypothesis-profile=nightly``.
+"""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kd import distill_loss
+from kd import DistillLoss
 from kd.smoothing import SMOOTHINGS, smooth_targets, to_uniform
 
-few = settings(max_examples=50, deadline=None)
 EPS = st.floats(0, 0.95)
 TEMPERATURE = st.floats(0.5, 20)
 STUDENT_TEMPERATURE = st.none() | st.floats(0.5, 20)
+backend = ""  # of the loss below
+
+
+@pytest.fixture(scope="module", autouse=True, params=["cpu", "reference"])
+def _backend(request):
+    global backend
+    backend = request.param
+
+
+def distill_loss(s, t, y, *temperature, **settings):
+    loss = DistillLoss(*temperature, backend=backend, **settings)
+    value = loss(s, t, y)
+    assert loss.backend_used == backend
+    return value
 
 
 @st.composite
 def batches(draw, least_classes=1):
     """Student, teacher (float64 logits from flat to confident) and labels of some ignored positions."""
-    n, k = draw(st.integers(1, 5)), draw(st.integers(least_classes, 9))
+    # Now and then the compiled rows end at, before or after a block of 1024 classes.
+    n, k = draw(st.integers(1, 5)), draw(st.integers(least_classes, 9) | st.sampled_from([1023, 1024, 1025, 2049]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     scale = draw(st.sampled_from([0.1, 2.0, 20.0]))
     s, t = (scale * torch.randn(n, k, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -54,7 +71,6 @@ def entropy(p):
 # ---- label smoothing
 
 
-@few
 @given(batches(), EPS, st.sampled_from(SMOOTHINGS))
 def test_smoothing_is_ce_plus_kl_from_uniform(batch, given_eps, smoothing):
     """LS = (1-eps) CE + eps (KL(u||p) + log K): distillation from a uniform teacher, at T = 1."""
@@ -65,7 +81,6 @@ def test_smoothing_is_ce_plus_kl_from_uniform(batch, given_eps, smoothing):
     close(ce(s, y, given_eps, smoothing), (1 - eps) * ce(s, y) + eps * (from_uniform_teacher + math.log(k)))
 
 
-@few
 @given(batches(), EPS, st.sampled_from(SMOOTHINGS))
 def test_smoothing_adds_the_labels_margin_over_the_mean_logit(batch, given_eps, smoothing):
     """LS = CE + eps (z_y - mean z)."""
@@ -75,7 +90,6 @@ def test_smoothing_adds_the_labels_margin_over_the_mean_logit(batch, given_eps, 
     close(ce(s, y, given_eps, smoothing), F.cross_entropy(s, y, reduction="none") + eps * margin)
 
 
-@few
 @given(batches(), EPS)
 def test_gradient_of_smoothing(batch, eps):
     """p - (1-eps) onehot - eps/K."""
@@ -94,7 +108,6 @@ def test_smoothed_optimum_has_a_finite_gap(eps, gap):
     assert gradient(ce(s, torch.tensor([3]), eps), s).abs().max() < 1e-15
 
 
-@few
 @given(batches(), EPS)
 def test_probability_targets_of_one_class_are_labels(batch, eps):
     s, t, y = batch
@@ -102,7 +115,6 @@ def test_probability_targets_of_one_class_are_labels(batch, eps):
     close(distill_loss(s, t, onehot, label_smoothing=eps), distill_loss(s, t, y, label_smoothing=eps))
 
 
-@few
 @given(batches(), EPS)
 def test_smoothing_in_the_loss_is_smoothing_of_the_target(batch, eps):
     s, t, y = batch
@@ -110,7 +122,6 @@ def test_smoothing_in_the_loss_is_smoothing_of_the_target(batch, eps):
     close(distill_loss(s, t, q), distill_loss(s, t, y, label_smoothing=eps))
 
 
-@few
 @given(batches(), EPS)
 def test_a_smoothed_teacher_at_temperature_one_is_student_smoothing(batch, eps):
     """H(q,s) = (1-eps) H(p,s) + eps H(u,s) with q = (1-eps) p + eps u: at T = 1 nothing is erased."""
@@ -127,7 +138,6 @@ def test_a_smoothed_teacher_at_temperature_one_is_student_smoothing(batch, eps):
 # ---- distillation
 
 
-@few
 @given(batches(least_classes=2), TEMPERATURE)
 def test_kl_splits_into_target_and_other_classes(batch, temperature):
     """KL = TCKD + (1 - p_y) NCKD at any T (Zhao et al. 2022)."""
@@ -147,7 +157,6 @@ def test_kl_splits_into_target_and_other_classes(batch, temperature):
     close(kd(s * temperature, t * temperature, temperature) / temperature**2, tckd + b_t[:, 1].exp() * nckd)
 
 
-@few
 @given(batches(), st.floats(1.1, 20))
 def test_student_at_temperature_one_is_temperature_t_and_renyi_entropy(batch, temperature):
     """D(p_T||q) = T D(p_T||q_T) - (T-1) H_{1/T}(q) + (T-1) H(p_T), H Rényi's (Zheng & Yang 2024)."""
@@ -159,7 +168,6 @@ def test_student_at_temperature_one_is_temperature_t_and_renyi_entropy(batch, te
     close(kd(s, t, temperature, student_temperature=1.0), expected)
 
 
-@few
 @given(batches(), TEMPERATURE)
 def test_temperature_is_a_power_of_the_probabilities(batch, temperature):
     """softmax(z/T) = p^(1/T) / sum p^(1/T), so the loss can be computed from probabilities alone."""
@@ -170,7 +178,6 @@ def test_temperature_is_a_power_of_the_probabilities(batch, temperature):
     close(kd(s.detach(), t, temperature), temperature**2 * (p * (p / q).log()).sum(-1), 1e-9)
 
 
-@few
 @given(batches())
 def test_a_high_temperature_matches_centred_logits(batch):
     """T -> inf: the gradient of T² KL tends to (centred s - centred t) / K (Hinton et al. 2015 §2.1)."""
@@ -180,7 +187,6 @@ def test_a_high_temperature_matches_centred_logits(batch):
     torch.testing.assert_close(limit, centred, rtol=1e-3, atol=1e-3)
 
 
-@few
 @given(batches(), TEMPERATURE)
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(batch, temperature):
     s, _, _ = batch
@@ -191,7 +197,6 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(batch, temperature)
     close(shifted, torch.zeros_like(shifted), 1e-11)
 
 
-@few
 @given(batches(), TEMPERATURE, STUDENT_TEMPERATURE)
 def test_kl_is_not_negative(batch, temperature, student_temperature):
     s, t, _ = batch
@@ -218,7 +223,6 @@ def whole(s, t, y, temperature, student_temperature, eps, **settings):
 SETTINGS = st.tuples(TEMPERATURE, STUDENT_TEMPERATURE, EPS)
 
 
-@few
 @given(batches(), SETTINGS, st.floats(-50, 50), st.floats(-50, 50))
 def test_adding_a_constant_to_a_row_changes_nothing(batch, chosen, a, b):
     s, t, y = batch
@@ -227,7 +231,6 @@ def test_adding_a_constant_to_a_row_changes_nothing(batch, chosen, a, b):
     close(gradient(after, s), gradient(before, s), 1e-9)
 
 
-@few
 @given(batches(), SETTINGS, st.randoms(use_true_random=False))
 def test_the_order_of_classes_changes_nothing(batch, chosen, random):
     s, t, y = batch
@@ -241,7 +244,6 @@ def test_the_order_of_classes_changes_nothing(batch, chosen, random):
     close(gradient(after, s), gradient(before, s))
 
 
-@few
 @given(batches(), SETTINGS)
 def test_every_gradient_row_sums_to_zero(batch, chosen):
     s, t, y = batch
@@ -249,7 +251,6 @@ def test_every_gradient_row_sums_to_zero(batch, chosen):
     close(rows.sum(-1), torch.zeros(len(s), dtype=torch.float64), 1e-12)
 
 
-@few
 @given(batches(), SETTINGS, st.integers(0, 5))
 def test_a_sum_over_a_batch_is_the_sum_over_its_parts(batch, chosen, cut):
     s, t, y = batch
@@ -260,7 +261,6 @@ def test_a_sum_over_a_batch_is_the_sum_over_its_parts(batch, chosen, cut):
     close(whole(s, t, y, *chosen).sum(), whole(s, t, y, *chosen, reduction="sum"))
 
 
-@few
 @given(batches(), SETTINGS)
 def test_the_loss_is_linear_in_its_weights(batch, chosen):
     s, t, y = batch
@@ -269,7 +269,6 @@ def test_the_loss_is_linear_in_its_weights(batch, chosen):
     close(whole(s, t, y, *chosen), terms)
 
 
-@few
 @given(batches(), TEMPERATURE, st.floats(0.25, 4))
 def test_logits_and_temperature_scale_together(batch, temperature, factor):
     """c·logits at c·T are the same distributions, so T² KL grows by c²."""

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from kd import DistillLoss, distill_loss
 from kd.losses import fused, settings
@@ -92,40 +92,6 @@ def test_importing_kd_imports_no_compiler():
 # ---- the gradient and what is multiplied into it
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_upstream_gradients(dtype, reduction):
-    """Right, wrong and zero guesses of what comes from above; one row apart, expanded, not contiguous, squared."""
-    s, t, y = batch((7, 5), dtype)
-    y[2] = -100
-    loss = DistillLoss(3.0, reduction=reduction, class_weight=WEIGHT, **FULL)
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, torch.finfo(dtype).eps)
-    ways = {
-        "plain": lambda v: v.sum(),
-        "scaled": lambda v: 0.37 * v.sum(),
-        "zero": lambda v: 0 * v.sum(),
-        "amp": lambda v: 2.0**10 * v.sum(),
-        "squared": lambda v: v.square().sum(),
-    }
-    if reduction == "none":
-        strided = torch.randn(14, generator=torch.Generator().manual_seed(1))[::2].to(v_dtype(dtype))
-        ways |= {
-            "one row": lambda v: v[3],
-            "random": lambda v: (v * strided).sum(),
-            "expanded": lambda v: (v * strided[:1].expand(7)).sum(),
-        }
-    for name, way in ways.items():
-        actual, expected = (gradient(way(f(s, t, y)), s) for f in (loss, reference(loss)))
-        assert actual.dtype == dtype
-        scale = expected.abs().max().item() or 1.0
-        assert (actual - expected).abs().max().item() <= tolerance * scale, name
-        assert torch.equal(actual[2], torch.zeros_like(actual[2]))
-
-
-def v_dtype(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def test_half_precision_survives_a_loss_scale():
     """fp16 holds nothing below 6e-8: a gradient rounded before it is scaled would be 0 here."""
     s, t, y = batch((4, 4096), torch.float16)
@@ -137,29 +103,23 @@ def test_half_precision_survives_a_loss_scale():
     assert (scaled != 0).all()
 
 
-def test_grad_scaler():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_grad_scaler(autocast):
+    """2^16 scales without rounding: unscaled it is the same gradient, also where autocast makes the logits bfloat16."""
     s, t, y = batch()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    weight = nn.Parameter(torch.eye(5))
-    optimizer = torch.optim.SGD([weight], lr=0.1)
-    loss = DistillLoss()
-    plain = gradient(loss(s.detach() @ weight, t, y), weight)
-    scaler.scale(loss(s.detach() @ weight, t, y)).backward()
+    head = nn.Linear(5, 5)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    loss = DistillLoss(**FULL)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits = head(s.detach())
+        assert logits.dtype == (torch.bfloat16 if autocast else torch.float32)
+        plain = gradient(loss(logits, t, y), head.weight)
+        scaled = loss(head(s.detach()), t, y)
+    scaler.scale(scaled).backward()
+    assert head.weight.grad.abs().max() > 2.0**10 * plain.abs().max()
     scaler.unscale_(optimizer)
-    assert_close(weight.grad, plain)
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.3])
-def test_a_retained_graph_gives_the_same_bits_again(scale):
-    for dtype in (torch.float32, torch.bfloat16):
-        s, t, y = batch(dtype=dtype)
-        value = scale * DistillLoss(**FULL)(s, t, y)
-        first = gradient(value, s, retain_graph=True)
-        kept = first.clone()
-        first.zero_()  # its receiver owns it
-        second = gradient(value, s, retain_graph=True)
-        assert torch.equal(second, kept)
-        assert torch.equal(gradient(value, s), kept)
+    assert_close(head.weight.grad, plain)
 
 
 def test_gradients_accumulate_in_the_leaf():
@@ -169,20 +129,6 @@ def test_gradients_accumulate_in_the_leaf():
     for _ in range(2):
         loss(s, t, y).backward()
     assert_close(s.grad, 2 * once)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_second_derivative_is_refused_not_dropped(reduction):
-    s, t, y = batch()
-    loss = DistillLoss(reduction=reduction)
-    first = gradient(loss(s, t, y).sum(), s, create_graph=True)
-    assert first.requires_grad
-    with pytest.raises(RuntimeError, match="backend='cpu' has no second derivative: use backend='reference'"):
-        first.square().sum().backward()
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.func.grad(lambda z: torch.func.grad(lambda x: loss(x, t, y).sum())(z).square().sum())(s.detach())
-    s64, t64, _ = batch(dtype=torch.float64)
-    assert torch.autograd.gradgradcheck(lambda z: reference(loss)(z, t64, y), s64)
 
 
 def test_gradcheck():
@@ -201,18 +147,6 @@ def test_without_grad_nothing_is_kept_or_computed():
     assert not value.requires_grad
     assert torch.equal(value, loss(s.detach(), t, y))
     assert_close(value, loss(s, t, y).detach(), 1e-6)
-
-
-def test_inputs_and_their_version_counters_are_untouched():
-    s, t, y = batch()
-    weight = WEIGHT.clone()
-    inputs = s, t, y, weight
-    before = [(x.detach().clone(), x._version) for x in inputs]
-    loss = DistillLoss(class_weight=weight, **FULL)
-    (0.3 * loss(s, t, y)).backward()
-    for x, (value, version) in zip(inputs, before, strict=True):
-        assert torch.equal(x.detach(), value)
-        assert x._version == version
 
 
 def test_a_student_that_is_not_a_leaf_may_be_changed_in_place_only_before_the_loss():
@@ -270,16 +204,16 @@ def test_torch_compile_in_one_graph(dynamic):
         )
 
 
-def test_torch_compile_does_not_compile_again_for_another_batch_size():
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="Inductor needs a C++ compiler")
+def test_torch_compile_by_its_default_compiler():
+    """A training step's forward and backward pass in one graph, compiled to machine code around the operation."""
     torch.compiler.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(DistillLoss(3.0, label_smoothing=0.1), fullgraph=True, backend=counter, dynamic=True)
-    counts = []
-    for n in (6, 4, 9, 5):
-        s, t, y = batch((n, 5))
-        assert_close(gradient(compiled(s, t, y), s), gradient(distill_loss(s, t, y, 3.0, label_smoothing=0.1), s))
-        counts.append(counter.frame_count)
-    assert counts[0] == counts[-1]
+    model, (x, t, y) = Distilled(), batch()
+    x = x.detach()[:, :4].contiguous()
+    y[1] = -100
+    plain = torch.autograd.grad(model(x, t, y), list(model.parameters()))
+    compiled = torch.compile(model, fullgraph=True)
+    assert_close(torch.autograd.grad(compiled(x, t, y), list(model.parameters())), plain)
 
 
 def test_torch_func():
@@ -353,6 +287,33 @@ def test_autocast_changes_nothing():
     assert inside[0].dtype == torch.float32
 
 
+ONE_OF_TWO = """
+import sys, torch
+from kd import DistillLoss
+from torch import distributed, nn
+rank, folder = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+head, loss, x, t, y = torch.load(f"{folder}/work.pt", weights_only=False)
+model = nn.parallel.DistributedDataParallel(head)
+share = slice(3 * rank, 3 * rank + 3)
+loss(model(x[share]), t[share], y[share]).backward()
+torch.save(head.weight.grad, f"{folder}/{rank}.pt")
+distributed.barrier()
+distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_get_the_gradient_of_one(tmp_path):
+    x, t, y = batch()
+    head, loss = nn.Linear(5, 5), DistillLoss(**FULL)
+    torch.save((head, loss, x.detach(), t, y), tmp_path / "work.pt")
+    both = [subprocess.Popen([sys.executable, "-c", ONE_OF_TWO, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    alone = gradient(loss(head(x.detach()), t, y), head.weight)
+    for rank in range(2):
+        assert_close(torch.load(tmp_path / f"{rank}.pt"), alone, 1e-6)
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_and_checkpoints(clone):
     s, t, y = batch()
@@ -386,16 +347,6 @@ def test_a_label_that_nobody_checked_is_nan_not_a_wild_read():
     assert value.isnan().tolist() == [False, True, False, False, True, False]
     rows = gradient(value, s, grad_outputs=torch.ones(6)).isnan().any(-1)
     assert rows.tolist() == [False, True, False, False, True, False]
-
-
-def test_empty_and_all_ignored_batches_are_zero_with_a_graph():
-    for n, ignored in ((0, False), (4, True)):
-        s, t, y = batch((n, 5))
-        y[:] = -100 if ignored else y
-        for reduction in ("mean", "sum", "none"):
-            value = DistillLoss(reduction=reduction, **FULL)(s, t, y)
-            assert value.abs().sum() == 0
-            assert torch.equal(gradient(value.sum(), s), torch.zeros_like(s))
 
 
 @pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kd.smoothing import SMOOTHINGS, from_uniform, smooth_targets, to_uniform
@@ -36,7 +36,6 @@ def test_conversion_by_hand():
     assert from_uniform(0.7, 1, "others") == 0.0
 
 
-@settings(max_examples=50, deadline=None)
 @given(EPS, st.integers(2, 1000), st.sampled_from(SMOOTHINGS))
 def test_conversion_and_back(eps, num_classes, smoothing):
     assert from_uniform(to_uniform(eps, num_classes, smoothing), num_classes, smoothing) == pytest.approx(
@@ -44,7 +43,6 @@ def test_conversion_and_back(eps, num_classes, smoothing):
     )
 
 
-@settings(max_examples=50, deadline=None)
 @given(EPS, CLASSES, st.sampled_from(SMOOTHINGS))
 def test_label_keeps_what_its_convention_says_and_the_rest_is_even(eps, num_classes, smoothing):
     y = num_classes // 2
