@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kd import cli
-from kd.recipe import ConfigError, Recipe
+from kd.recipe import ConfigError, LossConfig, Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from kd.data import Data, Split
     from kd.metrics import SmoothingEstimate
     from kd.models import Teacher
+    from kd.stages import Run
 
 HELP = """usage: python -m kd.probe data=NAME model=NAME [checkpoint=PATH] [split=SPLIT] [data.KEY=VALUE ...]
 
@@ -55,6 +57,43 @@ def describe(estimate: SmoothingEstimate, num_classes: int) -> str:
     others = estimate.label_smoothing * (num_classes - 1) / num_classes
     doubts = f"not to be trusted: {'; '.join(estimate.doubts)}" if estimate.doubts else "nothing speaks against it"
     return f"label_smoothing {estimate} under uniform, {others:.3f} under others; {doubts}"
+
+
+def tell_smoothing(run: Run, teacher: Teacher, record: tuple[float, str] | None) -> None:
+    """Say how the run's teacher was smoothed, by estimate where there is no record, and where its loss does not suit.
+
+    `record` is mass and convention; that of a teacher trained here stands in the recipe and is not repeated.
+    """
+    from kd.smoothing import to_uniform
+
+    classes, say = run.data.num_classes, run.journal.say
+    if record:
+        mass = to_uniform(record[0], classes, record[1])
+        if run.recipe.teacher.checkpoint and not run.recipe.teacher.finetune:
+            say(f"teacher  its weights record label_smoothing={record[0]:g} ({record[1]})")
+    else:
+        estimate = probe(teacher, run.data.train, run.recipe.train.batch_size, run.accelerator)
+        mass = 0.0 if estimate.doubts else estimate.label_smoothing
+        say(f"teacher  its weights record no smoothing; estimate: {describe(estimate, classes)}")
+    for warning in smoothing_warnings(mass, run.recipe.loss, exact=record is not None):
+        say(f"warning  {warning}")
+
+
+def smoothing_warnings(mass: float, loss: LossConfig, exact: bool) -> list[str]:
+    """What to say of a loss whose teacher was trained with this uniform mass, known exactly or estimated."""
+    if loss.kd_weight == 0:
+        return []
+    if loss.teacher_smoothing:
+        off = exact and not math.isclose(loss.teacher_smoothing, mass, rel_tol=1e-3)
+        took = f"loss.teacher_smoothing={loss.teacher_smoothing:g}: the teacher was trained with {mass:g} (uniform)"
+        return [f"{took}, so this takes out what was not put in"] if off else []
+    if mass == 0 or loss.temperature <= 1:
+        return []
+    return [
+        f"loss.temperature={loss.temperature:g} > 1 with a teacher trained with label smoothing ({mass:.3g}, uniform): "
+        f"such students can be worse (Chandrasegaran et al. 2022, Revisiting Label Smoothing and Knowledge "
+        f"Distillation Compatibility); try loss.temperature=1, or loss.teacher_smoothing={mass:.3g}"
+    ]
 
 
 def run(given: dict[str, str], overrides: Sequence[str]) -> int:

@@ -85,9 +85,9 @@ def unsmooth(logits: Tensor, label_smoothing: float, smoothing: str = "uniform")
     backward correction of Lukasik et al. 2020. What is returned is ``log p``, computed in log space in float32, or in
     float64 for float64 logits, without gradient. ``label_smoothing=0`` returns the very tensor that was given.
 
-    A network trained with smoothing is no exactly smoothed one: some of its q lie below eps/K and have no p ≥ 0. There,
-    and where p is less than rounding leaves of it, p is the resolution of q at eps/K: the machine epsilon of the dtype
-    times ``eps/K / (1 - eps)``. Such rows sum to more than 1 until the next softmax. -inf, a masked class, stays -inf.
+    A network trained with smoothing is not exactly smoothed: some of its q are at most eps/K and have no p > 0. There p
+    is the resolution of q at eps/K, which is the machine epsilon of the dtype times ``eps/K / (1 - eps)``. Such rows
+    sum to more than 1 until the next softmax. -inf, a masked class, stays -inf.
 
     Raises ValueError or TypeError for what to_uniform rejects, a uniform mass ≥ 1, which nothing can undo, and logits
     that are no floating tensor ``(..., K)``.
@@ -103,16 +103,11 @@ def unsmooth(logits: Tensor, label_smoothing: float, smoothing: str = "uniform")
         return logits
     log_q = F.log_softmax(logits.detach().to(torch.promote_types(logits.dtype, torch.float32)), -1)
     log_floor = math.log(mass / classes)
-    excess = log_q + _log1mexp(log_floor - log_q)  # log (q - eps/K)
+    excess = log_q + (-(log_floor - log_q).expm1()).log()  # log (q - eps/K)
     least = log_floor + math.log(torch.finfo(log_q.dtype).eps)
     # The comparison is false for nan, which therefore stays nan.
-    log_p = torch.where(log_q <= log_floor, least, excess).clamp(min=least) - math.log1p(-mass)
+    log_p = torch.where(log_q <= log_floor, least, excess) - math.log1p(-mass)
     return log_p.masked_fill(log_q == -math.inf, -math.inf)
-
-
-def _log1mexp(x: Tensor) -> Tensor:
-    """``log(1 - exp(x))`` for x < 0, each half by the form that keeps its digits; nan above 0."""
-    return torch.where(x > -math.log(2), (-x.expm1()).log(), (-x.exp()).log1p())
 
 
 def check_number(name: str, value: object, allowed: str, valid: Callable[[float], bool]) -> None:

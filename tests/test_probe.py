@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from kd import cli, probe
 from kd.metrics import SmoothingEstimate, estimate_smoothing
+from kd.probe import smoothing_warnings
 from kd.recipe import LossConfig
 from kd.smoothing import from_uniform, smooth_targets
-from kd.stages import smoothing_warnings
 
 
 def at_optimum(eps, classes, count=400):
