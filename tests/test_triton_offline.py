@@ -109,7 +109,8 @@ def launch(case: Case, **settings):
     return compiled[0], shapes[0]
 
 
-def call(case: Case, n=2, **settings):
+def call(case: Case, n=2, shift=0, **settings):
+    """``shift`` elements after an aligned address lies what comes from above."""
     dtype, k = DTYPES[case.student], case.classes
     settings = Settings(
         temperature=4.0,
@@ -125,7 +126,8 @@ def call(case: Case, n=2, **settings):
     )
     y = torch.empty(n, k, dtype=DTYPES[case.probabilities]) if case.probabilities else torch.zeros(n, dtype=torch.int64)
     w = torch.empty(k) if case.weights else None
-    upstream = torch.ones((), dtype=torch.float64 if case.student == "fp64" else torch.float32).expand(n)
+    wide = torch.float64 if case.student == "fp64" else torch.float32
+    upstream = torch.ones(shift + 1, dtype=wide)[shift:].expand(n)
     t = None if case.terms == "ce" else t
     if case.call == "adjust":
         launcher.adjust(torch.empty_like(s), upstream.clone(), upstream, s, t, y, w, settings)
@@ -327,7 +329,7 @@ def test_nothing_that_changes_in_training_compiles_anew(k, student):
     kernel = launch(case)[0]
     changes = [{"n": n} for n in (1, 3, 16, 17, 64)]
     changes += [{name: value} for name in SCALARS for value in (1, 1.0, 16.0, 0.37)]
-    changes += [{"uniform_mass": 0.0}, {"uniform_mass": 0}, {"ignore_index": 1}, {"ignore_index": 16}]
+    changes += [{"shift": 1}, {"uniform_mass": 0.0}, {"uniform_mass": 0}, {"ignore_index": 1}, {"ignore_index": 16}]
     for change in changes:
         assert launch(case, **change)[0] is kernel, change
 
