@@ -146,5 +146,5 @@ def test_the_sweep_gives_mean_and_deviation_of_its_runs(monkeypatch, capsys, tmp
     assert list(scores) == [sweep.CONTROL, "kd", "maxsup", "ttm"]
     assert scores[sweep.CONTROL][1]["top1"] == controls[1]
     assert "2 seeds, mean ± sd" in out
-    with pytest.raises(SystemExit, match="ttm has 2 of 3 results"):
-        sweep.gather(tmp_path / "logit_methods", ["ttm"], 3)
+    with pytest.raises(SystemExit, match="labels alone has 2 of 3 results"):
+        sweep.gather(tmp_path / "logit_methods", ["kd", "ttm"], 3)
