@@ -1,4 +1,4 @@
-"""Every method that needs only logits and labels, under one budget: ``python -m benchmarks.sweep``.
+"""Every method that compares logits with a teacher's, under one budget: ``python -m benchmarks.sweep``.
 
 Runs `kd.train -m recipe=logit_methods` over the methods and the seeds, in one process; a seed's runs share their
 teacher, and finished runs are not run again. Prints, as Markdown, the last weights' scores on the test split: mean ±
@@ -89,7 +89,8 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
         epilog="key=value: a further setting of kd.train, for all runs",
     )
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. N-1, at least 2")
-    parser.add_argument("--methods", nargs="+", default=sorted(pure()), metavar="NAME", help="kd is always among them")
+    taught = [name for name, method in pure().items() if "teacher" in method.needs]
+    parser.add_argument("--methods", nargs="+", default=taught, metavar="NAME", help="kd is always among them")
     parser.add_argument("--output", default="checkpoints", help="folder of the runs")
     options, more = parser.parse_known_args(arguments)
     if options.seeds < 2:
