@@ -117,7 +117,8 @@ def checked(self):
     if any(bool((own[name] == start[name]).all()) for name in start):
         raise SystemExit("not learned")
     kept = {n: b for n, b in self.stage.objective.named_buffers() if "running" not in n and "tracked" not in n}
-    for name, value in {**dict(self.stage.model.named_parameters()), **own, **kept}.items():
+    scored = dict(self._evaluated().named_buffers())
+    for name, value in {**dict(self.stage.model.named_parameters()), **own, **kept, **scored}.items():
         sums = self.accelerator.gather(value.double().nan_to_num().abs().sum().view(1))
         if len(sums) != 2 or sums[0] != sums[1]:
             raise SystemExit(f"{name} differs: {sums}")
