@@ -41,6 +41,10 @@ def gather(folder: Path, names: Sequence[str], seeds: int) -> Scores:
         name, seed = "+".join(recipe.loss.methods) or "kd", int(recipe.seed)
         if name not in found or seed >= seeds:
             continue
+        if seed in found[name]:
+            raise SystemExit(
+                f"{folder}: two runs of {name} with seed {seed}, of different settings: give another --output"
+            )
         found[name][seed] = result["student"]["last"]["test"]
         if "control" in result:
             found[CONTROL][seed] = result["control"]["last"]["test"]

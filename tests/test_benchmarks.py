@@ -1,6 +1,7 @@
 """The benchmark runs, compares equals with equals, and measures memory right; how fast anything is, no test says."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,3 +149,6 @@ def test_the_sweep_gives_mean_and_deviation_of_its_runs(monkeypatch, capsys, tmp
     assert "2 seeds, mean ± sd" in out
     with pytest.raises(SystemExit, match="labels alone has 2 of 3 results"):
         sweep.gather(tmp_path / "logit_methods", ["kd", "ttm"], 3)
+    shutil.copytree(next((tmp_path / "logit_methods").iterdir()), tmp_path / "logit_methods" / "again")
+    with pytest.raises(SystemExit, match=r"two runs of \w+ with seed \d, of different settings"):
+        sweep.gather(tmp_path / "logit_methods", ["kd", "ttm", "maxsup"], 2)
