@@ -1,6 +1,7 @@
 """The benchmark runs, compares equals with equals, and measures memory right; how fast anything is, no test says."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +124,31 @@ def test_plain_kd_of_the_benchmark_is_the_method(monkeypatch):
 
     case = Case(6, 5, "float32", "cpu")
     assert float(methods.plain(case)()) == pytest.approx(float(methods.step(METHODS["kd"](), case)()), rel=1e-5)
+
+
+def test_the_sweep_gives_mean_and_deviation_of_its_runs(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import sweep
+
+    words = ["--seeds", "2", "--methods", "maxsup", "ttm", "--output", str(tmp_path)]
+    tiny = ["teacher.epochs=3", "student.epochs=3", "train.batch_size=900"]
+    scores = sweep.run([*words, *tiny])
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "logit_methods").glob("*/result.json")]
+    assert len(runs) == 6
+    assert len(list((tmp_path / "teachers").iterdir())) == 2  # one a seed
+    controls = {run["provenance"]["seed"]: run["control"]["last"]["test"]["top1"] for run in runs if "control" in run}
+    out = capsys.readouterr().out
+    for name in ("kd", "maxsup", "ttm"):
+        found = [scores[name][seed]["top1"] for seed in (0, 1)]
+        assert all(any(run["student"]["last"]["test"]["top1"] == top1 for run in runs) for top1 in found)
+        mean, half = sum(found) / 2, abs(found[0] - found[1]) / 2**0.5  # the deviation of two
+        gain = [100 * (found[seed] - controls[seed]) for seed in (0, 1)]
+        assert f"| {name} | {100 * mean:.2f} ± {100 * half:.2f} | {sum(gain) / 2:.2f} ± " in out
+    assert list(scores) == [sweep.CONTROL, "kd", "maxsup", "ttm"]
+    assert scores[sweep.CONTROL][1]["top1"] == controls[1]
+    assert "2 seeds, mean ± sd" in out
+    with pytest.raises(SystemExit, match="labels alone has 2 of 3 results"):
+        sweep.gather(tmp_path / "logit_methods", ["kd", "ttm"], 3)
+    shutil.copytree(next((tmp_path / "logit_methods").iterdir()), tmp_path / "logit_methods" / "again")
+    with pytest.raises(SystemExit, match=r"two runs of \w+ with seed \d, of different settings"):
+        sweep.gather(tmp_path / "logit_methods", ["kd", "ttm", "maxsup"], 2)

@@ -424,6 +424,160 @@ def test_ignored_labels(name):
     assert batch_mean(call(method, nothing), nothing.target) == 0
 
 
+# ---- what cannot be right
+
+
+def with_target(change):
+    return lambda seen: replace(seen, target=change(seen.target))
+
+
+def with_logits(who, change):
+    return lambda seen: replace(
+        seen, **{who: replace(getattr(seen, who), logits=change(getattr(seen, who).logits.detach()))}
+    )
+
+
+WRONG = {
+    "a target for fewer": (with_target(lambda y: y[:3]), r"target of shape \(3,\) .*: must be \(5,\) int64 labels"),
+    "a target for more": (
+        with_target(lambda y: y.repeat(2)),
+        r"target of shape \(10,\) .*: must be \(5,\) int64",
+    ),
+    "a column of labels": (
+        with_target(lambda y: y[:, None]),
+        r"target of shape \(5, 1\) .*: must be \(5,\) int64",
+    ),
+    "labels of 32 bits": (with_target(lambda y: y.int()), r"target.dtype=torch.int32: must be int64 labels"),
+    "a label -1": (with_target(lambda y: y * 0 - 1), r"target has label -1: must be 0..3 or ignore_index=-100"),
+    "a label K": (with_target(lambda y: y * 0 + 4), r"target has label 4: must be 0..3 or ignore_index=-100"),
+    "labels as floats": (with_target(lambda y: y.double()), r"(target of shape|needs class labels)"),
+    "probabilities of other classes": (
+        with_target(lambda y: torch.ones(5, 3) / 3),
+        r"(target of shape \(5, 3\) .*or \(5, 4\) probabilities|needs class labels)",
+    ),
+    "rows that are no probabilities": (
+        with_target(lambda y: torch.ones(5, 4)),
+        r"(target has a row that sums to 4|needs class labels)",
+    ),
+    "one row of logits": (
+        with_logits("student", lambda z: z[0]),
+        r"(student's logits of shape \(4,\)|teacher and student)",
+    ),
+    "sequences": (
+        lambda seen: with_logits("teacher", lambda z: z[:, None])(with_logits("student", lambda z: z[:, None])(seen)),
+        r"student's logits of shape \(5, 1, 4\) and torch.float64: must be floating, \(N, K\) with N = 5",
+    ),
+    "whole numbers": (
+        with_logits("student", lambda z: z.long()),
+        r"student's logits of .* torch.int64: must be floating",
+    ),
+}
+
+
+@every_method
+@pytest.mark.parametrize("what", WRONG)
+def test_what_cannot_be_right_is_one_line_of_the_methods(name, what):
+    change, says = WRONG[what]
+    seen = inputs()
+    method = ready(name, seen)
+    with pytest.raises(ValueError, match=rf"^{name}: {says}"):
+        call(method, change(seen))
+
+
+@every_method
+def test_features_of_another_form_are_named(name):
+    seen = inputs()
+    method, student, teacher = ready(name, seen), seen.student, seen.teacher
+    if "maps" in method.needs:
+        flat = replace(student, maps=[m[:, :, 0] for m in student.maps])
+        with pytest.raises(ValueError, match=rf"^{name}: student's map 0 of shape \(5, 3, 4\) .* \(N, C, H, W\)"):
+            call(method, replace(seen, student=flat))
+        fewer = replace(teacher, maps=[m[:1] for m in teacher.maps])
+        with pytest.raises(ValueError, match=rf"^{name}: teacher's map 0 of shape \(1, 3, 4, 4\) .* with N = 5"):
+            call(method, replace(seen, teacher=fewer))
+    if "embedding" in method.needs:
+        fewer = replace(teacher, embedding=teacher.embedding[:1])
+        with pytest.raises(ValueError, match=rf"^{name}: teacher's embedding of shape \(1, 6\) .* \(N, D\) with N = 5"):
+            call(method, replace(seen, teacher=fewer))
+
+
+@every_method
+def test_what_a_batch_of_none_gives(name):
+    seen = rows_of(inputs(), slice(0, 0))
+    method = ready(name, inputs())
+    if method.per_example:
+        assert call(method, seen).shape == (0,)
+        return
+    with pytest.raises(ValueError, match=f"^{name}: .*(empty|too small)"):
+        call(method, seen)
+
+
+@every_method
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_nan_stays_nan(name, who):
+    """In the row where it is, and in no other that is independent; where the method does not look, nowhere."""
+    seen = inputs()
+    view, spoilt = getattr(seen, who), torch.tensor([False, True, False, False, False])
+
+    def spoil(x):
+        return x.detach().masked_fill(spoilt.view(-1, *[1] * (x.ndim - 1)) & (torch.arange(x.shape[-1]) == 0), math.nan)
+
+    bad = replace(view, logits=spoil(view.logits), maps=[spoil(m) for m in view.maps], embedding=spoil(view.embedding))
+    method = ready(name, seen)
+    value, without = call(method, replace(seen, **{who: bad})), call(method, seen)
+    if who == "teacher" and name not in WITH_TEACHER:
+        assert torch.equal(value, without)
+    elif method.per_example:
+        assert value.isnan().tolist() == spoilt.tolist()
+        torch.testing.assert_close(value[~spoilt], without[~spoilt])
+    else:
+        assert value.isnan()
+
+
+@every_method
+def test_a_teacher_of_another_precision_is_computed_in_the_students(name):
+    seen = inputs(dtype=torch.float32)
+    teacher = changed(seen.teacher, lambda x: x.double())
+    torch.testing.assert_close(values(name, replace(seen, teacher=teacher)), values(name, seen))
+
+
+# What takes the mean of the logits, or smooths over all classes, cannot have a class at minus infinity.
+MASKED = [
+    "ctkd",
+    "dist",
+    "dkd",
+    "gjsd",
+    "hard",
+    "kd",
+    "mlkd",
+    "nkd",
+    "reverse_kl",
+    "rld",
+    "tf_self",
+    "ttm",
+    "wsl",
+    "wttm",
+]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_class_masked_in_both_networks_counts_nothing(name):
+    """Minus infinity, as a classifier for some of the classes gives it."""
+    seen = inputs(k=5)
+    seen = replace(seen, target=seen.target % 4)
+    four = [replace(v, logits=v.logits.detach()[:, :4]) for v in (seen.student, seen.teacher)]
+    masked = [replace(v, logits=F.pad(v.logits.detach()[:, :4], (0, 1), value=-math.inf)) for v in four]
+    masked[0] = replace(masked[0], logits=leaf(masked[0].logits))
+    if name in ("dist", "mlkd"):  # means over classes, of which one more is there
+        assert values(name, replace(seen, student=masked[0], teacher=masked[1])).isfinite()
+        return
+    value = values(name, replace(seen, student=masked[0], teacher=masked[1]))
+    torch.testing.assert_close(value, values(name, replace(seen, student=four[0], teacher=four[1])))
+    (slope,) = torch.autograd.grad(value.sum(), masked[0].logits)
+    assert slope.isfinite().all()
+    assert (slope[:, 4] == 0).all()
+
+
 # ---- learned parts and state
 
 

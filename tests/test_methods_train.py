@@ -117,7 +117,8 @@ def checked(self):
     if any(bool((own[name] == start[name]).all()) for name in start):
         raise SystemExit("not learned")
     kept = {n: b for n, b in self.stage.objective.named_buffers() if "running" not in n and "tracked" not in n}
-    for name, value in {**dict(self.stage.model.named_parameters()), **own, **kept}.items():
+    scored = dict(self._evaluated().named_buffers())
+    for name, value in {**dict(self.stage.model.named_parameters()), **own, **kept, **scored}.items():
         sums = self.accelerator.gather(value.double().nan_to_num().abs().sum().view(1))
         if len(sums) != 2 or sums[0] != sums[1]:
             raise SystemExit(f"{name} differs: {sums}")
@@ -129,17 +130,29 @@ cli.command("kd.train", train.run)
 """
 
 
+TOGETHER = [
+    ["vid", "ctkd", "online_label_smoothing", "crd"],
+    ["dml", "hint", "at", "sp", "nst", "fsp", "tf_self"],
+    ["reviewkd", "rkd", "mlkd", "simkd", "pkt", "cc", "ofd"],
+]
+TOGETHER += [[name for name in EVERY if not any(name in names for names in TOGETHER)]]  # logits and labels alone
+
+
 def test_on_two_processes_both_hold_the_same(tmp_path):
-    """Parameters of the student and of its methods, and what these gather; 255 is an uneven share."""
+    """Every method: parameters of the student and of its methods, what these gather, and what is scored.
+
+    255 is an uneven share.
+    """
     (tmp_path / "checked.py").write_text(EQUAL)
     words = (*MAPS, "student.epochs=2", "train.batch_size=255", "output=runs", "run=null", "-m")
-    losses = "loss=[vid,ctkd,online_label_smoothing,crd],[dml,hint,at],[reviewkd,rkd,mlkd,simkd]"
+    losses = "loss=" + ",".join(f"[{','.join(names)}]" for names in TOGETHER)
     launch = ("-m", "torch.distributed.run", "--nproc_per_node=2", "checked.py")
     done = subprocess.run(
         [sys.executable, *launch, *words, losses], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal student") == 3
+    assert done.stdout.count("equal student") == 4
+    assert all(f"equal student {sorted(set(names) - {'kd'})}" in done.stdout for names in TOGETHER)
     assert "['crd', 'ctkd', 'online_label_smoothing', 'vid'] 7" in done.stdout
 
 

@@ -20,6 +20,7 @@ TINY = {
     "resnet34_to_18": ["dry_run=true", "train.batch_size=8", "data.image_size=16"],
     "cifar100_resnet56_to_20": ["data=digits", "dry_run=true", "train.batch_size=8", "data.image_size=16"],
     "smoke": [],
+    "logit_methods": ["teacher.epochs=3", "student.epochs=3"],
     "timm_finetune": [
         "data.root=images",
         "data.image_size=32",

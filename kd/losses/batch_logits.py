@@ -70,6 +70,7 @@ def correlation(log_a: Tensor, log_b: Tensor, dim: int, epsilon: float = 0.0) ->
     """
     # In units of each largest entry, which a correlation does not see: columns of 1e-30 underflow no more.
     peak_a, peak_b = (log_p.detach().amax(dim, keepdim=True) for log_p in (log_a, log_b))
+    peak_a, peak_b = (peak.masked_fill(peak == -math.inf, 0) for peak in (peak_a, peak_b))  # a column masked everywhere
     a, norm_a, flat_a = centred((log_a - peak_a).exp(), dim, 1.0)
     b, norm_b, flat_b = centred((log_b - peak_b).exp(), dim, 1.0)
     norms = norm_a * norm_b

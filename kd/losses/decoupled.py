@@ -164,10 +164,10 @@ class RLD(Method, name="rld"):
         confidence = self.confidence_temperature**2 * binary_kl(sure_t, sure_s)
 
         of_label = teacher.gather(-1, seen.target.unsqueeze(-1))
-        # A softmax gives exactly 0 at -1e30; -inf through a mask would take several times as long on a CPU.
+        # A softmax gives exactly 0 at -1e30, and where nothing is left two uniform ones, whose KL is 0. A mask of -inf
+        # would take several times as long on a CPU.
         penalty = (teacher >= of_label).to(teacher.dtype) * -1e30
         below_s, below_t = ((logits + penalty) / self.temperature for logits in (student, teacher))
-        gap = below_t.log_softmax(-1) - below_s.log_softmax(-1)
-        any_below = (of_label > teacher.amin(-1, keepdim=True)).squeeze(-1)
-        correlation = self.temperature**2 * (below_t.softmax(-1) * gap).sum(-1) * any_below
+        gap = (below_t.log_softmax(-1) - below_s.log_softmax(-1)).masked_fill(below_t == -math.inf, 0)
+        correlation = self.temperature**2 * (below_t.softmax(-1) * gap).sum(-1)
         return self.confidence_weight * confidence + self.correlation_weight * correlation

@@ -133,8 +133,9 @@ class GeneralisedJSD(Method, name="gjsd"):
         """(N,)."""
         log_s = F.log_softmax(seen.student.logits / self.temperature, -1)
         log_t = F.log_softmax(teacher_of(seen).logits / self.temperature, -1)
-        of_teacher = log_t + math.log(self.teacher_share)
-        mixture = torch.logaddexp(of_teacher, log_s + math.log1p(-self.teacher_share))
+        mixture = self.teacher_share * log_t.exp() + (1 - self.teacher_share) * log_s.exp()
+        # Where both probabilities are too small for the precision, so is what the class counts.
+        mixture = mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log()
         both = self.teacher_share * kl(log_t, mixture) + (1 - self.teacher_share) * kl(log_s, mixture)
         return self.temperature**2 * both
 
@@ -166,7 +167,8 @@ class HardDistillation(Method, name="hard"):
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
-        return F.cross_entropy(seen.student.logits, teacher_of(seen).logits.argmax(-1), reduction="none")
+        surest, first = teacher_of(seen).logits.max(-1)
+        return F.cross_entropy(seen.student.logits, first, reduction="none").masked_fill(surest.isnan(), math.nan)
 
 
 # ---- another temperature, or weight, for the teacher

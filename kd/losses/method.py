@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.losses.reference import wide_dtype
+from kd.smoothing import check_target
 
 IGNORE = -100
 METHODS: dict[str, type[Method]] = {}  # by name; a subclass enters itself
@@ -102,10 +103,10 @@ class Method(nn.Module):
 
         Raises ValueError where something that the method needs is missing or of a form that it cannot use.
         """
-        soft = seen.target.is_floating_point()
-        self._check_inputs(seen, soft)
-        teacher = None if seen.teacher is None else _wide(seen.teacher, torch.Tensor.detach)
-        seen = replace(seen, student=_wide(seen.student), teacher=teacher)
+        self._check_inputs(seen)
+        soft, wide = seen.target.is_floating_point(), wide_dtype(seen.student.logits)
+        teacher = None if seen.teacher is None else _changed(seen.teacher, lambda x: x.detach().to(wide))
+        seen = replace(seen, student=_changed(seen.student, lambda x: x.to(wide)), teacher=teacher)
         # Autocast would run matrix products in half precision again, where those of large features are infinite.
         with torch.autocast(seen.student.logits.device.type, enabled=False):
             if soft or not self.per_example:
@@ -113,13 +114,15 @@ class Method(nn.Module):
             ignored = seen.target == IGNORE
             return self.values(_blank(seen, ignored)).masked_fill(ignored, 0)
 
-    def _check_inputs(self, seen: Seen, soft: bool) -> None:
-        if soft and not self.soft_targets:
-            raise ValueError(f"{self.name}: needs class labels, not probabilities; turn mixup and cutmix off")
+    def _check_inputs(self, seen: Seen) -> None:
         if "teacher" in self.needs and seen.teacher is None:
             raise ValueError(f"{self.name}: needs a teacher")
-        if seen.teacher is not None and seen.teacher.logits.shape[0] != len(seen.student.logits):
+        if seen.teacher is not None and seen.teacher.logits.shape[:1] != seen.student.logits.shape[:1]:
             raise ValueError(f"{self.name}: teacher and student must have seen the same examples")
+        for who, view in (("student", seen.student), ("teacher", seen.teacher)):
+            if view is not None:
+                self._check_view(who, view, len(seen.student.logits))
+        self._check_target(seen.target, *seen.student.logits.shape)
         # Without features there are only logits to compare, and a teacher of one class would broadcast.
         if seen.teacher is not None and "teacher" in self.needs and not self.needs & {"maps", "embedding", "weight"}:
             classes = [view.logits.shape[-1] for view in (seen.student, seen.teacher)]
@@ -135,17 +138,44 @@ class Method(nn.Module):
         for need in sorted(self.needs & {"index", "images"}):
             if getattr(seen, need) is None:
                 raise ValueError(f"{self.name}: needs {need}")
-        if not soft and not self.per_example and bool((seen.target == IGNORE).any()):
+
+    def _check_view(self, who: str, view: View, examples: int) -> None:
+        """Raise for what would be broadcast in silence, or be an error somewhere inside PyTorch."""
+        tensors = {"logits": ("(N, K)", view.logits)}
+        if "maps" in self.needs:
+            tensors |= {f"map {i}": ("(N, C, H, W)", m) for i, m in enumerate(view.maps)}
+        if "embedding" in self.needs and view.embedding is not None:
+            tensors["embedding"] = "(N, D)", view.embedding
+        for what, (form, tensor) in tensors.items():
+            if tensor.ndim != form.count(",") + 1 or len(tensor) != examples or not tensor.is_floating_point():
+                raise ValueError(
+                    f"{self.name}: {who}'s {what} of shape {tuple(tensor.shape)} and {tensor.dtype}: must be floating, "
+                    f"{form} with N = {examples}"
+                )
+
+    def _check_target(self, target: Tensor, examples: int, classes: int) -> None:
+        soft = target.is_floating_point()
+        if soft and not self.soft_targets:
+            raise ValueError(f"{self.name}: needs class labels, not probabilities; turn mixup and cutmix off")
+        if target.shape != ((examples, classes) if soft else (examples,)):
+            raise ValueError(
+                f"{self.name}: target of shape {tuple(target.shape)} and {target.dtype}: must be ({examples},) int64 "
+                f"labels" + (f" or ({examples}, {classes}) probabilities" if self.soft_targets else "")
+            )
+        try:  # on a GPU the values are not read, because the host would wait for them
+            check_target(target, classes, IGNORE, read_values=target.device.type == "cpu")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.name}: {error}") from error
+        if self.per_example:
+            return
+        if examples == 0:
+            raise ValueError(f"{self.name}: compares the examples of a batch, and this one is empty")
+        if not soft and bool((target == IGNORE).any()):
             raise ValueError(f"{self.name}: compares examples with each other and cannot ignore some of them")
 
 
-def _wide(view: View, first: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> View:
-    """The view in float32, or float64 where the logits are; `first` detaches a teacher's."""
-    wide = wide_dtype(view.logits)
-
-    def change(tensor: Tensor) -> Tensor:
-        return first(tensor).to(wide)
-
+def _changed(view: View, change: Callable[[Tensor], Tensor]) -> View:
+    """The view with every tensor changed."""
     optional = {name: getattr(view, name) for name in ("embedding", "weight", "bias")}
     optional = {name: None if tensor is None else change(tensor) for name, tensor in optional.items()}
     return View(change(view.logits), [change(m) for m in view.maps], **optional)
