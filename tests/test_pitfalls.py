@@ -585,7 +585,7 @@ def test_14_identities(backend, dtype):
             "backend": backend,
         }
 
-        # Of the terms in a gradient that may nearly cancel.
+        # Of the terms in a gradient that may nearly cancel; and, times T, in the KL, which is small at high T.
         rounding = 8 * torch.finfo(F64 if dtype == F64 else F32).eps * max(temperature, 1)
 
         def call(s, t, y, **more):
@@ -596,7 +596,7 @@ def test_14_identities(backend, dtype):
         shifted, permuted = call(s + 2, t - 2, y), call(s[:, order], t[:, order], order.argsort()[y])
         for other, mine in ((shifted, found[3]), (permuted, found[3][:, order])):
             scale = found[0].abs().max().item()
-            torch.testing.assert_close(other[0], found[0], rtol=0, atol=max(tolerance * scale, 1e-13))
+            torch.testing.assert_close(other[0], found[0], rtol=0, atol=tolerance * scale + rounding * temperature)
             off = (other[3].double() - mine.double()).abs()
             assert (off <= tolerance * mine.double().abs().amax(-1, keepdim=True) + rounding).all()
         largest = found[3].double().abs().amax(-1)
@@ -606,7 +606,7 @@ def test_14_identities(backend, dtype):
         assert same[3].abs().max() <= 1e-6 * temperature
         parts = [call(s[i], t[i], y[i], reduction="sum") for i in (slice(0, 1), slice(1, 4))]
         whole = call(s, t, y, reduction="sum")
-        torch.testing.assert_close(parts[0][0] + parts[1][0], whole[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(parts[0][0] + parts[1][0], whole[0], rtol=1e-6, atol=rounding)
         assert torch.equal(torch.cat([parts[0][3], parts[1][3]]), whole[3])
 
     check()
