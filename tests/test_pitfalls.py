@@ -486,13 +486,16 @@ def threads():
 
 
 def test_11_bits_repeat(threads, monkeypatch):
-    """On every run, for any number of threads, and on the pool that stands in where torch has another OpenMP."""
+    """On every run, for any number of threads, and on the pool that stands in where torch has another OpenMP.
+
+    Enough rows that threads are interrupted in the middle of one, also where there are fewer cores.
+    """
     for dtype in DTYPES:
-        for changed in ({}, {"student_temperature": 2.5}):
-            inputs = batch(31, 3000, dtype)
+        for rows, runs, changed in ((31, (1, 2, 2, 5), {"student_temperature": 2.5}), (400, (1, 2, 8, 8, 8), {})):
+            inputs = batch(rows, 3000, dtype)
             settings = {"class_weight": weights(3000), "label_smoothing": 0.1, "reduction": "none", **changed}
             found = []
-            for count in (1, 2, 2, 5):
+            for count in runs:
                 threads(count)
                 found.append(results(*inputs, backend="cpu", **settings))
             with monkeypatch.context() as patch:
@@ -566,6 +569,7 @@ def test_13_tolerance(dtype, k):
 
 @both
 @every_dtype
+@pytest.mark.filterwarnings("ignore:teacher_logits look like probabilities")  # now and then those of two classes do
 def test_14_identities(backend, dtype):
     """Oracles that share no code with an implementation; test_distill_identities.py has them all, in float64."""
     tolerance = {F64: 1e-11, F32: 3e-5}.get(dtype, 3 * torch.finfo(dtype).eps)
@@ -581,6 +585,9 @@ def test_14_identities(backend, dtype):
             "backend": backend,
         }
 
+        # Of the terms in a gradient that may nearly cancel; and, times T, in the KL, which is small at high T.
+        rounding = 8 * torch.finfo(F64 if dtype == F64 else F32).eps * max(temperature, 1)
+
         def call(s, t, y, **more):
             return results(s, t, y, **{"reduction": "none", **settings, **more})
 
@@ -589,17 +596,17 @@ def test_14_identities(backend, dtype):
         shifted, permuted = call(s + 2, t - 2, y), call(s[:, order], t[:, order], order.argsort()[y])
         for other, mine in ((shifted, found[3]), (permuted, found[3][:, order])):
             scale = found[0].abs().max().item()
-            torch.testing.assert_close(other[0], found[0], rtol=0, atol=max(tolerance * scale, 1e-13))
+            torch.testing.assert_close(other[0], found[0], rtol=0, atol=tolerance * scale + rounding * temperature)
             off = (other[3].double() - mine.double()).abs()
-            assert (off <= tolerance * mine.double().abs().amax(-1, keepdim=True)).all()
+            assert (off <= tolerance * mine.double().abs().amax(-1, keepdim=True) + rounding).all()
         largest = found[3].double().abs().amax(-1)
-        assert (found[3].double().sum(-1).abs() <= tolerance * k**0.5 * largest).all()
+        assert (found[3].double().sum(-1).abs() <= tolerance * k**0.5 * largest + rounding).all()
         same = call(s, s, y, ce_weight=0.0, student_temperature=None)
         assert torch.equal(same[0], torch.zeros_like(same[0]))
         assert same[3].abs().max() <= 1e-6 * temperature
         parts = [call(s[i], t[i], y[i], reduction="sum") for i in (slice(0, 1), slice(1, 4))]
         whole = call(s, t, y, reduction="sum")
-        torch.testing.assert_close(parts[0][0] + parts[1][0], whole[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(parts[0][0] + parts[1][0], whole[0], rtol=1e-6, atol=rounding)
         assert torch.equal(torch.cat([parts[0][3], parts[1][3]]), whole[3])
 
     check()
