@@ -99,9 +99,9 @@ class CTKD(Method, name="ctkd"):
     grows from 0 with ``½ final_strength (1 - cos(π min(E, curriculum_epochs) / curriculum_epochs))`` in the E-th epoch,
     counted from 1: the task becomes harder. The gradient of θ includes that of T². Values (N,) in nats. Zero and
     stationary where both softened distributions are equal, for any θ. Li et al. 2023, "Curriculum Temperature for
-    Knowledge Distillation", the global version (θ = 1 at the start: T = 15.6); the one that predicts a temperature
-    for each example is not here. Read in the authors' code (zhengli97/CTKD, commit 7d52522); the optimizer of the
-    student, weight decay included, trains θ there.
+    Knowledge Distillation", the global version (θ = 1 at the start: T = 15.6); the one that predicts a temperature for
+    each example is not here. Read in the authors' code (zhengli97/CTKD, commit 7d52522), where the student's optimizer
+    trains θ with its weight decay; in kd.train a single number has none unless ``optimizer.decay_norm_and_bias``.
     """
 
     lowest_temperature: float = 1.0
