@@ -1,0 +1,319 @@
+"""The engine for small networks: one architecture, one seed, many members, trained as one batched network.
+
+All members of a cohort start from the same weights and see the same batches in the same order with the same
+augmentation, as runs of `kd.train` with the same seed do; what differs is each member's loss and teacher. So a member is
+the very network that `kd.train` would have trained, up to the rounding of floating point, and comparisons within a
+seed are paired as tightly as can be. The forward pass is torch.func's; the optimizer is timm's on stacked parameters,
+which is each member's own because its update is elementwise.
+
+M: members, B: batch, K: classes, E: teachers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from einops import repeat
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from kd import methods
+from kd.data import Data
+from kd.losses import reference
+from kd.losses.distill import DistillLoss
+from kd.losses.method import Seen, View
+from kd.loop import epoch_order
+from kd.objective import Objective
+from kd.recipe import LossConfig, Recipe
+from kd.smoothing import mix_uniform, to_uniform
+
+ELEMENTWISE = ("sgd", "nesterov", "momentum", "adam", "adamw", "nadamw")  # timm's optimizers whose members never mix
+LARGEST = 2_000_000  # parameters of a network from which a batch of members is no cheaper than one after the other
+
+
+# ---- the stacked network
+
+
+class Population:
+    """M networks of one architecture as one: every parameter has a leading dimension of members."""
+
+    def __init__(self, network: nn.Module, parameters: dict[str, Tensor]):
+        self.network, self.parameters = network.to("meta"), parameters
+
+    @classmethod
+    def start(cls, network: nn.Module, size: int, device: torch.device | str = "cpu") -> Population:
+        """`size` members that all start as `network` is."""
+        made = {name: repeat(p.detach().to(device), "... -> m ...", m=size).clone() for name, p in _named(network)}
+        return cls(network, made)
+
+    @classmethod
+    def of(cls, network: nn.Module, states: Sequence[dict[str, Tensor]], device: torch.device | str = "cpu") -> Population:
+        """Members of the given weights."""
+        return cls(network, {name: torch.stack([s[name].to(device) for s in states]) for name, _ in _named(network)})
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, ...) -> (M, B, K)."""
+        return vmap(lambda parameters: functional_call(self.network, parameters, (images,)))(self.parameters)
+
+    def member(self, index: int) -> dict[str, Tensor]:
+        """The weights of one member."""
+        return {name: p[index].detach().clone() for name, p in self.parameters.items()}
+
+
+def _named(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(network.named_parameters())
+
+
+# ---- what members minimise
+
+
+@dataclass(frozen=True)
+class Member:
+    """What makes a member of a cohort its own: its loss, and its teacher's place among the cohort's (None: labels)."""
+
+    loss: LossConfig
+    teacher: int | None = None
+
+
+class Losses(nn.Module):
+    """The members' losses at once: plain ones with their settings as tensors, others each under vmap.
+
+    ``forward(student (M, B, K), teachers (E, B, K), target (B,), ...)`` gives each member's mean over the batch, (M,).
+    """
+
+    def __init__(self, members: Sequence[Member], num_classes: int, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.members = members
+        self.plain = [i for i, member in enumerate(members) if not member.loss.methods]
+        self._columns = [
+            torch.tensor([value(members[i].loss, num_classes) for i in self.plain], dtype=dtype) for value in _COLUMNS
+        ]
+        self.groups = _grouped(members)
+        self.objectives = nn.ModuleList(_objective(members[group[0]].loss) for group in self.groups)
+
+    def forward(self, student: Tensor, teachers: Tensor | None, target: Tensor, **when) -> Tensor:
+        """(M,); `when` holds the index, epoch and epochs that methods may read."""
+        if not self.groups:  # without the copies that picking members makes
+            return self._plain(student, self._taught(teachers, self.plain, student), target)
+        values = student.new_zeros(len(self.members))
+        if self.plain:
+            own = student[self.plain]
+            found = self._plain(own, self._taught(teachers, self.plain, own), target)
+            values = values.index_put((torch.tensor(self.plain),), found)
+        for group, objective in zip(self.groups, self.objectives, strict=True):
+            own = student[group]
+            found = _each(objective, own, self._taught(teachers, group, own), target, when)
+            values = values.index_put((torch.tensor(group),), found)
+        return values
+
+    def _plain(self, student: Tensor, taught: Tensor, target: Tensor) -> Tensor:
+        return vmap(_plain_loss, in_dims=(0, 0, None, *[0] * len(_COLUMNS)))(student, taught, target, *self._columns)
+
+    def _taught(self, teachers: Tensor | None, which: Sequence[int], student: Tensor) -> Tensor:
+        """The logits of these members' teachers; without any, something of their shape, whose weight is 0."""
+        if teachers is None:
+            return torch.zeros_like(student)
+        return teachers[[self.members[i].teacher or 0 for i in which]]
+
+
+_COLUMNS: list[Callable[[LossConfig, int], float]] = [  # in the order of _plain_loss
+    lambda loss, k: loss.temperature,
+    lambda loss, k: loss.student_temperature or loss.temperature,
+    lambda loss, k: loss.kd_weight,
+    lambda loss, k: loss.ce_weight,
+    lambda loss, k: to_uniform(loss.label_smoothing, k, loss.smoothing),
+]
+
+
+def _plain_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    student_temperature: Tensor,
+    kd_weight: Tensor,
+    ce_weight: Tensor,
+    uniform_mass: Tensor,
+) -> Tensor:
+    """DistillLoss of one member (B, K), its settings as numbers (); `kd.losses.reference` says what the terms are."""
+    share = mix_uniform(target, student.shape[-1], uniform_mass, student.dtype)
+    ce = reference.cross_entropy(student, share)
+    kd = reference.distillation(student, teacher, temperature, student_temperature)
+    return (ce_weight * ce + kd_weight * kd).mean()
+
+
+def _objective(loss: LossConfig) -> Objective:
+    settings = {k: v for k, v in asdict(loss).items() if k not in ("methods", "backend")}
+    return Objective(DistillLoss(**settings, backend="reference", reduction="sum"), methods.build(loss.methods))
+
+
+def _each(objective: Objective, student: Tensor, taught: Tensor, target: Tensor, when: dict) -> Tensor:
+    """The same objective for each member of a group, (G, B, K) -> (G,)."""
+
+    def one(student: Tensor, teacher: Tensor) -> Tensor:
+        return objective(Seen(View(student), View(teacher), target, **when)).loss / len(target)
+
+    return vmap(one)(student, taught)
+
+
+def _grouped(members: Sequence[Member]) -> list[list[int]]:
+    """Members that have methods, those of equal loss together."""
+    groups: dict[str, list[int]] = {}
+    for i, member in enumerate(members):
+        if member.loss.methods:
+            groups.setdefault(json.dumps(asdict(member.loss), sort_keys=True), []).append(i)
+    return list(groups.values())
+
+
+# ---- training
+
+
+@dataclass
+class Cohort:
+    """Everything that members share, from one recipe: its seed, data, schedule, optimizer and batches."""
+
+    recipe: Recipe
+    data: Data
+    epochs: int
+    network: nn.Module  # as every member starts
+    members: Sequence[Member]
+    teachers: Callable[[Tensor, Tensor], Tensor] | None = None  # (images, index) -> logits (E, B, K)
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """The last incomplete batch is left out, as in `kd.loop`."""
+        return len(self.data.train) // self.recipe.train.batch_size
+
+    def batches(self, epoch: int) -> Iterator:
+        """The batches of an epoch, as `kd.loop` has them on one process."""
+        size = self.recipe.train.batch_size
+        order = epoch_order(len(self.data.train), self.recipe.seed, epoch)
+        plan = list(order[: self.updates_per_epoch * size].split(size))
+        return iter(self.data.train.batches(plan, epoch))
+
+
+class Training:
+    """Trains a cohort; `fit` gives its population, and `diverged` says which members went wrong, and when."""
+
+    def __init__(self, cohort: Cohort):
+        self.cohort = cohort
+        o, network = cohort.recipe.optimizer, cohort.network.to(cohort.dtype)
+        names = {id(p): name for name, p in network.named_parameters()}
+        groups = param_groups_weight_decay(network, o.weight_decay, weight_decay_exclude_1d=not o.decay_norm_and_bias)
+        groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]
+        self.population = Population.start(network, len(cohort.members))
+        for p in self.population.parameters.values():
+            p.requires_grad_()
+        stacked = [{**g, "params": [self.population.parameters[name] for name in g["params"]]} for g in groups]
+        self.optimizer = create_optimizer_v2(stacked, opt=o.name, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum)
+        self.scheduler = self._scheduler()
+        self.losses = Losses(cohort.members, cohort.data.num_classes, cohort.dtype)
+        self.diverged: dict[int, str] = {}
+        self.update = 0
+
+    def _scheduler(self):
+        s = self.cohort.recipe.scheduler
+        scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            sched=s.name,
+            num_epochs=self.cohort.epochs,
+            decay_epochs=s.decay_epochs,
+            decay_milestones=s.milestones,
+            decay_rate=s.decay_rate,
+            min_lr=s.min_lr,
+            warmup_lr=s.warmup_lr,
+            warmup_epochs=s.warmup_epochs,
+            step_on_epochs=False,
+            updates_per_epoch=self.cohort.updates_per_epoch,
+        )
+        return scheduler
+
+    def fit(self, tell: Callable[[int], None] = lambda epoch: None) -> Population:
+        """Train to the last epoch; `tell` is called after each."""
+        for epoch in range(self.cohort.epochs):
+            values = torch.zeros(len(self.cohort.members))
+            for batch in self.cohort.batches(epoch):
+                values = self.step(batch)
+            for i in torch.nonzero(~values.isfinite()).flatten().tolist():
+                self.diverged.setdefault(i, f"loss is {values[i].item()} in epoch {epoch + 1}")
+            tell(epoch)
+        return self.population
+
+    def step(self, batch) -> Tensor:
+        """One update of every member; returns their losses (M,)."""
+        self.scheduler.step_update(self.update)
+        epoch = self.update / self.cohort.updates_per_epoch
+        images = batch.images.to(self.cohort.dtype)
+        teachers = None
+        if self.cohort.teachers:
+            with torch.no_grad():
+                teachers = self.cohort.teachers(images, batch.index)
+        values = self.losses(
+            self.population.logits(images),
+            teachers,
+            batch.targets,
+            index=batch.index,
+            epoch=epoch,
+            epochs=self.cohort.epochs,
+        )
+        values.sum().backward()  # a member's loss depends on its own weights only: the sum's gradient is each one's own
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.update += 1
+        return values.detach()
+
+
+# ---- what it cannot do
+
+
+def why_not(recipe: Recipe, role: str, network: nn.Module, num_classes: int) -> str | None:
+    """Why a point needs a run of its own; None where it can be a member of a population."""
+    own = recipe.teacher if role == "teacher" else recipe.student
+    if own.pretrained or getattr(own, "checkpoint", None):
+        return f"{own.section}pretrained or checkpoint: starts from weights of its own"
+    for section, name, allowed in (
+        (recipe.data, "mixup", 0),
+        (recipe.data, "cutmix", 0),
+        (recipe.train, "clip_grad", 0),
+        (recipe.train, "ema_decay", 0),
+        (recipe.train, "precision", "fp32"),
+    ):
+        if (value := getattr(section, name)) != allowed:
+            return f"{section.section}{name}={value}"
+    if recipe.optimizer.name not in ELEMENTWISE:
+        return f"optimizer.name={recipe.optimizer.name}: its update may not be elementwise"
+    if any(True for _ in network.buffers()):
+        return f"{own.model} has buffers, such as batch normalisation's"
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules()):
+        return f"{own.model} has dropout"
+    if (size := sum(p.numel() for p in network.parameters())) > LARGEST:
+        return f"{own.model} has {size / 1e6:.1f} M parameters"
+    return _why_not_loss(recipe.loss, num_classes) if role == "student" else None
+
+
+def _why_not_loss(loss: LossConfig, num_classes: int) -> str | None:
+    """Whether every method is a pure function of a batch's logits: by what it states, and by trying it."""
+    if not loss.methods:
+        return None
+    objective = _objective(loss)
+    if beyond := sorted(objective.needs - {"teacher"}):
+        return f"loss.methods needs {', '.join(beyond)}"
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 2, 8, num_classes, generator=generator)
+    target = torch.arange(8) % num_classes
+    objective.build(Seen(View(student[0]), View(teacher[0]), target), 8)
+    if any(True for _ in objective.parameters()) or any(True for _ in objective.buffers()):
+        return "loss.methods learns or keeps something"
+    try:
+        values = _each(objective, student, teacher, target, {"epoch": 1.0, "epochs": 2})
+    except RuntimeError as error:  # what torch.func cannot follow, such as a decision on values
+        return f"loss.methods: {str(error).splitlines()[0]}"
+    return None if all(map(math.isfinite, values.tolist())) else "loss.methods is not finite on random logits"
+
