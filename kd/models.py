@@ -392,7 +392,7 @@ def _translated(setting: str, shape: tuple[int, ...], role: str) -> Generator[No
         wrong = _brief(error) if "local-dir:" in setting else f"cannot be fetched ({type(error).__name__})"
         raise ConfigError(f"{setting}: {wrong}; {advice}") from error
     except (RuntimeError, TypeError, ValueError, AssertionError, LookupError) as error:
-        vectors = "; mlp_tiny, mlp_small and mlp_wide take vectors" if len(shape) == 1 else ""
+        vectors = "; mlp_nano, mlp_tiny, mlp_mini, mlp_small and mlp_wide take vectors" if len(shape) == 1 else ""
         raise ConfigError(f"{setting}: does not work for inputs of shape {shape} ({_brief(error)}){vectors}") from error
 
 

@@ -145,30 +145,32 @@ class Mlp(_Network):
 
 
 class SmallCnn(_Network):
-    """Three 3x3 convolutions of widths 32, 64 and 128 with GroupNorm and ReLU, the last two after a halving.
+    """Three 3x3 convolutions with GroupNorm and ReLU, the last two after a halving.
 
     Without BatchNorm an image's logits depend on that image only, in training too.
 
     Args:
+        widths: channels of each convolution.
+        groups: groups of each GroupNorm.
         num_classes: classes; 0 for no head.
         in_chans: channels of the images, which are 28x28, 32x32 or alike.
     """
 
-    def __init__(self, num_classes: int = 10, in_chans: int = 3):
-        super().__init__(128, in_chans)
-        self.layer1 = self._layer(in_chans, 32, stride=1)
-        self.layer2 = self._layer(32, 64, stride=2)
-        self.layer3 = self._layer(64, 128, stride=2)
-        self.feature_info = _stages((32, 1), (64, 2), (128, 4))
+    def __init__(self, widths: tuple[int, int, int], groups: int, num_classes: int = 10, in_chans: int = 3):
+        super().__init__(widths[2], in_chans)
+        self.layer1 = self._layer(in_chans, widths[0], groups, stride=1)
+        self.layer2 = self._layer(widths[0], widths[1], groups, stride=2)
+        self.layer3 = self._layer(widths[1], widths[2], groups, stride=2)
+        self.feature_info = _stages((widths[0], 1), (widths[1], 2), (widths[2], 4))
         self.reset_classifier(num_classes)
 
     @staticmethod
-    def _layer(in_width: int, width: int, stride: int) -> nn.Sequential:
+    def _layer(in_width: int, width: int, groups: int, stride: int) -> nn.Sequential:
         convolution = nn.Conv2d(in_width, width, 3, stride, padding=1, bias=False)
-        return nn.Sequential(convolution, nn.GroupNorm(8, width), nn.ReLU())
+        return nn.Sequential(convolution, nn.GroupNorm(groups, width), nn.ReLU())
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (n, c, h, w) to features (n, 128, h / 4, w / 4), rounded up."""
+        """Images (n, c, h, w) to features (n, d, h / 4, w / 4), rounded up."""
         return self.layer3(self.layer2(self.layer1(x)))
 
 
@@ -180,8 +182,8 @@ _MLP: dict[str, Any] = {"input_size": (3, 32, 32), "num_classes": 10, "fixed_inp
 default_cfgs = generate_default_cfgs(
     {
         **{f"resnet{depth}_cifar": _CIFAR for depth in (20, 32, 44, 56, 110)},
-        **{f"mlp_{size}": _MLP for size in ("tiny", "small", "wide")},
-        "cnn_small": _CNN,
+        **{f"mlp_{size}": _MLP for size in ("nano", "tiny", "mini", "small", "wide")},
+        **{f"cnn_{size}": _CNN for size in ("tiny", "small")},
     }
 )
 
@@ -224,9 +226,21 @@ def resnet110_cifar(pretrained: bool = False, **kwargs) -> nn.Module:
 
 
 @register_model
+def mlp_nano(pretrained: bool = False, **kwargs) -> nn.Module:
+    """One hidden layer of 24."""
+    return _mlp("mlp_nano", (24,), pretrained, **kwargs)
+
+
+@register_model
 def mlp_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
     """One hidden layer of 64."""
     return _mlp("mlp_tiny", (64,), pretrained, **kwargs)
+
+
+@register_model
+def mlp_mini(pretrained: bool = False, **kwargs) -> nn.Module:
+    """Two hidden layers of 128."""
+    return _mlp("mlp_mini", (128, 128), pretrained, **kwargs)
 
 
 @register_model
@@ -242,6 +256,12 @@ def mlp_wide(pretrained: bool = False, **kwargs) -> nn.Module:
 
 
 @register_model
+def cnn_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
+    """Three convolutions of 8, 16 and 32 with GroupNorm, 6 k parameters with 10 classes and one channel."""
+    return build_model_with_cfg(SmallCnn, "cnn_tiny", pretrained, widths=(8, 16, 32), groups=4, **kwargs)
+
+
+@register_model
 def cnn_small(pretrained: bool = False, **kwargs) -> nn.Module:
-    """Three convolutions with GroupNorm, 0.09 M parameters with 10 classes."""
-    return build_model_with_cfg(SmallCnn, "cnn_small", pretrained, **kwargs)
+    """Three convolutions of 32, 64 and 128 with GroupNorm, 0.09 M parameters with 10 classes."""
+    return build_model_with_cfg(SmallCnn, "cnn_small", pretrained, widths=(32, 64, 128), groups=8, **kwargs)

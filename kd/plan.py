@@ -12,7 +12,7 @@ from torch import nn
 
 from kd.loop import Trainer
 from kd.models import Teacher
-from kd.stages import Run, network, stage, teacher_is_trained
+from kd.stages import Run, data_of, network, stage, teacher_is_trained
 from kd.taps import list_layers, tap
 
 
@@ -41,7 +41,7 @@ def print_plan(run: Run) -> None:
     total = 0.0
     for name in names:
         planned = stage(run, name, teacher if name == "student" else None)
-        trainer = Trainer(planned, run.recipe, run.data, run.accelerator, run.journal)
+        trainer = Trainer(planned, run.recipe, data_of(run, name), run.accelerator, run.journal)
         seconds = trainer.measure()
         total += seconds * trainer.updates
         size = sum(p.numel() for p in planned.model.parameters())

@@ -71,14 +71,23 @@ class DataConfig(Checked):
     section: ClassVar[str] = "data."
 
     name: str = setting("digits", "name of the data set in tables and folders")
-    family: str = setting("digits", "how it is read: digits, mnist5k, mnist1d, torchvision, folder or timm")
+    family: str = setting("digits", "how it is read: digits, mnist5k, mnist1d, mixture, torchvision, folder or timm")
     dataset: str = setting("", "torchvision class (CIFAR10) or timm data set name, for those two families")
     root: str | None = setting(None, "folder on this machine that holds the data set")
     download: bool = setting(False, "fetch a torchvision set into data.root when it is not there")
     image_size: int = setting(32, "height and width the model sees, in pixels", ge=1, le=4096)
     val_fraction: float = setting(0.1, "share of the training images held out to select on", gt=0, lt=0.5)
     test_fraction: float = setting(0.2, "share held out to test on, for sets that come unsplit", gt=0, lt=0.5)
-    split_seed: int = setting(0, "seed of the split, apart from `seed` so that all runs test on the same images", ge=0)
+    split_seed: int = setting(
+        0, "seed of the split, apart from `seed` so that all runs test on the same images", ge=0, lt=2**32
+    )
+    train_size: int | None = setting(None, "training images, stratified by class; null: all", ge=1)
+    omit_class: int | None = setting(
+        None, "class, from 0, that student and control never see; teacher and test images keep it", ge=0
+    )
+    label_noise: float = setting(
+        0.0, "probability that a training label is replaced by another class, by split_seed", ge=0, lt=1
+    )
     shift: int = setting(0, "largest random shift, in pixels of the stored image (small sets)", ge=0)
     hflip: float = setting(0.0, "probability of a horizontal flip", ge=0, le=1)
     noise: float = setting(0.0, "standard deviation of added Gaussian noise, in units of normalised pixels", ge=0)
@@ -93,6 +102,14 @@ class DataConfig(Checked):
     cutmix: float = setting(0.0, "Beta parameter of CutMix; 0 for none", ge=0)
     workers: int = setting(2, "worker processes of each loader (streamed sets)", ge=0)
     verify: bool = setting(False, "decode every image once before training starts (streamed sets)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.omit_class is not None and self.label_noise:  # wrong labels would show the class after all
+            raise ConfigError(
+                f"data.omit_class={self.omit_class} with data.label_noise={self.label_noise}: one of them only, "
+                f"omit_class=null or label_noise=0"
+            )
 
 
 @dataclass

@@ -116,8 +116,8 @@ def _check_places(recipe: Recipe) -> None:
 
 def _check_batch(recipe: Recipe, data: Data, processes: int) -> None:
     batch, pieces = recipe.train.batch_size, recipe.train.accumulation * processes
-    if batch > len(data.train):
-        raise ConfigError(f"train.batch_size={batch}: must be ≤ {len(data.train)}, the training images of {data.name}")
+    if batch > (size := len(data.transfer.train)):
+        raise ConfigError(f"train.batch_size={batch}: must be ≤ {size}, the training images of {data.name}")
     if batch < pieces:
         raise ConfigError(
             f"train.batch_size={batch}: must be ≥ {pieces}, one image for each of {processes} processes "
@@ -190,7 +190,8 @@ def teacher_folder(recipe: Recipe, data_hash: str) -> Path:
     """Where a trained teacher lives: named by everything that decides its weights, shared by all recipes."""
     values = identity(recipe)
     content = {key: values[key] for key in ("seed", "teacher", "data", "optimizer", "scheduler", "train")}
-    del content["teacher"]["layers"]  # what a student looks at does not change its teacher
+    del content["teacher"]["layers"]  # what a student looks at, and never sees, does not change its teacher
+    del content["data"]["omit_class"]
     key = content_hash([content, data_hash, _checkpoint_hash(recipe)])
     model = recipe.teacher.model.replace("/", "-").replace(":", "-")
     return Path(recipe.output) / "teachers" / f"{model}-{key}"
@@ -239,7 +240,7 @@ def rehearse(run: Run) -> None:
         return
     try:
         planned = stage(run, "student", Teacher(network(run, "teacher")))
-        build_objective(planned, run.recipe, run.data, run.accelerator, rehearse=True)
+        build_objective(planned, run.recipe, run.data.transfer, run.accelerator, rehearse=True)
     except ConfigError:
         raise
     except ValueError as error:
@@ -278,12 +279,17 @@ def stage(run: Run, name: str, teacher: Teacher | None = None) -> Stage:
     return Stage(name, model, objective, own.epochs, folder, metadata, teacher, taps)
 
 
+def data_of(run: Run, name: str) -> Data:
+    """What the stage of this name trains and selects on."""
+    return run.data if name == "teacher" else run.data.transfer
+
+
 def train(run: Run, stage: Stage) -> None:
     """Train a stage, or go on with it."""
     # A trained teacher serves many runs, so its curve stands beside it; the others' stand in the run.
     path = (stage.folder if stage.name == "teacher" else run.folder) / "metrics.jsonl"
     journal = Journal(path, run.accelerator, run.journal.console)
-    Trainer(stage, run.recipe, run.data, run.accelerator, journal).fit()
+    Trainer(stage, run.recipe, data_of(run, stage.name), run.accelerator, journal).fit()
 
 
 def find_teacher(run: Run) -> Teacher:

@@ -308,7 +308,7 @@ SMALL = {"num_classes": 10, "input_shape": (3, 32, 32)}
             "student.model=resnet20_cifra: timm and kd know no such network; did you mean resnet20_",
         ),
         ("resnet18.tv_in1kk", {}, "did you mean resnet18.tv_in1k, "),
-        ("resnet18", {"input_shape": (40,)}, "mlp_tiny, mlp_small and mlp_wide take vectors"),
+        ("resnet18", {"input_shape": (40,)}, "mlp_nano, mlp_tiny, mlp_mini, mlp_small and mlp_wide take vectors"),
         ("inception_v3", {}, "student.model=inception_v3: does not work for inputs of shape (3, 32, 32) (Calculated"),
         ("mlp_tiny", {"model_kwargs": {"dept": 3}}, "student.model_kwargs={'dept': 3}: does not work for"),
         ("mlp_tiny", {"model_kwargs": {"num_classes": 3}}, "got multiple values for keyword argument 'num_classes'"),

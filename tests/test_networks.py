@@ -12,7 +12,8 @@ import kd.networks
 OPTION_A = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962}
 # The two 1x1 convolutions with their BatchNorm, 16 -> 32 and 32 -> 64.
 PROJECTIONS = (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64)
-NAMES = [f"resnet{depth}_cifar" for depth in OPTION_A] + ["mlp_tiny", "mlp_small", "mlp_wide", "cnn_small"]
+HIDDEN = {"nano": (24,), "tiny": (64,), "mini": (128, 128), "small": (256, 256), "wide": (1200, 1200)}
+NAMES = [f"resnet{depth}_cifar" for depth in OPTION_A] + [f"mlp_{size}" for size in HIDDEN] + ["cnn_tiny", "cnn_small"]
 
 
 def parameters(model: nn.Module) -> int:
@@ -90,6 +91,15 @@ def test_mlp_is_affine_maps_with_relu_between():
     assert [one.out_features, two.out_features] == [256, 256]
 
 
+@pytest.mark.parametrize("size", HIDDEN)
+def test_mlps_have_the_widths_of_their_description_and_nothing_but_linear_layers(size):
+    model = timm.create_model(f"mlp_{size}", in_chans=1, img_size=(20,), num_classes=12)
+    widths = [20, *HIDDEN[size], 12]
+    assert [tuple(p.shape) for p in model.parameters() if p.ndim == 2] == list(zip(widths[1:], widths, strict=False))
+    assert len(list(model.parameters())) == 2 * (len(widths) - 1)
+    assert not list(model.buffers())  # no running statistics: torch.func can train many at once
+
+
 def test_mlp_flattens_images():
     torch.manual_seed(0)
     on_images = timm.create_model("mlp_tiny", in_chans=2, img_size=(3, 5))
@@ -101,14 +111,15 @@ def test_mlp_flattens_images():
     assert parameters(timm.create_model("mlp_wide", in_chans=1, img_size=28)) == 785 * 1200 + 1201 * 1200 + 1201 * 10
 
 
+@pytest.mark.parametrize(("name", "widths"), [("cnn_tiny", (8, 16, 32)), ("cnn_small", (32, 64, 128))])
 @pytest.mark.parametrize(("size", "in_chans"), [(28, 1), (32, 3)])
-def test_cnn_gives_an_image_the_same_logits_in_every_batch(size, in_chans):
-    model = timm.create_model("cnn_small", in_chans=in_chans).train()
-    convolutions = (in_chans * 32 + 32 * 64 + 64 * 128) * 9
-    assert parameters(model) == convolutions + 2 * (32 + 64 + 128) + 129 * 10
+def test_cnn_gives_an_image_the_same_logits_in_every_batch(name, widths, size, in_chans):
+    model = timm.create_model(name, in_chans=in_chans).train()
+    convolutions = (in_chans * widths[0] + widths[0] * widths[1] + widths[1] * widths[2]) * 9
+    assert parameters(model) == convolutions + 2 * sum(widths) + (widths[2] + 1) * 10
     x = torch.randn(8, in_chans, size, size)
     torch.testing.assert_close(model(x)[3:4], model(x[3:4]))
-    assert model.forward_features(x).shape == (8, 128, size // 4, size // 4)
+    assert model.forward_features(x).shape == (8, widths[2], size // 4, size // 4)
 
 
 @pytest.mark.parametrize("name", NAMES)

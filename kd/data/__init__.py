@@ -8,7 +8,7 @@ from kd.data.base import Batch, Data, ImageError, Split
 from kd.data.embedded import digits, mnist5k
 from kd.data.folder import folder
 from kd.data.mixing import Mixer, mixer
-from kd.data.synthetic import mnist1d
+from kd.data.synthetic import mixture, mnist1d
 from kd.data.timm_sets import timm
 from kd.data.torchvision_sets import torchvision
 from kd.recipe import ConfigError, DataConfig
@@ -19,6 +19,7 @@ FAMILIES: dict[str, Callable[[DataConfig, int], Data]] = {
     "digits": digits,
     "mnist5k": mnist5k,
     "mnist1d": mnist1d,
+    "mixture": mixture,
     "torchvision": torchvision,
     "folder": folder,
     "timm": timm,

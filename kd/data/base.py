@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -35,13 +36,22 @@ class Split(Protocol):
 
     @property
     def targets(self) -> Tensor:
-        """Class of every sample: (N,) int64, on the CPU."""
+        """Class of every sample as it is trained or scored with: (N,) int64, on the CPU."""
+        ...
+
+    @property
+    def posterior(self) -> Tensor | None:
+        """The true p(class | sample) where the task's is known: (N, K) float64, on the CPU; never of wrong labels."""
         ...
 
     def __len__(self) -> int: ...
 
     def to(self, device: torch.device | str) -> Split:
         """The same split with its batches on `device`; like `Tensor.to` it returns, it does not change, the split."""
+        ...
+
+    def subset(self, index: Tensor) -> Split:
+        """The samples at these int64 positions, (M,), which are now at 0 to M - 1."""
         ...
 
     def batches(self, plan: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
@@ -67,11 +77,24 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     hash: str
+    omit_class: int | None = None  # for `transfer`
 
     @property
     def num_classes(self) -> int:
         """How many classes there are, K."""
         return len(self.class_names)
+
+    @cached_property
+    def transfer(self) -> Data:
+        """What a student and its control learn and select on: without `omit_class`, which the teacher knows and the
+        test split keeps (Hinton et al. 2015, §3: the class is left out of the transfer set only).
+        """
+        if self.omit_class is None:
+            return self
+        kept = {name: getattr(self, name) for name in ("train", "val")}
+        return replace(
+            self, **{k: s.subset((s.targets != self.omit_class).nonzero().squeeze(1)) for k, s in kept.items()}
+        )
 
 
 def assign(

@@ -17,7 +17,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kd.data.base import Batch, Data, ImageError, assign, digest
+from kd.data.alterations import draw
+from kd.data.base import Batch, Data, ImageError, digest
 from kd.data.randomness import global_rng, sample_keys
 from kd.recipe import ConfigError, DataConfig
 
@@ -142,6 +143,7 @@ class StreamSplit:
     seed: int
     workers: int
     device: torch.device
+    posterior: None = None  # nobody knows it of photographs
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -149,6 +151,10 @@ class StreamSplit:
     def to(self, device: torch.device | str) -> StreamSplit:
         """The same split with its batches on `device`."""
         return replace(self, device=torch.device(device))
+
+    def subset(self, index: Tensor) -> StreamSplit:
+        """The samples at these positions."""
+        return replace(self, indices=self.indices[index.numpy()], targets=self.targets[index])
 
     def batches(self, plan: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
         """One batch for every index tensor of `plan`."""
@@ -228,18 +234,18 @@ def stream_data(
     from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     check_settings(config)
-    parts = assign(config, {name: source.targets for name, source in given.items()}, class_names)
+    parts = draw(config, {name: source.targets for name, source in given.items()}, class_names)
     shared = *transforms(config), seed, config.workers, torch.device("cpu")
     splits = {
-        name: StreamSplit(given[part], index, torch.from_numpy(given[part].targets[index]), *shared)
-        for name, (part, index) in parts.items()
+        name: StreamSplit(given[part.given], part.index, torch.from_numpy(part.targets), *shared)
+        for name, part in parts.items()
     }
     if config.verify:
         verify(splits.values(), threads)
     lines = [
-        f"{name} {split.source.identity(int(i))} {split.source.targets[i]}\n".encode(errors="surrogateescape")
+        f"{name} {split.source.identity(int(i))} {label}\n".encode(errors="surrogateescape")
         for name, split in splits.items()
-        for i in split.indices
+        for i, label in zip(split.indices, split.targets.tolist(), strict=True)
     ]
     return Data(
         name=config.name,
@@ -249,4 +255,5 @@ def stream_data(
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
         hash=digest(lines),
+        omit_class=config.omit_class,
     )

@@ -5,7 +5,7 @@ torchvision's batched transforms draw one parameter for a whole batch, which is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from kd.data.base import Batch, Data, assign, digest
+from kd.data.alterations import draw
+from kd.data.base import Batch, Data, digest
 from kd.data.randomness import mix, normals, sample_keys, uniforms
 from kd.recipe import ConfigError, DataConfig
 
@@ -43,6 +44,7 @@ class TensorSplit:
     std: Tensor
     config: DataConfig
     seed: int
+    posterior: Tensor | None = None  # (N, K) float64, on the CPU
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -50,6 +52,12 @@ class TensorSplit:
     def to(self, device: torch.device | str) -> TensorSplit:
         """The same split with its images on `device`."""
         return replace(self, images=self.images.to(device), mean=self.mean.to(device), std=self.std.to(device))
+
+    def subset(self, index: Tensor) -> TensorSplit:
+        """The samples at these positions."""
+        posterior = None if self.posterior is None else self.posterior[index]
+        images = self.images[index.to(self.images.device)]
+        return replace(self, images=images, targets=self.targets[index], posterior=posterior)
 
     def batches(self, plan: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
         """One batch for every index tensor of `plan`."""
@@ -120,19 +128,27 @@ def check_settings(config: DataConfig, shape: tuple[int, ...]) -> None:
 
 
 def tensor_data(
-    config: DataConfig, seed: int, given: Mapping[str, tuple[Tensor, np.ndarray]], class_names: list[str]
+    config: DataConfig,
+    seed: int,
+    given: Mapping[str, tuple[Tensor, np.ndarray]],
+    class_names: list[str],
+    posterior: Callable[[Tensor], Tensor] | None = None,
 ) -> Data:
-    """Data from the (images, int64 targets) of the splits that a set comes with (see `assign`)."""
+    """Data from the (images, int64 targets) of the splits that a set comes with (see `assign`).
+
+    `posterior` gives the true p(class | image) of stored images, (N, K) float64, where it is known.
+    """
     stored = tuple(given["train"][0].shape[1:])
     check_settings(config, stored)
-    parts = assign(config, {name: targets for name, (_, targets) in given.items()}, class_names)
-    values = {
-        name: (given[part][0][index], torch.from_numpy(given[part][1][index])) for name, (part, index) in parts.items()
-    }
+    parts = draw(config, {name: targets for name, (_, targets) in given.items()}, class_names)
+    values = {name: (given[part.given][0][part.index], torch.from_numpy(part.targets)) for name, part in parts.items()}
     mean, std = channel_statistics(values["train"][0])
     per_image = "c -> c 1 1" if len(stored) == 3 else "c -> c"
     shared = rearrange(mean.float(), per_image), rearrange(std.float(), per_image), config, seed
-    splits = {name: TensorSplit(images, targets, *shared) for name, (images, targets) in values.items()}
+    splits = {
+        name: TensorSplit(images, targets, *shared, posterior(images) if posterior else None)
+        for name, (images, targets) in values.items()
+    }
     return Data(
         name=config.name,
         **splits,
@@ -141,4 +157,5 @@ def tensor_data(
         mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
         hash=digest([part for split in splits.values() for part in (split.images.numpy(), split.targets.numpy())]),
+        omit_class=config.omit_class,
     )
