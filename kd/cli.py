@@ -114,7 +114,7 @@ def register(words: list[str], schema: type = Recipe, folder: str = "", launcher
         if group != "data":
             replaced |= set(OmegaConf.select(node, "loss.methods") or ())
     for word in words:
-        for value in _losses(word):
+        for value in losses(word):
             section = methods.section(value)
             section["methods"] = dict.fromkeys(replaced) | section["methods"]
             store.store(group="loss", name=value, node={"loss": section}, package="_global_", replace=True)
@@ -126,7 +126,7 @@ def _options(group: str, folder: str) -> dict[str, Path]:
     return {f"{prefix}{name}": path for name, path in recipe_files(folder).items()}
 
 
-def _losses(word: str) -> list[str]:
+def losses(word: str) -> list[str]:
     """The values of `loss=A,[B,C]` as Hydra is to know them, `A` and `B+C`: in its grammar a list is a sweep's."""
     if not word.startswith("loss="):
         return []
@@ -302,6 +302,6 @@ def command(program: str, run: Callable[[Recipe], int]) -> None:
                 raise SystemExit(code)
 
         register(words)
-        losses = {word: f"loss={','.join(_losses(word))}" for word in words if word.startswith("loss=")}
-        sys.argv[1:] = [losses.get(word, word) for word in words]
+        spelled = {word: f"loss={','.join(losses(word))}" for word in words if word.startswith("loss=")}
+        sys.argv[1:] = [spelled.get(word, word) for word in words]
         main()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kd.checkpoint import save_weights
-from kd.data import Data, load_data
+from kd.data import Data, Split, load_data
 from kd.models import build
 from kd.recipe import ConfigError, Recipe, content_hash
 from kd.study.folder import Folder
@@ -52,10 +52,11 @@ def _train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
         return
     members = [sources.member(point) for point in points]
     section = recipe.teacher if role == "teacher" else recipe.student
-    cohort = Cohort(recipe, data, section.epochs, network(recipe, role, data), members, sources.source())
+    own = data if role == "teacher" else data.transfer
+    cohort = Cohort(recipe, own, section.epochs, network(recipe, role, data), members, sources.source())
     training = Training(cohort)
-    outputs = look(training.fit(), network(recipe, role, data), data, recipe)
-    truth, taught = truth_of(data), sources.outputs()
+    truth, taught = truth_of(data, role), sources.outputs(role)
+    outputs = look(training.fit(), network(recipe, role, data), parts_of(data, role), recipe)
     seconds = (time.perf_counter() - started) / len(points)
     for i, point in enumerate(points):
         if i in training.diverged:
@@ -133,7 +134,7 @@ class Teachers:
 
     def source(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """Logits (E, B, K) for images and their index; the true posterior's, where it is wanted, come last."""
-        log_posterior = self.data.log_posterior("train") if self.bayes else None  # type: ignore[attr-defined]
+        log_posterior = log_of(self.data.transfer.train) if self.bayes else None
         if self.population is None and log_posterior is None:
             return None
 
@@ -145,19 +146,29 @@ class Teachers:
 
         return logits
 
-    def outputs(self) -> dict[str, Outputs]:
-        """What each teacher gives on the splits, by id."""
+    def outputs(self, role: str) -> dict[str, Outputs]:
+        """What each teacher gives on the splits of its students, by id."""
         if self.population is None:
             return {}
         template = network(self.recipe, "teacher", self.data)
-        return dict(zip(self.ids, look(self.population, template, self.data, self.recipe), strict=True))
+        return dict(zip(self.ids, look(self.population, template, parts_of(self.data, role), self.recipe), strict=True))
 
 
-def truth_of(data: Data) -> Truth:
+def parts_of(data: Data, role: str) -> dict[str, Split]:
+    """What a network is measured on: what it trained on, and all of validation and test, an omitted class too."""
+    return {"train": (data if role == "teacher" else data.transfer).train, "val": data.val, "test": data.test}
+
+
+def truth_of(data: Data, role: str) -> Truth:
     """Labels of the splits, and the true posterior where the data set knows it."""
-    targets = {split: getattr(data, split).targets for split in SPLITS}
-    known = getattr(data, "log_posterior", None)
-    return Truth(targets, {split: known(split) for split in SPLITS} if known and known("test") is not None else {})
+    parts = parts_of(data, role)
+    known = {name: found for name, part in parts.items() if (found := log_of(part)) is not None}
+    return Truth({name: part.targets for name, part in parts.items()}, known, data.omit_class)
+
+
+def log_of(split: Split) -> Tensor | None:
+    """The logarithm of a split's true posterior (N, K), None where it is not known."""
+    return None if split.posterior is None else split.posterior.log()
 
 
 # ---- what a population gives
@@ -177,37 +188,38 @@ class _WithFeatures(nn.Module):
 
 
 @torch.no_grad()
-def look(population: Population, template: nn.Module, data: Data, recipe: Recipe) -> list[Outputs]:
+def look(population: Population, template: nn.Module, parts: Mapping[str, Split], recipe: Recipe) -> list[Outputs]:
     """Logits, features and views of every member. `template` is a network of its architecture."""
+    head = next(name for name, module in template.named_modules() if module is _head(template))
     both = Population(_WithFeatures(template), {f"network.{k}": p for k, p in population.parameters.items()})
     made: dict[str, tuple[Tensor, Tensor]] = {}
-    for split in SPLITS:
-        part = getattr(data, split)
+    for name, part in parts.items():
         plan = list(torch.arange(len(part)).split(BATCH))
         pairs = [both.logits(batch.images) for batch in part.batches(plan, epoch=None)]
-        made[split] = torch.cat([p[0] for p in pairs], 1), torch.cat([p[1] for p in pairs], 1)
-    views = _views(population, data, recipe)
-    head = [name for name, module in template.named_modules() if module is template.get_classifier()][0]  # type: ignore[operator]
-    heads = population.parameters[f"{head}.weight"], population.parameters.get(f"{head}.bias")
+        made[name] = torch.cat([p[0] for p in pairs], 1), torch.cat([p[1] for p in pairs], 1)
+    views = _views(population, parts["train"], recipe)
+    weights = population.parameters[f"{head}.weight"].detach()
+    biases = population.parameters.get(f"{head}.bias", weights.new_zeros(weights.shape[:2])).detach()
     found = []
     for i in range(len(views)):
-        weight = heads[0][i]
-        bias = weight.new_zeros(len(weight)) if heads[1] is None else heads[1][i]
-        logits, features = ({split: pair[j][i] for split, pair in made.items()} for j in (0, 1))
-        found.append(Outputs(logits, features, (weight.detach(), bias.detach()), views[i]))
+        logits, features = ({name: pair[j][i] for name, pair in made.items()} for j in (0, 1))
+        found.append(Outputs(logits, features, (weights[i], biases[i]), views[i]))
     return found
 
 
-def _views(population: Population, data: Data, recipe: Recipe) -> Tensor:
+def _head(network: Any) -> nn.Module:
+    return network.get_classifier()
+
+
+def _views(population: Population, split: Split, recipe: Recipe) -> Tensor:
     """Difference of two classes' logits on augmented views of some of their samples: (M, N, L)."""
-    targets = data.train.targets
-    a, b = targets.unique()[:2].tolist()
-    index = ((targets == a) | (targets == b)).nonzero().flatten()[:INPUTS]
-    (plain,) = (batch.images for batch in data.train.batches([index], epoch=None))
+    a, b = split.targets.unique()[:2].tolist()
+    index = ((split.targets == a) | (split.targets == b)).nonzero().flatten()[:INPUTS]
+    (plain,) = (batch.images for batch in split.batches([index], epoch=None))
     generator = torch.Generator().manual_seed(recipe.seed)
     found = []
     for epoch in range(VIEWS):
-        (images,) = (batch.images for batch in data.train.batches([index], epoch=epoch))
+        (images,) = (batch.images for batch in split.batches([index], epoch=epoch))
         if torch.equal(images, plain):  # the recipe does not augment
             images = plain + 0.1 * torch.randn(plain.shape, generator=generator)
         logits = population.logits(images)

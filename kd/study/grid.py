@@ -205,6 +205,8 @@ def _identity(role: str, control: str | None, recipe: Recipe) -> dict[str, Any]:
     sections += {"teacher": ["teacher"], "student": ["teacher", "student", "loss"], "control": ["student", "loss"]}[role]
     found = {name: values[name] for name in sections}
     found.get("teacher", {}).pop("layers", None)
+    if role == "teacher":
+        found["data"] = {k: v for k, v in found["data"].items() if k != "omit_class"}  # which it sees all the same
     found.get("loss", {}).pop("backend", None)  # every backend gives the same
     return {"seed": values["seed"], **found}
 

@@ -68,9 +68,9 @@ def _shared(point: Point) -> str:
     own = asdict(recipe.teacher if point.role == "teacher" else recipe.student)
     network = {key: own[key] for key in ("model", "model_kwargs", "epochs")}
     # Students of one cohort may have different teachers, but of one architecture: they are run as a population too.
-    taught = [recipe.teacher.model, recipe.teacher.model_kwargs] if point.role == "student" else None
+    taught = [recipe.teacher.model, recipe.teacher.model_kwargs]
     settings = [asdict(section) for section in (recipe.data, recipe.optimizer, recipe.scheduler, recipe.train)]
-    return json.dumps([point.role, recipe.seed, network, taught, settings], sort_keys=True)
+    return json.dumps([point.role == "teacher", recipe.seed, network, taught, settings], sort_keys=True)
 
 
 def _chunks(points: list[Point]) -> Iterator[list[Point]]:

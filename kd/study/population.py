@@ -12,26 +12,24 @@ M: members, B: batch, K: classes, E: teachers.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call, grad, vmap
 
 from kd import methods
 from kd.data import Data
-from kd.losses import reference
 from kd.losses.distill import DistillLoss
 from kd.losses.method import Seen, View
 from kd.loop import epoch_order
 from kd.objective import Objective
 from kd.recipe import LossConfig, Recipe
-from kd.smoothing import mix_uniform, to_uniform
+from kd.smoothing import to_uniform
 
 ELEMENTWISE = ("sgd", "nesterov", "momentum", "adam", "adamw", "nadamw")  # timm's optimizers whose members never mix
 LARGEST = 2_000_000  # parameters of a network from which a batch of members is no cheaper than one after the other
@@ -81,71 +79,53 @@ class Member:
     teacher: int | None = None
 
 
-class Losses(nn.Module):
-    """The members' losses at once: plain ones with their settings as tensors, others each under vmap.
+class Losses:
+    """The gradients of the members' losses at their logits: plain ones at once, in closed form; others by torch.func.
 
-    ``forward(student (M, B, K), teachers (E, B, K), target (B,), ...)`` gives each member's mean over the batch, (M,).
+    ``losses(student (M, B, K), teachers (E, B, K), target (B,), ...)`` gives the gradient of each member's mean over
+    the batch, (M, B, K). The closed form is ``ce_weight (softmax(s) - q) + kd_weight Ts (softmax(s / Ts) -
+    softmax(t / T))`` with q the smoothed labels, the derivative of what `kd.losses.reference` defines.
     """
 
     def __init__(self, members: Sequence[Member], num_classes: int, dtype: torch.dtype = torch.float32):
-        super().__init__()
         self.members = members
         self.plain = [i for i, member in enumerate(members) if not member.loss.methods]
-        self._columns = [
-            torch.tensor([value(members[i].loss, num_classes) for i in self.plain], dtype=dtype) for value in _COLUMNS
-        ]
+        losses = [members[i].loss for i in self.plain]
+
+        def column(values: Iterable[float]) -> Tensor:
+            return rearrange(torch.tensor(list(values), dtype=dtype), "m -> m 1 1")
+
+        self.temperature = column(loss.temperature for loss in losses)
+        self.student_temperature = column(loss.student_temperature or loss.temperature for loss in losses)
+        self.kd_weight = column(loss.kd_weight for loss in losses)
+        self.ce_weight = column(loss.ce_weight for loss in losses)
+        self.mass = column(to_uniform(loss.label_smoothing, num_classes, loss.smoothing) for loss in losses)
         self.groups = _grouped(members)
-        self.objectives = nn.ModuleList(_objective(members[group[0]].loss) for group in self.groups)
+        self.objectives = [_objective(members[group[0]].loss) for group in self.groups]
 
-    def forward(self, student: Tensor, teachers: Tensor | None, target: Tensor, **when) -> Tensor:
-        """(M,); `when` holds the index, epoch and epochs that methods may read."""
+    def __call__(self, student: Tensor, teachers: Tensor | None, target: Tensor, **when) -> Tensor:
+        """(M, B, K); `when` holds the index, epoch and epochs that methods may read."""
         if not self.groups:  # without the copies that picking members makes
-            return self._plain(student, self._taught(teachers, self.plain, student), target)
-        values = student.new_zeros(len(self.members))
+            return self._plain(student, self._taught(teachers, self.plain), target)
+        found = torch.empty_like(student)
         if self.plain:
-            own = student[self.plain]
-            found = self._plain(own, self._taught(teachers, self.plain, own), target)
-            values = values.index_put((torch.tensor(self.plain),), found)
+            found[self.plain] = self._plain(student[self.plain], self._taught(teachers, self.plain), target)
         for group, objective in zip(self.groups, self.objectives, strict=True):
-            own = student[group]
-            found = _each(objective, own, self._taught(teachers, group, own), target, when)
-            values = values.index_put((torch.tensor(group),), found)
-        return values
+            found[group] = _each(objective, student[group], self._taught(teachers, group), target, when)
+        return found
 
-    def _plain(self, student: Tensor, taught: Tensor, target: Tensor) -> Tensor:
-        return vmap(_plain_loss, in_dims=(0, 0, None, *[0] * len(_COLUMNS)))(student, taught, target, *self._columns)
+    def _plain(self, student: Tensor, taught: Tensor | None, target: Tensor) -> Tensor:
+        classes = student.shape[-1]
+        share = (1 - self.mass) * (target[:, None] == torch.arange(classes)) + self.mass / classes
+        total = self.ce_weight * (student.softmax(-1) - share)
+        if taught is not None:
+            gap = (student / self.student_temperature).softmax(-1) - (taught / self.temperature).softmax(-1)
+            total = total + self.kd_weight * self.student_temperature * gap
+        return total / len(target)
 
-    def _taught(self, teachers: Tensor | None, which: Sequence[int], student: Tensor) -> Tensor:
-        """The logits of these members' teachers; without any, something of their shape, whose weight is 0."""
-        if teachers is None:
-            return torch.zeros_like(student)
-        return teachers[[self.members[i].teacher or 0 for i in which]]
-
-
-_COLUMNS: list[Callable[[LossConfig, int], float]] = [  # in the order of _plain_loss
-    lambda loss, k: loss.temperature,
-    lambda loss, k: loss.student_temperature or loss.temperature,
-    lambda loss, k: loss.kd_weight,
-    lambda loss, k: loss.ce_weight,
-    lambda loss, k: to_uniform(loss.label_smoothing, k, loss.smoothing),
-]
-
-
-def _plain_loss(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    temperature: Tensor,
-    student_temperature: Tensor,
-    kd_weight: Tensor,
-    ce_weight: Tensor,
-    uniform_mass: Tensor,
-) -> Tensor:
-    """DistillLoss of one member (B, K), its settings as numbers (); `kd.losses.reference` says what the terms are."""
-    share = mix_uniform(target, student.shape[-1], uniform_mass, student.dtype)
-    ce = reference.cross_entropy(student, share)
-    kd = reference.distillation(student, teacher, temperature, student_temperature)
-    return (ce_weight * ce + kd_weight * kd).mean()
+    def _taught(self, teachers: Tensor | None, which: Sequence[int]) -> Tensor | None:
+        """The logits of these members' teachers, any one's where the weight is 0."""
+        return None if teachers is None else teachers[[self.members[i].teacher or 0 for i in which]]
 
 
 def _objective(loss: LossConfig) -> Objective:
@@ -153,13 +133,13 @@ def _objective(loss: LossConfig) -> Objective:
     return Objective(DistillLoss(**settings, backend="reference", reduction="sum"), methods.build(loss.methods))
 
 
-def _each(objective: Objective, student: Tensor, taught: Tensor, target: Tensor, when: dict) -> Tensor:
-    """The same objective for each member of a group, (G, B, K) -> (G,)."""
+def _each(objective: Objective, student: Tensor, taught: Tensor | None, target: Tensor, when: dict) -> Tensor:
+    """The gradient of one objective for each member of a group, (G, B, K)."""
 
     def one(student: Tensor, teacher: Tensor) -> Tensor:
         return objective(Seen(View(student), View(teacher), target, **when)).loss / len(target)
 
-    return vmap(one)(student, taught)
+    return vmap(grad(one))(student, torch.zeros_like(student) if taught is None else taught)
 
 
 def _grouped(members: Sequence[Member]) -> list[list[int]]:
@@ -238,36 +218,31 @@ class Training:
     def fit(self, tell: Callable[[int], None] = lambda epoch: None) -> Population:
         """Train to the last epoch; `tell` is called after each."""
         for epoch in range(self.cohort.epochs):
-            values = torch.zeros(len(self.cohort.members))
+            logits = torch.zeros(len(self.cohort.members), 1)
             for batch in self.cohort.batches(epoch):
-                values = self.step(batch)
-            for i in torch.nonzero(~values.isfinite()).flatten().tolist():
-                self.diverged.setdefault(i, f"loss is {values[i].item()} in epoch {epoch + 1}")
+                logits = self.step(batch)
+            for i in torch.nonzero(~logits.flatten(1).isfinite().all(1)).flatten().tolist():
+                self.diverged.setdefault(i, f"its logits are not finite in epoch {epoch + 1}")
             tell(epoch)
         return self.population
 
     def step(self, batch) -> Tensor:
-        """One update of every member; returns their losses (M,)."""
+        """One update of every member; returns their logits (M, B, K)."""
         self.scheduler.step_update(self.update)
         epoch = self.update / self.cohort.updates_per_epoch
         images = batch.images.to(self.cohort.dtype)
         teachers = None
-        if self.cohort.teachers:
-            with torch.no_grad():
+        logits = self.population.logits(images)
+        with torch.no_grad():
+            if self.cohort.teachers:
                 teachers = self.cohort.teachers(images, batch.index)
-        values = self.losses(
-            self.population.logits(images),
-            teachers,
-            batch.targets,
-            index=batch.index,
-            epoch=epoch,
-            epochs=self.cohort.epochs,
-        )
-        values.sum().backward()  # a member's loss depends on its own weights only: the sum's gradient is each one's own
+            when = {"index": batch.index, "epoch": epoch, "epochs": self.cohort.epochs}
+            gradient = self.losses(logits.detach(), teachers, batch.targets, **when)
+        logits.backward(gradient)  # a member's logits depend on its own weights only: each gets its own gradient
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.update += 1
-        return values.detach()
+        return logits.detach()
 
 
 # ---- what it cannot do
@@ -315,5 +290,5 @@ def _why_not_loss(loss: LossConfig, num_classes: int) -> str | None:
         values = _each(objective, student, teacher, target, {"epoch": 1.0, "epochs": 2})
     except RuntimeError as error:  # what torch.func cannot follow, such as a decision on values
         return f"loss.methods: {str(error).splitlines()[0]}"
-    return None if all(map(math.isfinite, values.tolist())) else "loss.methods is not finite on random logits"
+    return None if bool(values.isfinite().all()) else "loss.methods is not finite on random logits"
 

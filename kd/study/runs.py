@@ -7,21 +7,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
 
 from kd import stages
 from kd.loop import Stage, predict
 from kd.models import Teacher
 from kd.recipe import Recipe
-from kd.study.cohorts import Outcome, truth_of
+from kd.study.cohorts import Outcome, parts_of, truth_of
 from kd.study.folder import Folder
 from kd.study.grid import Point
 from kd.study.jobs import Job
-from kd.study.measure import SPLITS, Outputs, measure
+from kd.study.measure import Outputs, measure
 
 
 def train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
@@ -56,9 +53,9 @@ def _train(folder: Folder, point: Point) -> Outcome:
     if point.role == "teacher":
         folder.weights(point.id).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(_weights(stage), folder.weights(point.id))
-    outputs = [_outputs(run, model) if model else None for model in (own, teacher)]
-    assert outputs[0] is not None
-    return measure(point.role, outputs[0], truth_of(run.data), outputs[1]) | {"seconds": time.perf_counter() - started}
+    role = "teacher" if point.role == "teacher" else "student"
+    outputs, taught = _outputs(run, own, role), _outputs(run, teacher, role) if teacher else None
+    return measure(point.role, outputs, truth_of(run.data, role), taught) | {"seconds": time.perf_counter() - started}
 
 
 def as_run(folder: Folder, point: Point) -> Recipe:
@@ -70,8 +67,7 @@ def _weights(stage: Stage) -> Path:
     return stage.folder / "last.safetensors"
 
 
-def _outputs(run: stages.Run, model: Teacher) -> Outputs:
+def _outputs(run: stages.Run, model: Teacher, role: str) -> Outputs:
     model.to(run.accelerator.device)
-    size = run.recipe.train.batch_size
-    logits = {split: predict(model, getattr(run.data, split), size, run.accelerator) for split in SPLITS}
-    return Outputs(logits)
+    size, parts = run.recipe.train.batch_size, parts_of(run.data, role)
+    return Outputs({name: predict(model, part, size, run.accelerator) for name, part in parts.items()})

@@ -41,7 +41,11 @@ def load(folder: str | Path) -> DataFrame:
     card = read_card(Path(folder))
     files = Folder(Path(folder))
     found = {identifier: files.found(identifier) for identifier in card["points"]}
-    rows = [_row(identifier, point, found, card) for identifier, point in found.items()]
+    shown, labels = _columns(found), _labels(card)
+    rows = [
+        _row(point, shown, found) | {"point": identifier} | labels.get(identifier, {})
+        for identifier, point in found.items()
+    ]
     _add_efficiency(rows)
     columns = dict.fromkeys([*FIRST, *(key for row in rows for key in sorted(row))])
     table = DataFrame(rows, columns=list(columns))
@@ -49,13 +53,12 @@ def load(folder: str | Path) -> DataFrame:
     return table.assign(_order=order).sort_values(["_order", "point"]).drop(columns="_order").reset_index(drop=True)
 
 
-def _row(identifier: str, point: Mapping[str, Any] | None, found: Mapping[str, Any], card: Mapping) -> dict[str, Any]:
+def _row(point: Mapping[str, Any] | None, shown: set[str], found: Mapping[str, Any]) -> dict[str, Any]:
     if point is None:
-        return {"point": identifier, "state": "missing"}
+        return {"state": "missing"}
     row = {key: point[key] for key in ("role", "control", "state", "error", "seed")}
-    row |= {"point": identifier, "teacher_point": point["teacher"]}
-    row |= {key: _cell(value) for key, value in point["settings"].items() if key in _columns(found)}
-    row |= _labels(identifier, card)
+    row |= {"teacher_point": point["teacher"]}
+    row |= {key: _cell(value) for key, value in point["settings"].items() if key in shown}
     row |= _metrics(point)
     taught_by = found.get(point["teacher"])
     return row | ({f"teacher.{key}": value for key, value in _metrics(taught_by).items()} if taught_by else {})
@@ -74,12 +77,13 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, sort_keys=True) if isinstance(value, list | dict) else value
 
 
-def _labels(identifier: str, card: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the study's own axes; the first cell's where several are the same point."""
+def _labels(card: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The values of the study's own axes by point; the first cell's where several are the same point."""
+    found: dict[str, dict[str, Any]] = {}
     for cell in (*card["cells"], *card["controls"]):
-        if cell["point"] == identifier:
-            return {axis: value for axis, value in cell["axes"].items() if axis in card["labels"]}
-    return {}
+        own = {axis: value for axis, value in cell["axes"].items() if axis in card["labels"]}
+        found.setdefault(cell["point"], own)
+    return found
 
 
 def _metrics(point: Mapping[str, Any]) -> dict[str, Any]:
