@@ -18,7 +18,7 @@ from kd.recipe import ConfigError, Recipe, content_hash
 from kd.study.folder import Folder
 from kd.study.grid import Point
 from kd.study.jobs import Job
-from kd.study.measure import INPUTS, SPLITS, VIEWS, Outputs, Truth, measure
+from kd.study.measure import INPUTS, VIEWS, Outputs, Truth, measure
 from kd.study.population import Cohort, Member, Population, Training
 
 Outcome = dict[str, Any]
