@@ -27,7 +27,7 @@ from kd.metrics import MISLEADING
 from kd.plan import duration
 from kd.provenance import provenance
 from kd.recipe import ConfigError, DataConfig, Recipe, content_hash
-from kd.study.cohorts import data_of, network
+from kd.study.cohorts import augments, data_of, network
 from kd.study.estimate import seconds_of
 from kd.study.folder import SCHEMA, Folder
 from kd.study.grid import Plan, Point, base_recipe, labelled, plan, sides_of
@@ -95,8 +95,7 @@ class _Sets:
 
     def knows_posterior(self, config: DataConfig) -> bool:
         """Whether p* of the training views is known: augmentation makes other views."""
-        moved = config.shift or config.noise or config.hflip
-        return self.data(config).train.posterior is not None and not moved
+        return self.data(config).train.posterior is not None and not augments(config)
 
 
 def _engines(study: StudyRecipe, sets: _Sets) -> Callable[[Point], str]:
