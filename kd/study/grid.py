@@ -68,7 +68,7 @@ def labelled(grid: Mapping[str, Any]) -> dict[str, dict[Any, Settings]]:
     """Each axis with its values, and the settings that each value stands for. Raises ConfigError."""
     known = cli.settings()
     found: dict[str, dict[Any, Settings]] = {}
-    for axis, values in grid.items():
+    for axis, values in sorted(grid.items(), key=lambda item: item[0] != LOSS):  # as on a command line, it gives way
         at = f"study.grid.{axis}"
         if isinstance(values, Mapping):
             if axis in known or axis == LOSS:
