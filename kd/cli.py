@@ -82,10 +82,10 @@ def help_text(program: str) -> str:
     return "\n".join(lines)
 
 
-def register(words: list[str]) -> None:
-    """Store the schema, every recipe and the losses that `words` name in Hydra's ConfigStore.
+def register(words: list[str], schema: type = Recipe, folder: str = "", launcher: str = "basic") -> None:
+    """Store the schema, every recipe of a folder and the losses that `words` name in Hydra's ConfigStore.
 
-    An unreadable recipe matters where `words` name it.
+    An unreadable recipe matters where `words` name it. `launcher` is the one that is taken where `words` name none.
     """
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
@@ -93,32 +93,40 @@ def register(words: list[str]) -> None:
     from yaml import YAMLError
 
     store = ConfigStore.instance()
-    store.store(name="schema", node=Recipe, replace=True)
+    store.store(name="schema", node=schema, replace=True)
     quiet = [{"override hydra/job_logging": "disabled"}, {"override hydra/hydra_logging": "disabled"}]
     # The data set's usual schedule comes first, then the recipe, which may say otherwise.
     defaults = ["schema", "_self_", {"data": "digits"}, {"recipe": "???"}, {"loss": None}, *quiet]
+    defaults.append({"override hydra/launcher": launcher})
     sweep = str(Path(tempfile.gettempdir()) / "kd-multirun")  # Hydra insists on writing a multirun.yaml
     places = {"output_subdir": None, "run": {"dir": "."}, "sweep": {"dir": sweep, "subdir": "."}}
     store.store(name="kd", node={"defaults": defaults, "hydra": places}, replace=True)
     replaced: set[str] = set()  # methods that recipes have: `loss=` puts others in their place
-    for group, folder in (("recipe", ""), ("data", "data")):
-        for name, path in recipe_files(folder).items():
-            try:
-                node = OmegaConf.load(path)
-            except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-                if f"{group}={name}" not in words:
-                    continue
-                raise ConfigError(f"{path}: not a readable recipe ({str(error).splitlines()[0]})") from error
-            store.store(group=group, name=name, node=node, package="_global_", replace=True)
+    for option, path in [*_options("recipe", folder).items(), *_options("data", "data").items()]:
+        try:
+            node = OmegaConf.load(path)
+        except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+            if option.replace("/", "=", 1) not in words:
+                continue
+            raise ConfigError(f"{path}: not a readable recipe ({str(error).splitlines()[0]})") from error
+        group, _, name = option.rpartition("/")
+        store.store(group=group, name=name, node=node, package="_global_", replace=True)
+        if group != "data":
             replaced |= set(OmegaConf.select(node, "loss.methods") or ())
     for word in words:
-        for value in _losses(word):
+        for value in losses(word):
             section = methods.section(value)
             section["methods"] = dict.fromkeys(replaced) | section["methods"]
             store.store(group="loss", name=value, node={"loss": section}, package="_global_", replace=True)
 
 
-def _losses(word: str) -> list[str]:
+def _options(group: str, folder: str) -> dict[str, Path]:
+    """What `group=` can be, as Hydra has it: `group/NAME`, or `group/FOLDER/NAME` for recipes of a folder."""
+    prefix = f"{group}/" if folder in ("", group) else f"{group}/{folder}/"
+    return {f"{prefix}{name}": path for name, path in recipe_files(folder).items()}
+
+
+def losses(word: str) -> list[str]:
     """The values of `loss=A,[B,C]` as Hydra is to know them, `A` and `B+C`: in its grammar a list is a sweep's."""
     if not word.startswith("loss="):
         return []
@@ -126,7 +134,7 @@ def _losses(word: str) -> list[str]:
     return [re.sub(r"\s*,\s*", "+", value.strip("[] ")) for value in values]
 
 
-def _own_methods(words: list[str]) -> list[str]:
+def own_methods(words: list[str]) -> list[str]:
     """Import what `--import` names, and return the other words. Only here: no recipe can name code to run."""
     rest, given = [], iter(words)
     for word in given:
@@ -140,7 +148,7 @@ def _own_methods(words: list[str]) -> list[str]:
     return rest
 
 
-def typed(config: Any) -> Recipe:
+def typed(config: Any, schema: type = Recipe) -> Any:
     """The checked recipe of a composed config; a key that the schema does not have is an error, never ignored."""
     from omegaconf import DictConfig, OmegaConf
 
@@ -152,13 +160,14 @@ def typed(config: Any) -> Recipe:
             elif is_dataclass(section := known[key].default_factory):
                 yield from unknown(node[key], section, f"{prefix}{key}.")  # type: ignore[arg-type]
 
-    for key in unknown(config, Recipe, ""):
-        raise ConfigError(_no_such_setting(key))
-    return OmegaConf.to_object(config)  # type: ignore[return-value]
+    for key in unknown(config, schema, ""):
+        raise ConfigError(no_such_setting(key, schema))
+    return OmegaConf.to_object(config)
 
 
-def _no_such_setting(key: str) -> str:
-    names = list(settings())
+def no_such_setting(key: str, schema: type = Recipe) -> str:
+    """What to say of a setting that a schema does not have."""
+    names = list(settings(schema))
     if found := re.match(r"loss\.methods\.(\w+)(?:\.(\w+))?", key):
         return _no_such_method_setting(key, found[1], found[2])
     if section := re.match(r"(teacher|student)\.model_kwargs", key):
@@ -183,21 +192,22 @@ def _no_such_method_setting(key: str, method: str, setting: str | None) -> str:
     return f"{key}: no such setting; {methods.did_you_mean(method, setting or '')}"
 
 
-def explain(error: Exception) -> str:
+def explain(error: Exception, schema: type = Recipe, folder: str = "") -> str:
     """One line for an error of Hydra's: the setting, what was typed, what to type."""
     text, cause = str(error), str(error.__cause__ or "")
     if found := re.search(r"Could not (?:override|append|delete).*?'([\w./@-]+)'", text):
-        return _no_such_setting(found[1])
+        return no_such_setting(found[1], schema)
     if found := re.search(r"Could not find '(recipe|data)/([^']*)'", text):
         group, name = found.groups()
-        options = list(recipe_files("" if group == "recipe" else group))
-        near = difflib.get_close_matches(Path(name).stem, options, n=1)
+        options = [option.partition("/")[2] for option in _options(group, folder if group == "recipe" else group)]
+        near = difflib.get_close_matches(name, options, n=1)
         hint = f"did you mean {group}={near[0]}?" if near else "there are " + ", ".join(options)
         return f"{group}={name}: no such {'recipe' if group == 'recipe' else 'data set'}; {hint}"
     if "must specify 'recipe'" in text:
-        return f"recipe: not given; type recipe=NAME with one of {', '.join(recipe_files())}"
+        options = ", ".join(option.partition("/")[2] for option in _options("recipe", folder))
+        return f"recipe: not given; type recipe=NAME with one of {options}"
     if found := re.search(r"Error merging override ([^\s=]+)=?(.*)", text):
-        return _wrong_type(found[1].lstrip("+"), found[2], cause)
+        return wrong_type(found[1].lstrip("+"), found[2], cause, schema)
     if found := re.search(r"Error parsing override '(.*)'|Error when parsing index: \d+, string: (.*) out of", text):
         word = found[1] or found[2]
         if "=" not in word:
@@ -216,10 +226,11 @@ def explain(error: Exception) -> str:
     return f"{full_key}{': ' if full_key else ''}{' '.join(dict.fromkeys(said[:3]))}"
 
 
-def _wrong_type(key: str, value: str, cause: str) -> str:
-    field = settings().get(key)
+def wrong_type(key: str, value: Any, cause: str, schema: type = Recipe) -> str:
+    """What to say of a value that is not of its setting's type."""
+    field = settings(schema).get(key)
     if field is None:
-        section = [name for name in settings() if name.startswith(f"{key}.")]
+        section = [name for name in settings(schema) if name.startswith(f"{key}.")]
         return (
             f"{key}={value}: is a group of settings; type for example {section[0]}=..."
             if section
@@ -234,7 +245,7 @@ def _wrong_type(key: str, value: str, cause: str) -> str:
 
 
 @contextmanager
-def one_line_errors(program: str) -> Iterator[None]:
+def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> Iterator[None]:
     """Turn what a user can mend into one line on stderr and an exit code; let our own mistakes keep their traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing several lines and exiting
     try:
@@ -248,7 +259,7 @@ def one_line_errors(program: str) -> Iterator[None]:
     except Exception as error:
         package = type(error).__module__.partition(".")[0]
         if package in ("hydra", "omegaconf"):
-            fail(explain(error))
+            fail(explain(error, schema, folder))
         if isinstance(error, OSError) and error.filename:
             fail(f"{error.filename}: {error.strerror}", everyone=True)
         if package == "kd" and isinstance(error, ValueError):  # ConfigError, CheckpointError, ImageError
@@ -263,7 +274,7 @@ def fail(message: str, code: int = USAGE, everyone: bool = False) -> NoReturn:
     raise SystemExit(code)
 
 
-def _check_words(words: list[str]) -> None:
+def check_words(words: list[str]) -> None:
     """Refuse what Hydra would take in silence, or answer with a page of its own."""
     for word in words:
         if word.startswith("~"):
@@ -287,8 +298,8 @@ def command(program: str, run: Callable[[Recipe], int]) -> None:
         print(help_text(program))
         return
     with one_line_errors(program):
-        words = _own_methods(sys.argv[1:])
-        _check_words(words)
+        words = own_methods(sys.argv[1:])
+        check_words(words)
         import hydra
 
         @hydra.main(config_path=None, config_name="kd")
@@ -299,6 +310,6 @@ def command(program: str, run: Callable[[Recipe], int]) -> None:
                 raise SystemExit(code)
 
         register(words)
-        losses = {word: f"loss={','.join(_losses(word))}" for word in words if word.startswith("loss=")}
-        sys.argv[1:] = [losses.get(word, word) for word in words]
+        spelled = {word: f"loss={','.join(losses(word))}" for word in words if word.startswith("loss=")}
+        sys.argv[1:] = [spelled.get(word, word) for word in words]
         main()

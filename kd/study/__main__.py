@@ -1,0 +1,153 @@
+"""``python -m kd.study recipe=studies/NAME key=value ...``: the command line of studies."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from typing import Any
+
+from kd import cli
+from kd.recipe import ConfigError, allowed
+from kd.study.schema import StudyRecipe
+
+PROGRAM, FOLDER = "kd.study", "studies"
+GROUPS = ("recipe", "data")
+
+
+def help_text() -> str:
+    """What --help prints; nothing is imported for it."""
+    lines = [
+        f"usage: python -m {PROGRAM} recipe={FOLDER}/NAME [key=value ...]",
+        "",
+        "Trains a grid of teachers and students over several seeds, each network once, and compares them as declared.",
+        "Run it again to go on: what is finished stays, what failed is tried again.",
+        "",
+        "studies",
+        *(f"  {f'{FOLDER}/{name}':28} {cli.claim(path)}" for name, path in cli.recipe_files(FOLDER).items()),
+        "",
+        "the study",
+    ]
+    for name, f in cli.settings(StudyRecipe).items():
+        if name.startswith("study."):
+            limits = allowed(f.metadata)
+            lines.append(f"  {name:26} {f.metadata['doc']}" + (f" [{limits}]" if limits else ""))
+    lines += [
+        "",
+        *textwrap.wrap(
+            "Every setting of kd.train (its --help lists them) may be given too. Several values make it an axis of the "
+            "grid, or replace that axis: loss.temperature=1,2,4 teacher.label_smoothing=0,.1,.4 seeds are "
+            "study.seeds=N. One value fixes it. An axis of the study's own takes its labels: method=kd,dist.",
+            110,
+        ),
+        "",
+        "  hydra/launcher=NAME  who runs the jobs: joblib (local processes, the default), basic (one after another),",
+        "                       submitit_slurm, submitit_local, ray; hydra.launcher.KEY=VALUE sets theirs",
+        "  dry_run=true         count the points, estimate the time, write nothing",
+        "  --cfg job            print the resolved recipe and stop",
+        "",
+        f"example: python -m {PROGRAM} recipe={FOLDER}/mnist1d_grid study.seeds=2 loss.temperature=1,4",
+    ]
+    return "\n".join(lines)
+
+
+def split_words(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list[str]]:
+    """The words of a command line: those that Hydra composes, the axes, and those for Hydra's launcher.
+
+    An axis is a setting with several values, or a name that no setting has.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    composed, axes, launched = [], {}, []
+    known = cli.settings(StudyRecipe)
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if word.startswith("-"):
+            if word.split("=")[0] in ("-m", "--multirun"):
+                raise ConfigError(f"{word}: a study is many runs by itself; leave it out")
+            composed.append(word)
+        elif key.startswith("hydra"):
+            launched.append(word)
+        elif key == "loss" and equals:
+            axes[key] = cli.losses(word)
+        elif not equals or key in GROUPS or key.startswith("+"):
+            composed.append(word)
+        else:
+            parsed = OverridesParser.create().parse_override(word)
+            several = list(parsed.sweep_iterator()) if parsed.is_sweep_override() else None
+            if several is None and key in known:
+                composed.append(word)
+            else:
+                axes[key] = several if several is not None else [parsed.value()]
+    return composed, axes, launched
+
+
+def with_axes(config: Any, axes: dict[str, list[Any]], words: list[str]) -> tuple[Any, bool]:
+    """The composed recipe with the grid that the command line asks for, and whether it asks for another."""
+    from omegaconf import OmegaConf
+
+    grid = OmegaConf.to_container(config.study.grid)
+    assert isinstance(grid, dict)
+    for key, texts in axes.items():
+        values = [_value(text) for text in texts]
+        if isinstance(own := grid.get(key), dict):
+            for value in values:
+                if value not in own:
+                    raise ConfigError(f"{key}={value}: must be some of {', '.join(map(str, own))}")
+            grid[key] = {value: own[value] for value in values}
+        elif key in cli.settings() or key == "loss" or key.startswith("loss.methods."):
+            grid[key] = values
+        else:
+            raise ConfigError(cli.no_such_setting(key, StudyRecipe))
+    fixed = {word.partition("=")[0] for word in words} & grid.keys() - axes.keys()
+    for key in fixed:  # one value for what is an axis of the recipe: it is the only one
+        grid[key] = [OmegaConf.select(config, key)]
+    config.study.grid = grid
+    return config, bool(axes or fixed)
+
+
+def _value(text: Any) -> Any:
+    """A value of an axis, as YAML reads it."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.from_dotlist([f"x={text}"])["x"] if isinstance(text, str) else text
+
+
+def compose(words: list[str]) -> tuple[StudyRecipe, list[str], bool] | None:
+    """The study that a command line names, the words for the launcher, and whether the grid is not the recipe's own.
+
+    None where Hydra has printed what was asked for, as with --cfg. Raises ConfigError, or what Hydra raises.
+    """
+    words = cli.own_methods(words)
+    cli.check_words(words)
+    composed, axes, launched = split_words(words)
+    import hydra
+
+    found: list[Any] = []
+    cli.register(composed, StudyRecipe, FOLDER, launcher="joblib")
+    before = sys.argv
+    try:
+        sys.argv = [before[0], *composed, *launched]
+        hydra.main(config_path=None, config_name="kd")(found.append)()
+    finally:
+        sys.argv = before
+    if not found:
+        return None
+    config, narrowed = with_axes(found[0], axes, composed)
+    return cli.typed(config, StudyRecipe), launched, narrowed
+
+
+def main(words: list[str]) -> int:
+    """Compose the study that the command line names and run it."""
+    if {"-h", "--help"} & set(words):
+        print(help_text())
+        return 0
+    if (composed := compose(words)) is None:
+        return 0
+    from kd.study import driver  # not before: a wrong command line must not wait for torch
+
+    return driver.run(*composed)
+
+
+if __name__ == "__main__":
+    with cli.one_line_errors(PROGRAM, StudyRecipe, FOLDER):
+        sys.exit(main(sys.argv[1:]))

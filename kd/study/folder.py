@@ -1,0 +1,116 @@
+"""A study's folder: where each file is, and points written so that a kill loses no finished one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kd.checkpoint import CheckpointError, read_json, write_json
+from kd.recipe import ConfigError, Recipe
+from kd.study.grid import Point
+
+SCHEMA = 1
+
+
+class Folder:
+    """The files of one study; the package's docstring has the layout."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.card, self.table = path / "study.json", path / "table.csv"
+
+    def point(self, identifier: str) -> Path:
+        """The JSON of a point."""
+        return self.path / "points" / f"{identifier}.json"
+
+    def weights(self, identifier: str) -> Path:
+        """The weights of a teacher."""
+        return self.path / "teachers" / f"{identifier}.safetensors"
+
+    def job(self, name: str) -> Path:
+        """What a launched process is to do."""
+        return self.path / "jobs" / f"{name}.json"
+
+    def found(self, identifier: str) -> dict[str, Any] | None:
+        """A point as it was written, finished or failed; None where it was not."""
+        path = self.point(identifier)
+        return read_json(path) if path.exists() else None
+
+    def is_finished(self, point: Point) -> bool:
+        """Whether there is nothing left to do for a point; a failed one is tried again."""
+        found = self.found(point.id)
+        return found is not None and found["state"] == "finished"
+
+    def write_point(self, point: Point, outcome: Mapping[str, Any]) -> None:
+        """Write a point once: what is finished is never written again."""
+        if self.is_finished(point):
+            return
+        card = {key: getattr(point, key) for key in ("id", "role", "control")}
+        state = {"state": "failed" if "error" in outcome else "finished", "error": outcome.get("error")}
+        measured = {key: outcome.get(key, {}) for key in ("metrics", "detail")}
+        provenance = outcome["provenance"] | {"data_hash": point.data_hash}
+        rest = {"seed": point.recipe.seed, "settings": point.settings, "teacher": point.teacher}
+        write_json(
+            self.point(point.id), {"schema": SCHEMA, **card, **state, **rest, **measured, "provenance": provenance}
+        )
+
+    @contextmanager
+    def lock(self, name: str, wait: bool) -> Iterator[None]:
+        """Hold a lock that ends with the process, however that ends. Raises ConfigError where `wait` is false."""
+        (self.path / "jobs").mkdir(parents=True, exist_ok=True)
+        with (self.path / "jobs" / f"{name}.lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                file.seek(0)
+                raise ConfigError(
+                    f"{self.path}: process {file.read().strip() or '?'} is running this study; wait for it, or choose "
+                    f"another output=FOLDER"
+                ) from error
+            file.seek(0)
+            file.truncate()
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+
+def packed(point: Point) -> dict[str, Any]:
+    """A point as a job's file has it."""
+    return {
+        "id": point.id,
+        "role": point.role,
+        "control": point.control,
+        "teacher": point.teacher,
+        "data_hash": point.data_hash,
+        "recipe": asdict(point.recipe),
+    }
+
+
+def unpacked(values: dict[str, Any]) -> Point:
+    """The inverse of `packed`."""
+    from omegaconf import OmegaConf
+
+    from kd import cli
+
+    recipe = cli.typed(OmegaConf.merge(OmegaConf.structured(Recipe), values["recipe"]))
+    return Point(**{**values, "recipe": recipe})
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The card of a study's folder. Raises ConfigError where it is none."""
+    path = Path(folder) / "study.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder}: holds no study.json; give the folder of a study")
+    try:
+        card = read_json(path)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    if card.get("schema") != SCHEMA:
+        raise ConfigError(f"{path}: schema {json.dumps(card.get('schema'))}, this kd reads {SCHEMA}")
+    return card

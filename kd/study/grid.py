@@ -1,0 +1,341 @@
+"""From a study's recipe to its points: the grid spelled out, every distinct network once, and which cell is which.
+
+Nothing here needs torch. A setting is a dotted name, as on the command line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from kd import cli, methods
+from kd.recipe import ConfigError, DataConfig, LossConfig, Recipe, content_hash, identity
+from kd.study.schema import Contrast, StudyRecipe
+
+LOSS = "loss"  # the axis whose values are methods, as in `loss=NAME`
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network of a study."""
+
+    id: str
+    role: str  # teacher, student or control
+    control: str | None  # hard, smoothed or bayes
+    recipe: Recipe
+    teacher: str | None  # id of its teacher
+    data_hash: str
+
+    @property
+    def settings(self) -> Settings:
+        """Everything that decides the point, flat."""
+        return flat(_identity(self.role, self.control, self.recipe))
+
+
+@dataclass
+class Plan:
+    """A study spelled out: `points` by id, and the rest as the card has it."""
+
+    points: dict[str, Point] = field(default_factory=dict)
+    cells: list[dict[str, Any]] = field(default_factory=list)
+    controls: list[dict[str, Any]] = field(default_factory=list)
+    contrasts: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # contrasts that a narrower grid has no points for
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Settings:
+    """Nested settings by dotted name; the methods of a loss stay one value."""
+    found: Settings = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping) and key not in ("methods", "model_kwargs")
+        found |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return found
+
+
+def base_recipe(study: StudyRecipe) -> Recipe:
+    """The recipe without its study: what every point departs from."""
+    return Recipe(**{f.name: getattr(study, f.name) for f in fields(Recipe)})
+
+
+# ---- axes
+
+
+def labelled(grid: Mapping[str, Any]) -> dict[str, dict[Any, Settings]]:
+    """Each axis with its values, and the settings that each value stands for. Raises ConfigError."""
+    known = cli.settings()
+    found: dict[str, dict[Any, Settings]] = {}
+    for axis, values in sorted(grid.items(), key=lambda item: item[0] != LOSS):  # as on a command line, it gives way
+        at = f"study.grid.{axis}"
+        if isinstance(values, Mapping):
+            if axis in known or axis == LOSS:
+                raise ConfigError(f"{at}: is a setting; give a list of values, or choose another name for the axis")
+            if not all(isinstance(each, Mapping) for each in values.values()):
+                raise ConfigError(f"{at}={values}: must be {{label: {{setting: value}}}}")
+            found[axis] = {label: _spelled(settings) for label, settings in values.items()}
+        elif axis == LOSS:
+            found[axis] = {value: _method(value) for value in _several(at, values)}
+        elif axis in known or axis.startswith("loss.methods."):
+            found[axis] = {value: {axis: value} for value in _several(at, values)}
+        else:
+            raise ConfigError(cli.no_such_setting(axis))
+        if not found[axis]:
+            raise ConfigError(f"{at}={values}: must have at least one value")
+        for settings in found[axis].values():
+            _check_keys(at, settings)
+    return found
+
+
+def _several(at: str, values: Any) -> list[Any]:
+    values = values if isinstance(values, list) else [values]
+    if any(isinstance(value, list | Mapping) for value in values):
+        raise ConfigError(f"{at}={values}: must be plain values; an axis of labels takes others")
+    return list(dict.fromkeys(values))
+
+
+def _spelled(settings: Mapping[str, Any]) -> Settings:
+    """A label's settings, `loss: NAME` among them spelled out first, so that the others can change it."""
+    named = _method(settings[LOSS]) if LOSS in settings else {}
+    return named | {key: value for key, value in settings.items() if key != LOSS}
+
+
+def _method(value: str) -> Settings:
+    section = methods.section(str(value))
+    return {f"loss.{key}": each for key, each in section.items()}
+
+
+def _check_keys(at: str, settings: Settings) -> None:
+    for key in settings:
+        if key not in cli.settings() and not key.startswith("loss.methods."):
+            raise ConfigError(f"{at}: {cli.no_such_setting(key)}")
+        if key == "seed" or "." not in key:
+            raise ConfigError(f"{at}: {key} is no axis; {'type study.seeds=N' if key == 'seed' else 'it changes none'}")
+
+
+def expand(settings: Settings, axes: Mapping[str, Mapping[Any, Settings]]) -> Settings:
+    """Settings in which an axis of labels may appear by name, with what the label stands for in its place."""
+    found: Settings = {}
+    for key, value in settings.items():
+        if key in axes and (key == LOSS or key not in cli.settings()):
+            if value not in axes[key]:
+                raise _NotInGrid(f"{key}={value}: must be one of {', '.join(map(str, axes[key]))}")
+            found |= axes[key][value]
+        else:
+            _check_keys("study.contrasts", {key: value})
+            found[key] = value
+    return found
+
+
+# ---- points
+
+
+class Maker:
+    """Makes points of a base recipe; equal settings are built once."""
+
+    def __init__(self, base: Recipe, data_hash: Callable[[DataConfig], str]):
+        self.base, self.data_hash = base, data_hash
+        self._made: dict[str, Recipe] = {}
+        self._plain = asdict(base)
+
+    def recipe(self, settings: Settings, seed: int) -> Recipe:
+        """The base recipe with these settings: typed, checked."""
+        key = json.dumps(settings, sort_keys=True)
+        if key not in self._made:
+            self._made[key] = _typed(self._plain, settings)
+        return replace(self._made[key], seed=seed)
+
+    def teacher(self, recipe: Recipe) -> Point:
+        """The point of a recipe's teacher."""
+        return self._point("teacher", None, recipe, None)
+
+    def student(self, recipe: Recipe) -> Point:
+        """The point of a recipe's student. Raises ConfigError where nothing would come from the teacher."""
+        loss = recipe.loss
+        if loss.kd_weight == 0 and not loss.methods:
+            raise ConfigError("loss.kd_weight=0: is the control `hard`, not a point of the grid; must be > 0 in it")
+        recipe = replace(recipe, loss=_canonical(loss))
+        return self._point("student", None, recipe, self.teacher(recipe).id)
+
+    def control(self, name: str, recipe: Recipe, label_smoothing: float) -> Point:
+        """The same student without its teacher."""
+        mass = label_smoothing if name == "smoothed" else 0.0
+        loss = replace(
+            self.base.loss,
+            kd_weight=0.0,
+            ce_weight=1.0,
+            label_smoothing=mass,
+            smoothing="uniform",
+            temperature=1.0,
+            student_temperature=None,
+            teacher_smoothing=0.0,
+            methods={},
+        )
+        return self._point("control", name, replace(recipe, loss=loss), None)
+
+    def _point(self, role: str, control: str | None, recipe: Recipe, teacher: str | None) -> Point:
+        data_hash = self.data_hash(recipe.data)
+        identifier = content_hash([role, control, _identity(role, control, recipe), data_hash])
+        return Point(identifier, role, control, recipe, teacher, data_hash)
+
+
+def _canonical(loss: LossConfig) -> LossConfig:
+    """The same loss, with what makes no difference to it at its plainest."""
+    if loss.student_temperature == loss.temperature:
+        loss = replace(loss, student_temperature=None)
+    if loss.kd_weight == 0:
+        loss = replace(loss, temperature=1.0, student_temperature=None, teacher_smoothing=0.0)
+    return replace(loss, label_smoothing=0.0, smoothing="uniform") if loss.ce_weight == 0 else loss
+
+
+def _typed(base: dict[str, Any], settings: Settings) -> Recipe:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    values = json.loads(json.dumps(base))
+    for key, value in settings.items():
+        node = values
+        *sections, last = key.split(".")
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = value
+    values["loss"]["methods"] = {k: v for k, v in values["loss"]["methods"].items() if v is not None}
+    try:
+        return cli.typed(OmegaConf.merge(OmegaConf.structured(Recipe), values))
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", ""))
+        raise ConfigError(cli.wrong_type(key, settings.get(key), str(error).splitlines()[0])) from error
+
+
+def _identity(role: str, control: str | None, recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide a network of this role."""
+    values = identity(recipe)
+    own = {"teacher": ("teacher",), "student": ("teacher", "student", "loss"), "control": ("student", "loss")}[role]
+    found = {name: values[name] for name in ("data", "optimizer", "scheduler", "train", *own)}
+    found.get("teacher", {}).pop("layers", None)
+    if role == "teacher":
+        found["data"] = {k: v for k, v in found["data"].items() if k != "omit_class"}  # which it sees all the same
+    found.get("loss", {}).pop("backend", None)  # every backend gives the same
+    return {"seed": values["seed"], **found}
+
+
+# ---- the plan
+
+
+def plan(
+    study: StudyRecipe,
+    data_hash: Callable[[DataConfig], str],
+    posterior: Callable[[DataConfig], bool],
+    narrowed: bool = False,
+) -> Plan:
+    """Spell a study out. Raises ConfigError for settings that cannot work.
+
+    `posterior` says whether a data set's true posterior is known: without it the control `bayes` cannot be. A contrast
+    between points outside the grid is an error too, unless the grid is `narrowed`, another than the recipe's own.
+    """
+    axes = labelled(study.study.grid)
+    maker = Maker(base_recipe(study), data_hash)
+    seeds = range(study.seed, study.seed + study.study.seeds)
+    made = Plan()
+    combinations = list(_combinations(axes))
+    for seed in seeds:
+        for values, settings in combinations:
+            recipe = maker.recipe(settings, seed)
+            point = _add(made, maker.student(recipe))
+            _add(made, maker.teacher(recipe))
+            made.cells.append({"axes": values, "seed": seed, "point": point.id})
+            _add_controls(made, maker, study, axes, values, recipe, posterior)
+    for contrast in study.study.contrasts:
+        try:
+            made.contrasts.append(_contrast(made, maker, contrast, axes, seeds))
+        except _NotInGrid as error:
+            if not narrowed:
+                raise
+            made.left_out.append(f"{contrast.name or contrast.metric}: {error}")
+    return made
+
+
+class _NotInGrid(ConfigError):
+    """A contrast asks for points that the grid does not have."""
+
+
+def _contrast(made: Plan, maker: Maker, contrast: Contrast, axes: Mapping, seeds: range) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": contrast.name or contrast.metric, "metric": contrast.metric}
+    for name, settings in (("a", contrast.a), ("b", contrast.b)):
+        entry[name] = _side(made, maker, settings, axes, seeds)
+    minus = contrast.minus
+    both = {"a": minus.a, "b": minus.b} if minus else {}
+    entry["minus"] = {name: _side(made, maker, side, axes, seeds) for name, side in both.items()} or None
+    return entry
+
+
+def _combinations(axes: Mapping[str, Mapping[Any, Settings]]) -> Iterator[tuple[Settings, Settings]]:
+    """Every cell: its value on each axis, and the settings that they stand for, a later axis over an earlier one."""
+    for values in itertools.product(*(axis.items() for axis in axes.values())):
+        labels = {axis: label for axis, (label, _) in zip(axes, values, strict=True)}
+        yield labels, {key: value for _, settings in values for key, value in settings.items()}
+
+
+def _add(made: Plan, point: Point) -> Point:
+    return made.points.setdefault(point.id, point)
+
+
+def _add_controls(
+    made: Plan,
+    maker: Maker,
+    study: StudyRecipe,
+    axes: Mapping[str, Mapping[Any, Settings]],
+    values: Settings,
+    recipe: Recipe,
+    posterior: Callable[[DataConfig], bool],
+) -> None:
+    for name in study.study.controls:
+        if name == "bayes" and not posterior(recipe.data):
+            raise ConfigError(
+                f"study.controls: bayes needs a data set whose posterior is known, not {recipe.data.name}"
+            )
+        point = maker.control(name, recipe, study.study.control_smoothing)
+        if point.id not in made.points:
+            _add(made, point)
+            shown = {axis: value for axis, value in values.items() if _matters(axes[axis])}
+            made.controls.append({"control": name, "axes": shown, "seed": recipe.seed, "point": point.id})
+
+
+def _matters(axis: Mapping[Any, Settings]) -> bool:
+    """Whether an axis changes anything for a network without a teacher."""
+    return any(not key.startswith(("teacher.", "loss.")) for settings in axis.values() for key in settings)
+
+
+def _side(made: Plan, maker: Maker, settings: Settings, axes: Mapping, seeds: range) -> dict[str, Any]:
+    """One side of a contrast, a student's point for each seed; `control: NAME` asks for the control instead."""
+    settings = dict(settings)
+    control, role = settings.pop("control", None), settings.pop("role", "student")
+    if role not in ("student", "teacher"):
+        raise ConfigError(f"study.contrasts: role={role}: must be student or teacher; a control is control: NAME")
+    expanded = expand(settings, axes)
+    points = []
+    for seed in seeds:
+        recipe = maker.recipe(expanded, seed)
+        if control:
+            point = maker.control(control, recipe, 0.0 if control != "smoothed" else _smoothing(made))
+        else:
+            point = maker.teacher(recipe) if role == "teacher" else maker.student(recipe)
+        if point.id not in made.points:
+            known = {**settings, **({"control": control} if control else {})}
+            raise _NotInGrid(
+                f"study.contrasts: {json.dumps(known)} is not in the grid; every other setting is as in the recipe"
+            )
+        points.append(point.id)
+    shown = dict(settings) | ({"control": control} if control else {}) | ({"role": role} if role != "student" else {})
+    return {"settings": shown, "points": points}
+
+
+def _smoothing(made: Plan) -> float:
+    return next((p.recipe.loss.label_smoothing for p in made.points.values() if p.control == "smoothed"), 0.1)
+
+
+def sides_of(contrast: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The two or four sides of a contrast of the card."""
+    return [contrast["a"], contrast["b"], *((contrast["minus"] or {}).values())]

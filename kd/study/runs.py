@@ -1,0 +1,73 @@
+"""A job of the engine for everything else: each point through the one loop of `kd.train`."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate.state import AcceleratorState
+
+from kd import stages
+from kd.loop import Stage, predict
+from kd.models import Teacher
+from kd.recipe import Recipe
+from kd.study.cohorts import Outcome, parts_of, truth_of
+from kd.study.folder import Folder
+from kd.study.grid import Point
+from kd.study.jobs import Job
+from kd.study.measure import Outputs, measure
+
+
+def train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
+    """Train each of the job's points; a point that was killed goes on where its stage was saved."""
+    for point in job.points:
+        try:
+            yield point, _train(folder, point)
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)  # the next one may want another precision
+
+
+def _train(folder: Folder, point: Point) -> Outcome:
+    started = time.perf_counter()
+    recipe = as_run(folder, point)
+    if point.teacher and (found := folder.found(point.teacher)) and found["error"]:
+        return {"error": f"its teacher {point.teacher} failed: {found['error']}"}
+    run = stages.prepare(recipe)
+    run.teacher_folder = run.folder / "teacher"
+    stages.claim(run)
+    teacher = None
+    if point.role == "teacher":
+        stage = stages.stage(run, "teacher")
+    else:
+        if point.teacher:
+            weights = folder.weights(point.teacher)
+            teacher = Teacher(stages.network(run, "teacher", weights if weights.exists() else None))
+            teacher.to(run.accelerator.device)
+        stage = stages.stage(run, "student" if teacher else "control", teacher)
+    if not (stage.folder / "stage.json").exists():
+        stages.train(run, stage)
+    own = Teacher(stages.network(run, "teacher" if point.role == "teacher" else "student", _weights(stage)))
+    if point.role == "teacher":
+        folder.weights(point.id).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(_weights(stage), folder.weights(point.id))
+    role = "teacher" if point.role == "teacher" else "student"
+    outputs, taught = _outputs(run, own, role), _outputs(run, teacher, role) if teacher else None
+    return measure(point.role, outputs, truth_of(run.data, role), taught) | {"seconds": time.perf_counter() - started}
+
+
+def as_run(folder: Folder, point: Point) -> Recipe:
+    """The recipe of the kd.train run that trains this point."""
+    return replace(point.recipe, name="runs", run=point.id, output=str(folder.path), control=False, tracker="none")
+
+
+def _weights(stage: Stage) -> Path:
+    return stage.folder / "last.safetensors"
+
+
+def _outputs(run: stages.Run, model: Teacher, role: str) -> Outputs:
+    model.to(run.accelerator.device)
+    size, parts = run.recipe.train.batch_size, parts_of(run.data, role)
+    return Outputs({name: predict(model, part, size, run.accelerator) for name, part in parts.items()})
