@@ -286,7 +286,7 @@ def cases() -> list[Case]:
         found += [Case(arch, k, *pair, odd=True) for arch, k, pair in itertools.product(TARGETS, CLASSES, PAIRS)]
         return found
     found = [Case(arch, k) for arch in ("sm_90", "gfx942") for k in (10, 100, 1000, 1001, 4096, 8192, 16384, 128256)]
-    found += [Case(arch, k) for arch in ("sm_80", "sm_100") for k in (8192, 21841)]
+    found += [Case(arch, k) for arch in ("sm_80", "sm_100") for k in (8192, 16384, 21841)]
     found += [Case(arch, k, "bf16", "bf16", "fp32", True) for arch in TARGETS for k in (1001, 21841)]
     found += [Case("sm_80", 1001, "bf16", "bf16", "fp32")]  # the one that spills without a limit of registers
     for i, (arch, k) in enumerate(itertools.product(TARGETS, (1000, 8192, 50256))):

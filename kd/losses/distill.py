@@ -66,7 +66,8 @@ class DistillLoss(DistillSettings):
     that do not fit (nothing is broadcast), labels outside 0..K-1, target rows that are no probabilities, and a teacher,
     target or class_weight with requires_grad. Warns where teacher_logits look like probabilities. Checks that read
     values are left out under torch.compile and torch.func, and on "triton", because they would make the host wait; the
-    fused backends then give nan for a label outside 0..K-1. A second derivative of a fused backend is an error.
+    fused backends then give nan for a label outside 0..K-1. A second derivative of a fused backend is an error. Under
+    torch.compile a fused backend is compiled anew for each temperature that it meets, the reference is not.
     """
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> Tensor:
