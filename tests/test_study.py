@@ -186,6 +186,19 @@ def test_what_a_population_cannot_do_runs_alone_with_the_same_teacher(kd_study):
     assert len(set(nll.values())) == len(nll)
 
 
+def test_a_setting_that_follows_another_follows_that_of_its_point(kd_study):
+    words = ["loss.teacher_smoothing=${teacher.label_smoothing}", "study.seeds=1", "loss.student_temperature=1"]
+    assert kd_study(*words).code == 0
+    students = [p for p in map(Folder(STUDY).found, load(STUDY)["point"]) if p["role"] == "student"]
+    assert len(students) == 4
+    for point in students:
+        taken_out, put_in = (point["settings"][k] for k in ("loss.teacher_smoothing", "teacher.label_smoothing"))
+        assert taken_out == put_in
+    assert len({point["settings"]["loss.teacher_smoothing"] for point in students}) == 2
+    contrasts = json.loads((STUDY / "study.json").read_text())["contrasts"]
+    assert len(contrasts) == 2  # what they do not mention is as on the axis of one value
+
+
 def test_dry_run_counts_and_writes_nothing(kd_study, tmp_path):
     done = kd_study("dry_run=true", "study.seeds=7")
     assert done.code == 0
