@@ -9,6 +9,7 @@ import pytest
 from kd import cli
 from kd.recipe import PACKAGE
 from kd.study import __main__ as study
+from kd.study.schema import StudyRecipe
 
 README = (PACKAGE.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
@@ -79,4 +80,4 @@ def test_extras_named_in_the_readme_exist():
 
 def test_help_shows_every_setting_the_readme_uses():
     used = set(re.findall(r"(?<![.\w])([a-z]+\.[a-z_]+)=", README)) - {"signature"}
-    assert used <= set(cli.settings())
+    assert used <= set(cli.settings(StudyRecipe))
