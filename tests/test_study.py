@@ -248,6 +248,12 @@ def test_an_unknown_study_names_those_that_there_are(kd_study):
     assert "recipe=studies/tinny: no such recipe; did you mean recipe=studies/tiny?" in done.err
 
 
+def test_kd_train_says_what_a_study_is(kd_train):
+    done = kd_train("recipe=studies/label_noise")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "is a study; type python -m kd.study recipe=studies/label_noise" in done.err
+
+
 def test_two_commands_on_one_folder_do_not_meet(kd_study):
     with Folder(STUDY).lock("study", wait=False):
         done = kd_study()

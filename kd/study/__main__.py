@@ -10,7 +10,7 @@ from kd import cli
 from kd.recipe import ConfigError, allowed
 from kd.study.schema import StudyRecipe
 
-PROGRAM, FOLDER = "kd.study", "studies"
+PROGRAM, FOLDER = "kd.study", cli.STUDIES
 GROUPS = ("recipe", "data")
 
 
