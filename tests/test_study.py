@@ -147,6 +147,25 @@ def test_a_point_that_fails_is_told_and_stops_no_other_and_is_tried_again(kd_stu
     assert (load(STUDY)["state"] == "finished").all()
 
 
+def test_a_launcher_that_breaks_leaves_a_table_that_says_what_is_missing(kd_study, monkeypatch):
+    from kd.study import jobs
+
+    do = jobs._do
+
+    def students_are_killed(folder, job):
+        if job.phase == "students":
+            raise BrokenPipeError("a worker was killed")
+        do(folder, job)
+
+    monkeypatch.setattr(jobs, "_do", students_are_killed)
+    done = kd_study("study.seeds=1", "study.contrasts=[]")
+    assert done.code == 1
+    assert "students: BrokenPipeError: a worker was killed" in done.out
+    assert load(STUDY)["state"].value_counts().to_dict() == {"missing": 8, "finished": 2}
+    monkeypatch.setattr(jobs, "_do", do)
+    assert kd_study("study.seeds=1", "study.contrasts=[]").code == 0
+
+
 def test_students_of_a_teacher_that_diverged_fail_with_its_name(kd_study):
     done = kd_study("study.seeds=1", "optimizer.lr=1e30", "study.controls=[hard]", "study.contrasts=[]")
     assert done.code == 1
