@@ -241,6 +241,8 @@ def test_dry_run_counts_and_writes_nothing(kd_study, tmp_path):
         (["study.controls=[soft]"], "must be some of hard, smoothed, bayes"),
         (["+study.contrasts.0.a.seed=1"], "seed is no axis; type study.seeds=N"),
         (["optimizer.name=lamb", "study.engine=population"], "population: cannot train a student, optimizer.name=lamb"),
+        (["train.batch_size=5000"], "train.batch_size=5000: must be ≤ 1293"),
+        (["scheduler.warmup_epochs=1"], "scheduler.warmup_epochs=1: must be < student.epochs=1"),
         (["name=../up"], "name='../up': must be a plain folder name"),
         (["-m", "seed=1,2"], "-m: a study is many runs by itself"),
         (["student.model=mlp_tiny,mlp_huge", "study.contrasts=[]"], "student.model=mlp_huge"),
