@@ -14,7 +14,7 @@ from kd import cli
 
 Done = namedtuple("Done", "code out err")
 
-LONG = ("test_triton.py", "test_triton_offline.py", "test_methods_train.py", "test_train.py")
+LONG = ("test_triton.py", "test_triton_offline.py", "test_methods_train.py", "test_study.py", "test_train.py")
 
 
 def pytest_collection_modifyitems(items):
