@@ -17,7 +17,7 @@ SHORT = ["study.seeds=1", "teacher.epochs=1", "student.epochs=1", "scheduler.war
 # How to run each in seconds; the points that it then has. A new study must say so here.
 TINY = {
     "mnist1d_grid": ([*SHORT, "loss.temperature=1,4", "teacher.label_smoothing=0,.4"], 16),
-    "mixture_bayes": ([*SHORT, "points=600", "teacher.label_smoothing=.4", "study.controls=[hard]"], 8),
+    "mixture_bayes": ([*SHORT, "points=600", "teacher.label_smoothing=.4", "study.controls=[hard]"], 9),
     "omitted_class": ([*SHORT, "teacher.label_smoothing=0,.4"], 7),
     "label_noise": ([*SHORT, "teacher.label_smoothing=0,.4", "data.label_noise=.3"], 8),
     "digits_reversal": ([*SHORT, "set=digits", "teacher.label_smoothing=0,.4"], 8),
