@@ -64,12 +64,12 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
             _launch([job for job in pending if job.phase == phase], phase, folder, planned, words, console)
         table = write_table(folder.path)
     print_contrasts(planned, folder, console)
-    failed = table[table["state"] != "finished"]
-    for row in failed.to_dict("records"):
-        console.print(f"{row['state']}: {row['role']} {row['point']}: {row['error']}", soft_wrap=True, markup=False)
-    console.print(f"{len(table) - len(failed)} of {len(table)} points in {duration(time.perf_counter() - started)}")
+    for row in table[table["state"] == "failed"].to_dict("records"):
+        console.print(f"failed: {row['role']} {row['point']}: {row['error']}", soft_wrap=True, markup=False)
+    done = int((table["state"] == "finished").sum())
+    console.print(f"{done} of {len(table)} points in {duration(time.perf_counter() - started)}")
     print(folder.table)
-    return int(len(failed) > 0)
+    return int(done < len(table))
 
 
 def folder_of(study: StudyRecipe) -> Path:
