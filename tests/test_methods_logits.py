@@ -234,6 +234,11 @@ def np_logit_mse(s, t, y):
     return ((s - t) ** 2).sum(-1)
 
 
+def np_smoothed_teacher(s, t, y, mass=0.1, T=4.0):
+    q = ((1 - mass) * softmax(t) + mass / t.shape[-1]) ** (1 / T)
+    return T**2 * np_kl(q / q.sum(-1, keepdims=True), softmax(s / T))
+
+
 def np_hard(s, t, y):
     return -np.log(softmax(s)[np.arange(len(s)), t.argmax(-1)])
 
@@ -263,6 +268,8 @@ SECOND_WRITINGS = [
     ("gjsd", {"teacher_share": 0.2, "temperature": 2.0}, np_gjsd, {"share": 0.2, "T": 2.0}),
     ("logit_mse", {}, np_logit_mse, {}),
     ("hard", {}, np_hard, {}),
+    ("smoothed_teacher", {}, np_smoothed_teacher, {}),
+    ("smoothed_teacher", {"mass": 0.4, "temperature": 1.5}, np_smoothed_teacher, {"mass": 0.4, "T": 1.5}),
 ]
 
 

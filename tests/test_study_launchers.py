@@ -34,7 +34,8 @@ def test_a_study_of_eight_points_runs_through(launcher, kd_study, tmp_path):
     grid = ["loss.student_temperature=1", "study.seeds=1", "study.contrasts=[]"]  # 2 teachers, 4 students, 2 controls
     assert kd_study(*grid, "output=serial").code == 0
     command = [sys.executable, "-m", "kd.study", "recipe=studies/tiny", *grid, f"hydra/launcher={launcher}", *words]
-    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    paths = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
     assert len(load("checkpoints/studies/tiny")) == 8

@@ -27,6 +27,7 @@ from kd.metrics import MISLEADING
 from kd.plan import duration
 from kd.provenance import provenance
 from kd.recipe import ConfigError, DataConfig, Recipe, content_hash
+from kd.stages import check_batch, check_environment
 from kd.study.cohorts import augments, data_of, network
 from kd.study.estimate import seconds_of
 from kd.study.folder import SCHEMA, Folder
@@ -63,12 +64,12 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
             _launch([job for job in pending if job.phase == phase], phase, folder, planned, words, console)
         table = write_table(folder.path)
     print_contrasts(planned, folder, console)
-    failed = table[table["state"] != "finished"]
-    for row in failed.to_dict("records"):
-        console.print(f"{row['state']}: {row['role']} {row['point']}: {row['error']}", soft_wrap=True, markup=False)
-    console.print(f"{len(table) - len(failed)} of {len(table)} points in {duration(time.perf_counter() - started)}")
+    for row in table[table["state"] == "failed"].to_dict("records"):
+        console.print(f"failed: {row['role']} {row['point']}: {row['error']}", soft_wrap=True, markup=False)
+    done = int((table["state"] == "finished").sum())
+    console.print(f"{done} of {len(table)} points in {duration(time.perf_counter() - started)}")
     print(folder.table)
-    return int(len(failed) > 0)
+    return int(done < len(table))
 
 
 def folder_of(study: StudyRecipe) -> Path:
@@ -105,6 +106,8 @@ def _engines(study: StudyRecipe, sets: _Sets) -> Callable[[Point], str]:
     def reason(role: str, key: str) -> str | None:
         point = known[key]
         data = sets.data(point.recipe.data)
+        check_environment(point.recipe)
+        check_batch(point.recipe, data, 1)
         return why_not(point.recipe, role, network(point.recipe, role, data), data.num_classes)
 
     known: dict[str, Point] = {}
@@ -114,16 +117,14 @@ def _engines(study: StudyRecipe, sets: _Sets) -> Callable[[Point], str]:
         settings = {k: v for k, v in point.settings.items() if k not in ("seed", "teacher.label_smoothing")}
         key = json.dumps([role, settings], sort_keys=True)
         known.setdefault(key, point)
-        against = None if study.study.engine == "runs" else reason(role, key)
+        against = reason(role, key) or ("study.engine=runs" if study.study.engine == "runs" else None)
         if study.study.engine == "population" and against:
             raise ConfigError(
                 f"study.engine=population: cannot train a {point.role}, {against}; type study.engine=auto"
             )
-        if point.control == "bayes" and (against or study.study.engine == "runs"):
-            raise ConfigError(
-                f"study.controls: bayes needs the population engine, which cannot: {against or 'engine=runs'}"
-            )
-        return "runs" if against or study.study.engine == "runs" else "population"
+        if point.control == "bayes" and against:
+            raise ConfigError(f"study.controls: bayes needs the population engine, which cannot: {against}")
+        return "runs" if against else "population"
 
     return engine
 
@@ -194,6 +195,11 @@ def _launch(
             import hydra
 
             hydra.main(config_path=None, config_name="kd_job")(work)()
+    except Exception as error:  # of a launcher: a worker that was killed, a cluster that went away; points are on disk
+        if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf"):
+            raise
+        text = str(error).strip().splitlines()
+        console.print(f"{phase}: {type(error).__name__}: {text[0] if text else ''}", soft_wrap=True, markup=False)
     finally:
         sys.argv = before
 
