@@ -53,7 +53,9 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(HELP)
         return 0
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument and argument.split("=")[0] in FILES)
+    given = dict(
+        argument.split("=", 1) for argument in arguments if "=" in argument and argument.split("=")[0] in FILES
+    )
     folders = [argument for argument in arguments if argument.split("=")[0] not in FILES]
     if len(folders) != 1 or len(given) + 1 < len(arguments) or folders[0].startswith("-"):
         raise ConfigError(

@@ -101,6 +101,7 @@ class Section:
     """A heading with what stands below it."""
 
     anchor: str
+    short: str
     title: str
     blocks: list[Block] = field(default_factory=list)
 

@@ -19,17 +19,26 @@ def section(study: Study) -> Section:
     found = results(study)
     title = "What was asked before the study ran, and what it shows"
     if not found:
-        return Section("contrasts", title, [Text("This study declares no contrasts: nothing here is a test.")])
+        return Section(
+            "contrasts", "Findings", title, [Text("This study declares no contrasts: nothing here is a test.")]
+        )
     rows = [(_name(c), c["metric"], pair, v.sign) for c, pair, _, _, v in found]
     blocks: list[Block] = [Findings([_finding(result) for result in found])]
     if any(pair.n for _, pair, *_ in found):
         caption = (
-            "Paired differences: dots are seeds, the diamond their mean, the broad bar the 95 % t interval and the thin "
-            "line the 95 % bootstrap interval."
+            "Paired differences: dots are seeds, the diamond their mean, the broad bar the 95 % t interval and the "
+            "thin line the 95 % bootstrap interval."
         )
-        blocks.append(Figure("contrasts", "Contrasts", figures.forest(rows, "Contrasts with intervals"), caption))
+        blocks.append(
+            Figure(
+                "contrasts",
+                "Differences and how sure they are",
+                figures.forest(rows, "Contrasts with intervals"),
+                caption,
+            )
+        )
     blocks += [_table(study, found), *(Text(line) for line in notes(found)), _by_seed(study, found)]
-    return Section("contrasts", title, blocks)
+    return Section("contrasts", "Findings", title, blocks)
 
 
 def results(study: Study) -> list[Result]:
@@ -64,26 +73,35 @@ def _finding(result: Result) -> Finding:
 
 def _table(study: Study, found: list[Result]) -> Table:
     header = ["contrast", "metric", "difference", "n", "mean", "sd", "95 % t interval", "95 % bootstrap"]
-    header += ["seeds below / at / above 0", "p, t test", "Holm", "p, sign flips", "Holm", "what it shows"]
+    header += [
+        "seeds below / at / above 0",
+        "p, t test",
+        "Holm’s p (t)",
+        "p, sign flips",
+        "Holm’s p (signs)",
+        "what it shows",
+    ]
     rows: list[list[str | Cell]] = []
     for contrast, pair, t, signs, shows in found:
         column = contrast["metric"]
         counts = [sum((d > 0) - (d < 0) == sign for d in pair.differences) for sign in (-1, 0, 1)]
-        rows.append([
-            _name(contrast),
-            words.metric(column).label + warning(study, column),
-            sides(contrast),
-            f"{pair.n} of {len(study.card['seeds'])}",
-            words.difference(pair.mean, column),
-            words.difference(pair.sd, column).lstrip("+"),
-            words.interval(pair.t_interval, column),
-            words.interval(pair.bootstrap_interval, column),
-            " / ".join(map(str, counts)),
-            *map(words.probability, (pair.p_t, t, pair.p_signs, signs)),
-            Cell(shows.words, TONES[shows.sign]),
-        ])
+        rows.append(
+            [
+                _name(contrast),
+                words.metric(column).label + warning(study, column),
+                sides(contrast),
+                f"{pair.n} of {len(study.card['seeds'])}",
+                words.difference(pair.mean, column),
+                words.difference(pair.sd, column).lstrip("+"),
+                words.interval(pair.t_interval, column),
+                words.interval(pair.bootstrap_interval, column),
+                " / ".join(map(str, counts)),
+                *map(words.probability, (pair.p_t, t, pair.p_signs, signs)),
+                Cell(shows.words, TONES[shows.sign]),
+            ]
+        )
     note = "Accuracies and other shares in percentage points; paired by seed." if _shares(found) else "Paired by seed."
-    return Table("Contrasts", header, rows, note)
+    return Table("The same in numbers", header, rows, note)
 
 
 def _shares(found: list[Result]) -> bool:
@@ -123,9 +141,9 @@ def notes(found: list[Result]) -> list[str]:
     """How the words are chosen, and what intervals and p values from so few seeds are worth."""
     sizes = sorted({pair.n for _, pair, *_ in found if pair.n > 1})
     lines = [
-        "Rule of the last column: positive or negative where the 95 % t interval of the mean difference excludes 0, else "
-        f"not distinguished from 0; “not after correction” where Holm's p over the {len(found)} declared contrasts is "
-        "not below 0.05. Not distinguished from 0 does not mean equal: the interval says how large a difference "
+        "Rule of the last column: positive or negative where the 95 % t interval of the mean difference excludes 0, "
+        f"else not distinguished from 0; “not after correction” where Holm's p over the {len(found)} contrasts "
+        "is not below 0.05. Not distinguished from 0 does not mean equal: the interval says how large a difference "
         "remains possible."
     ]
     for n in sizes:
@@ -136,7 +154,7 @@ def notes(found: list[Result]) -> list[str]:
         )
         if 2**n <= EXACT:
             smallest = 2 / 2**n
-            line += f"The smallest p that sign flips can give is 2/2^{n} = {smallest:.2g}"
+            line += f"The smallest p that sign flips can give is 2/2^{n} = {smallest:.4g}"
             line += ", so alone they can never pass 0.05." if smallest >= 0.05 else "."
         lines.append(line)
     return lines

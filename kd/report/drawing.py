@@ -117,7 +117,9 @@ def finish(figure: Figure, label: str) -> str:
     """
     file = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": label}):  # ids of its own, and the same bytes every time
-        figure.savefig(file, format="svg", bbox_inches="tight", pad_inches=0.05, metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            file, format="svg", bbox_inches="tight", pad_inches=0.05, metadata={"Date": None, "Creator": None}
+        )
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     root = ElementTree.fromstring(file.getvalue())

@@ -12,14 +12,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from kd.report import drawing, words
+from kd.report import words
 from kd.report.drawing import INK, MARKERS, MUTED, NEGATIVE, NULL, PAGE, POSITIVE, category, drawn, finish, step
 from kd.report.statistics import Paired
 
 COLUMNS = 4
-PANEL = (2.75, 2.35)  # inches
+WIDTH = 11.2  # inches, of a page
 DASHES = {"hard": (0, (5, 2)), "smoothed": (0, (1, 1.5)), "bayes": (0, (5, 1.5, 1, 1.5))}
-CONTROLS = {"hard": "hard labels", "smoothed": "smoothed labels", "bayes": "Bayes labels"}
+CONTROLS = {"hard": "control: hard labels", "smoothed": "control: smoothed labels", "bayes": "control: Bayes labels"}
 TONES = {1: POSITIVE, -1: NEGATIVE, 0: NULL, None: NULL}
 
 
@@ -41,13 +41,13 @@ class Panel:
     controls: Mapping[str, Sequence[float]] = field(default_factory=dict)
     ylabel: str = ""
     percent: bool = False
-    note: str = ""  # printed inside, as for metrics that mislead
 
 
 def _grid(n: int, label: str, draw: Callable[[Any, list[Axes]], None], share: bool, columns: int = COLUMNS) -> str:
     columns = min(n, columns)
     rows = math.ceil(n / columns)
-    with drawn(PANEL[0] * columns + 0.4, PANEL[1] * rows + 0.45) as figure:
+    width = min(4.6, WIDTH / columns)
+    with drawn(width * columns, max(2.3, 0.58 * width) * rows + 0.45) as figure:
         axes = figure.subplots(rows, columns, sharey=share, squeeze=False).ravel().tolist()
         for spare in axes[n:]:
             spare.set_visible(False)
@@ -87,15 +87,7 @@ def _lines(ax: Axes, panel: Panel, ordered: bool, handles: dict[str, Any]) -> No
             height = scale * float(np.mean(values))
             style = DASHES.get(kind, "-.")
             handles.setdefault(CONTROLS.get(kind, words.clean(kind)), ax.axhline(height, color=INK, ls=style, lw=1.2))
-    _dress(ax, panel)
-
-
-def _dress(ax: Axes, panel: Panel) -> None:
-    title = textwrap.fill(panel.title, 38)
-    ax.set_title(f"{title}\n{textwrap.fill(panel.note, 44)}" if panel.note else title)
-    if panel.note:
-        ax.title.set_color(MUTED)
-        ax.title.set_fontsize(9)
+    ax.set_title(textwrap.fill(panel.title, 36))
     ax.set_ylabel(panel.ylabel)
     ax.set_xticks(range(len(panel.ticks)), [textwrap.shorten(tick, 14, placeholder="…") for tick in panel.ticks])
     ax.margins(x=0.06)
@@ -139,12 +131,17 @@ def _heat(ax: Axes, panel: Heat, largest: float, column: str) -> None:
         )
         clear = found.t_interval is not None and not found.t_interval[0] <= 0 <= found.t_interval[1]
         ax.text(
-            col, row - 0.12, words.difference(found.mean, column), ha="center", va="center", fontweight="bold" if clear else "normal"
+            col,
+            row - 0.12,
+            words.difference(found.mean, column),
+            ha="center",
+            va="center",
+            fontweight="bold" if clear else "normal",
         )
         if found.t_interval is not None:
             half = (found.t_interval[1] - found.t_interval[0]) / 2
             text = f"± {words.difference(half, column).lstrip('+')}"
-            ax.text(col, row + 0.24, text, ha="center", va="center", color=MUTED, fontsize=8.5)
+            ax.text(col, row + 0.24, text, ha="center", va="center", fontsize=8.5)
     ax.set_xlim(-0.5, len(panel.columns) - 0.5)
     ax.set_ylim(len(panel.rows) - 0.5, -0.5)
     ax.set_xticks(range(len(panel.columns)), panel.columns)
@@ -156,7 +153,7 @@ def _heat(ax: Axes, panel: Heat, largest: float, column: str) -> None:
 
 
 def forest(rows: Sequence[tuple[str, str, Paired, int | None]], label: str) -> str:
-    """Contrasts as (name, column, found, sign): dots are seeds, the bar is the t interval, the thin line the bootstrap's."""
+    """Contrasts as (name, column, found, sign): seeds as dots, the t interval as a bar, the bootstrap's as a line."""
     percent = [row for row in rows if words.metric(row[1]).percent]
     groups = [percent] if percent else []
     for column in dict.fromkeys(row[1] for row in rows if row not in percent):
@@ -185,7 +182,9 @@ def _forest_row(ax: Axes, place: int, row: tuple[str, str, Paired, int | None]) 
     scale = 100 if words.metric(column).percent else 1
     colour = TONES[sign]
     if found.t_interval and found.bootstrap_interval:
-        ax.plot([scale * x for x in found.t_interval], [place] * 2, color=colour, lw=6, alpha=0.35, solid_capstyle="butt")
+        ax.plot(
+            [scale * x for x in found.t_interval], [place] * 2, color=colour, lw=6, alpha=0.35, solid_capstyle="butt"
+        )
         ax.plot([scale * x for x in found.bootstrap_interval], [place] * 2, color=colour, lw=1.6)
     ax.plot(
         [scale * x for x in found.differences], [place + 0.24] * found.n, ls="", marker="o", ms=3.6, color=MUTED, mew=0
@@ -267,7 +266,9 @@ def projections(panels: Sequence[Projection], names: Mapping[int, str], label: s
             handles = []
             for i, which in enumerate(names):
                 own = panel.points[panel.classes == which]
-                handles += ax.plot(own[:, 0], own[:, 1], ls="", marker=MARKERS[i], ms=2.8, mew=0, alpha=0.6, color=category(i))
+                handles += ax.plot(
+                    own[:, 0], own[:, 1], ls="", marker=MARKERS[i], ms=2.8, mew=0, alpha=0.6, color=category(i)
+                )
             ax.set_title(panel.title)
             ax.set_xticks([])
             ax.set_yticks([])

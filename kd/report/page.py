@@ -51,22 +51,25 @@ def figures(sections: list[Section]) -> list[Figure]:
 
 @cache
 def _environment() -> Environment:
-    made = Environment(
+    return Environment(
         loader=PackageLoader("kd.report", "."),
         autoescape=True,  # whatever the template is called
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.tests["numeric"] = lambda text: bool(re.match(r"^[-+−<(\[]?\s*[\d–]", str(text)))
-    return made
+
+
+def _is_number(cell: Any) -> bool:
+    return bool(re.match(r"[+−<\[]?\s*\d", str(cell)))
 
 
 def to_html(made: Page) -> str:
     """One file that needs nothing else. Drawings go in as they are (`drawing.finish` parsed them), all else escaped."""
     template = _environment().get_template("page.html.j2")
     light, dark = drawing.palette(False), drawing.palette(True)
-    return template.render(page=made, light=light, dark=dark, drawing=lambda figure: Markup(figure.svg)) + "\n"
+    drawn = {"drawing": lambda figure: Markup(figure.svg), "light": light, "dark": dark}
+    return template.render(page=made, is_number=_is_number, **drawn) + "\n"
 
 
 # ---- Markdown
@@ -107,7 +110,8 @@ def _markdown(block: Block, link: Callable[[Figure], str] | None) -> list[str]:
             return [f"- {escape(name)}: {escape(value)}" for name, value in block.rows]
         case Findings():
             return [
-                f"- {escape(f.name)}: {escape(f.value)}, **{escape(f.words)}** ({escape(f.detail)})" for f in block.items
+                f"- {escape(f.name)}: {escape(f.value)}, **{escape(f.words)}** ({escape(f.detail)})"
+                for f in block.items
             ]
         case Figure():
             shown = f"![{escape(block.title)}]({link(block)})" if link else f"*{escape(block.title)}: see the page.*"

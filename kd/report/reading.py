@@ -46,7 +46,9 @@ class Study:
     def __init__(self, folder: Path, card: dict[str, Any], points: dict[str, dict[str, Any] | None], table: DataFrame):
         self.folder, self.card, self.points = folder, card, points
         self.columns = {str(column) for column in table.columns if "." in str(column)}
-        self._rows: dict[str, dict[str, Any]] = {str(row["point"]): row for row in table.to_dict("records")}
+        self._rows: dict[str, dict[str, Any]] = {}
+        for row in table.to_dict("records"):
+            self._rows[str(row["point"])] = {str(column): value for column, value in row.items()}
         self.axes = {axis: [hashable(value) for value in values] for axis, values in card["axes"].items()}
         self.varying = [axis for axis, values in self.axes.items() if len(values) > 1]
         self.misleading: Mapping[str, str] = {**MISLEADING, **card.get("misleading", {})}

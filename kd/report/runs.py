@@ -26,17 +26,24 @@ def overview(study: Study) -> Section:
     for axis in study.axes:
         facts.append((words.axis(axis), ", ".join(words.choice(axis, value) for value in study.axes[axis])))
     kinds = dict.fromkeys(control["control"] for control in card["controls"])
-    facts.append(("controls", ", ".join(CONTROLS.get(kind, words.clean(kind)) for kind in kinds) or "none"))
+    facts.append(("controls", ", ".join(kind(each) for each in kinds) or "none"))
     for data in card["data"].values():
         names = data.get("class_names") or []
         sizes = ", ".join(f"{words.clean(data.get(split))} {split}" for split in ("train", "val", "test"))
         truth = "known" if data.get("posterior") else "not known"
-        facts.append(("data", f"{words.clean(data.get('name'))}: {len(names)} classes, {sizes}; true posterior {truth}"))
+        facts.append(
+            ("data", f"{words.clean(data.get('name'))}: {len(names)} classes, {sizes}; true posterior {truth}")
+        )
     seconds = [(study.points[i] or {})["provenance"].get("seconds") for i in states["finished"]]
     total = sum(s for s in map(words.number, seconds) if s is not None)
     facts.append(("training time", f"{total / 60:.1f} minutes, the sum of what the points took"))
     facts.append(("engine", words.clean(card.get("engine", "–"))))
-    return Section("overview", "The study", [Facts(facts)])
+    return Section("overview", "The study", "The study", [Facts(facts)])
+
+
+def kind(control: str) -> str:
+    """What a control is taught with."""
+    return CONTROLS.get(control, words.clean(control)).removeprefix("control: ")
 
 
 def _progress(study: Study) -> str:
@@ -60,10 +67,12 @@ def numbers(study: Study) -> Section:
     blocks.append(_controls(study))
     columns = list(dict.fromkeys([*STUDENT, *(c for c in study.primary if not c.startswith("teacher."))]))
     names = [axis for axis in study.axes if axis in study.varying]
-    grid = {tuple(v for axis, v in zip(study.axes, key, strict=True) if axis in names): p for key, p in study.grid.items()}
+    grid = {
+        tuple(v for axis, v in zip(study.axes, key, strict=True) if axis in names): p for key, p in study.grid.items()
+    }
     blocks.append(Fold(f"Students, {len(grid)} cells", [_means(study, "Students", names, grid, columns)]))
-    note = "Mean ± standard deviation over seeds, last weights; accuracies, agreement and ECE in %. table.csv has every digit."
-    return Section("numbers", "Numbers", [Text(note), *blocks, _misleading(study)])
+    note = "Mean ± standard deviation over seeds, last weights; accuracies, agreement and ECE in %; table.csv has more."
+    return Section("numbers", "Numbers", "Numbers", [Text(note), *blocks, _misleading(study)])
 
 
 def _means(study: Study, title: str, axes: list[str], groups: Mapping[Key, BY_SEED], columns: Any) -> Table:
@@ -84,8 +93,7 @@ def _controls(study: Study) -> Block:
     axes = list(dict.fromkeys(axis for control in study.card["controls"] for axis in control["axes"]))
     axes = [axis for axis in axes if axis in study.varying]
     for control in study.card["controls"]:
-        kind = CONTROLS.get(control["control"], words.clean(control["control"]))
-        key = (kind, *(control["axes"].get(axis) for axis in axes))
+        key = (kind(control["control"]), *(control["axes"].get(axis) for axis in axes))
         groups.setdefault(key, {})[control["seed"]] = control["point"]
     if not groups:
         return Text("This study has no controls: students trained without a teacher.")
@@ -120,17 +128,19 @@ def problems(study: Study) -> Section:
         blocks.append(Fold(f"{len(missing)} points have not run yet", [table]))
     else:
         blocks.append(Text("No point is missing."))
-    return Section("problems", "Failed and missing points", blocks)
+    return Section("problems", "Problems", "Failed and missing points", blocks)
 
 
 def _where(study: Study, identifier: str) -> str:
     """Where a point stands in the study."""
     for cell in study.card["cells"]:
         if cell["point"] == identifier:
-            return ", ".join(words.setting(a, v) for a, v in cell["axes"].items() if a in study.varying) or "the only cell"
+            return (
+                ", ".join(words.setting(a, v) for a, v in cell["axes"].items() if a in study.varying) or "the only cell"
+            )
     for control in study.card["controls"]:
         if control["point"] == identifier:
-            return CONTROLS.get(control["control"], words.clean(control["control"]))
+            return f"control: {kind(control['control'])}"
     return "a teacher, or a side of a contrast"
 
 
@@ -152,7 +162,7 @@ def provenance(study: Study) -> Section:
         members = [i for i, point in study.points.items() if point and point["role"] == role]
         if members:
             blocks.append(Fold(f"Settings of each {role}: {len(members)} points", _settings(study, members)))
-    return Section("provenance", "Recipes and provenance", blocks)
+    return Section("provenance", "Provenance", "Recipes and provenance", blocks)
 
 
 def _origin(found: Mapping[str, Any]) -> dict[str, str]:
@@ -164,7 +174,8 @@ def _origin(found: Mapping[str, Any]) -> dict[str, str]:
         "code": f"{sha}{' with uncommitted changes' if found.get('git_dirty') else ''}",
         "python": str(found.get("python", "–")),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        "machine": f"{hardware.get('cpu', '–')}, {hardware.get('threads', '–')} thread(s), {gpus}; {found.get('system', '–')}",
+        "machine": f"{hardware.get('cpu', '–')}, {hardware.get('threads', '–')} thread(s), {gpus}",
+        "system": str(found.get("system", "–")),
         "data hash": str(found.get("data_hash", "–")),
     }
 

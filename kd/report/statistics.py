@@ -53,7 +53,7 @@ def t_interval(d: np.ndarray) -> Interval:
 
 
 def bootstrap_interval(d: np.ndarray) -> Interval:
-    """Percentile bootstrap of the mean difference: seeds are drawn with their pair (Efron 1979); always the same draw."""
+    """Percentile bootstrap of the mean difference (Efron 1979): seeds drawn with their pair, always the same."""
     made = stats.bootstrap(
         (d,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
@@ -82,8 +82,9 @@ def p_signs(d: np.ndarray) -> float:
 def holm(values: Sequence[float | None]) -> list[float | None]:
     """Holm's step-down adjusted p values (Holm 1979), in the order given; None stays None.
 
-    What was declared but has no p yet counts as 1, so that a correction does not grow while a study runs. The i-th smallest of m becomes max over j <= i of min(1, (m - j + 1)·p_j): the chance of any false finding among
-    all m stays below the level.
+    What was declared but has no p yet counts as 1, so that a correction does not grow while a study runs. The i-th
+    smallest of m becomes max over j <= i of min(1, (m - j + 1)·p_j): the chance of any false finding among all m stays
+    below the level.
     """
     order = sorted((p, i) for i, p in enumerate(values) if p is not None)  # the others come last
     adjusted: list[float | None] = [None] * len(values)

@@ -30,7 +30,7 @@ def section(study: Study) -> Section:
     if not blocks:
         blocks.append(Text("No student has finished yet, so there is nothing to draw."))
     x = study.facets.x
-    return Section("students", f"Students against {words.axis(x)}" if x else "Students", blocks)
+    return Section("students", "Students", f"Students against {words.axis(x)}" if x else "Students", blocks)
 
 
 def combinations(study: Study, axes: Iterable[str]) -> list[Chosen]:
@@ -47,18 +47,19 @@ def title(chosen: Mapping[str, Any]) -> str:
 def lines_of(study: Study, column: str, chosen: Chosen) -> list[Line]:
     """The values of a metric over seeds, along x, a line for each value of the facets' line."""
     x, line = study.facets.x, study.facets.line
+    assert x is not None
     found = []
     for value in study.axes[line] if line else [None]:
         at = chosen | ({line: value} if line else {})
         values: dict[int, list[float]] = {}
-        for place, tick in enumerate(study.axes[x] if x else []):
+        for place, tick in enumerate(study.axes[x]):
             for _, points in study.group(at | {x: tick}):
                 values.setdefault(place, []).extend(study.values(points, column).values())
         found.append(Line(words.setting(line, value) if line else "students", values))
     return found
 
 
-def panel(study: Study, column: str, chosen: Chosen, heading: str, note: str = "") -> Panel:
+def panel(study: Study, column: str, chosen: Chosen, heading: str) -> Panel:
     """One plot of a metric, with the controls that do not change along it."""
     x = study.facets.x
     assert x is not None
@@ -70,7 +71,7 @@ def panel(study: Study, column: str, chosen: Chosen, heading: str, note: str = "
     about = words.metric(column)
     ticks = [words.choice(x, value) for value in study.axes[x]]
     ylabel = f"{about.label}{', %' if about.percent else ''}"
-    return Panel(heading, ticks, lines_of(study, column, chosen), controls, ylabel, about.percent, note)
+    return Panel(heading, ticks, lines_of(study, column, chosen), controls, ylabel, about.percent)
 
 
 def _against(study: Study, column: str) -> list[Block]:
@@ -118,8 +119,9 @@ def _interaction(study: Study, column: str) -> list[Block]:
         return [Text(f"No differences of {about.label} to {words.setting(facets.x, base)}: points are missing.")]
     heading = f"{about.label[0].upper()}{about.label[1:]}: difference to {words.setting(facets.x, base)}"
     caption = (
-        f"Mean of the differences paired by seed{', in points' if about.percent else ''}, ± half of the 95 % t interval; "
-        "in bold where it excludes 0. Blue above 0, orange below. Exploratory: not corrected for the number of cells."
+        f"Mean of the differences paired by seed{', in points' if about.percent else ''}, ± half of the 95 % t "
+        "interval; in bold where it excludes 0. Blue above 0, orange below. Exploratory: not corrected "
+        "for the number of cells."
     )
     svg = figures.heat(panels, heading, words.axis(facets.x), words.axis(rows_axis), column)
     table = _heat_table(study, panels, heading, rows_axis, column)
@@ -153,7 +155,9 @@ def _heat_table(study: Study, panels: list[Heat], heading: str, rows_axis: str, 
             for j in range(len(each.columns)):
                 found = each.cells.get((i, j))
                 text = words.difference(found.mean, column) if found else "–"
-                cells.append(f"{text} {words.interval(found.t_interval, column)}" if found and found.t_interval else text)
+                cells.append(
+                    f"{text} {words.interval(found.t_interval, column)}" if found and found.t_interval else text
+                )
             rows.append([name, *cells])
     return Table(heading, header, rows, "Mean difference and 95 % t interval.")
 
@@ -170,23 +174,40 @@ def typical(study: Study) -> Chosen:
 
 def metric_figure(study: Study, names: Iterable[str], name: str, heading: str, split: str = "test") -> list[Block]:
     """Small multiples of several metrics of students at one combination of the other axes; none without x or values."""
-    chosen, panels = typical(study), []
+    chosen, panels, drawn = typical(study), [], []
     if study.facets.x is None:
         return [Text(f"{heading}: not drawn, the grid has one cell.")]
     for each in names:
         column = f"{split}.{each}"
         if any(line.values for line in map(_known, lines_of(study, column, chosen) if column in study.columns else [])):
-            note = f"⚠ misleading alone: {words.clean(study.misleading[each], 90)}" if each in study.misleading else ""
-            about = words.metric(column)
-            panels.append(panel(study, column, chosen, f"{about.label}{', %' if about.percent else ''}", note))
+            drawn.append(column)
+            panels.append(panel(study, column, chosen, heading_of(study, column)))
     if not panels:
         return [Text(f"{heading}: not drawn, no student has these metrics.")]
-    for drawn in panels:
-        drawn.ylabel = ""
+    for each in panels:
+        each.ylabel = ""
     caption = f"Students{f' at {title(chosen)}' if chosen else ''}: mean over seeds, ± one standard deviation."
+    caption += reasons(study, drawn)
     ordered = study.facets.line is None or study.ordered(study.facets.line)
     svg = figures.lines(panels, heading, words.axis(study.facets.x), ordered)
     return [Figure(name, heading, svg, caption)]
+
+
+def heading_of(study: Study, column: str) -> str:
+    """The title of a metric's panel."""
+    about = words.metric(column)
+    return f"{about.label}{', %' if about.percent else ''}{warning(study, column)}"
+
+
+def reasons(study: Study, columns: Iterable[str]) -> str:
+    """Why the metrics of a figure mislead, of those that are known to."""
+    names = dict.fromkeys(column.rpartition(".")[2] for column in columns)
+    known = [
+        f"{words.metric(name).label} {words.clean(study.misleading[name], 150)}"
+        for name in names
+        if name in study.misleading
+    ]
+    return f" ⚠ Misleading alone: {'; '.join(known)}." if known else ""
 
 
 def _known(line: Line) -> Line:
@@ -199,7 +220,9 @@ def dark_knowledge(study: Study) -> list[Block]:
     reference = "the true posterior" if known else "the teacher's softmax, as the true posterior is not known"
     if not any(f"test.{name}" in study.columns for name in DARK[:3]):
         return metric_figure(study, DARK, "dark-students", "Dark knowledge of students")
-    about = f"NT-KL, NT-cosine and class-similarity correlation compare a student's non-target classes with {reference}."
+    about = (
+        f"NT-KL, NT-cosine and class-similarity correlation compare a student's non-target classes with {reference}."
+    )
     if EPS in study.varying and not known:
         about += " A smoothed teacher is then its own yardstick: what it has lost is not seen in them."
     blocks = metric_figure(study, DARK, "dark-students", "Dark knowledge of students")

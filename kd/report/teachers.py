@@ -11,7 +11,7 @@ from kd.report import figures, words
 from kd.report.blocks import Block, Figure, Section, Text
 from kd.report.figures import Bins, Line, Panel, Projection
 from kd.report.reading import BY_SEED, EPS, Key, Study
-from kd.report.students import CALIBRATED, MOST, dark_knowledge, metric_figure
+from kd.report.students import CALIBRATED, MOST, dark_knowledge, heading_of, metric_figure, reasons
 
 CALIBRATION = ("test.ece", "test.ece_scaled", "val.post_hoc_temperature", "test.nll")
 DARK = ("train.mutual_information", "train.gamma", "test.nt_kl", "test.nt_cosine", "test.class_similarity_correlation")
@@ -25,19 +25,19 @@ def calibration(study: Study) -> Section:
     blocks += _reliability(study)
     blocks += metric_figure(study, CALIBRATED, "calibration-students", "Calibration of students")
     note = (
-        "ECE has 15 bins of equal width. T* is the temperature that minimises NLL on validation; “after T*” is on test. "
-        "T* below 1: the network is underconfident, as smoothed ones are."
+        "ECE has 15 bins of equal width. T* is the temperature that minimises NLL on validation; “after T*” is on "
+        "test. T* below 1: the network is underconfident, as smoothed ones are."
     )
-    return Section("calibration", "Calibration", [Text(note), *blocks])
+    return Section("calibration", "Calibration", "Calibration", [Text(note), *blocks])
 
 
 def knowledge(study: Study) -> Section:
     """Dark knowledge of students and teachers."""
     blocks: list[Block] = [*dark_knowledge(study), *_panels(study, DARK, "dark-teachers", "Dark knowledge of teachers")]
     if any(column.endswith(".mutual_information") for column in study.columns):
-        n = "Müller's MI is of the difference of two logits, in nats; log 2 = 0.69 means that the training samples have collapsed to two points."
-        blocks.append(Text(n))
-    return Section("knowledge", "Dark knowledge", [*blocks, *_gamma(study)])
+        about = "Müller's MI is of the difference of two logits, in nats; log 2 = 0.69 means that the training samples "
+        blocks.append(Text(f"{about}of two classes have collapsed to two points."))
+    return Section("knowledge", "Dark knowledge", "Dark knowledge", [*blocks, *_gamma(study)])
 
 
 def _title(study: Study, key: Key, axes: list[str]) -> str:
@@ -61,15 +61,14 @@ def _panels(study: Study, columns: tuple[str, ...], name: str, heading: str) -> 
             label = ", ".join(words.setting(*each) for each in other) or "teachers"
             line = rows.setdefault(label, Line(label, {}))
             line.values[study.axes[x].index(key[at])] = list(study.values(points, column).values())  # type: ignore[index]
-        metric, base = words.metric(column), column.rpartition(".")[2]
-        note = f"⚠ misleading alone: {words.clean(study.misleading[base], 90)}" if base in study.misleading else ""
         ticks = [words.choice(x, value) for value in study.axes[x]]
-        label = f"{metric.label}{', %' if metric.percent else ''}"
-        panels.append(Panel(label, ticks, list(rows.values())[:MOST], {}, "", metric.percent, note))
+        percent = words.metric(column).percent
+        panels.append(Panel(heading_of(study, column), ticks, list(rows.values())[:MOST], percent=percent))
     if not panels:
         return [Text(f"{heading}: not drawn, no teacher has these metrics.")]
     svg = figures.lines(panels, heading, words.axis(x), ordered=len(panels[0].lines) == 1)
-    return [Figure(name, heading, svg, "Teachers: mean over seeds, ± one standard deviation.")]
+    caption = "Teachers: mean over seeds, ± one standard deviation." + reasons(study, columns)
+    return [Figure(name, heading, svg, caption)]
 
 
 def _details(study: Study, name: str) -> Iterator[tuple[str, list[dict[str, Any]], BY_SEED]]:
@@ -92,7 +91,9 @@ def _reliability(study: Study) -> list[Block]:
     if not panels:
         return [Text("No reliability diagrams: no teacher has finished.")]
     svg = figures.reliability(panels[:MOST], "Reliability diagrams of teachers")
-    caption = "Test samples of all seeds together in 15 bins. Below the diagonal: overconfident. Grey: the share of samples."
+    caption = (
+        "Test samples of all seeds together in 15 bins. Below the diagonal: overconfident. Grey: the share of samples."
+    )
     return [Figure("reliability", "Reliability of teachers", svg, caption)]
 
 
@@ -106,12 +107,10 @@ def _gamma(study: Study) -> list[Block]:
         return [Text("No γ(T): no teacher has finished.")]
     svg = figures.curves(series[:MOST], "γ against temperature", "temperature", "γ(T)", ordered=True)
     caption = (
-        "Müller's γ(T), the probability of the wrong classes in units of the uniform distribution, of teachers on their "
-        "training set; mean over seeds, ± one standard deviation."
+        "Müller's γ(T), the probability of the wrong classes in units of the uniform distribution, of teachers on "
+        "their training set; mean over seeds, ± one standard deviation."
     )
-    if why := study.misleading.get("gamma"):
-        caption += f" ⚠ Misleading alone: {words.clean(why, 120)}."
-    return [Figure("gamma", "γ(T) of teachers", svg, caption)]
+    return [Figure("gamma", "γ(T) of teachers", svg, caption + reasons(study, ["gamma"]))]
 
 
 def projections(study: Study) -> Section:
@@ -119,7 +118,9 @@ def projections(study: Study) -> Section:
     heading = "Müller's projections"
     found = [(title, each[0], points) for title, each, points in _details(study, "projection")][:WIDE]
     if not found:
-        return Section("projections", heading, [Text("Not drawn: no teacher with a linear head has finished.")])
+        return Section(
+            "projections", "Projections", heading, [Text("Not drawn: no teacher with a linear head has finished.")]
+        )
     teacher = study.points[next(iter(dict(sorted(found[0][2].items())).values()))] or {}
     classes = found[0][1]["classes"]
     names = _class_names(study, teacher, classes)
@@ -135,7 +136,12 @@ def projections(study: Study) -> Section:
         f"Penultimate features of at most 100 samples of each of three classes on the plane through the three classes' "
         f"weights (Müller et al. 2019); teachers of seed {teacher.get('seed', 0)}, each picture in its own scale."
     )
-    return Section("projections", heading, [Figure("projections", heading, svg, caption)])
+    return Section(
+        "projections",
+        "Projections",
+        heading,
+        [Figure("projections", "Training and test samples of three classes", svg, caption)],
+    )
 
 
 def _class_names(study: Study, teacher: dict[str, Any], classes: list[int]) -> dict[int, str]:

@@ -94,7 +94,7 @@ def axis(name: str) -> str:
 
 def setting(name: str, value: Any) -> str:
     """One axis with its value: `T 4`, `student T same`."""
-    return f"{axis(name)} {choice(name, value)}"
+    return f"{choice(name, value)}s" if name == "role" else f"{axis(name)} {choice(name, value)}"
 
 
 def choice(name: str, value: Any) -> str:
