@@ -43,7 +43,7 @@ class Panel:
     percent: bool = False
 
 
-def _grid(n: int, label: str, draw: Callable[[Any, list[Axes]], None], share: bool, columns: int = COLUMNS) -> str:
+def _grid(n: int, label: str, draw: Callable[[Any, list[Axes], int], None], share: bool, columns: int = COLUMNS) -> str:
     columns = min(n, columns)
     rows = math.ceil(n / columns)
     width = min(4.6, WIDTH / columns)
@@ -51,18 +51,19 @@ def _grid(n: int, label: str, draw: Callable[[Any, list[Axes]], None], share: bo
         axes = figure.subplots(rows, columns, sharey=share, squeeze=False).ravel().tolist()
         for spare in axes[n:]:
             spare.set_visible(False)
-        draw(figure, axes[:n])
+        draw(figure, axes[:n], int(11 * width))  # so many characters are as long as a panel is wide
         return finish(figure, label)
 
 
 def lines(panels: Sequence[Panel], label: str, xlabel: str, ordered: bool = True, share: bool = False) -> str:
     """Small multiples: the mean over seeds along x, with a band of one standard deviation to each side."""
 
-    def draw(figure: Any, axes: list[Axes]) -> None:
+    def draw(figure: Any, axes: list[Axes], fits: int) -> None:
         handles: dict[str, Any] = {}
         for ax, panel in zip(axes, panels, strict=True):
             _lines(ax, panel, ordered, handles)
             ax.set_xlabel(xlabel)
+            ax.set_title(textwrap.fill(panel.title, fits))
         if len(handles) > 1:
             figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=6, handlelength=2.4)
 
@@ -87,9 +88,8 @@ def _lines(ax: Axes, panel: Panel, ordered: bool, handles: dict[str, Any]) -> No
             height = scale * float(np.mean(values))
             style = DASHES.get(kind, "-.")
             handles.setdefault(CONTROLS.get(kind, words.clean(kind)), ax.axhline(height, color=INK, ls=style, lw=1.2))
-    ax.set_title(textwrap.fill(panel.title, 36))
     ax.set_ylabel(panel.ylabel)
-    ax.set_xticks(range(len(panel.ticks)), [textwrap.shorten(tick, 14, placeholder="…") for tick in panel.ticks])
+    ax.set_xticks(range(len(panel.ticks)), [words.clean(tick, 14) for tick in panel.ticks])
     ax.margins(x=0.06)
 
 
@@ -108,9 +108,11 @@ def heat(panels: Sequence[Heat], label: str, xlabel: str, ylabel: str, column: s
     means = [abs(p.mean) for panel in panels for p in panel.cells.values() if p.mean is not None]
     largest = max(means, default=0) or 1
     rows, columns = max(len(p.rows) for p in panels), max(len(p.columns) for p in panels)
-    across = max(1, min(len(panels), int(11.5 // (0.95 * columns + 0.9))))
+    names = 0.08 * min(24, max(len(row) for panel in panels for row in panel.rows))
+    width = max(2.4, 0.95 * columns + 0.5 + names)
+    across = max(1, min(len(panels), int(WIDTH / width)))
     down = math.ceil(len(panels) / across)
-    with drawn((0.95 * columns + 0.7) * across, (0.52 * rows + 0.75) * down) as figure:
+    with drawn(width * across, (0.52 * rows + 0.75) * down) as figure:
         axes = figure.subplots(down, across, squeeze=False).ravel().tolist()
         for spare in axes[len(panels) :]:
             spare.set_visible(False)
@@ -118,6 +120,7 @@ def heat(panels: Sequence[Heat], label: str, xlabel: str, ylabel: str, column: s
             _heat(ax, panel, largest, column)
             ax.set_xlabel(xlabel)
             ax.set_ylabel(ylabel if i % across == 0 else "")
+            ax.set_title(textwrap.fill(panel.title, int(11 * (width - names))))
         return finish(figure, label)
 
 
@@ -145,11 +148,10 @@ def _heat(ax: Axes, panel: Heat, largest: float, column: str) -> None:
     ax.set_xlim(-0.5, len(panel.columns) - 0.5)
     ax.set_ylim(len(panel.rows) - 0.5, -0.5)
     ax.set_xticks(range(len(panel.columns)), panel.columns)
-    ax.set_yticks(range(len(panel.rows)), [textwrap.shorten(row, 24, placeholder="…") for row in panel.rows])
+    ax.set_yticks(range(len(panel.rows)), [words.clean(row, 24) for row in panel.rows])
     ax.grid(False)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.set_title(textwrap.fill(panel.title, 34))
 
 
 def forest(rows: Sequence[tuple[str, str, Paired, int | None]], label: str) -> str:
@@ -206,7 +208,7 @@ class Bins:
 def reliability(panels: Sequence[Bins], label: str) -> str:
     """Accuracy of each bin of confidence; on the diagonal a network is calibrated, below it overconfident."""
 
-    def draw(_: Any, axes: list[Axes]) -> None:
+    def draw(_: Any, axes: list[Axes], fits: int) -> None:
         for ax, panel in zip(axes, panels, strict=True):
             full = panel.count > 0
             share = panel.count / max(1, panel.count.sum())
@@ -216,7 +218,7 @@ def reliability(panels: Sequence[Bins], label: str) -> str:
             ax.plot(
                 panel.confidence[full], panel.accuracy[full], color=category(0), marker="o", ms=4, mec=PAGE, mew=0.6
             )
-            ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", title=textwrap.fill(panel.title, 36))
+            ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", title=textwrap.fill(panel.title, fits))
             ax.set_aspect("equal")
         axes[0].set_ylabel("accuracy; share of samples")
 
@@ -249,18 +251,17 @@ def curves(
 
 @dataclass
 class Projection:
-    """Müller's picture of one teacher on one split: points, their classes, and the three templates."""
+    """Müller's picture of one teacher on one split: points and their classes."""
 
     title: str
     points: np.ndarray
     classes: np.ndarray
-    templates: np.ndarray
 
 
 def projections(panels: Sequence[Projection], names: Mapping[int, str], label: str, columns: int) -> str:
     """Penultimate features on the plane through the templates of three classes."""
 
-    def draw(figure: Any, axes: list[Axes]) -> None:
+    def draw(figure: Any, axes: list[Axes], fits: int) -> None:
         handles: list[Any] = []
         for ax, panel in zip(axes, panels, strict=True):
             handles = []
@@ -269,7 +270,7 @@ def projections(panels: Sequence[Projection], names: Mapping[int, str], label: s
                 handles += ax.plot(
                     own[:, 0], own[:, 1], ls="", marker=MARKERS[i], ms=2.8, mew=0, alpha=0.6, color=category(i)
                 )
-            ax.set_title(panel.title)
+            ax.set_title(textwrap.fill(panel.title, fits))
             ax.set_xticks([])
             ax.set_yticks([])
             ax.set_aspect("equal", adjustable="datalim")

@@ -203,7 +203,7 @@ def reasons(study: Study, columns: Iterable[str]) -> str:
     """Why the metrics of a figure mislead, of those that are known to."""
     names = dict.fromkeys(column.rpartition(".")[2] for column in columns)
     known = [
-        f"{words.metric(name).label} {words.clean(study.misleading[name], 150)}"
+        f"{words.metric(name).label}: {words.clean(study.misleading[name], 150)}"
         for name in names
         if name in study.misleading
     ]

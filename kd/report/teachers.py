@@ -130,7 +130,7 @@ def projections(study: Study) -> Section:
             own = each[split]
             label = f"{title}, {'training' if split == 'train' else split}"
             points = np.array(own["points"], dtype=float).reshape(-1, 2)
-            panels.append(Projection(label, points, np.array(own["labels"]), np.array(each["templates"])))
+            panels.append(Projection(label, points, np.array(own["labels"])))
     svg = figures.projections(panels, names, "Müller's projections of teachers", len(found))
     caption = (
         f"Penultimate features of at most 100 samples of each of three classes on the plane through the three classes' "
