@@ -73,9 +73,7 @@ class Maker:
     def _build(self):
         of_seed = {seed: self.rng.normal(0, 0.02) for seed in self.seeds}
         for seed in self.seeds:
-            teachers = {
-                eps: self.point("teacher", seed, {EPS: eps}, 0.8) for eps in self.axes.get(EPS, [0.0])
-            }
+            teachers = {eps: self.point("teacher", seed, {EPS: eps}, 0.8) for eps in self.axes.get(EPS, [0.0])}
             for values in itertools.product(*self.axes.values()):
                 axes = dict(zip(self.axes, values, strict=True))
                 accuracy = 0.6 + of_seed[seed] + self.effect(axes) + self.rng.normal(0, self.jitter)

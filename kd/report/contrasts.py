@@ -142,7 +142,7 @@ def notes(found: list[Result]) -> list[str]:
     sizes = sorted({pair.n for _, pair, *_ in found if pair.n > 1})
     lines = [
         "Rule of the last column: positive or negative where the 95 % t interval of the mean difference excludes 0, "
-        f"else not distinguished from 0; “not after correction” where Holm's p over the {len(found)} contrasts "
+        f"else not distinguished from 0; “not after correction” where Holm's p over all contrasts ({len(found)}) "
         "is not below 0.05. Not distinguished from 0 does not mean equal: the interval says how large a difference "
         "remains possible."
     ]
