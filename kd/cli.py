@@ -204,9 +204,10 @@ def explain(error: Exception, schema: type = Recipe, folder: str = "") -> str:
         hint = f"did you mean {group}={near[0]}?" if near else "there are " + ", ".join(options)
         return f"{group}={name}: no such {'recipe' if group == 'recipe' else 'data set'}; {hint}"
     if "must specify 'recipe'" in text:
-        return f"recipe: not given; type recipe=NAME with one of {', '.join(o.partition('/')[2] for o in _options('recipe', folder))}"
+        options = ", ".join(option.partition("/")[2] for option in _options("recipe", folder))
+        return f"recipe: not given; type recipe=NAME with one of {options}"
     if found := re.search(r"Error merging override ([^\s=]+)=?(.*)", text):
-        return _wrong_type(found[1].lstrip("+"), found[2], cause, schema)
+        return wrong_type(found[1].lstrip("+"), found[2], cause, schema)
     if found := re.search(r"Error parsing override '(.*)'|Error when parsing index: \d+, string: (.*) out of", text):
         word = found[1] or found[2]
         if "=" not in word:
@@ -225,7 +226,8 @@ def explain(error: Exception, schema: type = Recipe, folder: str = "") -> str:
     return f"{full_key}{': ' if full_key else ''}{' '.join(dict.fromkeys(said[:3]))}"
 
 
-def _wrong_type(key: str, value: str, cause: str, schema: type) -> str:
+def wrong_type(key: str, value: Any, cause: str, schema: type = Recipe) -> str:
+    """What to say of a value that is not of its setting's type."""
     field = settings(schema).get(key)
     if field is None:
         section = [name for name in settings(schema) if name.startswith(f"{key}.")]

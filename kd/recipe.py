@@ -158,6 +158,9 @@ class LossConfig(Checked):
     smoothing: str = setting(
         "uniform", "convention: eps/K on every class, or eps/(K-1) on the others", among=("uniform", "others")
     )
+    teacher_smoothing: float = setting(
+        0.0, "uniform smoothing mass to take out of the teacher's probabilities, exactly", ge=0, lt=1
+    )
     backend: str = setting("auto", "which implementation computes it", among=("auto", "reference", "cpu", "triton"))
     methods: dict[str, Any] = setting({}, "further methods by name, their weights and settings; loss=NAME writes them")
 

@@ -17,7 +17,7 @@ from kd.metrics import agreement, classification, predictive_kl
 from kd.models import Teacher
 from kd.provenance import provenance
 from kd.recipe import content_hash, identity
-from kd.stages import Run, network, teacher_is_trained
+from kd.stages import Run, network, recorded_smoothing, teacher_is_trained
 
 NETWORKS = ("teacher", "student", "control")
 WEIGHTS = ("last", "selected")
@@ -106,7 +106,9 @@ def _card(run: Run, name: str, model: Teacher) -> dict[str, Any]:
     card = {"model": section.model, "parameters": sum(p.numel() for p in model.model.parameters())}
     path = weights_of(run, name, "last")
     if path is None:
-        return card | {"weights": recipe.teacher.checkpoint or "timm", "seconds": 0.0}
+        record = recorded_smoothing(recipe)
+        smoothing = {"label_smoothing": record[0], "smoothing": record[1]} if record else {}
+        return card | {"weights": recipe.teacher.checkpoint or "timm", "seconds": 0.0, **smoothing}
     stage = read_json(path.with_name("stage.json"))
     smoothing = recipe.teacher if name == "teacher" else recipe.loss
     return card | {

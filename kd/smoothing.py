@@ -1,4 +1,4 @@
-"""Label smoothing: its two conventions, how one becomes the other, and smoothed targets.
+"""Label smoothing: its two conventions, how one becomes the other, smoothed targets, and taking smoothing out again.
 
 With K classes, mass eps and label y:
 
@@ -8,9 +8,11 @@ With K classes, mass eps and label y:
   (Shen et al. 2021, Eq. 1; Yuan et al. 2020)
 """
 
+import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SMOOTHINGS = ("uniform", "others")
@@ -74,6 +76,43 @@ def mix_uniform(target: Tensor, num_classes: int, uniform_mass: float, dtype: to
         # F.one_hot reads the values, which vmap and a compiled graph cannot.
         target = target.unsqueeze(-1) == torch.arange(num_classes, device=target.device)
     return (1 - uniform_mass) * target.to(dtype) + uniform_mass / num_classes
+
+
+def unsmooth(logits: Tensor, label_smoothing: float, smoothing: str = "uniform") -> Tensor:
+    """Logits of the distribution p that label smoothing turned into ``q = softmax(logits)``, shape ``(..., K)``.
+
+    ``p = (q - eps/K) / (1 - eps)`` with the uniform mass eps: the exact inverse of ``q = (1 - eps) p + eps/K``, the
+    backward correction of Lukasik et al. 2020. What is returned is ``log p``, computed in log space in float32, or in
+    float64 for float64 logits, without gradient. ``label_smoothing=0`` returns the very tensor that was given.
+
+    A network trained with smoothing is no exactly smoothed one: some of its q lie below eps/K and have no p ≥ 0. There,
+    and where p is less than rounding leaves of it, p is the resolution of q at eps/K: the machine epsilon of the dtype
+    times ``eps/K / (1 - eps)``. Such rows sum to more than 1 until the next softmax. -inf, a masked class, stays -inf.
+
+    Raises ValueError or TypeError for what to_uniform rejects, a uniform mass ≥ 1, which nothing can undo, and logits
+    that are no floating tensor ``(..., K)``.
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim == 0:
+        got = f"{logits.dtype} of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"logits: must be a floating tensor of shape (..., K), got {got}")
+    classes = logits.shape[-1]
+    mass = to_uniform(label_smoothing, classes, smoothing)
+    if mass >= 1:
+        raise ValueError(f"label_smoothing={label_smoothing!r}: is a uniform mass of {mass:g}, to undo it must be < 1")
+    if mass == 0:
+        return logits
+    log_q = F.log_softmax(logits.detach().to(torch.promote_types(logits.dtype, torch.float32)), -1)
+    log_floor = math.log(mass / classes)
+    excess = log_q + _log1mexp(log_floor - log_q)  # log (q - eps/K)
+    least = log_floor + math.log(torch.finfo(log_q.dtype).eps)
+    # The comparison is false for nan, which therefore stays nan.
+    log_p = torch.where(log_q <= log_floor, least, excess).clamp(min=least) - math.log1p(-mass)
+    return log_p.masked_fill(log_q == -math.inf, -math.inf)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """``log(1 - exp(x))`` for x < 0, each half by the form that keeps its digits; nan above 0."""
+    return torch.where(x > -math.log(2), (-x.expm1()).log(), (-x.exp()).log1p())
 
 
 def check_number(name: str, value: object, allowed: str, valid: Callable[[float], bool]) -> None:

@@ -27,9 +27,11 @@ from kd.loop import Stage, Trainer, mixed_seed, predict
 from kd.loop import build as build_objective
 from kd.losses.distill import DistillLoss
 from kd.metrics import top_k_accuracy
-from kd.models import Student, Teacher, build
+from kd.models import Student, Teacher, build, weights_metadata
 from kd.objective import Objective
-from kd.recipe import ConfigError, Recipe, content_hash, identity
+from kd.probe import describe, probe
+from kd.recipe import ConfigError, LossConfig, Recipe, content_hash, identity
+from kd.smoothing import to_uniform
 from kd.taps import needed
 
 
@@ -321,10 +323,51 @@ def check_teacher(run: Run, teacher: Teacher) -> None:
         )
 
 
+def recorded_smoothing(recipe: Recipe) -> tuple[float, str] | None:
+    """Mass and convention that the teacher is or was trained with; None where its weights do not say."""
+    if teacher_is_trained(recipe):
+        return recipe.teacher.label_smoothing, recipe.teacher.smoothing
+    record = weights_metadata(recipe.teacher.checkpoint) if recipe.teacher.checkpoint else {}
+    return (float(record["label_smoothing"]), record["smoothing"]) if "label_smoothing" in record else None
+
+
+def tell_smoothing(run: Run, teacher: Teacher) -> None:
+    """Estimate the teacher's smoothing where its weights do not record it, and warn where the loss does not suit it."""
+    classes, say = run.data.num_classes, run.journal.say
+    if record := recorded_smoothing(run.recipe):
+        mass = to_uniform(record[0], classes, record[1])
+        if not teacher_is_trained(run.recipe):
+            say(f"teacher  its weights record label_smoothing={record[0]:g} ({record[1]})")
+    else:
+        estimate = probe(teacher, run.data.train, run.recipe.train.batch_size, run.accelerator)
+        mass = 0.0 if estimate.doubts else estimate.label_smoothing
+        say(f"teacher  its weights record no smoothing; estimate: {describe(estimate, classes)}")
+    for warning in smoothing_warnings(mass, run.recipe.loss, exact=record is not None):
+        say(f"warning  {warning}")
+
+
+def smoothing_warnings(mass: float, loss: LossConfig, exact: bool) -> list[str]:
+    """What to say of a loss whose teacher was trained with this uniform mass, known exactly or estimated."""
+    if loss.kd_weight == 0:
+        return []
+    if loss.teacher_smoothing:
+        off = exact and not math.isclose(loss.teacher_smoothing, mass, rel_tol=1e-3)
+        took = f"loss.teacher_smoothing={loss.teacher_smoothing:g}: the teacher was trained with {mass:g} (uniform)"
+        return [f"{took}, so this takes out what was not put in"] if off else []
+    if mass == 0 or loss.temperature <= 1:
+        return []
+    return [
+        f"loss.temperature={loss.temperature:g} > 1 with a teacher trained with label smoothing ({mass:.3g}, uniform): "
+        f"such students can be worse (Chandrasegaran et al. 2022, Revisiting Label Smoothing and Knowledge "
+        f"Distillation Compatibility); try loss.temperature=1, or loss.teacher_smoothing={mass:.3g}"
+    ]
+
+
 def execute(run: Run) -> None:
     """All stages up to their weights on disk."""
     teacher = find_teacher(run)
     check_teacher(run, teacher)
+    tell_smoothing(run, teacher)
     if not (run.folder / "student" / "stage.json").exists():
         train(run, stage(run, "student", teacher))
     if run.recipe.control and not (run.folder / "control" / "stage.json").exists():

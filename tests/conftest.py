@@ -44,3 +44,68 @@ def kd_train(monkeypatch, capsys, tmp_path):
         return done
 
     return call
+
+
+TINY_STUDY = """# @package _global_
+# claim:    A study small enough for a test.
+name: tiny
+data: {name: digits, family: digits, image_size: 8, shift: 1}
+teacher: {model: mlp_tiny, epochs: 1}
+student: {model: mlp_nano, epochs: 1}
+loss: {temperature: 1.0, kd_weight: 1.0, ce_weight: 0.0}
+optimizer: {lr: 0.01}
+train: {batch_size: 200}
+study:
+  claim: A study small enough for a test.
+  seeds: 2
+  grid:
+    teacher.label_smoothing: [0.0, 0.4]
+    loss.temperature: [1.0, 4.0]
+    loss.student_temperature: [null, 1.0]
+  controls: [hard, smoothed]
+  contrasts:
+    - name: smoothing at T 4
+      a: {teacher.label_smoothing: 0.4, loss.temperature: 4.0}
+      b: {teacher.label_smoothing: 0.0, loss.temperature: 4.0}
+      minus:
+        a: {teacher.label_smoothing: 0.4}
+        b: {teacher.label_smoothing: 0.0}
+    - name: against the labels alone
+      metric: val.nll
+      a: {teacher.label_smoothing: 0.4}
+      b: {control: hard}
+"""
+
+
+@pytest.fixture
+def tiny_study(tmp_path):
+    """A study recipe in an empty folder, which `python -m kd.study` finds when it is called there."""
+    path = tmp_path / "recipes" / "studies" / "tiny.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(TINY_STUDY)
+    return path
+
+
+@pytest.fixture
+def kd_study(monkeypatch, capsys, tmp_path, tiny_study):
+    """Call ``kd.study`` as the command line does, jobs one after another in this process unless told otherwise."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str, recipe: str = "studies/tiny", launcher: str = "basic") -> Done:
+        from kd.study import __main__ as command
+        from kd.study.schema import StudyRecipe
+
+        capsys.readouterr()
+        code = 0
+        words = [f"recipe={recipe}", f"hydra/launcher={launcher}", *arguments]
+        monkeypatch.setattr(sys, "argv", ["kd.study", *words])
+        try:
+            with cli.one_line_errors(command.PROGRAM, StudyRecipe, command.FOLDER):
+                code = command.main(words)
+        except SystemExit as stop:
+            code = stop.code or 0
+        done = Done(code, *capsys.readouterr())
+        print(done.out, done.err)  # shown when a test fails
+        return done
+
+    return call

@@ -59,6 +59,7 @@ ROWS: dict[str, Row] = {
     "nkd": Row("neither"),
     "reverse_kl": Row("zero"),
     "rld": Row("neither"),
+    "smoothed_teacher": Row("neither"),
     "ttm": Row("neither"),
     "wsl": Row("stationary", constant_part=True),
     "wttm": Row("neither"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kd.losses import fused, reference
 from kd.losses.settings import DistillSettings, check_logits
+from kd.smoothing import unsmooth
 
 
 class DistillTerms(NamedTuple):
@@ -54,6 +55,9 @@ class DistillLoss(DistillSettings):
             gradient together; "reference" is plain PyTorch, for any device, with second and forward-mode derivatives.
             "auto" takes the fused one of the logits' device where there is one, and warns when only its package is
             missing. ``backend_used`` says what the last call took.
+        teacher_smoothing: uniform mass in [0, 1) of smoothing that the teacher was trained with (`to_uniform` makes one
+            of a mass on the others), which is taken out of softmax(t) before T: `kd.smoothing.unsmooth`, in plain
+            PyTorch before any backend, one more pass over the teacher's logits. 0 leaves them as they are.
 
     A class at -inf in student and teacher (masked) gives 0 to the KD term. Smoothing puts mass on it, so with
     label_smoothing > 0 the cross entropy is inf, as in F.cross_entropy. nan in gives nan out.
@@ -91,6 +95,8 @@ class DistillLoss(DistillSettings):
         self._check_inputs(student, teacher, target, read_values=backend != "triton")
         if not torch.compiler.is_compiling():
             self.backend_used = backend
+        if teacher is not None:
+            teacher = unsmooth(teacher, self.teacher_smoothing)
         settings = self._numbers(student.shape[-1])
         count = self._count(target)
         inputs = student, teacher, target, self.class_weight
@@ -116,6 +122,7 @@ def distill_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     backend: str = "auto",
+    teacher_smoothing: float = 0.0,
 ) -> Tensor:
     """DistillLoss as a function: the same formula, arguments, checks and result."""
     loss = DistillLoss(
@@ -129,5 +136,6 @@ def distill_loss(
         ignore_index=ignore_index,
         reduction=reduction,
         backend=backend,
+        teacher_smoothing=teacher_smoothing,
     )
     return loss(student_logits, teacher_logits, target)

@@ -17,7 +17,7 @@ from torch.amp.autocast_mode import is_autocast_available
 from kd.losses.distill import DistillTerms
 from kd.losses.fused import Settings
 from kd.losses.settings import DistillSettings
-from kd.smoothing import check_number
+from kd.smoothing import check_number, unsmooth
 
 # The least that memory_budget is by default: below it chunks get so thin that reading the head dominates.
 LEAST_BUDGET = 24 * 2**20
@@ -68,6 +68,7 @@ class LinearDistillLoss(DistillSettings):
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        teacher_smoothing: float = 0.0,
         memory_budget: int | None = None,
     ):
         super().__init__(
@@ -81,6 +82,7 @@ class LinearDistillLoss(DistillSettings):
             ignore_index=ignore_index,
             reduction=reduction,
             backend=backend,
+            teacher_smoothing=teacher_smoothing,
         )
         self.memory_budget = memory_budget
         self._check_budget()
@@ -186,6 +188,7 @@ class LinearDistillLoss(DistillSettings):
         return _Plan(
             backend=backend,
             settings=self._numbers(classes),
+            teacher_smoothing=self.teacher_smoothing,
             dtype=dtype,
             teacher_dtype=teacher_dtype,
             needs=tuple(wants and tensor is not None and tensor.requires_grad for tensor in inputs[:3]),
@@ -235,6 +238,7 @@ class _Plan:
 
     backend: str
     settings: Settings
+    teacher_smoothing: float  # taken out of the teacher's logits, a part at a time
     dtype: torch.dtype  # of the student's logits
     teacher_dtype: torch.dtype  # of the teacher's, where they are computed here
     needs: tuple[bool, ...]  # gradients of features, weight, bias?
@@ -391,7 +395,7 @@ def _chunk(
     for part in _slices(0, len(student), plan.part):
         *some, gradient = rows(
             student[part],
-            _part(teacher, part),
+            None if teacher is None else unsmooth(teacher[part], plan.teacher_smoothing),
             target[part],
             class_weight,
             upstream[part],

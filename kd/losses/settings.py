@@ -47,6 +47,7 @@ class DistillSettings(nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        teacher_smoothing: float = 0.0,
     ):
         super().__init__()
         self.temperature = temperature
@@ -58,6 +59,7 @@ class DistillSettings(nn.Module):
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.backend = backend
+        self.teacher_smoothing = teacher_smoothing
         self.backend_used: str | None = None
         _check_class_weight(class_weight)
         self.register_buffer("class_weight", class_weight, persistent=False)
@@ -105,7 +107,8 @@ class DistillSettings(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, for print(loss)."""
-        shown = ("kd_weight", "ce_weight", "label_smoothing", "smoothing", "student_temperature", "reduction")
+        shown = ("kd_weight", "ce_weight", "label_smoothing", "smoothing", "student_temperature")
+        shown = (*shown, "teacher_smoothing", "reduction")
         return ", ".join([f"{self.temperature}", *(f"{name}={getattr(self, name)!r}" for name in shown)])
 
     def _check_settings(self) -> None:
@@ -120,6 +123,7 @@ class DistillSettings(nn.Module):
             raise TypeError(f"ignore_index={self.ignore_index!r}: must be an int, got {got}")
         check_choice("reduction", self.reduction, REDUCTIONS)
         check_choice("backend", self.backend, BACKENDS)
+        check_number("teacher_smoothing", self.teacher_smoothing, "a number ≥ 0 and < 1", lambda v: 0 <= v < 1)
 
     def _check_inputs(
         self, student: Tensor, teacher: Tensor | None, target: Tensor, *, read_values: bool = True

@@ -25,10 +25,12 @@ from kd.metrics.selective import (
     max_probability,
     normalised_max_logit,
 )
+from kd.metrics.smoothing import SmoothingEstimate, estimate_smoothing
 from kd.metrics.temperature import post_hoc_temperature
 
 __all__ = [
     "MISLEADING",
+    "SmoothingEstimate",
     "agreement",
     "aurc",
     "aurc_max_probability",
@@ -43,6 +45,7 @@ __all__ = [
     "cmi",
     "ece",
     "equal_mass_ece",
+    "estimate_smoothing",
     "gamma",
     "max_probability",
     "mce",
@@ -69,6 +72,7 @@ MISLEADING = {
     "shen_instability": "on fitted data it rises with smoothing because hard labels saturate",
     "cmi": "on fitted data it rises with smoothing because hard labels saturate",
     "mce": "the worst bin is mostly the emptiest one",
+    "estimate_smoothing": "a network trained too briefly, or with mixup, looks smoothed",
     "bias_corrected_recall": "the bias is fitted to the samples that it is shown on",
 }
 

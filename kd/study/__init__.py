@@ -1,4 +1,4 @@
-"""A study: one grid of teachers and students over several seeds, its controls, and the contrasts declared before it ran.
+"""A study: a grid of teachers and students over several seeds, its controls, and contrasts declared before it ran.
 
 ``python -m kd.study recipe=studies/NAME`` fills a folder, ``<output>/studies/<name>/``, which everything else reads:
 
@@ -13,7 +13,7 @@
                 own ("method"), whose values are then labels; `labels` has what each stands for
     labels      {axis: {label: {setting: value}}}
     cells       [{"axes": {axis: value}, "seed": 0, "point": id}], the grid. Two cells can be one point, as
-                student_temperature=1 and null (the same as the teacher's) are at temperature=1: nothing is trained twice
+                student_temperature=1 and null (the teacher's) are at temperature=1: nothing is trained twice
     controls    [{"control": "hard" | "smoothed" | "bayes", "axes": {axis: value}, "seed": 0, "point": id}]; only axes
                 that make a difference to a network without a teacher are in `axes`
     contrasts   [{"name", "metric" (a column of the table), "a": SIDE, "b": SIDE, "minus": null or {"a", "b"}}] with

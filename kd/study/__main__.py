@@ -81,8 +81,8 @@ def split_words(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list
     return composed, axes, launched
 
 
-def with_axes(config: Any, axes: dict[str, list[str]], words: list[str]) -> Any:
-    """The composed recipe with the grid that the command line asks for."""
+def with_axes(config: Any, axes: dict[str, list[str]], words: list[str]) -> tuple[Any, bool]:
+    """The composed recipe with the grid that the command line asks for, and whether it asks for another."""
     from omegaconf import OmegaConf
 
     grid = OmegaConf.to_container(config.study.grid)
@@ -98,12 +98,11 @@ def with_axes(config: Any, axes: dict[str, list[str]], words: list[str]) -> Any:
             grid[key] = values
         else:
             raise ConfigError(cli.no_such_setting(key, StudyRecipe))
-    for word in words:  # one value, typed, for what is an axis of the recipe: it is the only one
-        key = word.partition("=")[0]
-        if key in grid and key not in axes:
-            grid[key] = [OmegaConf.select(config, key)]
+    fixed = {word.partition("=")[0] for word in words} & grid.keys() - axes.keys()
+    for key in fixed:  # one value for what is an axis of the recipe: it is the only one
+        grid[key] = [OmegaConf.select(config, key)]
     config.study.grid = grid
-    return config
+    return config, bool(axes or fixed)
 
 
 def main(words: list[str]) -> int:
@@ -131,10 +130,11 @@ def main(words: list[str]) -> int:
         sys.argv = before
     if not found:  # --cfg and the like: printed
         return 0
-    study = cli.typed(with_axes(found[0], axes, composed), StudyRecipe)
-    from kd.study import driver
+    config, narrowed = with_axes(found[0], axes, composed)
+    study = cli.typed(config, StudyRecipe)
+    from kd.study import driver  # not before: a wrong command line must not wait for torch
 
-    return driver.run(study, launched)
+    return driver.run(study, launched, narrowed)
 
 
 if __name__ == "__main__":

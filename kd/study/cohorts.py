@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from kd.checkpoint import save_weights
 from kd.data import Data, Split, load_data
 from kd.models import build
-from kd.recipe import ConfigError, Recipe, content_hash
+from kd.recipe import ConfigError, DataConfig, Recipe, content_hash
 from kd.study.folder import Folder
 from kd.study.grid import Point
 from kd.study.jobs import Job
-from kd.study.measure import INPUTS, SPLITS, VIEWS, Outputs, Truth, measure
+from kd.study.measure import INPUTS, VIEWS, Outputs, Truth, measure
 from kd.study.population import Cohort, Member, Population, Training
 
 Outcome = dict[str, Any]
+STREAMED = ("torchvision", "folder", "timm")  # families that augment by themselves
 BATCH = 500  # samples scored at once
 
 
@@ -69,6 +70,12 @@ def _train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
 
 
 # ---- what a cohort needs
+
+
+def augments(config: DataConfig) -> bool:
+    """Whether training images differ from epoch to epoch."""
+    return bool(config.shift or config.noise or config.hflip or config.family in STREAMED)
+
 
 
 _KEPT: dict[str, Data] = {}
@@ -132,19 +139,21 @@ class Teachers:
             return Member(replace(point.recipe.loss, kd_weight=1.0, ce_weight=0.0), len(self.ids))
         return Member(point.recipe.loss, self.ids.index(point.teacher) if point.teacher else None)
 
+    @torch.no_grad()
     def source(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """Logits (E, B, K) for images and their index; the true posterior's, where it is wanted, come last."""
-        log_posterior = log_of(self.data.transfer.train) if self.bayes else None
-        if self.population is None and log_posterior is None:
-            return None
-
-        def logits(images: Tensor, index: Tensor) -> Tensor:
-            found = [] if self.population is None else [self.population.logits(images)]
-            if log_posterior is not None:
-                found.append(log_posterior[index][None].to(images.dtype))
-            return torch.cat(found)
-
-        return logits
+        split = self.data.transfer.train
+        fixed = [log_of(split)[None].float()] if self.bayes else []  # type: ignore[index]
+        population = self.population
+        if population is not None and not augments(self.recipe.data):  # what they say of an image is always the same
+            plan = list(torch.arange(len(split)).split(BATCH))
+            fixed.insert(0, torch.cat([population.logits(batch.images) for batch in split.batches(plan, None)], 1))
+            population = None
+        known = torch.cat(fixed) if fixed else None
+        if population is None:
+            return None if known is None else lambda images, index: known[:, index].to(images.dtype)
+        assert known is None, "an augmented image's posterior is not known"
+        return lambda images, index: population.logits(images)
 
     def outputs(self, role: str) -> dict[str, Outputs]:
         """What each teacher gives on the splits of its students, by id."""
@@ -195,7 +204,7 @@ def look(population: Population, template: nn.Module, parts: Mapping[str, Split]
     made: dict[str, tuple[Tensor, Tensor]] = {}
     for name, part in parts.items():
         plan = list(torch.arange(len(part)).split(BATCH))
-        pairs = [both.logits(batch.images) for batch in part.batches(plan, epoch=None)]
+        pairs = [both.outputs(batch.images) for batch in part.batches(plan, epoch=None)]
         made[name] = torch.cat([p[0] for p in pairs], 1), torch.cat([p[1] for p in pairs], 1)
     views = _views(population, parts["train"], recipe)
     weights = population.parameters[f"{head}.weight"].detach()

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from kd.metrics import MISLEADING
 from kd.plan import duration
 from kd.provenance import provenance
 from kd.recipe import ConfigError, DataConfig, Recipe, content_hash
-from kd.study.cohorts import data_of, network
+from kd.study.cohorts import augments, data_of, network
 from kd.study.estimate import seconds_of
 from kd.study.folder import SCHEMA, Folder
 from kd.study.grid import Plan, Point, base_recipe, labelled, plan, sides_of
@@ -37,16 +37,21 @@ from kd.study.schema import StudyRecipe
 from kd.study.table import write_table
 
 
-def run(study: StudyRecipe, words: Sequence[str]) -> int:
-    """Run a study to its table; `words` are those of the command line that Hydra's launcher is to have."""
+def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int:
+    """Run a study to its table; `words` are those of the command line that Hydra's launcher is to have.
+
+    `narrowed`: the grid is not the recipe's own, and may lack what its contrasts compare.
+    """
     console = Console(width=None if sys.stdout.isatty() else 120)
     folder = Folder(folder_of(study))
     sets = _Sets(base_recipe(study))
-    planned = plan(study, sets.hash, sets.knows_posterior)
+    planned = plan(study, sets.hash, sets.knows_posterior, narrowed)
     engine = _engines(study, sets)
     all_jobs = jobs(planned, engine)
     pending = [job for job in all_jobs if not all(folder.is_finished(point) for point in job.points)]
     console.print(_summary(planned, all_jobs, pending, folder), soft_wrap=True, highlight=False, markup=False)
+    for text in planned.left_out:
+        console.print(f"left out {text}", soft_wrap=True, highlight=False, markup=False)
     if study.dry_run:
         estimate = sum(seconds_of(job) for job in pending)
         console.print(f"about {duration(estimate)} of one core; would write {folder.path}", soft_wrap=True)
@@ -82,8 +87,6 @@ class _Sets:
     def data(self, config: DataConfig) -> Data:
         key = content_hash(asdict(config))
         if key not in self.seen:
-            from dataclasses import replace
-
             self.seen[key] = data_of(replace(self.base, data=config))
         return self.seen[key]
 
@@ -92,8 +95,7 @@ class _Sets:
 
     def knows_posterior(self, config: DataConfig) -> bool:
         """Whether p* of the training views is known: augmentation makes other views."""
-        moved = config.shift or config.noise or config.hflip
-        return self.data(config).train.posterior is not None and not moved
+        return self.data(config).train.posterior is not None and not augments(config)
 
 
 def _engines(study: StudyRecipe, sets: _Sets) -> Callable[[Point], str]:
@@ -114,9 +116,13 @@ def _engines(study: StudyRecipe, sets: _Sets) -> Callable[[Point], str]:
         known.setdefault(key, point)
         against = None if study.study.engine == "runs" else reason(role, key)
         if study.study.engine == "population" and against:
-            raise ConfigError(f"study.engine=population: cannot train a {point.role}, {against}; type study.engine=auto")
+            raise ConfigError(
+                f"study.engine=population: cannot train a {point.role}, {against}; type study.engine=auto"
+            )
         if point.control == "bayes" and (against or study.study.engine == "runs"):
-            raise ConfigError(f"study.controls: bayes needs the population engine, which cannot: {against or 'engine=runs'}")
+            raise ConfigError(
+                f"study.controls: bayes needs the population engine, which cannot: {against or 'engine=runs'}"
+            )
         return "runs" if against or study.study.engine == "runs" else "population"
 
     return engine
@@ -170,7 +176,9 @@ def _summary(planned: Plan, all_jobs: list[Job], pending: list[Job], folder: Fol
 # ---- launching
 
 
-def _launch(pending: list[Job], phase: str, folder: Folder, planned: Plan, words: Sequence[str], console: Console) -> None:
+def _launch(
+    pending: list[Job], phase: str, folder: Folder, planned: Plan, words: Sequence[str], console: Console
+) -> None:
     """Hand the jobs to Hydra's launcher and wait; where a person is looking, show how many points are written."""
     if not pending:
         return

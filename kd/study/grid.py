@@ -13,7 +13,7 @@ from typing import Any
 
 from kd import cli, methods
 from kd.recipe import ConfigError, DataConfig, Recipe, content_hash, identity
-from kd.study.schema import Sides, StudyRecipe
+from kd.study.schema import Contrast, StudyRecipe
 
 LOSS = "loss"  # the axis whose values are methods, as in `loss=NAME`
 Settings = dict[str, Any]
@@ -44,6 +44,7 @@ class Plan:
     cells: list[dict[str, Any]] = field(default_factory=list)
     controls: list[dict[str, Any]] = field(default_factory=list)
     contrasts: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # contrasts that a narrower grid has no points for
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Settings:
@@ -120,7 +121,7 @@ def expand(settings: Settings, axes: Mapping[str, Mapping[Any, Settings]]) -> Se
     for key, value in settings.items():
         if key in axes and (key == LOSS or key not in cli.settings()):
             if value not in axes[key]:
-                raise ConfigError(f"{key}={value}: must be one of {', '.join(map(str, axes[key]))}")
+                raise _NotInGrid(f"{key}={value}: must be one of {', '.join(map(str, axes[key]))}")
             found |= axes[key][value]
         else:
             _check_keys("study.contrasts", {key: value})
@@ -170,6 +171,7 @@ class Maker:
             smoothing="uniform",
             temperature=1.0,
             student_temperature=None,
+            teacher_smoothing=0.0,
             methods={},
         )
         return self._point("control", name, replace(recipe, loss=loss), None)
@@ -195,15 +197,15 @@ def _typed(base: dict[str, Any], settings: Settings) -> Recipe:
     try:
         return cli.typed(OmegaConf.merge(OmegaConf.structured(Recipe), values))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"study.grid: {cli.explain(error)}") from error
+        key = str(getattr(error, "full_key", ""))
+        raise ConfigError(cli.wrong_type(key, settings.get(key), str(error).splitlines()[0])) from error
 
 
 def _identity(role: str, control: str | None, recipe: Recipe) -> dict[str, Any]:
     """The settings that decide a network of this role."""
     values = identity(recipe)
-    sections = ["data", "optimizer", "scheduler", "train"]
-    sections += {"teacher": ["teacher"], "student": ["teacher", "student", "loss"], "control": ["student", "loss"]}[role]
-    found = {name: values[name] for name in sections}
+    own = {"teacher": ("teacher",), "student": ("teacher", "student", "loss"), "control": ("student", "loss")}[role]
+    found = {name: values[name] for name in ("data", "optimizer", "scheduler", "train", *own)}
     found.get("teacher", {}).pop("layers", None)
     if role == "teacher":
         found["data"] = {k: v for k, v in found["data"].items() if k != "omit_class"}  # which it sees all the same
@@ -214,10 +216,16 @@ def _identity(role: str, control: str | None, recipe: Recipe) -> dict[str, Any]:
 # ---- the plan
 
 
-def plan(study: StudyRecipe, data_hash: Callable[[DataConfig], str], posterior: Callable[[DataConfig], bool]) -> Plan:
-    """Spell a study out. Raises ConfigError for settings that cannot work, and for contrasts outside their axes.
+def plan(
+    study: StudyRecipe,
+    data_hash: Callable[[DataConfig], str],
+    posterior: Callable[[DataConfig], bool],
+    narrowed: bool = False,
+) -> Plan:
+    """Spell a study out. Raises ConfigError for settings that cannot work.
 
-    `posterior` says whether a data set's true posterior is known: without it the control `bayes` cannot be.
+    `posterior` says whether a data set's true posterior is known: without it the control `bayes` cannot be. A contrast
+    between points outside the grid is an error too, unless the grid is `narrowed`, another than the recipe's own.
     """
     axes = labelled(study.study.grid)
     maker = Maker(base_recipe(study), data_hash)
@@ -232,13 +240,27 @@ def plan(study: StudyRecipe, data_hash: Callable[[DataConfig], str], posterior: 
             made.cells.append({"axes": values, "seed": seed, "point": point.id})
             _add_controls(made, maker, study, axes, values, recipe, posterior)
     for contrast in study.study.contrasts:
-        sides = {"a": contrast.a, "b": contrast.b}
-        entry: dict[str, Any] = {"name": contrast.name or contrast.metric, "metric": contrast.metric}
-        entry |= _sides(made, maker, sides, axes, seeds)
-        minus = contrast.minus
-        entry["minus"] = _sides(made, maker, {"a": minus.a, "b": minus.b}, axes, seeds) if minus else None
-        made.contrasts.append(entry)
+        try:
+            made.contrasts.append(_contrast(made, maker, contrast, axes, seeds))
+        except _NotInGrid as error:
+            if not narrowed:
+                raise
+            made.left_out.append(f"{contrast.name or contrast.metric}: {error}")
     return made
+
+
+class _NotInGrid(ConfigError):
+    """A contrast asks for points that the grid does not have."""
+
+
+def _contrast(made: Plan, maker: Maker, contrast: Contrast, axes: Mapping, seeds: range) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": contrast.name or contrast.metric, "metric": contrast.metric}
+    for name, settings in (("a", contrast.a), ("b", contrast.b)):
+        entry[name] = _side(made, maker, settings, axes, seeds)
+    minus = contrast.minus
+    both = {"a": minus.a, "b": minus.b} if minus else {}
+    entry["minus"] = {name: _side(made, maker, side, axes, seeds) for name, side in both.items()} or None
+    return entry
 
 
 def _combinations(axes: Mapping[str, Mapping[Any, Settings]]) -> Iterator[tuple[Settings, Settings]]:
@@ -263,7 +285,9 @@ def _add_controls(
 ) -> None:
     for name in study.study.controls:
         if name == "bayes" and not posterior(recipe.data):
-            raise ConfigError(f"study.controls: bayes needs a data set whose posterior is known, not {recipe.data.name}")
+            raise ConfigError(
+                f"study.controls: bayes needs a data set whose posterior is known, not {recipe.data.name}"
+            )
         point = maker.control(name, recipe, study.study.control_smoothing)
         if point.id not in made.points:
             _add(made, point)
@@ -274,10 +298,6 @@ def _add_controls(
 def _matters(axis: Mapping[Any, Settings]) -> bool:
     """Whether an axis changes anything for a network without a teacher."""
     return any(not key.startswith(("teacher.", "loss.")) for settings in axis.values() for key in settings)
-
-
-def _sides(made: Plan, maker: Maker, sides: dict[str, Settings], axes: Mapping, seeds: range) -> dict[str, Any]:
-    return {name: _side(made, maker, settings, axes, seeds) for name, settings in sides.items()}
 
 
 def _side(made: Plan, maker: Maker, settings: Settings, axes: Mapping, seeds: range) -> dict[str, Any]:
@@ -296,7 +316,9 @@ def _side(made: Plan, maker: Maker, settings: Settings, axes: Mapping, seeds: ra
             point = maker.teacher(recipe) if role == "teacher" else maker.student(recipe)
         if point.id not in made.points:
             known = {**settings, **({"control": control} if control else {})}
-            raise ConfigError(f"study.contrasts: {json.dumps(known)} is not in the grid; every other setting is as in the recipe")
+            raise _NotInGrid(
+                f"study.contrasts: {json.dumps(known)} is not in the grid; every other setting is as in the recipe"
+            )
         points.append(point.id)
     shown = dict(settings) | ({"control": control} if control else {}) | ({"role": role} if role != "student" else {})
     return {"settings": shown, "points": points}

@@ -52,9 +52,7 @@ def jobs(plan: Plan, engine_of: Callable[[Point], str]) -> list[Job]:
         phase = PHASES[0] if point.role == "teacher" else PHASES[1]
         key = point.id if engine == "runs" else _shared(point)
         cohorts.setdefault((phase, engine, key), []).append(point)
-    made = [
-        _job(phase, engine, chunk) for (phase, engine, _), points in cohorts.items() for chunk in _chunks(points)
-    ]
+    made = [_job(phase, engine, chunk) for (phase, engine, _), points in cohorts.items() for chunk in _chunks(points)]
     return sorted(made, key=lambda job: PHASES.index(job.phase))
 
 

@@ -11,11 +11,15 @@ knows it, else the teacher's softmax; a teacher without p* has no nt_ metrics.
   was fitted on validation), aurc_max_probability, aurc_normalised_logits, gamma, shen_instability, cmi; nt_kl,
   nt_cosine and class_similarity_correlation to p*; for a student agreement, agreement5 and predictive_kl to its
   teacher; for penultimate features class_separation and within_total_variance
+- each split, teachers only: smoothing_estimate with smoothing_low and smoothing_high, the eps probe
+- val and test, where a class is omitted (data.omit_class): omitted_recall, omitted_recall_corrected (after the bias
+  that suits validation best) and omitted_auroc
 
 ``detail``, for figures:
 
 - reliability: {"count", "confidence", "accuracy"} of 15 bins of equal width of the top probability, on test; null in
   an empty bin
+- smoothing_doubts: why the estimate on train is not to be trusted, [] where nothing speaks against it (teachers)
 - gamma: {"temperature": [...], "gamma": [...]}, Müller's curve on the training set (teachers)
 - projection: {"classes": [i, j, k], "templates": [[x, y]] * 3, "train" and "test": {"points": [[x, y]], "labels"}},
   Müller's picture of the first three classes, at most 100 samples of each (teachers with a linear head)
@@ -70,6 +74,9 @@ def measure(role: str, own: Outputs, truth: Truth, teacher: Outputs | None = Non
     found["val"]["post_hoc_temperature"] = fitted
     detail: dict[str, Any] = {"reliability": reliability(own.logits["test"], truth.targets["test"])}
     if role == "teacher":
+        for split in SPLITS:
+            found[split] |= _probe(own.logits[split], truth.targets[split])
+        detail["smoothing_doubts"] = list(m.estimate_smoothing(own.logits["train"], truth.targets["train"]).doubts)
         values = [m.gamma(own.logits["train"], truth.targets["train"], t).item() for t in GAMMA_TEMPERATURES]
         detail["gamma"] = {"temperature": list(GAMMA_TEMPERATURES), "gamma": values}
         detail["projection"] = projection(own, truth)
@@ -90,9 +97,7 @@ def _spread(logits: Tensor, targets: Tensor) -> dict[str, Any]:
     return {name: metric(logits, targets).item() for name, metric in named.items()}
 
 
-def _held_out(
-    own: Outputs, truth: Truth, split: str, fitted: float, reference: Tensor | None
-) -> dict[str, Any]:
+def _held_out(own: Outputs, truth: Truth, split: str, fitted: float, reference: Tensor | None) -> dict[str, Any]:
     logits, targets = own.logits[split], truth.targets[split]
     found: dict[str, Any] = dict(m.classification(logits, targets)) | _spread(logits, targets)
     for metric in (m.equal_mass_ece, m.classwise_ece, m.aurc_max_probability, m.aurc_normalised_logits):
@@ -114,7 +119,8 @@ def _geometry(features: Tensor, targets: Tensor) -> dict[str, Any]:
     alive = (features != 0).any(dim=1)  # a sample whose every ReLU is off has no direction
     try:
         separation = m.class_separation(features[alive], targets[alive]).item()
-        return {"class_separation": separation, "within_total_variance": m.within_total_variance(features, targets).item()}
+        within = m.within_total_variance(features, targets).item()
+        return {"class_separation": separation, "within_total_variance": within}
     except ValueError:  # a network that collapsed to a point
         return {"class_separation": None, "within_total_variance": None}
 
@@ -139,6 +145,12 @@ def _fidelity(own: Outputs, teacher: Outputs | None, split: str) -> dict[str, An
         "agreement5": m.agreement(student, taught_by, min(5, student.shape[1])).item(),
         "predictive_kl": m.predictive_kl(taught_by, student).item(),
     }
+
+
+def _probe(logits: Tensor, targets: Tensor) -> dict[str, Any]:
+    """The eps probe; on held-out samples it is known to find more than there is."""
+    found = m.estimate_smoothing(logits, targets)
+    return {"smoothing_estimate": found.label_smoothing, "smoothing_low": found.low, "smoothing_high": found.high}
 
 
 # ---- for figures

@@ -41,7 +41,7 @@ class StudyConfig(Checked):
         "population: small networks, many at once; runs: a kd.train run each; auto: population where it can",
         among=("auto", "population", "runs"),
     )
-    grid: dict[str, Any] = setting({}, "the axes: SETTING: [values], or NAME: {label: {setting: value}}; loss: [names]")
+    grid: dict[str, Any] = setting({}, "axes: SETTING: [values], loss: [methods], or NAME: {label: {setting: value}}")
     controls: list[str] = setting(["hard"], "students without a teacher: hard, smoothed, bayes (the true posterior)")
     control_smoothing: float = setting(0.1, "label smoothing of the control `smoothed`", gt=0, lt=1)
     contrasts: list[Contrast] = setting([], "declared differences: name, metric, a, b, and minus: {a, b}")

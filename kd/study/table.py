@@ -99,9 +99,9 @@ def _add_efficiency(rows: list[dict[str, Any]]) -> None:
             controls.setdefault(_cohort(row), {})[row["control"]] = row.get(name)
     for row in rows:
         pair = controls.get(_cohort(row), {})
-        needed = (row.get(name), pair.get("hard"), pair.get("bayes"))
-        if row.get("role") == "student" and all(value is not None for value in needed):
-            value = transfer_efficiency(*needed)
+        student, hard, bayes = row.get(name), pair.get("hard"), pair.get("bayes")
+        if row.get("role") == "student" and student is not None and hard is not None and bayes is not None:
+            value = transfer_efficiency(student, hard, bayes)
             row["test.transfer_efficiency"] = value if math.isfinite(value) else None
 
 

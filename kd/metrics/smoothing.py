@@ -1,0 +1,99 @@
+"""How much label smoothing a classifier was trained with, read off its logits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kd.metrics.inputs import checked, checked_targets
+
+# From networks of 10 and 12 classes trained here with known smoothing (LOG.md, 2026-11-25).
+FEW = 100  # samples
+LEAST_ACCURACY = 0.6
+MOST_UNEVEN = 0.35
+LEAST_MASS = 0.02
+
+
+@dataclass(frozen=True)
+class SmoothingEstimate:
+    """What `estimate_smoothing` found. Masses are under the convention "uniform"."""
+
+    label_smoothing: float  # at the median gap
+    low: float  # at the gaps that a quarter of the samples exceed and fall short of:
+    high: float  # the samples themselves say low .. high, and their number does not narrow it
+    unevenness: float  # median deviation of a sample's non-target logits, over the median gap; 0 for two classes
+    accuracy: float
+    count: int  # samples classified correctly, from which all but the accuracy comes
+    doubts: tuple[str, ...]  # why not to trust it; empty: nothing was found against it
+
+    def __str__(self) -> str:
+        return f"{self.label_smoothing:.3f} (middle half of {self.count} samples {self.low:.3f} to {self.high:.3f})"
+
+
+def estimate_smoothing(logits: Tensor, targets: Tensor) -> SmoothingEstimate:
+    """The smoothing mass whose optimum has the logit gaps seen. Misleads for a network that was not trained out.
+
+    The smoothed cross entropy is least where the target's logit exceeds every other by g = log(1 + (1 - eps) K / eps)
+    (Müller et al. 2019 show such clusters), so eps = K / (e^g - 1 + K). A sample's g is its target's logit less the
+    mean of the others. Over the samples that are classified correctly the median g gives the estimate and its
+    quartiles low and high, an interval that describes the samples and is no confidence interval. The estimator is ours.
+
+    What else limits the gap looks like smoothing: too few epochs, strong weight decay, mixup, a temperature, an
+    ensemble. Held-out samples give larger masses than training ones, on which it should be called. `doubts` name what
+    can be seen from the logits: few samples, many mistakes, other classes' logits that smoothing would have made equal
+    and are not, and a mass so small that networks without smoothing have it too.
+
+    Parameters
+    ----------
+    logits : (N, K) floating point
+        Of samples the network was trained on, or like them, not augmented.
+    targets : (N,) int64
+
+    Returns
+    -------
+    SmoothingEstimate
+        Its mass is between 0 and 1; nan, with a doubt, where no sample is classified correctly.
+    """
+    z = checked("logits", logits)
+    targets = checked_targets(targets, z)
+    right = z.argmax(dim=1) == targets
+    accuracy = right.double().mean().item()
+    if not right.any():
+        return SmoothingEstimate(math.nan, math.nan, math.nan, math.nan, 0.0, 0, ("no sample is classified correctly",))
+    z, targets, classes = z[right], targets[right], z.shape[1]
+    is_target = torch.arange(classes, device=z.device) == targets.unsqueeze(1)
+    others = z[~is_target].view(len(z), classes - 1)
+    gaps = z[is_target] - others.mean(dim=1)
+    low, gap, high = gaps.quantile(gaps.new_tensor([0.25, 0.5, 0.75])).tolist()
+    spread = others.std(dim=1, correction=0).median().item()
+    mass, unevenness = _mass(gap, classes), spread / max(gap, 1e-9)  # the gap is 0 where all logits are equal
+    return SmoothingEstimate(
+        label_smoothing=mass,
+        low=_mass(high, classes),
+        high=_mass(low, classes),
+        unevenness=unevenness,
+        accuracy=accuracy,
+        count=len(z),
+        doubts=_doubts(mass, unevenness, accuracy, len(z)),
+    )
+
+
+def _mass(gap: float, classes: int) -> float:
+    return classes / (math.exp(min(gap, 700.0)) - 1 + classes)  # beyond 700 e^gap is no float64
+
+
+def _doubts(mass: float, unevenness: float, accuracy: float, count: int) -> tuple[str, ...]:
+    found = {
+        f"only {count} samples are classified correctly": count < FEW,
+        f"only {accuracy:.0%} of the samples are classified correctly: not fitted, or not like the training data": (
+            accuracy < LEAST_ACCURACY
+        ),
+        f"the other classes' logits differ by {unevenness:.2f} of the gap, which smoothing makes equal": (
+            unevenness > MOST_UNEVEN
+        ),
+        f"a mass below {LEAST_MASS} is found without smoothing too": mass < LEAST_MASS,
+    }
+    return tuple(doubt for doubt, holds in found.items() if holds)

@@ -1,0 +1,134 @@
+"""``python -m kd.probe model=NAME data=NAME``: how much label smoothing a classifier was trained with."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kd import cli
+from kd.recipe import ConfigError, Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from kd.data import Data, Split
+    from kd.metrics import SmoothingEstimate
+    from kd.models import Teacher
+
+HELP = """usage: python -m kd.probe data=NAME model=NAME [checkpoint=PATH] [split=SPLIT] [data.KEY=VALUE ...]
+
+Estimates the smoothing mass of the targets that a classifier was trained with, from its logits on up to 2,000 images,
+with the range that the middle half of them gives, and says what speaks against the estimate.
+
+  data=NAME        a data set of kd.train, whose classes are the classifier's; data.root=PATH and other settings of it
+  model=NAME       a network of timm or kd, with timm's weights unless there is a checkpoint, which may record its model
+  checkpoint=PATH  its weights
+  split=SPLIT      train (the default, and what the estimate is for), val or test
+  teacher.model_kwargs.KEY=VALUE   a further argument of timm.create_model
+
+Exit code 1 when the estimate is not to be trusted, 2 when the command line cannot work.
+
+example: python -m kd.probe data=imagenet data.root=/data/imagenet model=resnet50.tv2_in1k"""
+
+SAMPLES = 2000
+SPLITS = ("train", "val", "test")
+PLAIN, NESTED = ("data", "model", "checkpoint", "split"), ("data.", "teacher.model_kwargs.")
+
+
+def probe(teacher: Teacher, split: Split, batch_size: int, accelerator: Accelerator) -> SmoothingEstimate:
+    """The estimate from at most SAMPLES samples of a split, not augmented, always the same ones; on every process."""
+    import torch
+
+    from kd.loop import predict
+    from kd.metrics import estimate_smoothing
+
+    chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:SAMPLES]
+    some = split.subset(chosen.sort().values)
+    return estimate_smoothing(predict(teacher, some, batch_size, accelerator), some.targets)
+
+
+def describe(estimate: SmoothingEstimate, num_classes: int) -> str:
+    """The estimate in both conventions, and whether to trust it, on one line."""
+    others = estimate.label_smoothing * (num_classes - 1) / num_classes
+    doubts = f"not to be trusted: {'; '.join(estimate.doubts)}" if estimate.doubts else "nothing speaks against it"
+    return f"label_smoothing {estimate} under uniform, {others:.3f} under others; {doubts}"
+
+
+def run(given: dict[str, str], overrides: Sequence[str]) -> int:
+    """Load, estimate, print; returns the exit code."""
+    from kd.data import load_data
+    from kd.models import weights_metadata
+
+    checkpoint = given.get("checkpoint")
+    if checkpoint and not Path(checkpoint).is_file():
+        raise ConfigError(f"checkpoint={checkpoint}: no such file; give the path of a .safetensors or .pth file")
+    record = weights_metadata(checkpoint) if checkpoint else {}
+    model = given.get("model") or record.get("model")
+    if not model:
+        raise ConfigError(
+            f"model: not given{', nor recorded in checkpoint=' + checkpoint if checkpoint else ''}; type model=NAME"
+        )
+    recipe = compose(given.get("data", ""), model, checkpoint, overrides)
+    data = load_data(recipe.data, recipe.seed)
+    estimate = estimate_for(recipe, data, given.get("split", "train"))
+    known = f"{record['label_smoothing']} ({record['smoothing']})" if "label_smoothing" in record else "nothing"
+    print(f"model     {model}, {checkpoint or 'timm'}")
+    print(f"recorded  {known}")
+    print(f"estimate  {describe(estimate, data.num_classes)}")
+    return int(bool(estimate.doubts))
+
+
+def estimate_for(recipe: Recipe, data: Data, split: str) -> SmoothingEstimate:
+    """The estimate for the recipe's teacher as it is."""
+    import torch
+    from accelerate import Accelerator
+
+    from kd.models import Teacher, build
+
+    t = recipe.teacher
+    shape = {"num_classes": data.num_classes, "input_shape": data.input_shape}
+    net = build(t.model, pretrained=t.pretrained, checkpoint=t.checkpoint, model_kwargs=t.model_kwargs, **shape)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    teacher = Teacher(net).to(accelerator.device)
+    return probe(teacher, getattr(data, split).to(accelerator.device), recipe.train.batch_size, accelerator)
+
+
+def compose(data: str, model: str, checkpoint: str | None, overrides: Sequence[str]) -> Recipe:
+    """The recipe of a data set with this teacher."""
+    from omegaconf import OmegaConf
+
+    known = cli.recipe_files("data")
+    if data not in known:
+        near = difflib.get_close_matches(data, known, n=1)
+        hint = f"did you mean data={near[0]}?" if near else "there are " + ", ".join(known)
+        raise ConfigError(f"data={data}: no such data set; {hint}")
+    config = OmegaConf.merge(
+        OmegaConf.structured(Recipe),
+        OmegaConf.load(known[data]),
+        OmegaConf.from_dotlist(list(overrides)),
+        {"teacher": {"model": model, "checkpoint": checkpoint, "pretrained": checkpoint is None}},
+    )
+    return cli.typed(config)
+
+
+def main(arguments: list[str]) -> int:
+    """Read the command line and estimate."""
+    if {"-h", "--help"} & set(arguments) or not arguments:
+        print(HELP)
+        return 0
+    for word in arguments:
+        key, equals, _ = word.partition("=")
+        if not equals or not (key in PLAIN or key.startswith(NESTED)):
+            raise ConfigError(f"{word}: cannot be read; type {'=, '.join(PLAIN)}= or data.KEY=VALUE, --help says more")
+    given = dict(word.split("=", 1) for word in arguments)
+    if given.get("split", "train") not in SPLITS:
+        raise ConfigError(f"split={given['split']}: must be one of {', '.join(SPLITS)}")
+    return run(given, [word for word in arguments if word.startswith(NESTED)])
+
+
+if __name__ == "__main__":
+    with cli.one_line_errors("kd.probe"):
+        sys.exit(main(sys.argv[1:]))
