@@ -1,4 +1,4 @@
-"""Makes the folder of a study without training: numbers with known effects, laid out as the docstring of kd.study says."""
+"""Makes the folder of a study without training: numbers with known effects, laid out as kd.study says."""
 
 import itertools
 import json

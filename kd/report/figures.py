@@ -65,7 +65,10 @@ def lines(panels: Sequence[Panel], label: str, xlabel: str, ordered: bool = True
             ax.set_xlabel(xlabel)
             ax.set_title(textwrap.fill(panel.title, fits))
         if len(handles) > 1:
-            figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=6, handlelength=2.4)
+            fit = int(11 * figure.get_figwidth() / (8 + max(map(len, handles))))
+            figure.legend(
+                handles.values(), handles.keys(), loc="outside upper left", ncols=min(6, max(1, fit)), handlelength=2.4
+            )
 
     return _grid(len(panels), label, draw, share, 2 if share and len(panels) in (2, 4) else COLUMNS)
 
@@ -108,7 +111,7 @@ def heat(panels: Sequence[Heat], label: str, xlabel: str, ylabel: str, column: s
     means = [abs(p.mean) for panel in panels for p in panel.cells.values() if p.mean is not None]
     largest = max(means, default=0) or 1
     rows, columns = max(len(p.rows) for p in panels), max(len(p.columns) for p in panels)
-    names = 0.08 * min(24, max(len(row) for panel in panels for row in panel.rows))
+    names = 0.08 * min(26, max(len(row) for panel in panels for row in panel.rows))
     width = max(2.4, 0.95 * columns + 0.5 + names)
     across = max(1, min(len(panels), int(WIDTH / width)))
     down = math.ceil(len(panels) / across)
@@ -148,7 +151,7 @@ def _heat(ax: Axes, panel: Heat, largest: float, column: str) -> None:
     ax.set_xlim(-0.5, len(panel.columns) - 0.5)
     ax.set_ylim(len(panel.rows) - 0.5, -0.5)
     ax.set_xticks(range(len(panel.columns)), panel.columns)
-    ax.set_yticks(range(len(panel.rows)), [words.clean(row, 24) for row in panel.rows])
+    ax.set_yticks(range(len(panel.rows)), [textwrap.fill(row, 26) for row in panel.rows])
     ax.grid(False)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)

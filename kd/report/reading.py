@@ -23,6 +23,7 @@ CARD = {"name": str, "claim": str, "command": str, "seeds": list, "axes": dict, 
 CARD |= {"controls": list, "contrasts": list, "points": list, "data": dict, "recipe": dict, "provenance": dict}
 POINT = {"id": str, "role": str, "state": str, "seed": int, "settings": dict, "metrics": dict}
 POINT |= {"detail": dict, "provenance": dict}
+LINES = 8  # that can be told apart in one plot
 EPS, T = "teacher.label_smoothing", "loss.temperature"
 BY_SEED = dict[int, str]  # a point for each seed
 Key = tuple[Any, ...]  # a value of each axis
@@ -83,26 +84,27 @@ class Study:
     @cached_property
     def teachers(self) -> tuple[list[str], dict[Key, BY_SEED]]:
         """The axes that tell teachers apart, and the teachers by their values on them."""
-        taught: dict[str, list[dict[str, Any]]] = {}
-        for cell in self.card["cells"]:
-            point = self.points.get(cell["point"])
-            if point and point["teacher"]:
-                taught.setdefault(point["teacher"], []).append(cell["axes"])
-        found = {i: point for i, point in self.points.items() if point and point["role"] == "teacher"}
-        placed = {i: {axis: self._place(i, axis, taught.get(i, [])) for axis in self.varying} for i in found}
-        axes = [axis for axis in self.varying if all(len(place[axis]) == 1 for place in placed.values())]
+        found = {i: p for i, p in self.points.items() if p and p["role"] == "teacher"}
+        places = {
+            axis: {i: self._place(point["settings"], axis) for i, point in found.items()} for axis in self.varying
+        }
+        axes = [axis for axis, values in places.items() if all(place is not None for place in values.values())]
         groups: dict[Key, BY_SEED] = {}
-        for i in sorted(placed, key=lambda i: [_order(self.axes[axis], next(iter(placed[i][axis]))) for axis in axes]):
-            key = tuple(next(iter(placed[i][axis])) for axis in axes)
-            groups.setdefault(key, {})[found[i]["seed"]] = i  # type: ignore[index]
+        for i in sorted(found, key=lambda i: [places[axis][i] for axis in axes]):
+            key = tuple(self.axes[axis][places[axis][i]] for axis in axes)  # type: ignore[index]
+            groups.setdefault(key, {})[found[i]["seed"]] = i
         return axes, groups
 
-    def _place(self, teacher: str, axis: str, taught: list[dict[str, Any]]) -> set[Any]:
-        """The values of an axis that a teacher has: one where the axis is about teachers."""
-        settings = (self.points[teacher] or {})["settings"]
+    def _place(self, settings: Mapping[str, Any], axis: str) -> int | None:
+        """The place along an axis of the teacher with these settings; None where the axis is not about teachers."""
+        values = self.axes[axis]
         if axis in settings:
-            return {hashable(settings[axis])}
-        return {hashable(axes[axis]) for axes in taught if axis in axes}
+            value = hashable(settings[axis])
+            return values.index(value) if value in values else None
+        labels = self.card["labels"].get(axis, {})  # its keys are text, as in every JSON object
+        about = [{k: v for k, v in labels.get(str(value), {}).items() if k in settings} for value in values]
+        fits = [(len(own), -i) for i, own in enumerate(about) if all(settings[k] == v for k, v in own.items())]
+        return -max(fits)[1] if fits and any(about) else None  # the label that says most of what is so
 
     def group(self, chosen: Mapping[str, Any]) -> Iterator[tuple[Key, BY_SEED]]:
         """Groups of students whose axes have the given values."""
@@ -125,12 +127,15 @@ class Study:
 
     @cached_property
     def facets(self) -> Facets:
-        """How the grid is drawn: the teacher's smoothing along x and the temperature as lines, where they are axes."""
+        """How the grid is drawn: the teacher's smoothing along x and the temperature as lines, where they are axes.
+
+        Without a temperature, lines are what a student is taught with; what changes the teachers makes panels.
+        """
         left = sorted(self.varying, key=lambda axis: (axis != EPS, not self.ordered(axis)))
         x = left[0] if left else None
-        left = sorted(left[1:], key=lambda axis: (axis != T, not self.ordered(axis)))
-        fits = left and (left[0] == T or self.ordered(left[0]) or len(self.axes[left[0]]) <= 6)
-        line = left[0] if fits else None
+        teachers = self.teachers[0]
+        left = sorted(left[1:], key=lambda axis: (axis != T, axis in teachers, not self.ordered(axis)))
+        line = left[0] if left and len(self.axes[left[0]]) <= LINES else None
         rest = [axis for axis in self.varying if axis not in (x, line)]
         return Facets(x, line, tuple(rest))
 
@@ -157,10 +162,6 @@ class Study:
 def hashable(value: Any) -> Any:
     """A value of an axis that can be looked up."""
     return json.dumps(value, sort_keys=True) if isinstance(value, list | dict) else value
-
-
-def _order(values: list[Any], value: Any) -> int:
-    return values.index(value) if value in values else len(values)
 
 
 def read(folder: Path) -> Study:

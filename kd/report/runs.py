@@ -24,7 +24,7 @@ def overview(study: Study) -> Section:
     card, states = study.card, study.states()
     facts = [("points", _progress(study)), ("seeds", f"{len(card['seeds'])}; everything is paired by seed")]
     for axis in study.axes:
-        facts.append((words.axis(axis), ", ".join(words.choice(axis, value) for value in study.axes[axis])))
+        facts.append((words.axis(axis), " · ".join(words.choice(axis, value) for value in study.axes[axis])))
     kinds = dict.fromkeys(control["control"] for control in card["controls"])
     facts.append(("controls", ", ".join(kind(each) for each in kinds) or "none"))
     for data in card["data"].values():
