@@ -22,11 +22,11 @@ class Maker:
     """A study of teachers over eps, students over eps x `axes`, two controls, `seeds` seeds.
 
     A student's accuracy is 0.6 + effect(axes) + noise of the seed, so that paired differences are known up to `jitter`.
-    `text` stands wherever a study has text of its own.
+    `text` stands wherever a study has text of its own. `few` leaves out the metrics and details that make drawings.
     """
 
-    def __init__(self, folder: Path, axes=None, seeds=5, effect=lambda axes: 0.0, jitter=0.002, text=None):
-        self.folder, self.effect, self.jitter = folder, effect, jitter
+    def __init__(self, folder: Path, axes=None, seeds=5, effect=lambda axes: 0.0, jitter=0.002, text=None, few=False):
+        self.folder, self.effect, self.jitter, self.few = folder, effect, jitter, few
         self.axes = {EPS: [0.0, 0.1, 0.4], T: [1.0, 4.0]} if axes is None else axes
         self.seeds = list(range(seeds))
         self.text = (lambda name: name) if text is None else text
@@ -38,6 +38,7 @@ class Maker:
         name = f"{len(self.points):012x}"
         test = {"top1": accuracy, "nll": 1.0 - accuracy, "ece": 0.1, "ece_scaled": 0.02, "predictive_kl": 0.3}
         test |= {"nt_kl": 0.5, "nt_cosine": 0.4, "agreement": 0.7, "gamma": 0.4, "brier": None}
+        test = {key: test[key] for key in ("top1", "nll")} if self.few else test
         self.points[name] = {
             "schema": 1,
             "id": name,
@@ -59,6 +60,8 @@ class Maker:
         return name
 
     def _detail(self, role):
+        if self.few:
+            return {}
         bins = {"count": [10, 0, 30], "confidence": [0.2, None, 0.9], "accuracy": [0.3, None, 0.8]}
         if role != "teacher":
             return {"reliability": bins}
