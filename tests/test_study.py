@@ -179,7 +179,7 @@ def test_dry_run_counts_and_writes_nothing(kd_study, tmp_path):
         (["study.controls=[bayes]"], "bayes needs a data set whose posterior is known, not digits"),
         (["study.controls=[soft]"], "must be some of hard, smoothed, bayes"),
         (["+study.contrasts.0.a.seed=1"], "seed is no axis; type study.seeds=N"),
-        (["optimizer.name=lamb", "study.engine=population"], "study.engine=population: cannot train a student, optimizer.name=lamb"),
+        (["optimizer.name=lamb", "study.engine=population"], "population: cannot train a student, optimizer.name=lamb"),
         (["name=../up"], "name='../up': must be a plain folder name"),
         (["-m", "seed=1,2"], "-m: a study is many runs by itself"),
         (["student.model=mlp_tiny,mlp_huge", "study.contrasts=[]"], "student.model=mlp_huge"),

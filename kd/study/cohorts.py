@@ -77,7 +77,6 @@ def augments(config: DataConfig) -> bool:
     return bool(config.shift or config.noise or config.hflip or config.family in STREAMED)
 
 
-
 _KEPT: dict[str, Data] = {}
 
 

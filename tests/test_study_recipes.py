@@ -1,0 +1,66 @@
+"""Every study: a claim on top, a name that is its file's, contrasts inside its grid, and, made tiny, a run."""
+
+import re
+
+import pytest
+
+from kd import cli
+from kd.study import load
+
+STUDIES = cli.recipe_files("studies")
+HEADER = ("claim", "paper", "command", "time", "hardware", "expected")
+SHORT = ["study.seeds=1", "teacher.epochs=1", "student.epochs=1", "scheduler.warmup_epochs=0", "data.train_size=300"]
+
+# How to run each in seconds; the points that it then has. A new study must say so here.
+TINY = {
+    "mnist1d_grid": ([*SHORT, "loss.temperature=1,4", "teacher.label_smoothing=0,.4"], 16),
+    "mixture_bayes": ([*SHORT, "points=600", "teacher.label_smoothing=0,.4"], 17),
+    "omitted_class": ([*SHORT, "teacher.label_smoothing=0,.4"], 7),
+    "label_noise": ([*SHORT, "teacher.label_smoothing=0,.4", "data.label_noise=.3"], 8),
+    "digits_reversal": ([*SHORT, "set=digits", "teacher.label_smoothing=0,.4"], 8),
+    "remedies": ([*SHORT, "taught=KD T 4,DIST T 1,unsmoothed T 4"], 9),
+    "imagenet_r50_r18": None,  # its data is not here
+}
+
+
+def test_every_study_has_a_tiny_form():
+    assert set(TINY) == set(STUDIES)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_opens_with_its_claim_and_carries_its_files_name(name, kd_study):
+    top = STUDIES[name].read_text().split("defaults:")[0]
+    assert top.startswith("# @package _global_\n")
+    for word in HEADER:
+        assert re.search(rf"^# {word}:\s+\S", top, re.MULTILINE), f"{name}: no {word}"
+    assert f"python -m kd.study recipe=studies/{name}" in top
+    shown = kd_study("--cfg", "job", recipe=f"studies/{name}").out
+    assert f"\nname: {name}\n" in f"\n{shown}"
+    assert cli.claim(STUDIES[name]).rstrip(".") in re.sub(r"\s+", " ", shown)
+
+
+@pytest.mark.parametrize("name", [name for name, tiny in TINY.items() if tiny])
+def test_a_tiny_study_runs_to_its_table(name, kd_study):
+    words, points = TINY[name]
+    done = kd_study(*words, recipe=f"studies/{name}")
+    assert done.code == 0, done.err
+    table = load(f"checkpoints/studies/{name}")
+    assert len(table) == points
+    assert (table["state"] == "finished").all()
+
+
+@pytest.mark.parametrize("name", [name for name, tiny in TINY.items() if tiny])
+def test_all_contrasts_are_inside_the_grid(name, kd_study, monkeypatch):
+    """A recipe's own grid is complete; planning says otherwise before anything runs. No data set is generated twice."""
+    from kd.study import driver
+
+    monkeypatch.setattr(driver, "seconds_of", lambda job: 0.0)
+    done = kd_study("dry_run=true", "study.seeds=1", recipe=f"studies/{name}")
+    assert done.code == 0, done.err
+    assert "left out" not in done.out
+
+
+def test_the_published_grid_needs_its_data(kd_study):
+    done = kd_study("data.root=nowhere", recipe="studies/imagenet_r50_r18")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "data.root=nowhere" in done.err
