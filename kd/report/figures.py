@@ -43,45 +43,63 @@ class Panel:
     percent: bool = False
 
 
-def _grid(n: int, label: str, draw: Callable[[Any, list[Axes], int], None], share: bool, columns: int = COLUMNS) -> str:
+def _grid(
+    n: int,
+    label: str,
+    draw: Callable[[list[Axes], int], dict[str, Any]],
+    share: bool = False,
+    columns: int = COLUMNS,
+    legend: Sequence[str] = (),
+) -> str:
+    """n panels in rows; `draw` fills them, given how many characters fit, and returns what the legend has by name."""
     columns = min(n, columns)
     rows = math.ceil(n / columns)
     width = min(4.6, WIDTH / columns)
-    with drawn(width * columns, max(2.3, 0.58 * width) * rows + 0.45) as figure:
+    beside = max(1, min(6, int(12.5 * width * columns / (8 + max(map(len, legend), default=0)))))
+    above = 0.22 * math.ceil(len(legend) / beside) + 0.2
+    with drawn(width * columns, max(2.3, 0.58 * width) * rows + above) as figure:
         axes = figure.subplots(rows, columns, sharey=share, squeeze=False).ravel().tolist()
         for spare in axes[n:]:
             spare.set_visible(False)
-        draw(figure, axes[:n], int(11 * width))  # so many characters are as long as a panel is wide
+        handles = draw(axes[:n], int(11 * width))
+        if len(handles) > 1:
+            figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=beside, markerscale=1.2)
         return finish(figure, label)
 
 
-def lines(panels: Sequence[Panel], label: str, xlabel: str, ordered: bool = True, share: bool = False) -> str:
+def lines(
+    panels: Sequence[Panel], label: str, xlabel: str, ordered: bool = True, share: bool = False, large: bool = False
+) -> str:
     """Small multiples: the mean over seeds along x, with a band of one standard deviation to each side."""
 
-    def draw(figure: Any, axes: list[Axes], fits: int) -> None:
+    def draw(axes: list[Axes], fits: int) -> dict[str, Any]:
         handles: dict[str, Any] = {}
         for ax, panel in zip(axes, panels, strict=True):
             _lines(ax, panel, ordered, handles)
             ax.set_xlabel(xlabel)
             ax.set_title(textwrap.fill(panel.title, fits))
-        if len(handles) > 1:
-            fit = int(11 * figure.get_figwidth() / (8 + max(map(len, handles))))
-            figure.legend(
-                handles.values(), handles.keys(), loc="outside upper left", ncols=min(6, max(1, fit)), handlelength=2.4
-            )
+        return handles
 
-    return _grid(len(panels), label, draw, share, 2 if share and len(panels) in (2, 4) else COLUMNS)
+    names = {line.label for panel in panels for line in panel.lines}
+    names |= {_control(kind) for panel in panels for kind in panel.controls}
+    columns = 2 if large and len(panels) in (2, 4) else COLUMNS
+    return _grid(len(panels), label, draw, share, columns, sorted(names))
+
+
+def _control(kind: str) -> str:
+    return CONTROLS.get(kind, words.clean(kind))
 
 
 def _lines(ax: Axes, panel: Panel, ordered: bool, handles: dict[str, Any]) -> None:
     scale = 100 if panel.percent else 1
+    alpha = 0.14 if len(panel.lines) <= 4 else 0.06
     for i, line in enumerate(panel.lines):
         colour = step(i, len(panel.lines)) if ordered else category(i)
         places = [place for place in range(len(panel.ticks)) if len(line.values.get(place, ()))]
         values = [scale * np.asarray(line.values[place]) for place in places]
         mean = np.array([v.mean() for v in values])
         sd = np.array([v.std(ddof=1) if len(v) > 1 else 0.0 for v in values])
-        ax.fill_between(places, mean - sd, mean + sd, color=colour, alpha=0.14, linewidth=0)
+        ax.fill_between(places, mean - sd, mean + sd, color=colour, alpha=alpha, linewidth=0)
         (drawn_line,) = ax.plot(
             places, mean, color=colour, marker=MARKERS[i % len(MARKERS)], markeredgecolor=PAGE, markeredgewidth=0.7
         )
@@ -90,7 +108,7 @@ def _lines(ax: Axes, panel: Panel, ordered: bool, handles: dict[str, Any]) -> No
         if len(values):
             height = scale * float(np.mean(values))
             style = DASHES.get(kind, "-.")
-            handles.setdefault(CONTROLS.get(kind, words.clean(kind)), ax.axhline(height, color=INK, ls=style, lw=1.2))
+            handles.setdefault(_control(kind), ax.axhline(height, color=INK, ls=style, lw=1.2))
     ax.set_ylabel(panel.ylabel)
     ax.set_xticks(range(len(panel.ticks)), [words.clean(tick, 14) for tick in panel.ticks])
     ax.margins(x=0.06)
@@ -138,7 +156,7 @@ def _heat(ax: Axes, panel: Heat, largest: float, column: str) -> None:
         clear = found.t_interval is not None and not found.t_interval[0] <= 0 <= found.t_interval[1]
         ax.text(
             col,
-            row - 0.12,
+            row - 0.12 if found.t_interval else row,
             words.difference(found.mean, column),
             ha="center",
             va="center",
@@ -211,7 +229,7 @@ class Bins:
 def reliability(panels: Sequence[Bins], label: str) -> str:
     """Accuracy of each bin of confidence; on the diagonal a network is calibrated, below it overconfident."""
 
-    def draw(_: Any, axes: list[Axes], fits: int) -> None:
+    def draw(axes: list[Axes], fits: int) -> dict[str, Any]:
         for ax, panel in zip(axes, panels, strict=True):
             full = panel.count > 0
             share = panel.count / max(1, panel.count.sum())
@@ -224,6 +242,7 @@ def reliability(panels: Sequence[Bins], label: str) -> str:
             ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", title=textwrap.fill(panel.title, fits))
             ax.set_aspect("equal")
         axes[0].set_ylabel("accuracy; share of samples")
+        return {}
 
     return _grid(len(panels), label, draw, share=True, columns=5)
 
@@ -264,20 +283,18 @@ class Projection:
 def projections(panels: Sequence[Projection], names: Mapping[int, str], label: str, columns: int) -> str:
     """Penultimate features on the plane through the templates of three classes."""
 
-    def draw(figure: Any, axes: list[Axes], fits: int) -> None:
-        handles: list[Any] = []
+    def draw(axes: list[Axes], fits: int) -> dict[str, Any]:
+        handles: dict[str, Any] = {}
         for ax, panel in zip(axes, panels, strict=True):
-            handles = []
-            for i, which in enumerate(names):
+            for i, (which, name) in enumerate(names.items()):
                 own = panel.points[panel.classes == which]
-                handles += ax.plot(
-                    own[:, 0], own[:, 1], ls="", marker=MARKERS[i], ms=2.8, mew=0, alpha=0.6, color=category(i)
-                )
+                style = {"marker": MARKERS[i], "color": category(i), "ls": "", "ms": 2.8, "mew": 0, "alpha": 0.6}
+                (handles[f"class {name}"],) = ax.plot(own[:, 0], own[:, 1], **style)
             ax.set_title(textwrap.fill(panel.title, fits))
             ax.set_xticks([])
             ax.set_yticks([])
             ax.set_aspect("equal", adjustable="datalim")
             ax.spines[:].set_visible(True)
-        figure.legend(handles, names.values(), loc="outside upper left", ncols=3, markerscale=2, handletextpad=0.2)
+        return handles
 
-    return _grid(len(panels), label, draw, share=False, columns=columns)
+    return _grid(len(panels), label, draw, columns=columns, legend=[f"class {name}" for name in names.values()])

@@ -93,7 +93,10 @@ def _against(study: Study, column: str) -> list[Block]:
     if len(chosen) > MOST:
         caption += f" The first {MOST} of {len(chosen)} panels."
     ordered = facets.line is None or study.ordered(facets.line)
-    svg = figures.lines(panels, heading, words.axis(facets.x), ordered, share=True)
+    same = not set(facets.rest) & set(study.teachers[0])  # other teachers are mostly other data
+    if not same:
+        caption += " Each panel has its own scale."
+    svg = figures.lines(panels, heading, words.axis(facets.x), ordered, same, large=True)
     return [Figure(f"against-{column}", heading, svg, caption)]
 
 

@@ -127,7 +127,7 @@ def difference(value: float | None, column: str) -> str:
     """A difference of two values of a metric with its sign, in points where the metric is in percent."""
     digits, scaled = (2, 100) if metric(column).percent else (3, 1)
     if value and abs(scaled * value) < 0.5 * 10**-digits:
-        return f"{scaled * value:+.0e}".replace("-", MINUS)  # not 0, which only 0 is
+        return f"{scaled * value:+.1g}".replace("-", MINUS)  # not 0, which only 0 is
     return shown(value, column, digits, sign=True)
 
 
