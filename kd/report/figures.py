@@ -114,6 +114,36 @@ def _lines(ax: Axes, panel: Panel, ordered: bool, handles: dict[str, Any]) -> No
     ax.margins(x=0.06)
 
 
+def dots(panels: Sequence[Panel], label: str, ordered: bool) -> str:
+    """Many places as rows: the mean over seeds of each line with a bar of one standard deviation to each side."""
+    rows = max(len(panel.ticks) for panel in panels)
+    names = [line.label for line in panels[0].lines]
+    with drawn(min(WIDTH, 4 + 4.5 * len(panels)), 0.3 * rows + 0.9) as figure:
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False).ravel().tolist()
+        handles: dict[str, Any] = {}
+        for ax, panel in zip(axes, panels, strict=True):
+            scale = 100 if panel.percent else 1
+            for i, line in enumerate(panel.lines):
+                colour = step(i, len(names)) if ordered else category(i)
+                shift = 0.4 * (i - (len(names) - 1) / 2) / len(names)
+                for place, values in line.values.items():
+                    if not len(values):
+                        continue
+                    mean, sd = scale * np.mean(values), scale * np.std(values, ddof=min(1, len(values) - 1))
+                    ax.plot([mean - sd, mean + sd], [place + shift] * 2, color=colour, lw=1.4, alpha=0.5)
+                    style = {"marker": MARKERS[i % len(MARKERS)], "mec": PAGE, "mew": 0.7, "ls": ""}
+                    (handles[line.label],) = ax.plot(mean, place + shift, color=colour, **style)
+            for kind, values in panel.controls.items():
+                if len(values):
+                    height = scale * float(np.mean(values))
+                    handles[_control(kind)] = ax.axvline(height, color=INK, ls=DASHES.get(kind, "-."), lw=1.2)
+            ax.set(title=panel.title, xlabel=panels[0].ylabel, ylim=(rows - 0.4, -0.6))
+            ax.set_yticks(range(len(panel.ticks)), panel.ticks)
+            ax.grid(True, axis="x")
+        figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=4)
+        return finish(figure, label)
+
+
 @dataclass
 class Heat:
     """Differences to a baseline: rows by columns, each the differences by seed."""

@@ -33,12 +33,14 @@ Key = tuple[Any, ...]  # a value of each axis
 class Facets:
     """Which axis is drawn how: along x, as lines, and the rest as one panel for each combination.
 
-    `x` is None where no axis has several values.
+    `x` is None where no axis has several values. An axis with too many values for lines makes rows instead: `rows`,
+    which is one of `rest`.
     """
 
     x: str | None
     line: str | None
     rest: tuple[str, ...]
+    rows: str | None
 
 
 class Study:
@@ -137,7 +139,7 @@ class Study:
         left = sorted(left[1:], key=lambda axis: (axis != T, axis in teachers, not self.ordered(axis)))
         line = left[0] if left and len(self.axes[left[0]]) <= LINES else None
         rest = [axis for axis in self.varying if axis not in (x, line)]
-        return Facets(x, line, tuple(rest))
+        return Facets(x, line, tuple(rest), left[0] if left and line is None else None)
 
     def differences(self, contrast: Mapping[str, Any]) -> dict[int, float]:
         """a - b by seed, less minus.a - minus.b where there is one, for the seeds that have all of it."""

@@ -44,10 +44,8 @@ def title(chosen: Mapping[str, Any]) -> str:
     return ", ".join(words.setting(axis, value) for axis, value in chosen.items())
 
 
-def lines_of(study: Study, column: str, chosen: Chosen) -> list[Line]:
-    """The values of a metric over seeds, along x, a line for each value of the facets' line."""
-    x, line = study.facets.x, study.facets.line
-    assert x is not None
+def lines_of(study: Study, column: str, chosen: Chosen, x: str, line: str | None) -> list[Line]:
+    """The values of a metric over seeds, along an axis, a line for each value of another."""
     found = []
     for value in study.axes[line] if line else [None]:
         at = chosen | ({line: value} if line else {})
@@ -59,10 +57,8 @@ def lines_of(study: Study, column: str, chosen: Chosen) -> list[Line]:
     return found
 
 
-def panel(study: Study, column: str, chosen: Chosen, heading: str) -> Panel:
+def panel(study: Study, column: str, chosen: Chosen, heading: str, x: str, line: str | None) -> Panel:
     """One plot of a metric, with the controls that do not change along it."""
-    x = study.facets.x
-    assert x is not None
     varies = {axis for control in study.card["controls"] for axis in control["axes"]} - chosen.keys()
     controls = {}
     if not varies & set(study.varying):
@@ -71,15 +67,16 @@ def panel(study: Study, column: str, chosen: Chosen, heading: str) -> Panel:
     about = words.metric(column)
     ticks = [words.choice(x, value) for value in study.axes[x]]
     ylabel = f"{about.label}{', %' if about.percent else ''}"
-    return Panel(heading, ticks, lines_of(study, column, chosen), controls, ylabel, about.percent)
+    return Panel(heading, ticks, lines_of(study, column, chosen, x, line), controls, ylabel, about.percent)
 
 
 def _against(study: Study, column: str) -> list[Block]:
     facets, about = study.facets, words.metric(column)
     if facets.x is None:
         return [Text(f"No drawing of {about.label}: the grid has one cell.")]
-    chosen = combinations(study, facets.rest)
-    panels = [panel(study, column, each, title(each)) for each in chosen[:MOST]]
+    x, line = (facets.rows, facets.x) if facets.rows else (facets.x, facets.line)
+    chosen = combinations(study, [axis for axis in facets.rest if axis != facets.rows])
+    panels = [panel(study, column, each, title(each), x, line) for each in chosen[:MOST]]
     for each in panels[1:]:
         each.ylabel = ""
     heading = f"{about.label[0].upper()}{about.label[1:]} against {words.axis(facets.x)}{warning(study, column)}"
@@ -92,11 +89,15 @@ def _against(study: Study, column: str) -> list[Block]:
         caption = "One seed: no band."
     if len(chosen) > MOST:
         caption += f" The first {MOST} of {len(chosen)} panels."
-    ordered = facets.line is None or study.ordered(facets.line)
+    ordered = line is None or study.ordered(line)
     same = not set(facets.rest) & set(study.teachers[0])  # other teachers are mostly other data
     if not same:
         caption += " Each panel has its own scale."
-    svg = figures.lines(panels, heading, words.axis(facets.x), ordered, same, large=True)
+    if facets.rows:
+        caption = caption.replace("bands", "bars").replace("Horizontal", "Vertical")
+        svg = figures.dots(panels, heading, ordered)
+    else:
+        svg = figures.lines(panels, heading, words.axis(x), ordered, same, large=True)
     return [Figure(f"against-{column}", heading, svg, caption)]
 
 
@@ -111,7 +112,7 @@ def _interaction(study: Study, column: str) -> list[Block]:
     facets, about = study.facets, words.metric(column)
     if facets.x is None:
         return []
-    rows_axis = facets.line or (facets.rest[0] if facets.rest else None)
+    rows_axis = facets.line or facets.rows
     if rows_axis is None:
         return [Text(f"No picture of an interaction: {words.axis(facets.x)} is the only axis.")]
     base = baseline(study)
@@ -178,21 +179,22 @@ def typical(study: Study) -> Chosen:
 def metric_figure(study: Study, names: Iterable[str], name: str, heading: str, split: str = "test") -> list[Block]:
     """Small multiples of several metrics of students at one combination of the other axes; none without x or values."""
     chosen, panels, drawn = typical(study), [], []
-    if study.facets.x is None:
+    x, line = study.facets.x, study.facets.line
+    if x is None:
         return [Text(f"{heading}: not drawn, the grid has one cell.")]
     for each in names:
         column = f"{split}.{each}"
-        if any(line.values for line in map(_known, lines_of(study, column, chosen) if column in study.columns else [])):
+        made = panel(study, column, chosen, heading_of(study, column), x, line)
+        if any(values for each in made.lines for values in each.values.values()):
             drawn.append(column)
-            panels.append(panel(study, column, chosen, heading_of(study, column)))
+            panels.append(made)
     if not panels:
         return [Text(f"{heading}: not drawn, no student has these metrics.")]
     for each in panels:
         each.ylabel = ""
     caption = f"Students{f' at {title(chosen)}' if chosen else ''}: mean over seeds, ± one standard deviation."
     caption += reasons(study, drawn)
-    ordered = study.facets.line is None or study.ordered(study.facets.line)
-    svg = figures.lines(panels, heading, words.axis(study.facets.x), ordered)
+    svg = figures.lines(panels, heading, words.axis(x), line is None or study.ordered(line))
     return [Figure(name, heading, svg, caption)]
 
 
@@ -211,10 +213,6 @@ def reasons(study: Study, columns: Iterable[str]) -> str:
         if name in study.misleading
     ]
     return f" ⚠ Misleading alone: {'; '.join(known)}." if known else ""
-
-
-def _known(line: Line) -> Line:
-    return Line(line.label, {place: values for place, values in line.values.items() if values})
 
 
 def dark_knowledge(study: Study) -> list[Block]:
