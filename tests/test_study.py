@@ -157,6 +157,35 @@ def test_students_of_a_teacher_that_diverged_fail_with_its_name(kd_study):
         assert student["error"].startswith(f"its teacher {student['teacher_point']} failed: diverged")
 
 
+def test_both_engines_make_the_same_points(kd_study):
+    """Through kd.train's own loop, each alone, with the fused loss: the same names, and the same figures to 1e-4."""
+    words = ["study.seeds=1", "loss.temperature=4", "study.contrasts=[]"]
+    assert kd_study(*words, "output=one").code == 0
+    done = kd_study(*words, "output=many", "study.engine=runs")
+    assert done.code == 0, done.err
+    one, many = (load(f"{output}/studies/tiny").set_index("point") for output in ("one", "many"))
+    assert list(one.index) == list(many.index)
+    assert len(one) == 8
+    for metric in ("train.nll", "val.nll", "test.nll", "test.brier", "test.nt_kl", "test.predictive_kl"):
+        np.testing.assert_allclose(many[metric].astype(float), one[metric].astype(float), atol=1e-4)
+    assert (one["test.top1"] - many["test.top1"]).abs().max() < 0.01
+
+
+def test_what_a_population_cannot_do_runs_alone_with_the_same_teacher(kd_study):
+    done = kd_study("study.seeds=1", "loss=kd,rkd", "loss.temperature=1", "study.controls=[]", "study.contrasts=[]")
+    assert done.code == 0, done.err
+    assert "(population, runs)" in done.out
+    table = load(STUDY)
+    assert table["role"].value_counts().to_dict() == {"teacher": 2, "student": 4}
+    points = [Folder(STUDY).found(identifier) for identifier in table["point"]]
+    assert [p["provenance"]["engine"] for p in points if p["role"] == "teacher"] == ["population"] * 2
+    alone = [p for p in points if p["provenance"]["engine"] == "runs"]
+    assert len(alone) == 2
+    assert all("rkd" in p["settings"]["loss.methods"] for p in alone)
+    nll = {p["id"]: p["metrics"]["test"]["nll"] for p in points}
+    assert len(set(nll.values())) == len(nll)
+
+
 def test_dry_run_counts_and_writes_nothing(kd_study, tmp_path):
     done = kd_study("dry_run=true", "study.seeds=7")
     assert done.code == 0

@@ -105,11 +105,11 @@ def with_axes(config: Any, axes: dict[str, list[str]], words: list[str]) -> tupl
     return config, bool(axes or fixed)
 
 
-def main(words: list[str]) -> int:
-    """Compose the study that the command line names and run it."""
-    if {"-h", "--help"} & set(words):
-        print(help_text())
-        return 0
+def compose(words: list[str]) -> tuple[StudyRecipe, list[str], bool] | None:
+    """The study that a command line names, the words for the launcher, and whether the grid is not the recipe's own.
+
+    None where Hydra has printed what was asked for, as with --cfg. Raises ConfigError, or what Hydra raises.
+    """
     words = cli.own_methods(words)
     cli.check_words(words)
     composed, axes, launched = split_words(words)
@@ -120,21 +120,25 @@ def main(words: list[str]) -> int:
     before = sys.argv
     try:
         sys.argv = [before[0], *composed, *launched]
-
-        @hydra.main(config_path=None, config_name="kd")
-        def compose(config: Any) -> None:
-            found.append(config)
-
-        compose()
+        hydra.main(config_path=None, config_name="kd")(found.append)()
     finally:
         sys.argv = before
-    if not found:  # --cfg and the like: printed
-        return 0
+    if not found:
+        return None
     config, narrowed = with_axes(found[0], axes, composed)
-    study = cli.typed(config, StudyRecipe)
+    return cli.typed(config, StudyRecipe), launched, narrowed
+
+
+def main(words: list[str]) -> int:
+    """Compose the study that the command line names and run it."""
+    if {"-h", "--help"} & set(words):
+        print(help_text())
+        return 0
+    if (composed := compose(words)) is None:
+        return 0
     from kd.study import driver  # not before: a wrong command line must not wait for torch
 
-    return driver.run(study, launched, narrowed)
+    return driver.run(*composed)
 
 
 if __name__ == "__main__":

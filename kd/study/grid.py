@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from kd import cli, methods
-from kd.recipe import ConfigError, DataConfig, Recipe, content_hash, identity
+from kd.recipe import ConfigError, DataConfig, LossConfig, Recipe, content_hash, identity
 from kd.study.schema import Contrast, StudyRecipe
 
 LOSS = "loss"  # the axis whose values are methods, as in `loss=NAME`
@@ -68,7 +68,7 @@ def labelled(grid: Mapping[str, Any]) -> dict[str, dict[Any, Settings]]:
     """Each axis with its values, and the settings that each value stands for. Raises ConfigError."""
     known = cli.settings()
     found: dict[str, dict[Any, Settings]] = {}
-    for axis, values in grid.items():
+    for axis, values in sorted(grid.items(), key=lambda item: item[0] != LOSS):  # as on a command line, it gives way
         at = f"study.grid.{axis}"
         if isinstance(values, Mapping):
             if axis in known or axis == LOSS:
@@ -156,8 +156,7 @@ class Maker:
         loss = recipe.loss
         if loss.kd_weight == 0 and not loss.methods:
             raise ConfigError("loss.kd_weight=0: is the control `hard`, not a point of the grid; must be > 0 in it")
-        if loss.student_temperature == loss.temperature:
-            recipe = replace(recipe, loss=replace(loss, student_temperature=None))
+        recipe = replace(recipe, loss=_canonical(loss))
         return self._point("student", None, recipe, self.teacher(recipe).id)
 
     def control(self, name: str, recipe: Recipe, label_smoothing: float) -> Point:
@@ -180,6 +179,15 @@ class Maker:
         data_hash = self.data_hash(recipe.data)
         identifier = content_hash([role, control, _identity(role, control, recipe), data_hash])
         return Point(identifier, role, control, recipe, teacher, data_hash)
+
+
+def _canonical(loss: LossConfig) -> LossConfig:
+    """The same loss, with what makes no difference to it at its plainest."""
+    if loss.student_temperature == loss.temperature:
+        loss = replace(loss, student_temperature=None)
+    if loss.kd_weight == 0:
+        loss = replace(loss, temperature=1.0, student_temperature=None, teacher_smoothing=0.0)
+    return replace(loss, label_smoothing=0.0, smoothing="uniform") if loss.ce_weight == 0 else loss
 
 
 def _typed(base: dict[str, Any], settings: Settings) -> Recipe:
