@@ -36,9 +36,12 @@ class Maker:
 
     def point(self, role, seed, settings, accuracy, teacher=None, control=None):
         name = f"{len(self.points):012x}"
+        eps = settings.get(EPS, 0.0)
         test = {"top1": accuracy, "nll": 1.0 - accuracy, "ece": 0.1, "ece_scaled": 0.02, "predictive_kl": 0.3}
         test |= {"nt_kl": 0.5, "nt_cosine": 0.4, "agreement": 0.7, "gamma": 0.4, "brier": None}
         test = {key: test[key] for key in ("top1", "nll")} if self.few else test
+        found = {"train": self._probe(eps + 0.005), "test": self._probe(eps + 0.2)}
+        probe = found if role == "teacher" and not self.few else {"train": {}, "test": {}}
         self.points[name] = {
             "schema": 1,
             "id": name,
@@ -50,14 +53,18 @@ class Maker:
             "settings": {"seed": seed, "data.name": self.text("mnist1d"), "student.model": "mlp"} | settings,
             "teacher": teacher,
             "metrics": {
-                "train": {"top1": 0.9, "mutual_information": 1.0, "gamma": 0.2},
+                "train": {"top1": 0.9, "mutual_information": 1.0, "gamma": 0.2} | probe["train"],
                 "val": {"top1": 0.6, "post_hoc_temperature": 0.8},
-                "test": test,
+                "test": test | probe["test"],
             },
             "detail": self._detail(role),
             "provenance": PROVENANCE | {"data_hash": DATA, "seconds": 1.5, "job": self.text("job"), "engine": "runs"},
         }
         return name
+
+    def _probe(self, estimate):
+        ends = {"smoothing_low": estimate - 0.01, "smoothing_high": estimate + 0.01}
+        return {"smoothing_estimate": estimate} | ends
 
     def _detail(self, role):
         if self.few:
@@ -69,6 +76,7 @@ class Maker:
         split = {"points": points, "labels": [0, 1, 2] * 10}
         return {
             "reliability": bins,
+            "smoothing_doubts": [self.text("few samples")],
             "gamma": {"temperature": [1.0, 2.0, 4.0], "gamma": [0.2, 0.4, 0.7]},
             "projection": {"classes": [0, 1, 2], "templates": [[0, 0]] * 3, "train": split, "test": split},
         }

@@ -163,6 +163,15 @@ def test_the_picture_of_the_interaction_has_the_differences(written):
     assert min(numbers) == pytest.approx(-5, abs=0.4)
 
 
+def test_the_probe_stands_beside_the_truth(written):
+    rows = browsed((written / "report.md").read_text()).rows
+    header = next(row for row in rows if "trained with" in row)
+    row = dict(zip(header, next(row for row in rows if row[:2] == ["teacher ε 0.4", "0.4"]), strict=True))
+    assert (row["train, estimate"], row["test, estimate"]) == ("0.405 ± 0.000", "0.600 ± 0.000")
+    assert (row["train, interval holds it"], row["test, interval holds it"]) == ("5 of 5", "0 of 5")
+    assert row["doubts on train"] == "few samples (5)"
+
+
 def test_metrics_that_mislead_are_labelled_where_they_are_printed(written):
     for text in (
         Outline((written / "report.html").read_text()).text,
@@ -320,7 +329,7 @@ def test_no_live_node_of_the_page_comes_from_a_name(hostile):
     text = "".join(made.text)
     assert "<script>alert(1)</script>" in text  # shown, as text
     assert "{{ 7 * 7 }}" in text
-    assert len([tag for tag, _ in made.elements if tag == "section"]) == 9
+    assert len([tag for tag, _ in made.elements if tag == "section"]) == 10
 
 
 def test_long_names_are_cut_and_control_characters_are_gone(hostile):

@@ -25,6 +25,7 @@ def page(study: Study) -> Page:
         students.section(study),
         teachers.calibration(study),
         teachers.knowledge(study),
+        teachers.probe(study),
         teachers.projections(study),
         runs.numbers(study),
         runs.problems(study),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from kd.report import figures, words
-from kd.report.blocks import Block, Figure, Section, Text
+from kd.report.blocks import Block, Cell, Figure, Section, Table, Text
 from kd.report.figures import Bins, Line, Panel, Projection
 from kd.report.reading import BY_SEED, EPS, Key, Study
 from kd.report.students import CALIBRATED, MOST, dark_knowledge, heading_of, metric_figure, reasons
@@ -111,6 +112,57 @@ def _gamma(study: Study) -> list[Block]:
         "their training set; mean over seeds, ± one standard deviation."
     )
     return [Figure("gamma", "γ(T) of teachers", svg, caption + reasons(study, ["gamma"]))]
+
+
+def probe(study: Study) -> Section:
+    """What the probe makes of teachers whose smoothing is known."""
+    heading, (axes, groups) = "The teachers' smoothing, estimated from their logits", study.teachers
+    splits = [split for split in ("train", "val", "test") if study.has(f"{split}.smoothing_estimate", groups)]
+    if not splits:
+        return Section("probe", "Probe", heading, [Text("No teacher has an estimate of its smoothing.")])
+    header = ["teacher", "trained with", *(f"{split}, estimate" for split in splits)]
+    header += [*(f"{split}, interval holds it" for split in splits), "doubts on train"]
+    rows: list[list[str | Cell]] = []
+    for key, points in groups.items():
+        found = [study.points[i] or {} for i in points.values()]
+        truth = {words.number(point.get("settings", {}).get(EPS)) or 0.0 for point in found}
+        row: list[str | Cell] = [_title(study, key, axes), ", ".join(f"{eps:g}" for eps in sorted(truth))]
+        row += [words.spread([*study.values(points, f"{split}.smoothing_estimate").values()], "") for split in splits]
+        row += [_held(study, points, split, max(truth)) for split in splits]
+        said = Counter(str(doubt) for point in found for doubt in point.get("detail", {}).get("smoothing_doubts") or ())
+        rows.append([*row, "; ".join(f"{words.clean(text, 120)} ({n})" for text, n in said.items()) or "none"])
+    note = (
+        "Mean ± standard deviation over seeds. The estimate is for training-like data; the rest shows where it fails."
+    )
+    return Section("probe", "Probe", heading, [*_estimates(study, splits), Table("Estimates", header, rows, note)])
+
+
+def _held(study: Study, points: BY_SEED, split: str, truth: float) -> str:
+    low, high = (study.values(points, f"{split}.smoothing_{end}") for end in ("low", "high"))
+    both = low.keys() & high.keys()
+    return f"{sum(low[seed] <= truth <= high[seed] for seed in both)} of {len(both)}"
+
+
+def _estimates(study: Study, splits: list[str]) -> list[Block]:
+    """Estimate against truth, a panel for each combination of the other axes of teachers."""
+    axes, groups = study.teachers
+    if EPS not in axes:
+        return []
+    at, eps = axes.index(EPS), study.axes[EPS]
+    panels: dict[str, Panel] = {}
+    for key, points in groups.items():
+        other = [(axis, value) for axis, value in zip(axes, key, strict=True) if axis != EPS]
+        name = ", ".join(words.setting(*each) for each in other)
+        lines = [Line(split, {}) for split in splits] + [Line("truth", {i: [e] for i, e in enumerate(eps)})]
+        made = panels.setdefault(name, Panel(name, [f"{e:g}" for e in eps], lines, ylabel="estimate"))
+        for line, split in zip(made.lines, splits, strict=False):
+            values = list(study.values(points, f"{split}.smoothing_estimate").values())
+            line.values[eps.index(key[at])] = values  # type: ignore[index]
+    svg = figures.lines(
+        list(panels.values())[:MOST], "Estimate against truth", words.axis(EPS), False, True, large=True
+    )
+    caption = "The estimate on each split, mean over seeds ± one standard deviation, and the ε that was trained with."
+    return [Figure("probe", "Estimate against truth", svg, caption)]
 
 
 def projections(study: Study) -> Section:
