@@ -487,7 +487,7 @@ def test_the_page_has_its_headings_and_no_error_in_a_browser(seen):
     for done in (light, attacked):
         headings = re.findall(r"<h2>(.*?)</h2>", done.stdout)
         assert headings[1:4] == [
-            "What was asked before the study ran, and what it shows",
+            "The declared contrasts, and what they show",
             "Students against teacher ε",
             "Calibration",
         ]

@@ -17,7 +17,7 @@ Result = tuple[dict[str, Any], Paired, float | None, float | None, Verdict]
 def section(study: Study) -> Section:
     """The contrasts as sentences, as a picture, as a table, and seed by seed."""
     found = results(study)
-    title = "What was asked before the study ran, and what it shows"
+    title = "The declared contrasts, and what they show"
     if not found:
         return Section(
             "contrasts", "Findings", title, [Text("This study declares no contrasts: nothing here is a test.")]
@@ -130,7 +130,8 @@ def _minus(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
         text = f"{words.setting(key, value)} {words.MINUS} {words.choice(key, others[key])}"
     else:
         text = f"{_all(differ)} {words.MINUS} {_all(others)}"
-    return f"{text} at {_all(same)}" if same else text
+    role = f" ({words.setting('role', same.pop('role'))})" if "role" in same else ""
+    return f"{text} at {_all(same)}{role}" if same else f"{text}{role}"
 
 
 def _all(settings: Mapping[str, Any]) -> str:

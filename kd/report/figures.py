@@ -109,7 +109,7 @@ def _lines(ax: Axes, panel: Panel, ordered: bool, handles: dict[str, Any]) -> No
             height = scale * float(np.mean(values))
             style = DASHES.get(kind, "-.")
             handles.setdefault(_control(kind), ax.axhline(height, color=INK, ls=style, lw=1.2))
-    ax.set_ylabel(panel.ylabel)
+    ax.set_ylabel(textwrap.fill(panel.ylabel, 30))
     ax.set_xticks(range(len(panel.ticks)), [words.clean(tick, 14) for tick in panel.ticks])
     ax.margins(x=0.06)
 
