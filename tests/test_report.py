@@ -169,7 +169,7 @@ def test_the_probe_stands_beside_the_truth(written):
     row = dict(zip(header, next(row for row in rows if row[:2] == ["teacher ε 0.4", "0.4"]), strict=True))
     assert (row["train, estimate"], row["test, estimate"]) == ("0.405 ± 0.000", "0.600 ± 0.000")
     assert (row["train, interval holds it"], row["test, interval holds it"]) == ("5 of 5", "0 of 5")
-    assert row["doubts on train"] == "few samples (5)"
+    assert row["doubts on train"] == "few samples (5 of 5)"
 
 
 def test_metrics_that_mislead_are_labelled_where_they_are_printed(written):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,12 +129,20 @@ def probe(study: Study) -> Section:
         row: list[str | Cell] = [_title(study, key, axes), ", ".join(f"{eps:g}" for eps in sorted(truth))]
         row += [words.spread([*study.values(points, f"{split}.smoothing_estimate").values()], "") for split in splits]
         row += [_held(study, points, split, max(truth)) for split in splits]
-        said = Counter(str(doubt) for point in found for doubt in point.get("detail", {}).get("smoothing_doubts") or ())
-        rows.append([*row, "; ".join(f"{words.clean(text, 120)} ({n})" for text, n in said.items()) or "none"])
+        rows.append([*row, _doubts(found)])
     note = (
         "Mean ± standard deviation over seeds. The estimate is for training-like data; the rest shows where it fails."
     )
     return Section("probe", "Probe", heading, [*_estimates(study, splits), Table("Estimates", header, rows, note)])
+
+
+def _doubts(points: list[dict[str, Any]]) -> str:
+    """What speaks against the estimates, one of each kind with the number of teachers; they differ in their numbers."""
+    said: dict[str, list[str]] = {}
+    for point in points:
+        for doubt in point.get("detail", {}).get("smoothing_doubts") or ():
+            said.setdefault(re.sub(r"\d[\d.]*", "", str(doubt)), []).append(words.clean(doubt, 120))
+    return "; ".join(f"{texts[0]} ({len(texts)} of {len(points)})" for texts in said.values()) or "none"
 
 
 def _held(study: Study, points: BY_SEED, split: str, truth: float) -> str:
