@@ -151,8 +151,12 @@ def provenance(study: Study) -> Section:
     for i, point in study.points.items():
         if point:
             groups.setdefault(json.dumps(_origin(point["provenance"]), sort_keys=True), []).append(i)
+    if not groups:
+        groups[json.dumps(_origin(study.card["provenance"]), sort_keys=True)] = []
     for text, members in groups.items():
-        blocks.append(Text(f"{len(members)} points came from:"))
+        blocks.append(
+            Text(f"{len(members)} points came from:" if members else "No point yet; the study was planned on:")
+        )
         blocks.append(Facts([(key, words.clean(value, 300)) for key, value in json.loads(text).items()]))
     if len(groups) > 1:
         blocks.insert(0, Text("Points of this study came from different code, versions or machines:", "warning"))
