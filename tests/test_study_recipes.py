@@ -52,6 +52,22 @@ def test_a_tiny_study_runs_to_its_table(name, kd_study):
     assert (table["state"] == "finished").all()
 
 
+def test_the_mixtures_efficiency_needs_both_controls_of_its_seed_and_points(kd_study):
+    words = ["study.seeds=2", *SHORT[1:-1], "taught=T 1", "teacher.label_smoothing=.4", "data.train_size=300"]
+    assert kd_study(*words, recipe="studies/mixture_bayes").code == 0
+    table = load("checkpoints/studies/mixture_bayes")
+    for _, student in table[table["role"] == "student"].iterrows():
+        mine = table[(table["seed"] == student["seed"]) & (table["points"] == student["points"])].set_index("control")
+        hard, bayes = (mine.loc[name, "test.nt_kl"] for name in ("hard", "bayes"))
+        expected = (hard - student["test.nt_kl"]) / (hard - bayes)
+        found = student["test.transfer_efficiency"]
+        assert found == pytest.approx(expected) if hard > bayes else found != found
+    teachers = table[table["role"] == "teacher"].set_index("point")
+    for _, student in table[table["role"] == "student"].iterrows():
+        assert teachers.loc[student["teacher_point"], "points"] == student["points"]
+        assert teachers.loc[student["teacher_point"], "test.top1"] == student["teacher.test.top1"]
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_all_contrasts_are_inside_the_grid(name, monkeypatch):
     """Planned as a whole, without data."""

@@ -77,18 +77,18 @@ def split_words(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list
             if several is None and key in known:
                 composed.append(word)
             else:
-                axes[key] = several if several is not None else [parsed.get_value_element_as_str()]
+                axes[key] = several if several is not None else [parsed.value()]
     return composed, axes, launched
 
 
-def with_axes(config: Any, axes: dict[str, list[str]], words: list[str]) -> tuple[Any, bool]:
+def with_axes(config: Any, axes: dict[str, list[Any]], words: list[str]) -> tuple[Any, bool]:
     """The composed recipe with the grid that the command line asks for, and whether it asks for another."""
     from omegaconf import OmegaConf
 
     grid = OmegaConf.to_container(config.study.grid)
     assert isinstance(grid, dict)
     for key, texts in axes.items():
-        values = [OmegaConf.to_container(OmegaConf.from_dotlist([f"x={text}"]))["x"] for text in texts]  # type: ignore[index]
+        values = [_value(text) for text in texts]
         if isinstance(own := grid.get(key), dict):
             for value in values:
                 if value not in own:
@@ -103,6 +103,13 @@ def with_axes(config: Any, axes: dict[str, list[str]], words: list[str]) -> tupl
         grid[key] = [OmegaConf.select(config, key)]
     config.study.grid = grid
     return config, bool(axes or fixed)
+
+
+def _value(text: Any) -> Any:
+    """A value of an axis, as YAML reads it."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.from_dotlist([f"x={text}"])["x"] if isinstance(text, str) else text
 
 
 def compose(words: list[str]) -> tuple[StudyRecipe, list[str], bool] | None:

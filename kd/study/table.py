@@ -41,12 +41,12 @@ def load(folder: str | Path) -> DataFrame:
     card = read_card(Path(folder))
     files = Folder(Path(folder))
     found = {identifier: files.found(identifier) for identifier in card["points"]}
-    shown, labels = _columns(found), _labels(card)
+    shown, labels = _columns(found), _labels(card, found)
     rows = [
         _row(point, shown, found) | {"point": identifier} | labels.get(identifier, {})
         for identifier, point in found.items()
     ]
-    _add_efficiency(rows)
+    _add_efficiency(rows, found)
     columns = dict.fromkeys([*FIRST, *(key for row in rows for key in sorted(row))])
     table = DataFrame(rows, columns=list(columns))
     order = table["role"].map({role: i for i, role in enumerate(ROLES)})
@@ -77,38 +77,46 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, sort_keys=True) if isinstance(value, list | dict) else value
 
 
-def _labels(card: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The values of the study's own axes by point; the first cell's where several are the same point."""
-    found: dict[str, dict[str, Any]] = {}
-    for cell in (*card["cells"], *card["controls"]):
-        own = {axis: value for axis, value in cell["axes"].items() if axis in card["labels"]}
-        found.setdefault(cell["point"], own)
-    return found
+def _labels(card: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The values of the study's own axes by point: the first cell's where several are the same student.
+
+    A teacher has those that all of its students share.
+    """
+    own = {
+        cell["point"]: {axis: value for axis, value in cell["axes"].items() if axis in card["labels"]}
+        for cell in reversed((*card["cells"], *card["controls"]))
+    }
+    of_teachers: dict[str, dict[str, Any]] = {}
+    for identifier, labels in own.items():
+        teacher = (found[identifier] or {}).get("teacher")
+        if teacher:
+            shared = of_teachers.setdefault(teacher, labels)
+            of_teachers[teacher] = {axis: value for axis, value in shared.items() if labels[axis] == value}
+    return own | of_teachers
 
 
 def _metrics(point: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{split}.{name}": value for split, named in point["metrics"].items() for name, value in named.items()}
 
 
-def _add_efficiency(rows: list[dict[str, Any]]) -> None:
+def _add_efficiency(rows: list[dict[str, Any]], found: Mapping[str, Any]) -> None:
     """Transfer efficiency of each student, from the hard and the Bayes-label control of its seed and data."""
-    name = "test.nt_kl"
-    controls: dict[tuple, dict[str, Any]] = {}
-    for row in rows:
-        if row.get("control"):
-            controls.setdefault(_cohort(row), {})[row["control"]] = row.get(name)
-    for row in rows:
-        pair = controls.get(_cohort(row), {})
-        student, hard, bayes = row.get(name), pair.get("hard"), pair.get("bayes")
-        if row.get("role") == "student" and student is not None and hard is not None and bayes is not None:
-            value = transfer_efficiency(student, hard, bayes)
+    finished = [row for row in rows if row["state"] == "finished"]
+    controls: dict[str, dict[str, float]] = {}
+    for row in finished:
+        if row["role"] == "control":
+            controls.setdefault(_cohort(found[row["point"]]), {})[row["control"]] = row["test.nt_kl"]
+    for row in finished:
+        pair = controls.get(_cohort(found[row["point"]]), {})
+        if row["role"] == "student" and {"hard", "bayes"} <= pair.keys():
+            value = transfer_efficiency(row["test.nt_kl"], pair["hard"], pair["bayes"])
             row["test.transfer_efficiency"] = value if math.isfinite(value) else None
 
 
-def _cohort(row: Mapping[str, Any]) -> tuple:
+def _cohort(point: Mapping[str, Any]) -> str:
     """What a student and its controls have in common."""
-    own = {key: value for key, value in row.items() if key.startswith(("data.", "student.", "optimizer.", "train."))}
-    return row.get("seed"), json.dumps(own, sort_keys=True)
+    different = ("loss.", "teacher.")
+    return json.dumps({k: v for k, v in point["settings"].items() if not k.startswith(different)}, sort_keys=True)
 
 
 def write_table(folder: Path) -> DataFrame:
