@@ -39,7 +39,7 @@ class Maker:
         eps = settings.get(EPS, 0.0)
         test = {"top1": accuracy, "nll": 1.0 - accuracy, "ece": 0.1, "ece_scaled": 0.02, "predictive_kl": 0.3}
         test |= {"nt_kl": 0.5, "nt_cosine": 0.4, "agreement": 0.7, "gamma": 0.4, "brier": None}
-        test = {key: test[key] for key in ("top1", "nll")} if self.few else test
+        test = {"top1": accuracy, "nll": 1.0 - accuracy, "nt_kl": None} if self.few else test
         found = {"train": self._probe(eps + 0.005), "test": self._probe(eps + 0.2)}
         probe = found if role == "teacher" and not self.few else {"train": {}, "test": {}}
         self.points[name] = {
