@@ -16,6 +16,7 @@ STUDENT = ("test.top1", "test.agreement", "test.nll", "test.ece", "test.nt_kl", 
 TEACHER = ("train.top1", "test.top1", "test.nll", "test.ece", "test.ece_scaled", "val.post_hoc_temperature")
 TEACHER += ("train.mutual_information", "train.gamma")
 CONTROL = ("test.top1", "test.nll", "test.ece", "val.post_hoc_temperature", "train.mutual_information")
+OWN = ("study", "output", "run", "resume", "dry_run", "list_layers")  # of the process, not of what it trains
 Row = list[str | Cell]
 
 
@@ -160,7 +161,7 @@ def provenance(study: Study) -> Section:
         blocks.append(Facts([(key, words.clean(value, 300)) for key, value in json.loads(text).items()]))
     if len(groups) > 1:
         blocks.insert(0, Text("Points of this study came from different code, versions or machines:", "warning"))
-    recipe = {key: value for key, value in study.card["recipe"].items() if key != "study"}
+    recipe = {key: value for key, value in study.card["recipe"].items() if key not in OWN}
     blocks.append(Fold("The recipe that every point departs from", [Code(_nested(recipe))]))
     for role in ("teacher", "control", "student"):
         members = [i for i, point in study.points.items() if point and point["role"] == role]
