@@ -475,9 +475,10 @@ def looked(folder, place, dark):
 
 
 @pytest.fixture(scope="module")
-def seen(hostile, written, tmp_path_factory):
+def seen(request, tmp_path_factory):
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine; apt-get install chromium")
+    hostile, written = (request.getfixturevalue(name) for name in ("hostile", "written"))
     place = tmp_path_factory.mktemp("browser")
     return looked(written, place, dark=False), looked(written, place, dark=True), opened(hostile, place, "--dump-dom")
 

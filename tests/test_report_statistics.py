@@ -77,6 +77,7 @@ def test_a_contrast_that_has_not_run_still_counts():
         (FIVE, -1, -1, "negative (better)"),
         (FIVE, 0, -1, "negative"),
         ([-1.0, 1.0, 0.5, -0.4], 1, 0, "not distinguished from 0"),
+        ([0.1, 1.0, 2.0], 1, 0, "not distinguished from 0"),  # though every resample's mean is above 0
         ([0.0, 0.0, 0.0], 1, 0, "not distinguished from 0"),
         ([3.0], 1, None, "one seed: no interval, nothing can be said"),
         ([], 1, None, "no pair of points yet"),
