@@ -19,6 +19,7 @@ from kd.recipe import PACKAGE, ConfigError, Recipe, allowed
 
 USAGE = 2  # exit code of a command line that cannot work
 OPTIONS = ("--cfg", "--multirun", "--resolve", "--package", "--config-dir", "--info", "--version", "--hydra-help")
+STUDIES = "studies"  # the folder of the recipes that are studies
 INTERRUPTED = 130  # exit code of a run stopped by ctrl-C, as shells have it
 
 
@@ -199,6 +200,8 @@ def explain(error: Exception, schema: type = Recipe, folder: str = "") -> str:
         return no_such_setting(found[1], schema)
     if found := re.search(r"Could not find '(recipe|data)/([^']*)'", text):
         group, name = found.groups()
+        if name in [option.partition("/")[2] for option in _options("recipe", STUDIES)] and not folder:
+            return f"recipe={name}: is a study; type python -m kd.study recipe={name}"
         options = [option.partition("/")[2] for option in _options(group, folder if group == "recipe" else group)]
         near = difflib.get_close_matches(name, options, n=1)
         hint = f"did you mean {group}={near[0]}?" if near else "there are " + ", ".join(options)

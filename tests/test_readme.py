@@ -8,6 +8,8 @@ import pytest
 
 from kd import cli
 from kd.recipe import PACKAGE
+from kd.study import __main__ as study
+from kd.study.schema import StudyRecipe
 
 README = (PACKAGE.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
@@ -16,8 +18,10 @@ COMMANDS = [
     for language, block in BLOCKS
     if language == "sh"
     for line in block.splitlines()
-    if "kd.train" in line
+    if "kd.train" in line or "kd.study" in line
 ]
+STUDIES = [command for command in COMMANDS if "kd.study" in command]
+COMMANDS = [command for command in COMMANDS if command not in STUDIES]
 
 
 def test_the_python_in_the_readme_runs():
@@ -35,6 +39,19 @@ def test_every_training_command_in_the_readme_composes(command, kd_train):
     words = shlex.split(command)
     done = kd_train(*words[words.index("kd.train") + 1 :], *([] if "--help" in words else ["--cfg", "job"]))
     assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("command", STUDIES)
+def test_every_study_command_in_the_readme_composes(command, monkeypatch, capsys):
+    words = shlex.split(command)
+    words = words[words.index("kd.study") + 1 :]
+    monkeypatch.setattr("sys.argv", ["kd.study", *words])
+    if "--help" in words:
+        assert study.main(words) == 0
+        assert "recipe=studies/" in capsys.readouterr().out
+    else:
+        composed, *_ = study.compose(words)
+        assert composed.name in words[0]
 
 
 def test_the_make_targets_and_the_main_command_are_the_readmes():
@@ -63,4 +80,4 @@ def test_extras_named_in_the_readme_exist():
 
 def test_help_shows_every_setting_the_readme_uses():
     used = set(re.findall(r"(?<![.\w])([a-z]+\.[a-z_]+)=", README)) - {"signature"}
-    assert used <= set(cli.settings())
+    assert used <= set(cli.settings(StudyRecipe))

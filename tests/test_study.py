@@ -147,6 +147,25 @@ def test_a_point_that_fails_is_told_and_stops_no_other_and_is_tried_again(kd_stu
     assert (load(STUDY)["state"] == "finished").all()
 
 
+def test_a_launcher_that_breaks_leaves_a_table_that_says_what_is_missing(kd_study, monkeypatch):
+    from kd.study import jobs
+
+    do = jobs._do
+
+    def students_are_killed(folder, job):
+        if job.phase == "students":
+            raise BrokenPipeError("a worker was killed")
+        do(folder, job)
+
+    monkeypatch.setattr(jobs, "_do", students_are_killed)
+    done = kd_study("study.seeds=1", "study.contrasts=[]")
+    assert done.code == 1
+    assert "students: BrokenPipeError: a worker was killed" in done.out
+    assert load(STUDY)["state"].value_counts().to_dict() == {"missing": 8, "finished": 2}
+    monkeypatch.setattr(jobs, "_do", do)
+    assert kd_study("study.seeds=1", "study.contrasts=[]").code == 0
+
+
 def test_students_of_a_teacher_that_diverged_fail_with_its_name(kd_study):
     done = kd_study("study.seeds=1", "optimizer.lr=1e30", "study.controls=[hard]", "study.contrasts=[]")
     assert done.code == 1
@@ -184,6 +203,19 @@ def test_what_a_population_cannot_do_runs_alone_with_the_same_teacher(kd_study):
     assert all("rkd" in p["settings"]["loss.methods"] for p in alone)
     nll = {p["id"]: p["metrics"]["test"]["nll"] for p in points}
     assert len(set(nll.values())) == len(nll)
+
+
+def test_a_setting_that_follows_another_follows_that_of_its_point(kd_study):
+    words = ["loss.teacher_smoothing=${teacher.label_smoothing}", "study.seeds=1", "loss.student_temperature=1"]
+    assert kd_study(*words).code == 0
+    students = [p for p in map(Folder(STUDY).found, load(STUDY)["point"]) if p["role"] == "student"]
+    assert len(students) == 4
+    for point in students:
+        taken_out, put_in = (point["settings"][k] for k in ("loss.teacher_smoothing", "teacher.label_smoothing"))
+        assert taken_out == put_in
+    assert len({point["settings"]["loss.teacher_smoothing"] for point in students}) == 2
+    contrasts = json.loads((STUDY / "study.json").read_text())["contrasts"]
+    assert len(contrasts) == 2  # what they do not mention is as on the axis of one value
 
 
 def test_dry_run_counts_and_writes_nothing(kd_study, tmp_path):
@@ -233,6 +265,12 @@ def test_an_unknown_study_names_those_that_there_are(kd_study):
     done = kd_study(recipe="studies/tinny")
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "recipe=studies/tinny: no such recipe; did you mean recipe=studies/tiny?" in done.err
+
+
+def test_kd_train_says_what_a_study_is(kd_train):
+    done = kd_train("recipe=studies/label_noise")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "is a study; type python -m kd.study recipe=studies/label_noise" in done.err
 
 
 def test_two_commands_on_one_folder_do_not_meet(kd_study):

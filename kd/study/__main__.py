@@ -10,7 +10,7 @@ from kd import cli
 from kd.recipe import ConfigError, allowed
 from kd.study.schema import StudyRecipe
 
-PROGRAM, FOLDER = "kd.study", "studies"
+PROGRAM, FOLDER = "kd.study", cli.STUDIES
 GROUPS = ("recipe", "data")
 
 
@@ -101,8 +101,28 @@ def with_axes(config: Any, axes: dict[str, list[Any]], words: list[str]) -> tupl
     fixed = {word.partition("=")[0] for word in words} & grid.keys() - axes.keys()
     for key in fixed:  # one value for what is an axis of the recipe: it is the only one
         grid[key] = [OmegaConf.select(config, key)]
+    # Such as loss.teacher_smoothing=${teacher.label_smoothing}: that of each point, not the recipe's for all.
+    for key in [key for key in cli.settings() if key not in grid and _follows(config, key)]:
+        grid[key] = [_raw(config, key).replace("${", "\\${")]
     config.study.grid = grid
     return config, bool(axes or fixed)
+
+
+def _follows(config: Any, key: str) -> bool:
+    from omegaconf import OmegaConf
+
+    section, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, section) if section else config
+    return bool(name in node and OmegaConf.is_interpolation(node, name))
+
+
+def _raw(config: Any, key: str) -> str:
+    from omegaconf import OmegaConf
+
+    found: Any = OmegaConf.to_container(config, resolve=False)
+    for part in key.split("."):
+        found = found[part]
+    return found
 
 
 def _value(text: Any) -> Any:

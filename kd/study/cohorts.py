@@ -63,7 +63,11 @@ def _train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
         if i in training.diverged:
             yield point, {"error": f"diverged: {training.diverged[i]}", "seconds": seconds}
             continue
-        outcome = measure(point.role, outputs[i], truth, taught.get(point.teacher or ""))
+        try:
+            outcome = measure(point.role, outputs[i], truth, taught.get(point.teacher or ""))
+        except ValueError as error:  # logits that are not finite on images that it did not train on
+            yield point, {"error": f"measured: {error}", "seconds": seconds}
+            continue
         if role == "teacher":
             save_weights(folder.weights(point.id), training.population.member(i), metadata(point, data))
         yield point, outcome | {"seconds": seconds}

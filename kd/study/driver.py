@@ -194,6 +194,11 @@ def _launch(
             import hydra
 
             hydra.main(config_path=None, config_name="kd_job")(work)()
+    except Exception as error:  # of a launcher: a worker that was killed, a cluster that went away; points are on disk
+        if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf"):
+            raise
+        text = str(error).strip().splitlines()
+        console.print(f"{phase}: {type(error).__name__}: {text[0] if text else ''}", soft_wrap=True, markup=False)
     finally:
         sys.argv = before
 

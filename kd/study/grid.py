@@ -314,7 +314,12 @@ def _side(made: Plan, maker: Maker, settings: Settings, axes: Mapping, seeds: ra
     control, role = settings.pop("control", None), settings.pop("role", "student")
     if role not in ("student", "teacher"):
         raise ConfigError(f"study.contrasts: role={role}: must be student or teacher; a control is control: NAME")
-    expanded = expand(settings, axes)
+    expanded: Settings = {}
+    for values in axes.values():
+        if len(values) == 1:
+            (only,) = values.values()
+            expanded |= only
+    expanded |= expand(settings, axes)
     points = []
     for seed in seeds:
         recipe = maker.recipe(expanded, seed)

@@ -10,7 +10,8 @@ knows it, else the teacher's softmax; a teacher without p* has no nt_ metrics.
 - test: kd.metrics.classification, equal_mass_ece, classwise_ece, nll_scaled and ece_scaled (after the temperature that
   was fitted on validation), aurc_max_probability, aurc_normalised_logits, gamma, shen_instability, cmi; nt_kl,
   nt_cosine and class_similarity_correlation to p*; for a student agreement, agreement5 and predictive_kl to its
-  teacher; for penultimate features class_separation and within_total_variance
+  teacher; for penultimate features class_separation and within_total_variance (engine population, as all below that
+  needs more than logits)
 - each split, teachers only: smoothing_estimate with smoothing_low and smoothing_high, the eps probe
 - val and test, where a class is omitted (data.omit_class): omitted_recall, omitted_recall_corrected (after the bias
   that suits validation best) and omitted_auroc

@@ -37,6 +37,7 @@ def _train(folder: Folder, point: Point) -> Outcome:
         return {"error": f"its teacher {point.teacher} failed: {found['error']}"}
     run = stages.prepare(recipe)
     run.teacher_folder = run.folder / "teacher"
+    run.journal.console.quiet = True  # many of these run at once; metrics.jsonl has it all
     stages.claim(run)
     teacher = None
     if point.role == "teacher":

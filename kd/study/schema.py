@@ -12,7 +12,7 @@ CONTROLS = ("hard", "smoothed", "bayes")
 
 @dataclass
 class Sides:
-    """Two settings to compare: a minus b. What they do not mention is as in the recipe."""
+    """Two settings to compare: a minus b. What they do not mention is as in the recipe, or on an axis of one value."""
 
     a: dict[str, Any] = field(default_factory=dict)
     b: dict[str, Any] = field(default_factory=dict)
