@@ -231,6 +231,22 @@ def test_what_cannot_be_drawn_is_said_in_a_sentence(tmp_path, axes, missing):
     assert missing in (folder / "report.md").read_text()
 
 
+def test_many_methods_are_rows_of_one_drawing(tmp_path):
+    axes = {EPS: [0.0, 0.4], METHOD: [f"method {i}" for i in range(12)]}
+    folder = Maker(tmp_path / "study", axes=axes, seeds=2, few=True, effect=lambda axes: -0.1 * axes[EPS]).write()
+    (folder / "figures").mkdir()
+    assert command.main([str(folder), f"figures={folder / 'figures'}"]) == 0
+    rows = []
+    for name in ("against-test.top1", "interaction-test.top1"):
+        root = ElementTree.fromstring((folder / "figures" / f"{name}.svg").read_text())
+        texts = ["".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")]
+        rows.append([text for text in texts if text.startswith("method ")])
+    assert rows[0] == rows[1] == axes[METHOD]
+    numbers = [float(text.replace("−", "-")) for text in texts if re.fullmatch(r"−\d\.\d\d", text)]
+    assert len(numbers) == 12
+    assert np.mean(numbers) == pytest.approx(-4, abs=0.3)
+
+
 def test_a_study_of_which_nothing_has_run_has_a_page(tmp_path):
     study = maker(tmp_path / "study")
     folder = study.write(missing=list(study.points))
@@ -511,3 +527,5 @@ def test_it_is_to_be_seen_in_light_and_in_dark(seen):
     for picture in (light, dark):  # ink on paper: something is far from the background, not much of it
         far = np.abs(picture - np.median(picture)) > 100
         assert 0.01 < far.mean() < 0.3
+        head = np.abs(picture[:400] - np.median(picture)) > 180  # the claim, in ink, above any drawing
+        assert 0.002 < head.mean() < 0.3

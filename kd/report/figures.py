@@ -50,11 +50,12 @@ def _grid(
     share: bool = False,
     columns: int = COLUMNS,
     legend: Sequence[str] = (),
+    widest: float = 4.6,
 ) -> str:
     """n panels in rows; `draw` fills them, given how many characters fit, and returns what the legend has by name."""
     columns = min(n, columns)
     rows = math.ceil(n / columns)
-    width = min(4.6, WIDTH / columns)
+    width = min(widest, WIDTH / columns)
     beside = max(1, min(6, int(12.5 * width * columns / (8 + max(map(len, legend), default=0)))))
     above = 0.22 * math.ceil(len(legend) / beside) + 0.2
     with drawn(width * columns, max(2.3, 0.58 * width) * rows + above) as figure:
@@ -274,7 +275,7 @@ def reliability(panels: Sequence[Bins], label: str) -> str:
         axes[0].set_ylabel("accuracy; share of samples")
         return {}
 
-    return _grid(len(panels), label, draw, share=True, columns=5)
+    return _grid(len(panels), label, draw, share=True, columns=5, widest=2.6)
 
 
 def curves(

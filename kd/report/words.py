@@ -142,11 +142,11 @@ def probability(p: float | None) -> str:
 
 
 def spread(values: list[float], column: str) -> str:
-    """Mean ± standard deviation over seeds."""
+    """Mean ± standard deviation over seeds; of one seed, the value."""
     if not values:
         return "–"
     mean = sum(values) / len(values)
     if len(values) == 1:
-        return f"{shown(mean, column)} (1 seed)"
+        return shown(mean, column)
     sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
     return f"{shown(mean, column)} ± {shown(sd, column)}"
