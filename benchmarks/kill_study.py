@@ -2,15 +2,17 @@
 
     python -m benchmarks.kill_study [kills=20] [recipe=studies/digits_reversal] [key=value ...]
 
-Runs the study undisturbed in one folder and, in another, kills it after a random part of that time, again and again,
-until it has been killed so often; then lets it finish. Prints whether the two tables are equal to the byte, whether a
-finished point was ever lost or written again, and how far each attempt came. Exit code 1 if anything differs.
+Runs the study undisturbed in one folder and, in another, kills it after a random part of that time and starts it again,
+over and over. Where an attempt comes to its end, the tables are compared and the next one starts from nothing, until
+there were so many kills; the last is let finish. Prints how far each attempt came, whether every table was equal to the
+undisturbed one to the byte, and whether a finished point was ever lost or written again. Exit code 1 if so.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,29 +41,35 @@ def main(arguments: list[str]) -> int:
         started = time.perf_counter()
         subprocess.run([*command, f"output={calm.parents[1]}"], check=True, stdout=subprocess.DEVNULL)
         whole = time.perf_counter() - started
-        print(f"undisturbed: {len(points(calm))} points in {whole:.0f} s")
-        wrong = 0
-        for i in range(kills):
+        print(f"undisturbed: {len(points(calm))} points in {whole:.0f} s", flush=True)
+        wanted, wrong, killed = (calm / "table.csv").read_bytes(), 0, 0
+        while True:
             before = points(wild)
-            # Imports come first: half of the kills fall while points are being made, some before and after.
-            pause = random.uniform(0.1, 1.0) * whole / 2
+            limit = random.uniform(0.05, 1.0) * whole if killed < kills else None
             process = subprocess.Popen(
                 [*command, f"output={wild.parents[1]}"], start_new_session=True, stdout=subprocess.DEVNULL
             )
             try:
-                process.wait(pause)
+                process.wait(limit)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+                killed += 1
             after = points(wild)
-            harmed = [point for point, written in before.items() if after.get(point) != written]
-            wrong += len(harmed)
-            state = "killed" if process.returncode == -signal.SIGKILL else f"ended with {process.returncode}"
-            print(f"{i + 1:3}: {state} after {pause:5.1f} s, {len(after)} points, {len(harmed)} lost or written again")
-        subprocess.run([*command, f"output={wild.parents[1]}"], check=True, stdout=subprocess.DEVNULL)
-        equal = (calm / "table.csv").read_bytes() == (wild / "table.csv").read_bytes()
-    print(f"tables equal to the byte: {equal}; points lost or written again: {wrong}")
-    return int(not equal or wrong > 0)
+            wrong += sum(after.get(point) != written for point, written in before.items())
+            if process.returncode < 0:
+                print(
+                    f"kill {killed:2} after {limit:5.1f} s: {len(before)} points, then {len(after)}", flush=True
+                )
+                continue
+            equal = process.returncode == 0 and (wild / "table.csv").read_bytes() == wanted
+            wrong += not equal
+            print(f"came to its end after {killed} kills, table equal to the byte: {equal}", flush=True)
+            if killed == kills:
+                break
+            shutil.rmtree(wild)
+    print(f"{killed} kills; tables that differ and points lost or written again: {wrong}")
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,11 @@ def spent(command: list[str], folder: str) -> tuple[float, float]:
 
 
 def overrides(point: dict) -> list[str]:
-    """The command line of kd.train for a point of the study."""
-    names = ("teacher.label_smoothing", "loss.temperature", "loss.student_temperature", "loss.kd_weight")
-    settings = point["settings"]
-    fixed = [f"{key}={settings[key]}" for key in ("teacher.model", "teacher.epochs", "student.model", "student.epochs")]
-    values = [f"{key}={'null' if settings[key] is None else settings[key]}" for key in (*names, "loss.ce_weight")]
-    return [*fixed, *values, f"data={settings['data.name']}", f"seed={point['seed']}", "control=false"]
+    """The command line of kd.train that trains a student of the study with its teacher: every setting, none left."""
+    plain = {key: value for key, value in point["settings"].items() if not isinstance(value, list | dict)}
+    texts = {key: "null" if value is None else f"'{value}'" if isinstance(value, str) else str(value).lower()
+             for key, value in plain.items()}  # fmt: skip
+    return ["recipe=smoke", *(f"{key}={text}" for key, text in texts.items()), "train.log_every=10", "control=false"]
 
 
 def main(arguments: list[str]) -> None:
@@ -54,7 +53,7 @@ def main(arguments: list[str]) -> None:
         taught = students[0]["teacher"]
         chosen = [point for point in students if point["teacher"] == taught][: sample + 1]
         calls = [
-            spent([*python, "kd.train", "recipe=smoke", f"output={folder}/one", "name=one", *overrides(point)], folder)
+            spent([*python, "kd.train", *overrides(point), f"output={folder}/one", "name=one"], folder)
             for point in chosen
         ]
     each = sum(cpu for cpu, _ in calls[1:]) / len(calls[1:])

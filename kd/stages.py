@@ -54,7 +54,7 @@ def run_name(recipe: Recipe) -> str:
 
 def prepare(recipe: Recipe) -> Run:
     """Check what can be checked before any work, and load the data. Nothing is written."""
-    _check_environment(recipe)
+    check_environment(recipe)
     _check_places(recipe)
     folder = Path(recipe.output) / recipe.name / run_name(recipe)
     precision = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
@@ -69,7 +69,7 @@ def prepare(recipe: Recipe) -> Run:
     with accelerator.main_process_first():  # a download happens once
         data = load_data(recipe.data, recipe.seed)
     data = replace(data, **{name: getattr(data, name).to(accelerator.device) for name in ("train", "val", "test")})
-    _check_batch(recipe, data, accelerator.num_processes)
+    check_batch(recipe, data, accelerator.num_processes)
     console = Console(width=None if sys.stdout.isatty() else 120)  # a log file has no width of its own
     journal = Journal(folder / "metrics.jsonl", accelerator, console)
     run = Run(recipe, data, accelerator, folder, teacher_folder(recipe, data.hash), journal)
@@ -78,7 +78,8 @@ def prepare(recipe: Recipe) -> Run:
     return run
 
 
-def _check_environment(recipe: Recipe) -> None:
+def check_environment(recipe: Recipe) -> None:
+    """Raise ConfigError for settings that this machine, timm or the schedule cannot have."""
     if recipe.train.precision == "fp16" and not torch.accelerator.is_available():
         raise ConfigError("train.precision=fp16: needs a GPU; bf16 and fp32 work on a CPU")
     if recipe.tracker != "none" and importlib.util.find_spec(recipe.tracker) is None:
@@ -116,7 +117,8 @@ def _check_places(recipe: Recipe) -> None:
         raise ConfigError(f"output={recipe.output}: must be a folder that exists or can be made")
 
 
-def _check_batch(recipe: Recipe, data: Data, processes: int) -> None:
+def check_batch(recipe: Recipe, data: Data, processes: int) -> None:
+    """Raise ConfigError for a batch that the training images cannot fill, or that cannot be shared out."""
     batch, pieces = recipe.train.batch_size, recipe.train.accumulation * processes
     if batch > (size := len(data.transfer.train)):
         raise ConfigError(f"train.batch_size={batch}: must be ≤ {size}, the training images of {data.name}")

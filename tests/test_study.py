@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from kd import metrics
 from kd.recipe import PACKAGE, ConfigError
@@ -241,6 +242,8 @@ def test_dry_run_counts_and_writes_nothing(kd_study, tmp_path):
         (["study.controls=[soft]"], "must be some of hard, smoothed, bayes"),
         (["+study.contrasts.0.a.seed=1"], "seed is no axis; type study.seeds=N"),
         (["optimizer.name=lamb", "study.engine=population"], "population: cannot train a student, optimizer.name=lamb"),
+        (["train.batch_size=5000"], "train.batch_size=5000: must be ≤ 1293"),
+        (["scheduler.warmup_epochs=1"], "scheduler.warmup_epochs=1: must be < student.epochs=1"),
         (["name=../up"], "name='../up': must be a plain folder name"),
         (["-m", "seed=1,2"], "-m: a study is many runs by itself"),
         (["student.model=mlp_tiny,mlp_huge", "study.contrasts=[]"], "student.model=mlp_huge"),
@@ -265,6 +268,19 @@ def test_an_unknown_study_names_those_that_there_are(kd_study):
     done = kd_study(recipe="studies/tinny")
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "recipe=studies/tinny: no such recipe; did you mean recipe=studies/tiny?" in done.err
+
+
+def test_the_benchmarks_command_line_is_the_points_own_recipe(finished, kd_train):
+    """What it times through kd.train is the student that the study trained, teacher and all."""
+    from benchmarks.study import overrides
+    from kd.study.grid import flat
+
+    point = next(p for p in map(Folder(STUDY).found, load(STUDY)["point"]) if p["role"] == "student")
+    done = kd_train(*overrides(point), "--cfg", "job")
+    assert done.code == 0, done.err
+    shown = flat(yaml.safe_load(done.out))
+    for key, value in point["settings"].items():
+        assert shown[key] == value, key
 
 
 def test_kd_train_says_what_a_study_is(kd_train):

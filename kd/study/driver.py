@@ -27,6 +27,7 @@ from kd.metrics import MISLEADING
 from kd.plan import duration
 from kd.provenance import provenance
 from kd.recipe import ConfigError, DataConfig, Recipe, content_hash
+from kd.stages import check_batch, check_environment
 from kd.study.cohorts import augments, data_of, network
 from kd.study.estimate import seconds_of
 from kd.study.folder import SCHEMA, Folder
@@ -105,6 +106,8 @@ def _engines(study: StudyRecipe, sets: _Sets) -> Callable[[Point], str]:
     def reason(role: str, key: str) -> str | None:
         point = known[key]
         data = sets.data(point.recipe.data)
+        check_environment(point.recipe)
+        check_batch(point.recipe, data, 1)
         return why_not(point.recipe, role, network(point.recipe, role, data), data.num_classes)
 
     known: dict[str, Point] = {}
@@ -114,16 +117,14 @@ def _engines(study: StudyRecipe, sets: _Sets) -> Callable[[Point], str]:
         settings = {k: v for k, v in point.settings.items() if k not in ("seed", "teacher.label_smoothing")}
         key = json.dumps([role, settings], sort_keys=True)
         known.setdefault(key, point)
-        against = None if study.study.engine == "runs" else reason(role, key)
+        against = reason(role, key) or ("study.engine=runs" if study.study.engine == "runs" else None)
         if study.study.engine == "population" and against:
             raise ConfigError(
                 f"study.engine=population: cannot train a {point.role}, {against}; type study.engine=auto"
             )
-        if point.control == "bayes" and (against or study.study.engine == "runs"):
-            raise ConfigError(
-                f"study.controls: bayes needs the population engine, which cannot: {against or 'engine=runs'}"
-            )
-        return "runs" if against or study.study.engine == "runs" else "population"
+        if point.control == "bayes" and against:
+            raise ConfigError(f"study.controls: bayes needs the population engine, which cannot: {against}")
+        return "runs" if against else "population"
 
     return engine
 
