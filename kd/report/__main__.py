@@ -1,0 +1,82 @@
+"""``python -m kd.report DIR``: a study's results as one HTML page and as Markdown."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from kd import cli
+from kd.recipe import ConfigError
+
+HELP = """usage: python -m kd.report DIR [html=FILE.html] [markdown=FILE.md] [figures=FOLDER]
+
+Reads the folder of a study, finished or not, and writes DIR/report.html, one page that needs no network, and
+DIR/report.md, the same tables. Trains nothing. What each declared contrast shows is printed too.
+  html=FILE.html    write the page there instead
+  markdown=FILE.md  write the tables there instead
+  figures=FOLDER    keep the drawings as files too, and show them in the Markdown
+
+example: python -m kd.report checkpoints/studies/mnist1d_grid"""
+
+FILES = {"html": ".html", "markdown": ".md", "figures": ""}
+
+
+def report(folder: Path, html: Path, markdown: Path, drawings: Path | None) -> int:
+    """Write the report of a study's folder; returns the exit code."""
+    from kd.report import contrasts, drawing, page, reading, words
+
+    study = reading.read(folder)
+    made = page.page(study)
+    if drawings:
+        for figure in page.figures(made.sections):
+            _write(drawings / f"{figure.name}.svg", drawing.alone(figure.svg))
+    near = os.path.relpath(drawings, markdown.parent).replace(os.sep, "/") if drawings else None
+    _write(html, page.to_html(made))
+    _write(markdown, page.to_markdown(made, (lambda figure: f"<{near}/{figure.name}.svg>") if near else None))
+    print(made.warning or f"{words.clean(study.card['name'])}: {len(study.points)} points, all finished")
+    for contrast, pair, *_, shows in contrasts.results(study):
+        value = words.difference(pair.mean, contrast["metric"])
+        print(f"{words.clean(contrast['name'], 80)}: {value}, n = {pair.n}, {shows.words}")
+    print(f"wrote {html} and {markdown}")
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    from kd.checkpoint import write_atomically
+
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def main(arguments: list[str]) -> int:
+    """Read the command line and report."""
+    if {"-h", "--help"} & set(arguments) or not arguments:
+        print(HELP)
+        return 0
+    given = dict(
+        argument.split("=", 1) for argument in arguments if "=" in argument and argument.split("=")[0] in FILES
+    )
+    folders = [argument for argument in arguments if argument.split("=")[0] not in FILES]
+    if len(folders) != 1 or len(given) + 1 < len(arguments) or folders[0].startswith("-"):
+        raise ConfigError(
+            f"{' '.join(arguments)}: type the folder of one study, and html=FILE.html, markdown=FILE.md or "
+            f"figures=FOLDER where they should go elsewhere"
+        )
+    for name, value in given.items():
+        if not value or not value.endswith(FILES[name]):
+            raise ConfigError(f"{name}={value}: must {f'end in {FILES[name]}' if FILES[name] else 'be a folder'}")
+        if not (place := Path(value).parent).is_dir():
+            raise ConfigError(f"{name}={value}: no such folder {place}")
+    folder = Path(folders[0])
+    html, markdown = (Path(given.get(name, folder / f"report{FILES[name]}")) for name in ("html", "markdown"))
+    try:
+        return report(folder, html, markdown, Path(given["figures"]) if "figures" in given else None)
+    except ModuleNotFoundError as error:
+        if (error.name or "kd").split(".")[0] == "kd":
+            raise
+        raise ConfigError(f"kd.report needs {error.name}: pip install 'kd-torch[study]'") from error
+
+
+if __name__ == "__main__":
+    with cli.one_line_errors("kd.report"):
+        sys.exit(main(sys.argv[1:]))
