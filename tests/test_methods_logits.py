@@ -18,6 +18,7 @@ from kd.losses.decoupled import DKD, NKD, RLD
 from kd.losses.logits import ATS, KD, TTM, WSL, WTTM, GeneralisedJSD, HardDistillation, LogitMSE, ReverseKL
 from kd.losses.method import METHODS, Seen, View, batch_mean
 from kd.losses.temperatures import CTKD, LogitStandardization
+from kd.methods import library
 
 # ---- the authors' numbers
 
@@ -284,6 +285,7 @@ def complex_step(written, s, t, y):
 
 
 def second_cases():
+    known = library()
     for name, settings, written, arguments in SECOND_WRITINGS:
         # Two logits standardize to 1 and -1 whatever they are, with no gradient.
         for n, k in ((6, 5), (7, 4), (3, 3 if name == "lskd" else 2)):
@@ -293,7 +295,7 @@ def second_cases():
             t[0, y[0]] = -1  # the label's is the smallest logit: all of rld's classes are masked
             value, slopes = complex_step(partial(written, **arguments), s.numpy(), t.numpy(), y.numpy())
 
-            def loss(z, method=METHODS[name], settings=settings, t=t, y=y):
+            def loss(z, method=known[name], settings=settings, t=t, y=y):
                 return ready(method(**settings), z, t, y).sum()
 
             yield Case(name, SECOND, f"{name}{settings}-{n}x{k}", loss, s, tensor(value), tensor(slopes))
