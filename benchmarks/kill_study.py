@@ -58,9 +58,7 @@ def main(arguments: list[str]) -> int:
             after = points(wild)
             wrong += sum(after.get(point) != written for point, written in before.items())
             if process.returncode < 0:
-                print(
-                    f"kill {killed:2} after {limit:5.1f} s: {len(before)} points, then {len(after)}", flush=True
-                )
+                print(f"kill {killed:2} after {limit:5.1f} s: {len(before)} points, then {len(after)}", flush=True)
                 continue
             equal = process.returncode == 0 and (wild / "table.csv").read_bytes() == wanted
             wrong += not equal
