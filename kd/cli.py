@@ -200,8 +200,6 @@ def explain(error: Exception, schema: type = Recipe, folder: str = "") -> str:
         return no_such_setting(found[1], schema)
     if found := re.search(r"Could not find '(recipe|data)/([^']*)'", text):
         group, name = found.groups()
-        if name in [option.partition("/")[2] for option in _options("recipe", STUDIES)] and not folder:
-            return f"recipe={name}: is a study; type python -m kd.study recipe={name}"
         options = [option.partition("/")[2] for option in _options(group, folder if group == "recipe" else group)]
         near = difflib.get_close_matches(name, options, n=1)
         hint = f"did you mean {group}={near[0]}?" if near else "there are " + ", ".join(options)
@@ -303,6 +301,9 @@ def command(program: str, run: Callable[[Recipe], int]) -> None:
     with one_line_errors(program):
         words = own_methods(sys.argv[1:])
         check_words(words)
+        for word in words:
+            if word.startswith(f"recipe={STUDIES}/"):
+                raise ConfigError(f"{word}: is a study; type python -m kd.study {word}")
         import hydra
 
         @hydra.main(config_path=None, config_name="kd")
