@@ -19,24 +19,25 @@ import torch
 # A sample repeats a step for about this long, and so often at least.
 LEAST_SECONDS = 1e-2
 LEAST_CALLS = 3
-WARM_UP = 3
+WARM_SECONDS = 5e-2
 
 
 def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of one step, ``rounds`` samples of each: every round runs all of them, so that noise meets all alike.
 
     Before each sample its step runs unmeasured: else it would pay for the caches and the allocator that its predecessor
-    left behind, and the short ones most. Three calls are what it took until times stayed the same.
+    left behind, and the short ones most. So long is what it took until times stayed the same.
     """
     sample = _cuda_sample if device == "cuda" else _cpu_sample
-    repeats = {}
+    repeats, warm_up = {}, {}
     for name, step in steps.items():
         step()
-        repeats[name] = max(LEAST_CALLS, round(LEAST_SECONDS / max(sample(step, 1), 1e-9)))
+        seconds = max(sample(step, 1), 1e-9)
+        repeats[name], warm_up[name] = (max(LEAST_CALLS, round(s / seconds)) for s in (LEAST_SECONDS, WARM_SECONDS))
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            for _ in range(WARM_UP):
+            for _ in range(warm_up[name]):
                 step()
             times[name].append(sample(step, repeats[name]))
     return times
