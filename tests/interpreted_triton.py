@@ -127,23 +127,15 @@ AXES = {
 }
 
 
-def matrix(stride):
+def matrix():
     combinations = [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
-    return [c for c in combinations if not (c["soft"] and c["ignored"])][::stride]
+    return [c for c in combinations if not (c["soft"] and c["ignored"])]
 
 
-@pytest.mark.parametrize("stride", [1, 11])
-def test_the_sample_of_the_matrix_has_every_pair(stride):
-    def pairs(combinations):
-        return {(a, str(c[a]), b, str(c[b])) for c in combinations for a, b in itertools.combinations(AXES, 2)}
-
-    assert pairs(matrix(stride)) == pairs(matrix(1))
-
-
-@pytest.mark.timeout(7200)  # all of it on the sweeps, at night
+@pytest.mark.timeout(1200)  # every operation of a kernel is Python here
 def test_matrix(kernel):
     """float64 to 1e-12, float32 to 1e-5, half types to 1.5 times what the reference errs in that dtype."""
-    for i, c in enumerate(matrix(1 if kernel == "resident" or NIGHTLY else 11)):
+    for i, c in enumerate(matrix()):
         s, t, y, q, w, upstream = batch(3, dtype=c["dtype"], seed=i)
         if c["ignored"]:
             y[1] = -100
