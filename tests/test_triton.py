@@ -1,8 +1,8 @@
 """The Triton kernels, run on the CPU by Triton's interpreter.
 
 Whether Triton interprets is settled when it is imported, so the checks, tests/interpreted_*.py, run in a process
-of their own. Rows meet every combination of settings on both kernels; KD_NIGHTLY=1 takes all of them through DistillLoss
-with its reductions too, which takes an hour or so.
+of their own. Rows meet every combination of settings on both kernels; KD_NIGHTLY=1 takes all of them through
+DistillLoss with its reductions too, which takes an hour or so.
 """
 
 import os
