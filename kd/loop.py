@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -55,6 +56,26 @@ def mixed_seed(*parts: int) -> int:
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
     """The order of the training images in an epoch, the same on every process."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch)))
+
+
+def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, epochs: int, updates_per_epoch: int) -> Scheduler:
+    """The recipe's schedule of the learning rate, stepped after every update."""
+    s = recipe.scheduler
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=s.name,
+        num_epochs=epochs,
+        decay_epochs=s.decay_epochs,
+        decay_milestones=s.milestones,
+        decay_rate=s.decay_rate,
+        min_lr=s.min_lr,
+        warmup_lr=s.warmup_lr,
+        warmup_epochs=s.warmup_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    assert scheduler is not None
+    return scheduler
 
 
 def share(batch: Tensor, accumulation: int, processes: int, rank: int) -> list[Tensor]:
@@ -190,7 +211,7 @@ class Trainer:
             filter_bias_and_bn=not recipe.optimizer.decay_norm_and_bias,
         )
         self._add_learned()
-        self.scheduler = self._scheduler()
+        self.scheduler = schedule(self.optimizer, recipe, stage.epochs, self.updates_per_epoch)
         decay = recipe.train.ema_decay
         self.deployed = stage.deployed()
         self.ema = ModelEmaV3(self.deployed, decay=decay) if decay else None
@@ -210,23 +231,6 @@ class Trainer:
 
     def _learned(self) -> Iterator[nn.Parameter]:
         return chain(self.model.parameters(), self.stage.objective.parameters())
-
-    def _scheduler(self):
-        s = self.recipe.scheduler
-        scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            sched=s.name,
-            num_epochs=self.stage.epochs,
-            decay_epochs=s.decay_epochs,
-            decay_milestones=s.milestones,
-            decay_rate=s.decay_rate,
-            min_lr=s.min_lr,
-            warmup_lr=s.warmup_lr,
-            warmup_epochs=s.warmup_epochs,
-            step_on_epochs=False,
-            updates_per_epoch=self.updates_per_epoch,
-        )
-        return scheduler
 
     def fit(self) -> None:
         """Train to the last epoch, from the saved state where there is one, and write the weights."""

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from einops import rearrange, repeat
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from kd import methods
 from kd.data import Data
-from kd.loop import epoch_order
+from kd.loop import epoch_order, schedule
 from kd.losses.distill import DistillLoss
 from kd.losses.method import Seen, View
 from kd.objective import Objective
@@ -226,27 +225,10 @@ class Training:
         stacked = [{**g, "params": [self.population.parameters[name] for name in g["params"]]} for g in groups]
         rates = {"lr": o.lr, "weight_decay": o.weight_decay, "momentum": o.momentum}
         self.optimizer = create_optimizer_v2(stacked, opt=o.name, **rates)
-        self.scheduler = self._scheduler()
+        self.scheduler = schedule(self.optimizer, cohort.recipe, cohort.epochs, cohort.updates_per_epoch)
         self.losses = Losses(cohort.members, cohort.data.num_classes, cohort.dtype)
         self.diverged: dict[int, str] = {}
         self.update = 0
-
-    def _scheduler(self):
-        s = self.cohort.recipe.scheduler
-        scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            sched=s.name,
-            num_epochs=self.cohort.epochs,
-            decay_epochs=s.decay_epochs,
-            decay_milestones=s.milestones,
-            decay_rate=s.decay_rate,
-            min_lr=s.min_lr,
-            warmup_lr=s.warmup_lr,
-            warmup_epochs=s.warmup_epochs,
-            step_on_epochs=False,
-            updates_per_epoch=self.cohort.updates_per_epoch,
-        )
-        return scheduler
 
     def fit(self, tell: Callable[[int], None] = lambda epoch: None) -> Population:
         """Train to the last epoch; `tell` is called after each."""
