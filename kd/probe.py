@@ -44,8 +44,8 @@ def probe(teacher: Teacher, split: Split, batch_size: int, accelerator: Accelera
     """The estimate from at most SAMPLES samples of a split, not augmented, always the same ones; on every process."""
     import torch
 
-    from kd.loop import predict
     from kd.metrics import estimate_smoothing
+    from kd.stage import predict
 
     chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:SAMPLES]
     some = split.subset(chosen.sort().values)

@@ -12,11 +12,11 @@ from rich.table import Table
 from torch import Tensor
 
 from kd.checkpoint import read_json, write_json
-from kd.loop import predict
 from kd.metrics import agreement, classification, predictive_kl
 from kd.models import Teacher
 from kd.provenance import provenance
 from kd.recipe import content_hash, identity
+from kd.stage import predict
 from kd.stages import Run, recorded_smoothing, scored, teacher_is_trained
 
 NETWORKS = ("teacher", "student", "control")

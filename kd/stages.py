@@ -25,14 +25,15 @@ from kd.assembled import Ensemble, load_exactly
 from kd.checkpoint import read_json, save_weights, write_atomically, write_json
 from kd.data import Data, load_data
 from kd.journal import Journal
-from kd.loop import Stage, Trainer, mixed_seed, predict
-from kd.loop import build as build_objective
+from kd.loop import Trainer
 from kd.losses.distill import DistillLoss
 from kd.metrics import top_k_accuracy
 from kd.models import Student, Teacher, build, weights_metadata
 from kd.objective import Objective
 from kd.probe import tell_smoothing
 from kd.recipe import ConfigError, Recipe, content_hash, identity
+from kd.stage import Stage, mixed_seed, predict
+from kd.stage import build as build_objective
 from kd.taps import needed
 
 

@@ -11,9 +11,9 @@ def run(recipe: Recipe) -> int:
     # Imported here: --help and a wrong command line must not wait for torch.
     from kd import results, stages
     from kd.checkpoint import read_json
-    from kd.loop import TrainingError
     from kd.plan import print_layers, print_plan
     from kd.signals import Interrupted, listen
+    from kd.stage import TrainingError
 
     run = stages.prepare(recipe)
     if recipe.list_layers:

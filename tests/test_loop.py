@@ -17,12 +17,13 @@ from torch.nn import functional as F
 from kd import signals
 from kd.data import load_data
 from kd.journal import Journal
-from kd.loop import Stage, Trainer, TrainingError, epoch_order, mixed_seed, predict, share
+from kd.loop import Trainer
 from kd.losses.distill import DistillLoss
 from kd.methods import build
 from kd.models import Student, Teacher
 from kd.objective import Objective
 from kd.recipe import DataConfig, OptimizerConfig, Recipe, SchedulerConfig, TrainConfig
+from kd.stage import Stage, TrainingError, epoch_order, mixed_seed, predict, share
 
 
 @pytest.fixture(autouse=True)

@@ -226,7 +226,7 @@ def test_the_split_it_reads_is_a_sample_of_at_most_2000(monkeypatch, weights):
     from kd.recipe import DataConfig
 
     seen = []
-    monkeypatch.setattr("kd.loop.predict", lambda teacher, split, *rest: seen.append(split) or split.images[:, :12])
+    monkeypatch.setattr("kd.stage.predict", lambda teacher, split, *rest: seen.append(split) or split.images[:, :12])
     data = load_data(DataConfig(family="mixture"), 0)
     net = Teacher(build("mlp_mini", num_classes=12, input_shape=(20,), checkpoint=weights))
     for split in (data.train, data.train, data.val):

@@ -10,7 +10,6 @@ from torch import nn
 
 from kd import DistillLoss, stages
 from kd.data import load_data
-from kd.loop import epoch_order
 from kd.losses.decoupled import DKD
 from kd.losses.method import Seen, View
 from kd.models import build
@@ -24,6 +23,7 @@ from kd.recipe import (
     TeacherConfig,
     TrainConfig,
 )
+from kd.stage import epoch_order
 from kd.study.population import Cohort, Member, Population, Training, why_not
 
 EPOCHS = 2

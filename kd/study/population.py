@@ -24,12 +24,12 @@ from torch.func import functional_call, grad, vmap
 
 from kd import methods
 from kd.data import Data
-from kd.loop import epoch_order, schedule
 from kd.losses.distill import DistillLoss
 from kd.losses.method import Seen, View
 from kd.objective import Objective
 from kd.recipe import LossConfig, Recipe
 from kd.smoothing import to_uniform, unsmooth
+from kd.stage import epoch_order, schedule
 
 ELEMENTWISE = ("sgd", "nesterov", "momentum", "adam", "adamw", "nadamw")  # timm's optimizers whose members never mix
 LARGEST = 2_000_000  # parameters of a network from which a batch of members is no cheaper than one after the other

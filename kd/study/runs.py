@@ -11,9 +11,9 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 
 from kd import stages
-from kd.loop import Stage, predict
 from kd.models import Teacher
 from kd.recipe import Recipe
+from kd.stage import Stage, predict
 from kd.study.cohorts import Outcome, parts_of, truth_of
 from kd.study.folder import Folder
 from kd.study.grid import Point
