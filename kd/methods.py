@@ -149,16 +149,23 @@ def _plain(value: Any) -> Any:
 # ---- from a recipe's values to methods
 
 
-def build(values: Mapping[str, Any]) -> dict[str, Weighted]:
-    """The methods that `loss.methods` names, each with its weight. Raises ConfigError for what cannot work."""
-    return {name: _build(name, settings) for name, settings in values.items()}
+def build(values: Mapping[str, Any], section: str = "loss") -> dict[str, Weighted]:
+    """The methods that `loss.methods` names, each with its weight. Raises ConfigError for what cannot work.
+
+    `section` is `teacher` for those that the teacher itself is trained with, which have nobody to learn from.
+    """
+    made = {name: _build(f"{section}.methods.{name}", name, settings) for name, settings in values.items()}
+    for name, each in made.items() if section == "teacher" else ():
+        if each.method.needs:
+            alone = [known for known, method in library().items() if not method.needs]
+            raise ConfigError(f"teacher.methods.{name}: needs a teacher of its own; must be of {', '.join(alone)}")
+    return made
 
 
-def _build(name: str, settings: Any) -> Weighted:
-    at = f"loss.methods.{name}"
+def _build(at: str, name: str, settings: Any) -> Weighted:
     if name == PLAIN:
         raise ConfigError(f"{at}: is there already; type loss.kd_weight=... and loss.temperature=...")
-    method = _find(name, f"{at}: no such method", "loss.methods.")
+    method = _find(name, f"{at}: no such method", at.removesuffix(name))
     if name in TAKEN:
         raise ConfigError(f"{at}: {name} is another figure of metrics.jsonl; give the method another name")
     if not isinstance(settings, Mapping):

@@ -127,10 +127,27 @@ class TeacherConfig(Checked):
     epochs: int = setting(10, "passes over the training images, where the teacher is trained here", ge=1)
     label_smoothing: float = setting(0.0, "smoothing mass of the teacher's own training targets", ge=0, lt=1)
     smoothing: str = setting("uniform", "convention of that mass", among=("uniform", "others"))
+    ce_weight: float = setting(1.0, "weight of the cross entropy in the teacher's own training", ge=0)
+    methods: dict[str, Any] = setting({}, "methods beside it that need no teacher, such as {maxsup: {weight: 1}}")
     members: int = setting(1, "networks, each trained from its own seed, that teach as one", ge=1, le=64)
     averaging_temperature: float = setting(1.0, "temperature at which the members' probabilities are averaged", gt=0)
     model_kwargs: dict[str, Any] = setting({}, "further arguments of timm.create_model")
     layers: list[str] = setting([], "layers that feature methods read, from shallow to deep; empty: timm's stages")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.ce_weight == 0 and not self.methods:
+            raise ConfigError("teacher.ce_weight=0 without teacher.methods leaves nothing to learn: make it > 0")
+
+    def own_loss(self) -> LossConfig:
+        """What the teacher itself minimises."""
+        return LossConfig(
+            kd_weight=0.0,
+            ce_weight=self.ce_weight,
+            label_smoothing=self.label_smoothing,
+            smoothing=self.smoothing,
+            methods=self.methods,
+        )
 
 
 @dataclass
@@ -264,6 +281,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     values: dict[str, Any] = {k: v for k, v in asdict(recipe).items() if k not in _NOT_IDENTITY}
     if recipe.teacher.members == 1:  # then there is nothing to average
         del values["teacher"]["members"], values["teacher"]["averaging_temperature"]
+    if recipe.teacher.ce_weight == 1 and not recipe.teacher.methods:  # as all teachers were before there were others
+        del values["teacher"]["ce_weight"], values["teacher"]["methods"]
     values["data"] = {k: v for k, v in values["data"].items() if k not in _NOT_DATA_IDENTITY}
     values["train"] = {k: v for k, v in values["train"].items() if k not in _NOT_TRAIN_IDENTITY}
     return values

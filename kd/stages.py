@@ -31,7 +31,7 @@ from kd.metrics import top_k_accuracy
 from kd.models import Student, Teacher, build, weights_metadata
 from kd.objective import Objective
 from kd.probe import tell_smoothing
-from kd.recipe import ConfigError, Recipe, content_hash, identity
+from kd.recipe import ConfigError, LossConfig, Recipe, content_hash, identity
 from kd.stage import Stage, mixed_seed, predict
 from kd.stage import build as build_objective
 from kd.taps import needed
@@ -96,6 +96,7 @@ def check_environment(recipe: Recipe) -> None:
                 f"scheduler.warmup_epochs={recipe.scheduler.warmup_epochs}: must be < {section.section}epochs="
                 f"{section.epochs}"
             )
+    methods.build(recipe.teacher.methods, "teacher")
     if recipe.teacher.members > 1 and not teacher_is_trained(recipe):
         raise ConfigError(
             f"teacher.members={recipe.teacher.members}: needs teachers that are trained here, each from its own seed; "
@@ -240,26 +241,26 @@ def scored(run: Run, name: str, weights: Path | None, teacher: Teacher | None = 
     return deployed
 
 
-def hard_loss(label_smoothing: float, smoothing: str, backend: str) -> DistillLoss:
-    """Cross entropy with smoothed labels and no teacher."""
-    return DistillLoss(
-        kd_weight=0.0,
-        ce_weight=1.0,
-        label_smoothing=label_smoothing,
-        smoothing=smoothing,
-        reduction="sum",
-        backend=backend,
-    )
+def labels_only(recipe: Recipe, name: str) -> Objective:
+    """What the teacher or the control minimises: cross entropy with smoothed labels, and the teacher's methods."""
+    if name == "teacher":
+        loss = replace(recipe.teacher.own_loss(), backend=recipe.loss.backend)
+        return Objective(_plain_loss(loss), methods.build(loss.methods, "teacher"))
+    return Objective(_plain_loss(replace(recipe.loss, kd_weight=0.0, ce_weight=1.0, methods={})))
+
+
+def _plain_loss(loss: LossConfig) -> DistillLoss:
+    settings: dict[str, Any] = {k: v for k, v in asdict(loss).items() if k != "methods"}
+    return DistillLoss(**settings, reduction="sum")
 
 
 def distillation(run: Run) -> Objective:
     """The student's objective, as the recipe's `loss` section has it."""
-    settings: dict[str, Any] = {k: v for k, v in asdict(run.recipe.loss).items() if k != "methods"}
     weighted = methods.build(run.recipe.loss.methods)
     for each in weighted.values():
         if "peer" in each.method.needs:
             each.method.peer = network(run, "student", seed=mixed_seed(run.recipe.seed, 1))
-    return Objective(DistillLoss(**settings, reduction="sum"), weighted)
+    return Objective(_plain_loss(run.recipe.loss), weighted)
 
 
 def rehearse(run: Run) -> None:
@@ -278,7 +279,6 @@ def rehearse(run: Run) -> None:
 def stage(run: Run, name: str, teacher: Teacher | None = None) -> Stage:
     """A stage ready to train: the teacher's own, the distilled student's, or the control's."""
     recipe = run.recipe
-    section = recipe.teacher if name == "teacher" else recipe.loss
     role = "teacher" if name == "teacher" else "student"
     net, taps = network(run, role), None
     if name == "student":
@@ -287,29 +287,29 @@ def stage(run: Run, name: str, teacher: Teacher | None = None) -> Stage:
         layers = recipe.student.layers, recipe.teacher.layers
         taps = needed(objective.needs, net, teacher.model, *layers)
     else:
-        objective = Objective(hard_loss(section.label_smoothing, section.smoothing, recipe.loss.backend))
+        objective = labels_only(recipe, name)
     if taps:
         assert teacher is not None
         teacher = Teacher(teacher.model, features=taps[1].names)
     model = Student(net, features=taps[0].names if taps else ())
     epochs = recipe.teacher.epochs if role == "teacher" else recipe.student.epochs
     folder = run.teacher_folder if name == "teacher" else run.folder / name
-    return Stage(name, model, objective, epochs, folder, _metadata(run, name), teacher, taps)
+    return Stage(name, model, objective, epochs, folder, metadata(recipe, name, run.data), teacher, taps)
 
 
-def _metadata(run: Run, name: str) -> dict[str, Any]:
-    """What travels with the weights."""
-    recipe = run.recipe
-    own, smoothing = (recipe.teacher, recipe.teacher) if name == "teacher" else (recipe.student, recipe.loss)
-    return {
+def metadata(recipe: Recipe, name: str, data: Data) -> dict[str, Any]:
+    """What travels with the weights. A teacher's methods may act like smoothing: its mass is then not known."""
+    own, trained = (recipe.teacher, recipe.teacher) if name == "teacher" else (recipe.student, recipe.loss)
+    known: dict[str, Any] = {"label_smoothing": str(trained.label_smoothing), "smoothing": trained.smoothing}
+    if name == "teacher" and recipe.teacher.methods:
+        known = {"methods": recipe.teacher.methods}
+    return known | {
         "model": own.model,
-        "num_classes": str(run.data.num_classes),
-        "label_smoothing": str(smoothing.label_smoothing),
-        "smoothing": smoothing.smoothing,
-        "class_names": run.data.class_names,
-        "input_shape": list(run.data.input_shape),
-        "mean": list(run.data.mean),
-        "std": list(run.data.std),
+        "num_classes": str(data.num_classes),
+        "class_names": data.class_names,
+        "input_shape": list(data.input_shape),
+        "mean": list(data.mean),
+        "std": list(data.std),
     }
 
 
@@ -360,7 +360,9 @@ def _train_members(run: Run) -> None:
         for which in ("last", "selected"):
             parts = [load_file(folder / f"{which}.safetensors") for folder in folders]
             weights = {f"members.{i}.{key}": value for i, part in enumerate(parts) for key, value in part.items()}
-            save_weights(run.teacher_folder / f"{which}.safetensors", weights, _metadata(run, "teacher"))
+            save_weights(
+                run.teacher_folder / f"{which}.safetensors", weights, metadata(run.recipe, "teacher", run.data)
+            )
         done = [read_json(folder / "stage.json") for folder in folders]
         total = {key: sum(each[key] for each in done) for key in ("updates", "seconds")}
         write_json(
@@ -389,7 +391,8 @@ def check_teacher(run: Run, teacher: Teacher) -> None:
 def recorded_smoothing(recipe: Recipe) -> tuple[float, str] | None:
     """Mass and convention that the teacher is or was trained with; None where its weights do not say."""
     if teacher_is_trained(recipe):
-        return recipe.teacher.label_smoothing, recipe.teacher.smoothing
+        own = recipe.teacher  # another loss of the labels may act like a smoothing of unknown mass
+        return None if own.methods else (own.label_smoothing, own.smoothing)
     record = weights_metadata(recipe.teacher.checkpoint) if recipe.teacher.checkpoint else {}
     return (float(record["label_smoothing"]), record["smoothing"]) if "label_smoothing" in record else None
 

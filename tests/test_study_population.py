@@ -12,8 +12,9 @@ from kd import DistillLoss, stages
 from kd.data import load_data
 from kd.losses.decoupled import DKD
 from kd.losses.method import Seen, View
-from kd.models import build
+from kd.models import build, weights_metadata
 from kd.recipe import (
+    ConfigError,
     DataConfig,
     LossConfig,
     OptimizerConfig,
@@ -185,6 +186,59 @@ def test_a_member_is_the_network_that_kd_train_trains(data, tmp_path):
             torch.testing.assert_close(member[name], weight, atol=2e-6, rtol=0)
     other = population.member(0)
     assert max((other[name] - weights[name]).abs().max() for name in weights) > 1e-3  # the members differ
+
+
+def test_a_teacher_is_trained_with_an_alternative_to_smoothing_in_a_run_and_in_a_population(data, tmp_path):
+    """Label smoothing as a method is the setting by another road; the weights say that the mass is not on record."""
+    asked = {"label_smoothing": {"label_smoothing": 0.4}}
+    recipes = {
+        "setting": replace(RECIPE, output=str(tmp_path)),
+        "method": replace(
+            RECIPE,
+            output=str(tmp_path),
+            teacher=replace(RECIPE.teacher, label_smoothing=0.0, ce_weight=0.0, methods=asked),
+        ),
+    }
+    found = {}
+    for name, recipe in recipes.items():
+        run = stages.prepare(recipe)
+        stages.find_teacher(run)
+        found[name] = run.teacher_folder / "last.safetensors"
+    assert found["setting"] != found["method"]
+    half = replace(HARD, ce_weight=0.5, methods={"maxsup": {"start_weight": 0.4, "end_weight": 0.4}})
+    members = [Member(recipes["method"].teacher.own_loss()), Member(half), Member(HARD)]
+    grown = Training(Cohort(RECIPE, data, EPOCHS, network("mlp_tiny"), members)).fit()
+    for name, weight in load_file(found["setting"]).items():
+        for other in (load_file(found["method"])[name], grown.member(0)[name]):
+            torch.testing.assert_close(other, weight, atol=2e-6, rtol=0)
+        assert not torch.equal(grown.member(1)[name], grown.member(2)[name])
+    record = weights_metadata(found["method"])
+    assert record["methods"] == asked
+    assert "label_smoothing" not in record
+    assert stages.recorded_smoothing(recipes["method"]) is None
+    assert stages.recorded_smoothing(recipes["setting"]) == (0.4, "uniform")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": {"dkd": {}}}, "teacher.methods.dkd: needs a teacher of its own; must be of .*maxsup"),
+        ({"methods": {"maxsop": {}}}, "teacher.methods.maxsop: no such method; did you mean teacher.methods.maxsup"),
+        (
+            {"methods": {"maxsup": {"end": 1.0}}},
+            "teacher.methods.maxsup.end: no such setting; did you mean teacher.methods.maxsup.end_weight",
+        ),
+        ({"methods": {"maxsup": {"weight": -1.0}}}, "teacher.methods.maxsup.weight=-1.0: must be a finite number ≥ 0"),
+        ({"ce_weight": 0.0}, "teacher.ce_weight=0 without teacher.methods"),
+    ],
+)
+def test_methods_that_a_teacher_cannot_be_trained_with_are_refused_before_any_work(change, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        stages.prepare(replace(RECIPE, output=str(tmp_path), teacher=replace(RECIPE.teacher, **change)))
+    if "ce_weight" not in change:
+        with pytest.raises(ConfigError, match=message.removesuffix(" of .*maxsup")):
+            why_not(replace(RECIPE, teacher=replace(RECIPE.teacher, **change)), "teacher", network("mlp_tiny"), 10)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_member_that_diverges_takes_no_other_along(data, teachers):

@@ -15,6 +15,7 @@ from kd.checkpoint import save_weights
 from kd.data import Data, Split, load_data
 from kd.models import build
 from kd.recipe import ConfigError, DataConfig, Recipe, content_hash
+from kd.stages import metadata
 from kd.study.folder import Folder
 from kd.study.grid import Point
 from kd.study.jobs import Job
@@ -69,7 +70,9 @@ def _train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
             yield point, {"error": f"measured: {error}", "seconds": seconds}
             continue
         if role == "teacher":
-            save_weights(folder.weights(point.id), training.population.member(i), metadata(point, data))
+            save_weights(
+                folder.weights(point.id), training.population.member(i), metadata(point.recipe, "teacher", data)
+            )
         yield point, outcome | {"seconds": seconds}
 
 
@@ -102,21 +105,6 @@ def network(recipe: Recipe, role: str, data: Data) -> nn.Module:
     return build(section.model, role=role, model_kwargs=section.model_kwargs, **shape)
 
 
-def metadata(point: Point, data: Data) -> dict[str, Any]:
-    """What a teacher's weights say of themselves, as those of `kd.train` do."""
-    section = point.recipe.teacher
-    return {
-        "model": section.model,
-        "num_classes": str(data.num_classes),
-        "label_smoothing": str(section.label_smoothing),
-        "smoothing": section.smoothing,
-        "class_names": data.class_names,
-        "input_shape": list(data.input_shape),
-        "mean": list(data.mean),
-        "std": list(data.std),
-    }
-
-
 class Teachers:
     """The trained teachers of a job's students, as one population."""
 
@@ -135,9 +123,7 @@ class Teachers:
     def member(self, point: Point) -> Member:
         """A point as a member: its loss, and where its teacher is among those of `source`."""
         if point.role == "teacher":
-            own = point.recipe.teacher
-            hard = replace(point.recipe.loss, kd_weight=0.0, ce_weight=1.0, methods={})
-            return Member(replace(hard, label_smoothing=own.label_smoothing, smoothing=own.smoothing))
+            return Member(point.recipe.teacher.own_loss())
         if point.control == "bayes":
             return Member(replace(point.recipe.loss, kd_weight=1.0, ce_weight=0.0), len(self.ids))
         return Member(point.recipe.loss, self.ids.index(point.teacher) if point.teacher else None)

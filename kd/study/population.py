@@ -285,7 +285,10 @@ def why_not(recipe: Recipe, role: str, network: nn.Module, num_classes: int) -> 
         return f"{own.model} has dropout"
     if (size := sum(p.numel() for p in network.parameters())) > LARGEST:
         return f"{own.model} has {size / 1e6:.1f} M parameters"
-    return _why_not_loss(recipe.loss, num_classes) if role == "student" else None
+    if role == "student":
+        return _why_not_loss(recipe.loss, num_classes)
+    methods.build(recipe.teacher.methods, "teacher")  # whether they can do without a teacher
+    return _why_not_loss(recipe.teacher.own_loss(), num_classes)
 
 
 def _why_not_loss(loss: LossConfig, num_classes: int) -> str | None:
