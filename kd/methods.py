@@ -173,7 +173,7 @@ def _build(at: str, name: str, settings: Any) -> Weighted:
     hints = {key: hint for key, hint in get_type_hints(method).items() if key in _fields(method)}
     for key, value in settings.items():
         if key not in (known := hints | dict.fromkeys(SHARED, float)):
-            raise ConfigError(f"{at}.{key}: no such setting; {did_you_mean(name, key)}")
+            raise ConfigError(f"{at}.{key}: no such setting; {did_you_mean(name, key, at.partition('.')[0])}")
         if not _fits(value, known[key]):
             raise ConfigError(f"{at}.{key}={value}: must be {_words(known[key])}")
     shared = {key: settings.get(key, default) for key, default in SHARED.items()}
@@ -197,11 +197,11 @@ def has(name: str, key: str) -> bool:
     return key in _fields(library()[name]) or key in SHARED
 
 
-def did_you_mean(name: str, key: str) -> str:
+def did_you_mean(name: str, key: str, section: str = "loss") -> str:
     """What to type instead of a setting that the method does not have."""
     known = [*_fields(library()[name]), *SHARED] if name in library() else []
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean loss.methods.{name}.{near[0]}?" if near else f"{name} has {', '.join(known)}"
+    return f"did you mean {section}.methods.{name}.{near[0]}?" if near else f"{name} has {', '.join(known)}"
 
 
 def _fits(value: Any, hint: Any) -> bool:
