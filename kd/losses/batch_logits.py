@@ -162,11 +162,16 @@ class _GramGap(torch.autograd.Function):
     N²K multiplications for the examples and NK² for the classes: nearly all of what MLKD costs.
     """
 
+    generate_vmap_rule = True  # studies train many students at once
+
     @staticmethod
-    def forward(ctx: Any, p: Tensor, q: Tensor) -> Tensor:
-        ctx.save_for_backward(p)
+    def forward(p: Tensor, q: Tensor) -> Tensor:
         product = (q - p) @ (q + p).T
         return (product + product.T) / 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

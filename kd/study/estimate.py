@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from kd.recipe import LossConfig
 from kd.study.cohorts import data_of, network
 from kd.study.jobs import Job
 from kd.study.population import Cohort, Member, Population, Training
@@ -22,7 +23,8 @@ def seconds_of(job: Job) -> float:
     data = data_of(recipe)
     updates = section.epochs * (len(data.train) // recipe.train.batch_size)
     members = len(job.points) if job.engine == "population" else 1
-    kind = (role, section.model, str(section.model_kwargs), recipe.train.batch_size, members, data.hash)
+    groups = len({str(point.recipe.loss.methods) for point in job.points}) if role == "student" else 0
+    kind = (role, section.model, str(section.model_kwargs), recipe.train.batch_size, members, groups, data.hash)
     if kind not in _SEEN:
         _SEEN[kind] = _measured(job, role, members)
     return _SEEN[kind] * updates + 0.1 * len(job.points)
@@ -33,7 +35,9 @@ def _measured(job: Job, role: str, members: int) -> float:
     recipe = job.points[0].recipe
     data = data_of(recipe)
     teachers = Population.start(network(recipe, "teacher", data), 1) if role == "student" else None
-    losses = [point.recipe.loss for point in job.points[:members]]
+    losses = [point.recipe.loss if teachers else point.recipe.teacher.own_loss() for point in job.points[:members]]
+    if job.engine != "population":  # whose methods may be none that a population can have
+        losses = [LossConfig()]
     chosen = [Member(loss, 0 if teachers else None) for loss in losses]
     source = (lambda images, index: teachers.logits(images)) if teachers else None
     training = Training(Cohort(recipe, data, 1, network(recipe, role, data), chosen, source))
