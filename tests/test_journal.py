@@ -33,7 +33,7 @@ def test_rewinding_forgets_one_stage_after_an_update_and_torn_lines(journal):
         journal.write({"stage": stage, "update": update})
     with journal.path.open("a") as file:
         file.write('{"stage": "stu')
-    journal.rewind("student", 1)
+    journal.rewind("student", 1, 0)
     assert [(e["stage"], e["update"]) for e in entries(journal)] == [("student", 1), ("control", 3)]
 
 

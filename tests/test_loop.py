@@ -217,7 +217,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path):
     batch = next(t._batches(0, 0))
     before = weights(t)
     bad = batch._replace(images=batch.images.clone().fill_(math.nan))
-    with pytest.raises(TrainingError, match=r"student: gradient norm nan at update 0 .*the update was not made"):
+    with pytest.raises(TrainingError, match="student: gradient norm nan in update 1 of 20, which was not made"):
         t._update([bad])
     assert torch.equal(weights(t), before)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kd import signals
 from kd.checkpoint import read_json, write_json
 from kd.recipe import content_hash
 from kd.study.folder import Folder, packed, unpacked
@@ -83,6 +85,8 @@ def _chunks(points: list[Point]) -> Iterator[list[Point]]:
 
 def work(config: Any) -> None:
     """What Hydra's launchers call, in whatever process: do the job that the config names."""
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # a process of its own, whose launcher does not listen
+        signals.listen(*signals.PREEMPTION, leaving=lambda: os._exit(0))
     folder = Folder(Path(config.study))
     name = str(config.job)
     with folder.lock(name, wait=True):  # an orphan of a killed command may still be at it
