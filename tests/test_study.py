@@ -293,7 +293,7 @@ def test_two_commands_on_one_folder_do_not_meet(kd_study):
     with Folder(STUDY).lock("study", wait=False):
         done = kd_study()
     assert done.code == 2
-    assert f"process {os.getpid()} is running this study" in done.err
+    assert f"process {os.getpid()} on " in done.err
 
 
 def test_load_says_what_is_no_study(tmp_path):
