@@ -41,9 +41,12 @@ def trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
         shutil.rmtree(place, ignore_errors=True)
         # 0: after every update, so that a kill often meets a save.
         words = (*WORDS, f"train.save_every={rng.choice((0, 0.05))}")
-        while counts["kills"] < KILLS and killed(words, place, rng.uniform(0, longest)):
+        while counts["kills"] < KILLS:
+            started = time.time()
+            if not killed(words, place, rng.uniform(0, longest)):
+                break
             counts["kills"] += 1
-            counts["in a write"] += any(place.rglob("*tmp*"))
+            counts["in a write"] += any(path.stat().st_mtime >= started for path in place.rglob("*tmp*"))
         forked.whole(*words, folder=place)
         compare(folder / "undisturbed", place)
         counts["runs"] += 1
