@@ -64,7 +64,7 @@ def test_stopped_anywhere_a_run_goes_on_to_the_same_bits(processes, tmp_path):
         assert not (cut / "runs/smoke/one/result.json").exists()
     forked.whole(*ALL_ON, folder=cut, processes=processes)
     assert forked.differences(tmp_path / "whole/runs", cut / "runs") == []
-    assert len(forked.outcome(cut / "runs")) == 9  # three networks of two files each, two curves, the result
+    assert len(forked.outcome(cut / "runs")) == 12  # three networks of three files each, two curves, the result
 
 
 def record(path: str) -> None:

@@ -99,7 +99,7 @@ def outcome(output: Path) -> dict[str, object]:
     for path in output.rglob("metrics.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         found[str(path.relative_to(output))] = [timeless(line) for line in lines]
-    for path in output.rglob("result.json"):
+    for path in [*output.rglob("result.json"), *output.rglob("stage.json")]:
         found[str(path.relative_to(output))] = timeless(json.loads(path.read_text()))
     return found
 
