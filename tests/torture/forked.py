@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import multiprocessing
@@ -54,7 +55,9 @@ def start(
         environment = {**several, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         arguments = (words, folder, environment, f"{log}.{rank}" if rank else log, hook)
         started.append(_context.Process(target=_run, args=arguments))
+        (folder / arguments[3]).touch()
         started[-1].start()
+        atexit.register(kill, started[-1], signal.SIGKILL)  # whatever fails: they would be waited for
     return started
 
 
@@ -80,6 +83,8 @@ def finish(started: list[ForkServerProcess], seconds: float = LONGEST) -> list[i
 def kill(process: ForkServerProcess, signum: int) -> None:
     """A signal to everything that a process of a run has started, itself included."""
     assert process.pid is not None
+    if process.exitcode is not None:  # its number may be another's by now
+        return
     for send in (os.killpg, os.kill):  # before it has a group of its own
         with contextlib.suppress(ProcessLookupError):
             send(process.pid, signum)
