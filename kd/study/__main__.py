@@ -180,6 +180,8 @@ def _leave() -> None:
             for worker in workers:
                 worker.terminate()
             psutil.wait_procs(workers, timeout=20)
+            if workers:  # joblib has something to put away
+                raise signals.Interrupted("stopped")
     signals.leave()
 
 
