@@ -55,6 +55,26 @@ def listen(*signals: signal.Signals, leaving: Callable[[], None] = leave) -> Non
         signal.signal(each, _request)
 
 
+@contextmanager
+def listening() -> Iterator[None]:
+    """A job of a launcher's process, which ends at once, and in silence, where its command is asked to stop.
+
+    Where somebody listens already, the command itself or a cluster's launcher, that is left as it is.
+    """
+    global _owner
+    before = [signal.getsignal(each) for each in PREEMPTION]
+    if any(handler != signal.SIG_DFL for handler in before):
+        yield
+        return
+    listen(*PREEMPTION, leaving=lambda: os._exit(0))
+    try:
+        yield
+    finally:
+        _owner = None
+        for each in PREEMPTION:
+            signal.signal(each, signal.SIG_DFL)
+
+
 def _request(signum: int, frame: Any) -> None:
     global _asked, _asked_at
     if os.getpid() != _owner:  # a data worker, forked with this handler: when it ends is its parent's affair

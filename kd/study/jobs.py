@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,11 +84,9 @@ def _chunks(points: list[Point]) -> Iterator[list[Point]]:
 
 def work(config: Any) -> None:
     """What Hydra's launchers call, in whatever process: do the job that the config names."""
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # a process of its own, whose launcher does not listen
-        signals.listen(*signals.PREEMPTION, leaving=lambda: os._exit(0))
     folder = Folder(Path(config.study))
     name = str(config.job)
-    with folder.lock(name, wait=True):  # an orphan of a killed command may still be at it
+    with signals.listening(), folder.lock(name, wait=True):  # an orphan of a killed command may still be at it
         job = Job.read(folder, name)
         if all(folder.is_finished(point) for point in job.points):
             return
