@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -62,8 +63,8 @@ def listening() -> Iterator[None]:
     Where somebody listens already, the command itself or a cluster's launcher, that is left as it is.
     """
     global _owner
-    before = [signal.getsignal(each) for each in PREEMPTION]
-    if any(handler != signal.SIG_DFL for handler in before):
+    free = all(signal.getsignal(each) == signal.SIG_DFL for each in PREEMPTION)
+    if not free or threading.current_thread() is not threading.main_thread():  # others cannot
         yield
         return
     listen(*PREEMPTION, leaving=lambda: os._exit(0))
