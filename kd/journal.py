@@ -30,7 +30,7 @@ class Journal:
         """
         if not self.accelerator.is_main_process or not self.path.exists():
             return
-        lines = self.path.read_text(errors="replace").split("\n")
+        lines = self.path.read_text(errors="replace").splitlines()
         kept = [line for line in lines if _kept(line, stage, update, epochs)]
         write_atomically(self.path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in kept)))
 
