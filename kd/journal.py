@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kd.checkpoint import write_atomically
+from kd.checkpoint import CheckpointError, write_atomically
 
 
 class Journal:
@@ -23,11 +24,14 @@ class Journal:
         self.path, self.accelerator, self.console = path, accelerator, console
         self._bar: Progress | None = None
 
-    def rewind(self, stage: str, update: int) -> None:
-        """Forget what a killed process wrote of a stage after its last saved update: it will be written again."""
+    def rewind(self, stage: str, update: int, epochs: int) -> None:
+        """Forget what a killed process wrote of a stage after its last saved update, of which so many epochs were
+        validated: it will be written again. Lines that are none of ours, torn by a kill, go too.
+        """
         if not self.accelerator.is_main_process or not self.path.exists():
             return
-        kept = [line for line in self.path.read_text().splitlines() if _kept(line, stage, update)]
+        lines = self.path.read_text(errors="replace").splitlines()
+        kept = [line for line in lines if _kept(line, stage, update, epochs)]
         write_atomically(self.path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in kept)))
 
     def write(self, values: dict[str, Any]) -> None:
@@ -35,11 +39,20 @@ class Journal:
         if not self.accelerator.is_main_process:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(finite) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path}: {error.strerror}") from error
         scalars = {f"{values['stage']}/{k}": v for k, v in finite.items() if isinstance(v, float)}
         self.accelerator.log(scalars, step=values["update"])
+
+    def flush(self) -> None:
+        """Bring what was written to the disk."""
+        if self.accelerator.is_main_process and self.path.exists():
+            with self.path.open("a") as file:
+                os.fsync(file.fileno())
 
     @contextmanager
     def progress(self, stage: str, total: int, done: int) -> Iterator[None]:
@@ -58,9 +71,10 @@ class Journal:
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=update)
 
-    def epoch(self, stage: str, epoch: int, epochs: int, top1: float, nll: float) -> None:
-        """One plain line after each epoch."""
-        self.say(f"{stage:8} epoch {epoch:>3}/{epochs}   validation top-1 {top1:6.2%}   nll {nll:.4f}")
+    def epoch(self, stage: str, epoch: int, epochs: int, top1: float, nll: float, skipped: int = 0) -> None:
+        """One plain line after each epoch; `skipped`: updates so far that fp16's scaler left out."""
+        more = f"   {skipped} updates skipped (fp16)" if skipped else ""
+        self.say(f"{stage:8} epoch {epoch:>3}/{epochs}   validation top-1 {top1:6.2%}   nll {nll:.4f}{more}")
 
     def say(self, text: str) -> None:
         """Print a line once, not once per process, and never wrapped: it may be a path."""
@@ -68,9 +82,11 @@ class Journal:
             self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
-def _kept(line: str, stage: str, update: int) -> bool:
+def _kept(line: str, stage: str, update: int, epochs: int) -> bool:
     try:
         entry = json.loads(line)
-    except ValueError:
-        return False  # the torn last line of a killed process
-    return entry["stage"] != stage or entry["update"] <= update
+        if entry["stage"] != stage:
+            return True
+        return entry["epoch"] < epochs if "val_top1" in entry else entry["update"] <= update
+    except (ValueError, TypeError, KeyError):
+        return False

@@ -13,10 +13,11 @@ from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -28,10 +29,13 @@ from kd.losses.distill import DistillLoss
 from kd.losses.method import Seen
 from kd.metrics import nll, top_k_accuracy
 from kd.models import Student
+from kd.numerics import Suspects, describe, first_bad_gradient
 from kd.objective import Objective, Terms
 from kd.recipe import Recipe
 from kd.signals import Interrupted, stop_requested
 from kd.stage import Stage, TrainingError, as_trained, build, epoch_order, mixed_seed, predict, schedule, share
+
+MOST_SKIPPED = 32  # halves fp16's scale from 65,536 to 1.5e-5
 
 
 @dataclass
@@ -41,6 +45,8 @@ class Progress:
     update: int = 0
     seconds: float = 0.0
     selected: dict[str, float] = field(default_factory=dict)
+    epochs: int = 0  # validated; a run that is stopped while it validates goes on with that
+    skipped: int = 0  # updates that fp16's scaler left out
 
 
 class Trainer:
@@ -51,6 +57,7 @@ class Trainer:
         self.updates_per_epoch = len(data.train) // recipe.train.batch_size
         self.updates = stage.epochs * self.updates_per_epoch
         self.progress = Progress()
+        self.skipped_in_a_row = 0
         self.saved_at = time.monotonic()
         self.selected_weights: dict[str, Tensor] | None = None  # chosen since the last save
         self.state_path = stage.folder / "state.safetensors"
@@ -89,11 +96,12 @@ class Trainer:
     def fit(self) -> None:
         """Train to the last epoch, from the saved state where there is one, and write the weights."""
         self._load()
-        self.journal.rewind(self.stage.name, self.progress.update)
+        self.journal.rewind(self.stage.name, self.progress.update, self.progress.epochs)
         with self.journal.progress(self.stage.name, self.updates, self.progress.update):
-            for epoch in range(self.progress.update // self.updates_per_epoch, self.stage.epochs):
-                self._epoch(epoch)
-                self.stage.objective.end_epoch()
+            while (epoch := self.progress.epochs) < self.stage.epochs:
+                if self.progress.update < (epoch + 1) * self.updates_per_epoch:
+                    self._epoch(epoch)
+                    self.stage.objective.end_epoch()
                 self._validate(epoch)
                 self._save_or_stop()
         if self.accelerator.is_main_process:
@@ -102,6 +110,7 @@ class Trainer:
                 self.stage.folder / "last.safetensors", self._evaluated().model.state_dict(), self.stage.metadata
             )
             done = {"updates": self.updates, "seconds": self.progress.seconds, "selected": self.progress.selected}
+            done["skipped"] = self.progress.skipped
             write_json(self.stage.folder / "stage.json", done)
             self.state_path.unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
@@ -141,34 +150,41 @@ class Trainer:
 
     def _save_or_stop(self) -> None:
         """Save when asked to stop, and otherwise from time to time."""
-        stop = stop_requested(self.accelerator)
-        if stop or time.monotonic() - self.saved_at >= self.recipe.train.save_every:
-            self._save()
-        if stop:
-            self.accelerator.wait_for_everyone()
-            raise Interrupted(f"{self.stage.name} stopped after update {self.progress.update} of {self.updates}")
+        if stop_requested(self.accelerator):
+            self._stop()
+        if time.monotonic() - self.saved_at >= self.recipe.train.save_every:
+            self._save_all()
+
+    def _save_all(self) -> None:
+        self.journal.flush()  # no state may tell of updates whose lines are lost
+        self._save()
+
+    def _stop(self) -> NoReturn:
+        self._save_all()
+        self.accelerator.wait_for_everyone()
+        raise Interrupted(f"{self.stage.name} stopped after update {self.progress.update} of {self.updates}")
 
     def _update(self, batches: list[Batch]) -> dict[str, Tensor]:
         """One optimizer step over the global batch; returns what there is to log, as sums over this process."""
         self.model.train()
         self.stage.objective.train()
-        update, rank = self.progress.update, self.accelerator.process_index
-        self.scheduler.step_update(update)
+        self.scheduler.step_update(self.progress.update)
         logged: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
-            seed = mixed_seed(self.recipe.seed, update, rank, i)
-            torch.manual_seed(seed)  # dropout knows no other state
             last = i == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                for name, value in self._forward_backward(batch, seed).items():
+                for name, value in self._forward_backward(batch, i).items():
                     logged[name] = logged.get(name, 0) + value
         self._average_gradients()
         limit = self.recipe.train.clip_grad or math.inf
         norm = cast(Tensor, self.accelerator.clip_grad_norm_(self._learned(), limit))
-        self._check_finite(norm, logged)
+        # fp16's scaler looks by itself, and leaves out an update that is not finite.
+        if self.accelerator.scaler is None and not torch.isfinite(norm):
+            self._refuse(f"gradient norm {float(norm)}", batches)
         self.stepper.step()
+        self._count_skipped(batches)
         self.stepper.zero_grad()
-        if self.ema:
+        if self.ema and not self.stepper.step_was_skipped:
             self.ema.update(self.deployed)
         return {**logged, "grad_norm": norm}
 
@@ -179,30 +195,54 @@ class Trainer:
                 if parameter.grad is not None:
                     parameter.grad = cast(Tensor, self.accelerator.reduce(parameter.grad, reduction="mean"))
 
-    def _forward_backward(self, batch: Batch, seed: int) -> dict[str, Tensor]:
+    def _forward(self, batch: Batch, i: int) -> tuple[Seen, Terms]:
+        """The i-th piece of the next update; all that is random in it comes from its position."""
+        seed = mixed_seed(self.recipe.seed, self.progress.update, self.accelerator.process_index, i)
+        torch.manual_seed(seed)  # dropout knows no other state
         epoch = self.progress.update / self.updates_per_epoch
         batch = as_trained(batch, self.mix, seed, self.recipe.train.channels_last)
         seen = self.stage.see(batch, epoch, self.model, self.accelerator)
-        terms = self.stage.objective(seen)
+        return seen, self.stage.objective(seen)
+
+    def _forward_backward(self, batch: Batch, i: int) -> dict[str, Tensor]:
+        seen, terms = self._forward(batch, i)
         # The loss sums over images; DDP averages over processes. Together: the mean over the global batch, whatever
         # the number of processes and accumulation steps, also where their shares are uneven.
         scale = self.accelerator.num_processes / self.recipe.train.batch_size
         logged = _observe(terms, self.stage.objective, seen) if self._logs_next() else {}
-        self.accelerator.backward(terms.loss * scale)
+        # A loss that is not finite makes the gradient so on every process, also where its own derivative is: one look
+        # at the norm, which all share, then sees both. To any other loss this adds 0.
+        self.accelerator.backward(terms.loss * (scale + 0 * terms.loss.detach()))
         return {**logged, "loss": terms.loss.detach()}
 
     def _logs_next(self) -> bool:
         done = self.progress.update + 1
         return done % self.recipe.train.log_every == 0 or done == self.updates
 
-    def _check_finite(self, norm: Tensor, logged: dict[str, Tensor]) -> None:
-        """Stop before the update that would carry NaN into the weights; fp16's scaler skips such steps by itself."""
-        if self.accelerator.scaler is None and not torch.isfinite(norm):
-            raise TrainingError(
-                f"{self.stage.name}: gradient norm {float(norm)} at update {self.progress.update} "
-                f"(sum of the loss {float(logged['loss']):g}); the update was not made. "
-                f"Try a smaller optimizer.lr, or train.clip_grad=1"
-            )
+    def _count_skipped(self, batches: list[Batch]) -> None:
+        """Count what fp16's scaler leaves out: a few while it finds its scale, more are no matter of scale."""
+        if not self.stepper.step_was_skipped:
+            self.skipped_in_a_row = 0
+            return
+        self.progress.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == MOST_SKIPPED:
+            self._refuse(f"{MOST_SKIPPED} updates in a row without a finite gradient in fp16", batches)
+
+    def _refuse(self, what: str, batches: list[Batch]) -> NoReturn:
+        """Stop before the update that would carry NaN into the weights, with what the same update again shows."""
+        self.stepper.zero_grad()
+        found = Suspects()
+        for i, batch in enumerate(batches):
+            with self.accelerator.no_sync(self.model):
+                seen, terms = self._forward(batch, i)
+                terms.loss.backward()
+            found.add(seen, self.stage.objective)
+        found.parameter = first_bad_gradient(self.stage.model.model, self.stage.objective)
+        raise TrainingError(
+            f"{self.stage.name}: {what} in update {self.progress.update + 1} of {self.updates}, which was not made; "
+            f"the last saved state is kept. {describe(gather_object([found]))}"
+        )
 
     def _log(self, epoch: int, logged: dict[str, Tensor], seconds: float) -> None:
         norm = logged.pop("grad_norm")
@@ -218,6 +258,8 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": size / seconds,
         }
+        if self.accelerator.scaler:
+            values["skipped"] = self.progress.skipped
         self.journal.write({"stage": self.stage.name, "update": self.progress.update, "epoch": epoch, **values})
 
     def _evaluated(self) -> Student:
@@ -232,12 +274,16 @@ class Trainer:
 
     def _validate(self, epoch: int) -> None:
         self._share_buffers()
-        logits = predict(self._evaluated(), self.data.val, self.recipe.train.batch_size, self.accelerator)
+        try:
+            logits = predict(self._evaluated(), self.data.val, self.recipe.train.batch_size, self.accelerator)
+        except Interrupted:
+            self._stop()
         targets = self.data.val.targets
         top1, val_nll = top_k_accuracy(logits, targets, 1).item(), nll(logits, targets).item()
         entry = {"stage": self.stage.name, "update": self.progress.update, "epoch": epoch}
         self.journal.write({**entry, "val_top1": top1, "val_nll": val_nll})
-        self.journal.epoch(self.stage.name, epoch + 1, self.stage.epochs, top1, val_nll)
+        self.journal.epoch(self.stage.name, epoch + 1, self.stage.epochs, top1, val_nll, self.progress.skipped)
+        self.progress.epochs = epoch + 1
         best = self.progress.selected
         # Ties in accuracy, common on small sets, go to the lower nll. NaN compares false and never becomes best.
         if not best or (top1, -val_nll) > (best["val_top1"], -best["val_nll"]):
@@ -259,6 +305,8 @@ class Trainer:
             "update": self.progress.update,
             "seconds": self.progress.seconds,
             "selected": self.progress.selected,
+            "epochs": self.progress.epochs,
+            "skipped": self.progress.skipped,
         }
         save_state(self.state_path, state)
 
@@ -279,7 +327,9 @@ class Trainer:
                 self.ema.module.load_state_dict(state["ema"])
             if self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.progress = Progress(state["update"], state["seconds"], state["selected"])
+            self.progress = Progress(
+                state["update"], state["seconds"], state["selected"], state["epochs"], state["skipped"]
+            )
             self.journal.say(f"{self.stage.name:8} goes on after update {self.progress.update} of {self.updates}")
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{self.state_path}: does not fit this run ({str(error).splitlines()[0]})") from error

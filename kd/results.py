@@ -117,6 +117,7 @@ def _card(run: Run, name: str, model: Teacher) -> dict[str, Any]:
         "weights": str(path),
         "seconds": stage["seconds"],
         "selected_epoch": stage["selected"]["epoch"],
+        "skipped_updates": stage.get("skipped", 0),  # by fp16's scaler
         "label_smoothing": smoothing.label_smoothing,
         "smoothing": smoothing.smoothing,
     }

@@ -20,6 +20,7 @@ from kd.losses.method import Seen, View
 from kd.models import Output, Student, Teacher
 from kd.objective import Objective
 from kd.recipe import Recipe
+from kd.signals import check
 from kd.taps import Taps
 
 
@@ -69,13 +70,17 @@ def share(batch: Tensor, accumulation: int, processes: int, rank: int) -> list[T
 
 @torch.no_grad()
 def predict(model: Student | Teacher, split: Split, batch_size: int, accelerator: Accelerator) -> Tensor:
-    """Logits (N, K) of a whole split in its own order, on the CPU, the same on every process."""
+    """Logits (N, K) of a whole split in its own order, on the CPU, the same on every process.
+
+    Raises Interrupted on every process where one was asked to stop.
+    """
     model.eval()
     size, world = len(split), accelerator.num_processes
     padded = torch.arange(math.ceil(size / world) * world) % size  # every process must bring as many rows
     plan = list(padded[accelerator.process_index :: world].split(max(1, batch_size // world)))
     rows = []
     for batch in split.batches(plan, epoch=None):
+        check(accelerator)
         with accelerator.autocast():
             rows.append(model(batch.images).logits.float())
     logits = torch.cat(rows)

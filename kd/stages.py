@@ -25,6 +25,7 @@ from kd.assembled import Ensemble, load_exactly
 from kd.checkpoint import read_json, save_weights, write_atomically, write_json
 from kd.data import Data, load_data
 from kd.journal import Journal
+from kd.lock import alone_on_teacher
 from kd.loop import Trainer
 from kd.losses.distill import DistillLoss
 from kd.metrics import top_k_accuracy
@@ -32,6 +33,7 @@ from kd.models import Student, Teacher, build, weights_metadata
 from kd.objective import Objective
 from kd.probe import tell_smoothing
 from kd.recipe import ConfigError, LossConfig, Recipe, content_hash, identity
+from kd.signals import held
 from kd.stage import Stage, mixed_seed, predict
 from kd.stage import build as build_objective
 from kd.taps import needed
@@ -323,7 +325,9 @@ def train(run: Run, stage: Stage) -> None:
     # A trained teacher serves many runs, so its curve stands beside it; the others' stand in the run.
     path = (stage.folder if stage.name == "teacher" else run.folder) / "metrics.jsonl"
     journal = Journal(path, run.accelerator, run.journal.console)
-    Trainer(stage, run.recipe, data_of(run, stage.name), run.accelerator, journal).fit()
+    trainer = Trainer(stage, run.recipe, data_of(run, stage.name), run.accelerator, journal)
+    with held():
+        trainer.fit()
 
 
 def find_teacher(run: Run) -> Teacher:
@@ -332,12 +336,13 @@ def find_teacher(run: Run) -> Teacher:
     if teacher_is_trained(run.recipe):
         folder = run.teacher_folder
         weights = folder / "last.safetensors"
-        if (folder / "stage.json").exists():
-            run.journal.say(f"teacher  found in {folder}")
-        elif run.recipe.teacher.members > 1:
-            _train_members(run)
-        else:
-            train(run, stage(run, "teacher"))
+        with alone_on_teacher(run) as finished:
+            if finished:
+                run.journal.say(f"teacher  found in {folder}")
+            elif run.recipe.teacher.members > 1:
+                _train_members(run)
+            else:
+                train(run, stage(run, "teacher"))
     return Teacher(network(run, "teacher", weights)).to(run.accelerator.device)
 
 
@@ -364,7 +369,7 @@ def _train_members(run: Run) -> None:
                 run.teacher_folder / f"{which}.safetensors", weights, metadata(run.recipe, "teacher", run.data)
             )
         done = [read_json(folder / "stage.json") for folder in folders]
-        total = {key: sum(each[key] for each in done) for key in ("updates", "seconds")}
+        total = {key: sum(each[key] for each in done) for key in ("updates", "seconds", "skipped")}
         write_json(
             run.teacher_folder / "stage.json",
             total | {"selected": {"epoch": [each["selected"]["epoch"] for each in done]}},

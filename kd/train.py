@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kd import cli
+import sys
+
+from kd import cli, signals
 from kd.recipe import Recipe
 
 
@@ -11,38 +13,56 @@ def run(recipe: Recipe) -> int:
     # Imported here: --help and a wrong command line must not wait for torch.
     from kd import results, stages
     from kd.checkpoint import read_json
+    from kd.lock import alone_on_run
     from kd.plan import print_layers, print_plan
-    from kd.signals import Interrupted, listen
     from kd.stage import TrainingError
 
     run = stages.prepare(recipe)
     if recipe.list_layers:
         print_layers(run)
         return 0
-    stages.rehearse(run)
-    if recipe.dry_run:
-        print_plan(run)
-        return 0
-    stages.claim(run)
-    listen()
     path = run.folder / "result.json"
     try:
-        if path.exists():
-            result = read_json(path)
-        else:
-            stages.execute(run)
-            result = results.write_result(run)
+        stages.rehearse(run)
+        if recipe.dry_run:
+            print_plan(run)
+            return 0
+        signals.check(run.accelerator)
+        with alone_on_run(run) as finished:
+            stages.claim(run)
+            if finished:
+                result = read_json(path)
+            else:
+                stages.execute(run)
+                result = results.write_result(run)
         if run.accelerator.is_main_process:
             results.print_result(result, run.journal.console)
             print(path)
-    except Interrupted as stop:
-        cli.fail(f"{stop}; run the same command to go on", cli.INTERRUPTED)
+    except signals.Interrupted as stop:
+        if run.accelerator.is_main_process:
+            print(f"{stop}; {signals.GO_ON}", file=sys.stderr)
+        raise SystemExit(signals.exit_code()) from stop  # also of several runs, of which the next must not begin
     except TrainingError as error:
-        cli.fail(str(error), 1, everyone=True)
+        cli.fail(str(error), 1)
+    except RuntimeError as error:
+        if (said := lost(error)) is None:
+            raise
+        cli.fail(f"{said}; the last saved state is kept, {signals.GO_ON}", 1, everyone=True)
     finally:
         run.accelerator.end_training()
     return 0
 
 
+def lost(error: RuntimeError) -> str | None:
+    """What to say where a process that this one needs has ended; None of any other error."""
+    text = str(error).strip()
+    if "DataLoader worker" in text:
+        return f"{text.splitlines()[0].rstrip('. ')}: out of memory, perhaps, or of /dev/shm; data.workers=0 needs none"
+    if any(word in text for word in ("Connection closed by peer", "Connection reset by peer", "NCCL")):
+        return "another process of this run has ended"
+    return None
+
+
 if __name__ == "__main__":
+    signals.listen()  # before the imports that take seconds
     cli.command("kd.train", run)

@@ -1,14 +1,17 @@
 """What a run says: lines that are JSON whatever happens, and a bar where a person is looking."""
 
+import errno
 import io
 import json
 import math
+import os
 
 import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from rich.console import Console
 
+from kd.checkpoint import CheckpointError
 from kd.journal import Journal
 from kd.plan import duration
 
@@ -33,8 +36,47 @@ def test_rewinding_forgets_one_stage_after_an_update_and_torn_lines(journal):
         journal.write({"stage": stage, "update": update})
     with journal.path.open("a") as file:
         file.write('{"stage": "stu')
-    journal.rewind("student", 1)
+    journal.rewind("student", 1, 0)
     assert [(e["stage"], e["update"]) for e in entries(journal)] == [("student", 1), ("control", 3)]
+
+
+OTHERS = ["3\n", "null\n", "[1]\n", '"x"\n', '{"update": 2}\n', '{"stage": "student", "update": null}\n', "\n\n"]
+TORN = ['{"stage": "student", "update": 2', "\0" * 4096]
+
+
+@pytest.mark.parametrize("tail", [*OTHERS, *TORN])
+def test_lines_that_are_none_of_ours_are_forgotten_and_later_ones_are_whole(journal, tail):
+    """What a kill or a lost power supply leaves at the end of a file."""
+    journal.write({"stage": "student", "update": 1})
+    with journal.path.open("a") as file:
+        file.write(tail)
+    journal.rewind("student", 1, 0)
+    journal.write({"stage": "student", "update": 2})
+    assert [e["update"] for e in entries(journal)] == [1, 2]
+
+
+def test_bytes_that_are_no_text_are_forgotten(journal):
+    journal.write({"stage": "student", "update": 1})
+    with journal.path.open("ab") as file:
+        file.write(b"\xff\xfe\xc3\n")
+    journal.rewind("student", 1, 0)
+    assert [e["update"] for e in entries(journal)] == [1]
+
+
+def test_a_validation_that_was_not_saved_is_forgotten_and_its_last_update_is_not(journal):
+    for line in ({"update": 5}, {"update": 5, "val_top1": 0.5}, {"update": 10}, {"update": 10, "val_top1": 0.6}):
+        journal.write({"stage": "student", "epoch": line["update"] // 10, **line})
+    journal.rewind("student", 10, 1)
+    assert [("val_top1" in e, e["update"]) for e in entries(journal)] == [(False, 5), (True, 5), (False, 10)]
+
+
+def test_a_full_disk_is_one_error_with_the_path(journal, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(type(journal.path), "open", full)
+    with pytest.raises(CheckpointError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
+        journal.write({"stage": "student", "update": 1})
 
 
 def test_only_the_main_process_writes(journal, monkeypatch):

@@ -24,6 +24,7 @@ from kd.models import Student, Teacher
 from kd.objective import Objective
 from kd.recipe import DataConfig, OptimizerConfig, Recipe, SchedulerConfig, TrainConfig
 from kd.stage import Stage, TrainingError, epoch_order, mixed_seed, predict, share
+from tests.torture import forked
 
 
 @pytest.fixture(autouse=True)
@@ -177,28 +178,97 @@ def test_a_stopped_and_resumed_run_ends_bit_identical(tmp_path, monkeypatch, sto
     assert not (tmp_path / "resumed" / "student" / "state.safetensors").exists()
 
 
-@pytest.mark.parametrize("field", ["model", "objective", "optimizer", "ema", "update"])
-def test_each_part_of_the_state_is_needed(tmp_path, monkeypatch, field):
-    """Bring one field back to what a fresh run has: the resumed run must then differ."""
-    from kd import loop
+FRESH = {
+    "model": lambda t: t.stage.model.model,
+    "objective": lambda t: t.stage.objective,
+    "optimizer": lambda t: t.optimizer,
+    "ema": lambda t: t.ema.module,
+    "scaler": lambda t: t.accelerator.scaler,
+}
+POSITION = {"update": 0, "epochs": 0, "selected": {}, "skipped": 0}
+RANDOM = ("schedule", "dropout", "order")  # what is not saved, because it follows from the position
 
-    options, methods = {"ema_decay": 0.9}, {"online_label_smoothing": {"weight": 1.0}}
-    whole = trainer(tmp_path / "whole", recipe(**options), methods=methods, dropout=0.2)
-    whole.fit()
-    first = trainer(tmp_path / "cut", recipe(**options), methods=methods, dropout=0.2)
-    fresh = {"model": first.stage.model.model, "optimizer": first.optimizer, "ema": first.ema.module}
-    fresh["objective"] = first.stage.objective
-    start = {k: deepcopy(m.state_dict()) for k, m in fresh.items()} | {"update": 0}
-    monkeypatch.setattr("kd.loop.stop_requested", lambda a: first.progress.update >= 7)
+
+def without(t: Trainer, field: str, monkeypatch) -> None:
+    """Have `fit` resume everything but one field, which stays as a fresh run has it."""
+    load, position = t._load, 17
+    start = deepcopy(FRESH[field](t).state_dict()) if field in FRESH else None
+
+    def partly():
+        load()
+        assert t.progress.update == position
+        if field in FRESH:
+            FRESH[field](t).load_state_dict(start)
+        elif field in POSITION:
+            assert getattr(t.progress, field) != POSITION[field]
+            setattr(t.progress, field, POSITION[field])
+        elif field == "schedule":
+            step = t.scheduler.step_update
+            t.scheduler.step_update = lambda update: step(update - position)
+        elif field == "dropout":
+            monkeypatch.setattr(
+                "kd.loop.mixed_seed", lambda seed, update, *rest: mixed_seed(seed, update - position, *rest)
+            )
+        elif field == "order":
+            monkeypatch.setattr("kd.loop.epoch_order", lambda size, seed, epoch: epoch_order(size, seed, epoch - 1))
+
+    t._load = partly
+
+
+@pytest.mark.parametrize("field", [None, *FRESH, *POSITION, *RANDOM])
+def test_each_part_of_the_state_is_needed(tmp_path, monkeypatch, field):
+    """A run that goes on without one of them ends otherwise; with all of them (None) it does not."""
+    made = Accelerator.__init__
+
+    def with_scaler(self, *arguments, **settings):
+        made(self, *arguments, **settings)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**68, growth_interval=10)  # skips a few updates
+
+    monkeypatch.setattr(Accelerator, "__init__", with_scaler)
+
+    def fresh(folder):
+        methods = {"online_label_smoothing": {"weight": 1.0}}
+        return trainer(folder, recipe(ema_decay=0.9), methods=methods, dropout=0.2, epochs=3)
+
+    def falling(*arguments):  # the first epoch is the best: forgotten, another one would be
+        return torch.tensor(1.0 / (1 + running[0].progress.epochs))
+
+    monkeypatch.setattr("kd.loop.top_k_accuracy", falling)
+    running = [fresh(tmp_path / "whole")]
+    running[0].fit()
+    running[0] = first = fresh(tmp_path / "cut")
+    monkeypatch.setattr("kd.loop.stop_requested", lambda a: first.progress.update >= 17)
     with pytest.raises(signals.Interrupted):
         first.fit()
-    monkeypatch.undo()
-    path = tmp_path / "cut" / "student" / "state.safetensors"
-    loop.save_state(path, {**loop.load_state(path), field: start[field]})
-    second = trainer(tmp_path / "cut", recipe(**options), methods=methods, dropout=0.2)
+    monkeypatch.setattr("kd.loop.stop_requested", signals.stop_requested)
+    running[0] = second = fresh(tmp_path / "cut")
+    without(second, field, monkeypatch)
     second.fit()
-    files = [tmp_path / d / "student" / "last.safetensors" for d in ("whole", "cut")]
-    assert files[0].read_bytes() != files[1].read_bytes()
+    assert (forked.differences(tmp_path / "whole", tmp_path / "cut") == []) == (field is None)
+
+
+def test_asked_to_stop_while_it_validates_a_run_goes_on_with_the_validation(tmp_path, monkeypatch):
+    """Killed after that and before the next save, it does not write the epoch's line twice."""
+    whole = trainer(tmp_path / "whole", recipe())
+    whole.fit()
+    first = trainer(tmp_path / "cut", recipe())
+
+    def asked(*arguments):
+        if first.progress.update == 20:
+            raise signals.Interrupted("stopped")
+        return predict(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kd.loop.predict", asked)
+        with pytest.raises(signals.Interrupted, match="student stopped after update 20 of 20"):
+            first.fit()
+    killed = trainer(tmp_path / "cut", recipe(save_every=1000.0))
+    monkeypatch.setattr(killed, "_save_or_stop", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        killed.fit()
+    assert len(lines(tmp_path / "cut")) == len(lines(tmp_path / "whole"))
+    trainer(tmp_path / "cut", recipe()).fit()
+    assert forked.differences(tmp_path / "whole", tmp_path / "cut") == []
 
 
 def test_averaged_weights_follow_their_formula_and_are_the_ones_saved(tmp_path):
@@ -217,7 +287,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path):
     batch = next(t._batches(0, 0))
     before = weights(t)
     bad = batch._replace(images=batch.images.clone().fill_(math.nan))
-    with pytest.raises(TrainingError, match=r"student: gradient norm nan at update 0 .*the update was not made"):
+    with pytest.raises(TrainingError, match="student: gradient norm nan in update 1 of 20, which was not made"):
         t._update([bad])
     assert torch.equal(weights(t), before)
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -293,7 +294,7 @@ def test_two_commands_on_one_folder_do_not_meet(kd_study):
     with Folder(STUDY).lock("study", wait=False):
         done = kd_study()
     assert done.code == 2
-    assert f"process {os.getpid()} is running this study" in done.err
+    assert f"process {os.getpid()} on " in done.err
 
 
 def test_load_says_what_is_no_study(tmp_path):
@@ -329,4 +330,30 @@ def test_killed_at_any_time_a_study_resumes_to_the_same_table(kd_study, tmp_path
     assert written
     assert kd_study("output=disturbed").code == 0
     assert {path: path.read_bytes() for path in written} == written  # none was made twice
+    assert (study / "table.csv").read_bytes() == Path("undisturbed/studies/tiny/table.csv").read_bytes()
+
+
+@pytest.mark.parametrize("engine", ["population", "runs"])
+def test_asked_to_stop_a_study_ends_with_its_workers_and_resumes_to_the_same_table(engine, kd_study, tmp_path):
+    """SIGTERM to the command alone: its workers must not go on without it, and nothing is written down as failed."""
+    words = ["study.seeds=1", "loss.temperature=4", "loss.student_temperature=1", "study.contrasts=[]"]
+    words += ["teacher.label_smoothing=0", f"study.engine={engine}", "teacher.epochs=3", "student.epochs=40"]
+    assert kd_study("output=undisturbed", *words).code == 0
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, "-m", "kd.study", "recipe=studies/tiny", "output=disturbed", *words]
+    study = Path("disturbed/studies/tiny")
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list((study / "points").glob("*.json")):
+        time.sleep(0.02)
+    children = psutil.Process(process.pid).children()
+    workers = [child for child in children if "popen_loky" in " ".join(child.cmdline())]
+    assert workers
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert (process.returncode, said.splitlines()[-1]) == (0, "stopped; run the same command to go on"), said
+    assert not [each for each in workers if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+    points = [json.loads(path.read_text()) for path in (study / "points").glob("*.json")]
+    assert {point["state"] for point in points} == {"finished"}
+    assert len(points) < len(list(Path("undisturbed/studies/tiny/points").glob("*.json")))
+    assert kd_study("output=disturbed", *words).code == 0
     assert (study / "table.csv").read_bytes() == Path("undisturbed/studies/tiny/table.csv").read_bytes()

@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
+import psutil
 import pytest
 import timm
 import torch
@@ -17,6 +21,7 @@ from sklearn.metrics import accuracy_score, log_loss
 import kd.networks
 from kd import evaluate
 from kd.models import weights_metadata
+from tests.torture import forked
 
 SMOKE = ("recipe=smoke", "output=runs", "run=one")
 
@@ -116,8 +121,6 @@ def test_evaluate_recomputes_the_result(finished, capsys, monkeypatch):
 
 
 def test_evaluate_finds_weights_that_are_not_the_results(finished, tmp_path):
-    import shutil
-
     shutil.copytree(finished[0] / "runs", tmp_path / "runs")
     run = tmp_path / "runs/smoke/one"
     shutil.copy(run / "control/last.safetensors", run / "student/last.safetensors")
@@ -142,8 +145,6 @@ def test_evaluate_says_what_it_needs(arguments, message, tmp_path, monkeypatch):
 
 
 def test_the_same_command_again_only_prints(finished, kd_train, tmp_path):
-    import shutil
-
     shutil.copytree(finished[0] / "runs", tmp_path / "runs")
     before = files(tmp_path)
     done = kd_train(*SMOKE)
@@ -154,8 +155,6 @@ def test_the_same_command_again_only_prints(finished, kd_train, tmp_path):
 
 
 def test_finished_stages_are_skipped_and_the_teacher_is_shared(finished, kd_train, tmp_path):
-    import shutil
-
     shutil.copytree(finished[0] / "runs", tmp_path / "runs")
     run = tmp_path / "runs/smoke/one"
     shutil.rmtree(run / "control")
@@ -176,8 +175,6 @@ def test_finished_stages_are_skipped_and_the_teacher_is_shared(finished, kd_trai
 
 
 def test_a_run_folder_with_another_recipe_is_refused_and_kept(finished, kd_train, tmp_path):
-    import shutil
-
     shutil.copytree(finished[0] / "runs", tmp_path / "runs")
     before = files(tmp_path)
     done = kd_train(*SMOKE, "loss.temperature=2")
@@ -357,8 +354,6 @@ def test_a_corrupt_image_is_named_and_stops_the_run(jpegs, kd_train, tmp_path, w
 
 
 def test_a_folder_of_jpegs_trains_from_end_to_end(jpegs, kd_train, tmp_path):
-    import shutil
-
     root, bad = jpegs
     shutil.copytree(root, tmp_path / "images")
     (tmp_path / "images" / bad.relative_to(root)).unlink()
@@ -390,6 +385,87 @@ def test_a_folder_of_jpegs_trains_from_end_to_end(jpegs, kd_train, tmp_path):
     result = json.loads((tmp_path / done.out.splitlines()[-1]).read_text())
     assert result["difference"]["last"]["test"]["n"] == sum(1 for _ in (tmp_path / "images/val").rglob("*.jpg"))
     assert result["teacher"]["last"]["test"]["top1"] > 0.3
+
+
+STREAMED = ("recipe=timm_finetune", "run=one", "output=runs", "data.root=images", "data.image_size=32")
+STREAMED += ("teacher.model=test_resnet", "teacher.pretrained=false", "teacher.epochs=4", "data.crop_scale=0.7")
+STREAMED += ("student.model=test_resnet", "student.pretrained=false", "student.epochs=2", "control=false")
+STREAMED += ("optimizer.lr=0.01", "scheduler.warmup_epochs=0", "train.batch_size=16", "train.save_every=0")
+ALONE = "data.workers=0"  # starting workers takes longer than what they do here
+
+
+def disturb(how: str) -> None:
+    """In the student's third update, lose a data worker, or the images."""
+    from kd import loop
+
+    def disturbed(self, batches):
+        if (self.stage.name, self.progress.update) == ("student", 2):
+            if how == "a worker is killed":
+                os.kill(psutil.Process().children()[0].pid, signal.SIGKILL)
+                time.sleep(0.5)
+            else:
+                os.rename("images", "elsewhere")
+        return update(self, batches)
+
+    update = loop.Trainer._update
+    loop.Trainer._update = disturbed
+
+
+@pytest.fixture(scope="module")
+def streamed(jpegs, tmp_path_factory):
+    """A fifth of the JPEGs, all whole, and a run on them with its trained teacher."""
+    folder = tmp_path_factory.mktemp("streamed")
+    root, bad = jpegs
+    for path in root.rglob("*.jpg"):
+        if path != bad and int(path.stem) // 5 % 5 == 0:
+            copy = folder / "images" / path.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+    forked.whole(*STREAMED, ALONE, folder=folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("a worker is killed", 1, r"error: DataLoader worker \(pid\(?s?\)? .*; the last saved state is kept, run the "),
+        ("files vanish", 2, r"error: cannot read 'images/train/.*\.jpg': No such file or directory\n"),
+    ],
+)
+def test_what_is_lost_in_the_middle_is_one_line_and_the_run_goes_on(how, code, said, streamed, tmp_path):
+    """The teacher is there; the student is saved after every update."""
+    shutil.copytree(streamed / "images", tmp_path / "images")
+    shutil.copytree(streamed / "runs/teachers", tmp_path / "runs/teachers")
+    workers = "data.workers=2" if how == "a worker is killed" else ALONE
+    started = forked.start(*STREAMED, workers, folder=tmp_path, hook=partial(disturb, how), log="cut.txt")
+    codes = forked.finish(started)
+    printed = (tmp_path / "cut.txt").read_text()
+    assert codes == [code], printed
+    assert len(re.findall(said, printed)) == printed.count("rror") == 1, printed
+    assert "Traceback" not in printed
+    if how == "files vanish":
+        (tmp_path / "elsewhere").rename(tmp_path / "images")
+    forked.whole(*STREAMED, ALONE, folder=tmp_path, log="again.txt")
+    assert "student  goes on after update" in (tmp_path / "again.txt").read_text()
+    assert forked.differences(streamed / "runs", tmp_path / "runs") == []
+
+
+def test_a_process_that_is_alone_says_so(tmp_path):
+    """Of two, one is killed: torchrun would then end the other, which may come to say why it cannot go on."""
+    words = (*SMOKE, "student.epochs=300", "control=false", "train.save_every=0")
+    started = forked.start(*words, folder=tmp_path, processes=2)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "runs/smoke/one/metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    forked.kill(started[1], signal.SIGKILL)
+    codes = forked.finish(started, 60)
+    said = (tmp_path / "log.txt").read_text()
+    assert codes == [1, -signal.SIGKILL], said
+    assert said.splitlines()[-1] == (
+        "error: another process of this run has ended; the last saved state is kept, run the same command to go on"
+    )
+    assert "Traceback" not in said
 
 
 def test_tensorboard_gets_the_curves(kd_train, tmp_path):

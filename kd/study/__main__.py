@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from contextlib import suppress
 from typing import Any
 
-from kd import cli
+from kd import cli, signals
 from kd.recipe import ConfigError, allowed
 from kd.study.schema import StudyRecipe
 
@@ -168,6 +169,27 @@ def main(words: list[str]) -> int:
     return driver.run(*composed)
 
 
+def _leave() -> None:
+    """Asked by a cluster to stop: the jobs of this machine stop too, those that can with their state saved."""
+    if "psutil" in sys.modules:  # with accelerate, before there are workers; in a signal nothing should be imported
+        import psutil
+
+        with suppress(psutil.Error):
+            children = psutil.Process().children()
+            workers = [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+            for worker in workers:
+                worker.terminate()
+            psutil.wait_procs(workers, timeout=20)
+            if workers:  # joblib has something to put away
+                raise signals.Interrupted("stopped")
+    signals.leave()
+
+
 if __name__ == "__main__":
+    signals.listen(*signals.PREEMPTION, leaving=_leave)  # before the imports that take seconds
     with cli.one_line_errors(PROGRAM, StudyRecipe, FOLDER):
-        sys.exit(main(sys.argv[1:]))
+        try:
+            sys.exit(main(sys.argv[1:]))
+        except signals.Interrupted as stop:  # a job in this process, or a worker that was asked alone
+            print(f"{stop}; {signals.GO_ON}", file=sys.stderr)
+            sys.exit(signals.exit_code())

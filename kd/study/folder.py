@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.checkpoint import CheckpointError, read_json, write_json
+from kd.lock import alone
 from kd.recipe import ConfigError, Recipe
 from kd.study.grid import Point
 
@@ -63,20 +63,15 @@ class Folder:
     @contextmanager
     def lock(self, name: str, wait: bool) -> Iterator[None]:
         """Hold a lock that ends with the process, however that ends. Raises ConfigError where `wait` is false."""
-        (self.path / "jobs").mkdir(parents=True, exist_ok=True)
-        with (self.path / "jobs" / f"{name}.lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError as error:
-                file.seek(0)
+
+        def busy(holder: str) -> None:
+            if not wait:
                 raise ConfigError(
-                    f"{self.path}: process {file.read().strip() or '?'} is running this study; wait for it, or choose "
-                    f"another output=FOLDER"
-                ) from error
-            file.seek(0)
-            file.truncate()
-            file.write(str(os.getpid()))
-            file.flush()
+                    f"{self.path}: {holder} is running this study; wait for it, or choose another output=FOLDER"
+                )
+            time.sleep(0.5)
+
+        with alone(self.path / "jobs" / name, busy):
             yield
 
 

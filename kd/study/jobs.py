@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kd import signals
 from kd.checkpoint import read_json, write_json
 from kd.recipe import content_hash
 from kd.study.folder import Folder, packed, unpacked
@@ -85,7 +86,7 @@ def work(config: Any) -> None:
     """What Hydra's launchers call, in whatever process: do the job that the config names."""
     folder = Folder(Path(config.study))
     name = str(config.job)
-    with folder.lock(name, wait=True):  # an orphan of a killed command may still be at it
+    with signals.listening(), folder.lock(name, wait=True):  # an orphan of a killed command may still be at it
         job = Job.read(folder, name)
         if all(folder.is_finished(point) for point in job.points):
             return

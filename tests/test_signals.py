@@ -1,0 +1,97 @@
+"""Asked to stop: at a safe place in the loop, at once elsewhere, and on the second time everywhere."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.torture import forked, harness, kills, terms
+
+WORDS = ("recipe=smoke", "run=one", "output=runs", "student.epochs=3", "control=false")
+
+
+def hang(signums: tuple[int, ...], apart: float) -> None:
+    """In the student's seventh update, send signals so many seconds apart, and hang for a while."""
+    from kd import loop
+
+    def slow(self, batches):
+        if (self.stage.name, self.progress.update) == ("student", 6):
+            for signum in signums:
+                os.kill(os.getpid(), signum)
+                time.sleep(apart)
+            Path("went on").touch()
+        return update(self, batches)
+
+    update = loop.Trainer._update
+    loop.Trainer._update = slow
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    forked.whole(*WORDS, folder=folder)
+    return folder / "runs"
+
+
+def stopped(undisturbed, cut, *hook) -> tuple[list[int], str]:
+    codes = forked.finish(forked.start(*WORDS, "train.save_every=0", folder=cut, hook=partial(hang, *hook)))
+    said = (cut / "log.txt").read_text().splitlines()[-1]
+    forked.whole(*WORDS, folder=cut, log="again.txt")
+    assert forked.differences(undisturbed, cut / "runs") == []
+    return codes, said
+
+
+@pytest.mark.parametrize("signums", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGUSR1, signal.SIGTERM)])
+def test_two_signals_at_once_are_one_request(signums, undisturbed, tmp_path):
+    """A cluster signals a launcher and its processes, and the launcher passes it on."""
+    codes, said = stopped(undisturbed, tmp_path, signums, 0.0)
+    assert (codes, said) == ([0], "student stopped after update 7 of 15; run the same command to go on")
+
+
+def test_asked_again_a_run_that_hangs_ends_from_what_was_saved(undisturbed, tmp_path):
+    codes, said = stopped(undisturbed, tmp_path, (signal.SIGTERM, signal.SIGUSR1), 1.2)
+    assert (codes, said) == ([0], "stopped by SIGTERM; run the same command to go on")
+    assert not (tmp_path / "went on").exists()
+
+
+def test_ctrl_c_twice_ends_a_run_that_hangs(undisturbed, tmp_path):
+    codes, said = stopped(undisturbed, tmp_path, (signal.SIGINT, signal.SIGINT), 1.2)
+    assert (codes, said) == ([130], "error: stopped; the same command goes on from what was saved")
+
+
+def test_a_data_worker_leaves_its_end_to_its_parent():
+    code = """
+import os, signal
+from kd import signals
+signals.listen()
+child = os.fork()
+if child == 0:
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(os.getpid(), signum)
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+os.kill(os.getpid(), signal.SIGUSR1)
+raise SystemExit("still here")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "stopped by SIGUSR1; run the same command to go on\n")
+
+
+def test_the_handlers_are_there_before_the_heavy_imports():
+    code = "import sys; import kd.signals, kd.cli; assert not {'torch', 'hydra', 'accelerate'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("part", [*kills.PARTS, *terms.PARTS], ids=lambda part: part.name)
+def test_killed_and_stopped_at_random_moments(part, tmp_path):
+    outcome = harness.run(part, part.small, seed=0, folder=tmp_path)
+    assert not outcome.broken
+    assert outcome.counts["trials"] == 1
+    expected = {"kills": ("kills", kills.KILLS), "terms": ("signals", terms.SIGNALS)}
+    what, count = expected[part.name]
+    assert outcome.counts[what] == count

@@ -1,0 +1,111 @@
+"""SIGTERM and SIGUSR1 at random moments, imports included: exit code 0 in time, and the run goes on to the same end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.torture import forked
+from tests.torture.harness import Part
+from tests.torture.kills import WORDS, compare, prepare
+
+SIGNALS = 5  # of a trial
+PROMISED = 30.0  # seconds
+SAID = "run the same command to go on"
+
+
+def trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
+    """As many runs as it takes to stop them five times in all; the first process does its own imports."""
+    longest = json.loads((folder / "seconds.json").read_text()) / 2
+    counts = {"signals": 0, "in imports": 0, "runs": 0}
+    while counts["signals"] < SIGNALS:
+        place = folder / f"trial{i}"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        if not counts["runs"] and stopped(rng, _own_process(place), place, 4.0):
+            counts["signals"] += 1
+            counts["in imports"] += not (place / "runs").exists()
+        while counts["signals"] < SIGNALS and stopped(rng, _forked(place), place, longest):
+            counts["signals"] += 1
+        forked.whole(*WORDS, folder=place)
+        compare(folder / "undisturbed", place)
+        counts["runs"] += 1
+        shutil.rmtree(place)
+    return counts
+
+
+class _Process:
+    """What a forked and an own process have in common."""
+
+    def __init__(self, pid: int, wait):
+        self.pid, self.wait = pid, wait
+
+
+def _forked(place: Path) -> _Process:
+    (process,) = forked.start(*WORDS, folder=place)
+    assert process.pid is not None
+    return _Process(process.pid, lambda seconds: forked.finish([process], seconds)[0])
+
+
+def _own_process(place: Path) -> _Process:
+    with (place / "log.txt").open("a") as log:
+        process = subprocess.Popen([sys.executable, "-m", "kd.train", *WORDS], cwd=place, stdout=log, stderr=log)
+    return _Process(process.pid, lambda seconds: process.wait(seconds))
+
+
+def stopped(rng: random.Random, process: _Process, place: Path, longest: float) -> bool:
+    """Send a signal at some moment from when the process listens on; False where it had finished by then."""
+    log = place / "log.txt"
+    signum = rng.choice((signal.SIGTERM, signal.SIGUSR1))
+    while not _listens(process.pid, signum):
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, longest))
+    said = log.read_text().count(SAID)
+    asked = time.monotonic()
+    try:
+        signal_to(process.pid, signum)
+        code = process.wait(PROMISED)
+    except (AssertionError, subprocess.TimeoutExpired) as error:
+        raise AssertionError(f"{signum.name}: still there after {PROMISED:.0f} s: {log.read_text()[-300:]}") from error
+    took = time.monotonic() - asked
+    assert code == 0, f"{signum.name}: exit code {code} after {took:.1f} s: {log.read_text()[-300:]}"
+    if (place / "runs/smoke/one/result.json").exists():
+        return False
+    assert log.read_text().count(SAID) == said + 1, f"{signum.name}: does not say that the same command goes on"
+    return True
+
+
+def signal_to(pid: int, signum: signal.Signals) -> None:
+    """Where the process has ended by itself, nothing."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signum)
+
+
+def _listens(pid: int, signum: int) -> bool:
+    """Whether a process has a handler of its own for a signal, or is no more."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (signum - 1) & 1) or "State:\tZ" in status
+
+
+PARTS = (
+    Part(
+        name="terms",
+        promise="asked to stop at any moment, it exits with 0 within 30 s and goes on to the same end",
+        trials=10,
+        small=1,
+        trial=trial,
+        prepare=prepare,
+    ),
+)
