@@ -35,7 +35,7 @@ def evaluate(folder: Path, picture: str | None, overrides: list[str]) -> int:
     from rich.console import Console
 
     from kd import results, stages
-    from kd.checkpoint import read_json
+    from kd.checkpoint import laid_out, read_json
     from kd.recipe import Recipe
 
     if not folder.is_dir():
@@ -52,14 +52,16 @@ def evaluate(folder: Path, picture: str | None, overrides: list[str]) -> int:
     run = stages.prepare(recipe)
     stored = read_json(folder / "result.json")
     run.folder = folder
-    run.teacher_folder = folder.parents[1] / "teachers" / Path(stored["teacher"]["weights"]).parent.name
+    with laid_out(folder / "result.json"):
+        run.teacher_folder = folder.parents[1] / "teachers" / Path(stored["teacher"]["weights"]).parent.name
     scores = results.score(run, results.networks(run))
     console = Console(record=True, width=run.journal.console.width)
-    results.print_result({**stored, **{k: stored.get(k, {}) | v for k, v in scores.items()}}, console)
+    with laid_out(folder / "result.json"):
+        results.print_result({**stored, **{k: stored.get(k, {}) | v for k, v in scores.items()}}, console)
+        was = dict(leaves({key: stored[key] for key in scores}))
+        worst, name = max((abs(value - was[name]), name) for name, value in leaves(scores))
     if picture:
         save_picture(console, Path(picture), f"python -m kd.train recipe={recipe.name}")
-    was = dict(leaves({key: stored[key] for key in scores}))
-    worst, name = max((abs(value - was[name]), name) for name, value in leaves(scores))
     print(f"largest difference to result.json: {worst:.2g} ({name})")
     return int(worst > TOLERANCE)
 

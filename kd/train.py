@@ -10,7 +10,6 @@ def run(recipe: Recipe) -> int:
     """Run one recipe to its result; returns the exit code."""
     # Imported here: --help and a wrong command line must not wait for torch.
     from kd import results, stages
-    from kd.checkpoint import read_json
     from kd.plan import print_layers, print_plan
     from kd.signals import Interrupted, listen
     from kd.stage import TrainingError
@@ -28,12 +27,14 @@ def run(recipe: Recipe) -> int:
     path = run.folder / "result.json"
     try:
         if path.exists():
-            result = read_json(path)
+            if run.accelerator.is_main_process:
+                results.print_stored(path, run.journal.console)
         else:
             stages.execute(run)
             result = results.write_result(run)
+            if run.accelerator.is_main_process:
+                results.print_result(result, run.journal.console)
         if run.accelerator.is_main_process:
-            results.print_result(result, run.journal.console)
             print(path)
     except Interrupted as stop:
         cli.fail(f"{stop}; run the same command to go on", cli.INTERRUPTED)

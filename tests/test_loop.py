@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
-from kd import signals
+from kd import checkpoint, signals
 from kd.data import load_data
 from kd.journal import Journal
 from kd.loop import Trainer
@@ -174,14 +174,12 @@ def test_a_stopped_and_resumed_run_ends_bit_identical(tmp_path, monkeypatch, sto
         return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(folder)]
 
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "resumed")
-    assert not (tmp_path / "resumed" / "student" / "state.safetensors").exists()
+    assert not (tmp_path / "resumed" / "student" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("field", ["model", "objective", "optimizer", "ema", "update"])
 def test_each_part_of_the_state_is_needed(tmp_path, monkeypatch, field):
     """Bring one field back to what a fresh run has: the resumed run must then differ."""
-    from kd import loop
-
     options, methods = {"ema_decay": 0.9}, {"online_label_smoothing": {"weight": 1.0}}
     whole = trainer(tmp_path / "whole", recipe(**options), methods=methods, dropout=0.2)
     whole.fit()
@@ -193,8 +191,8 @@ def test_each_part_of_the_state_is_needed(tmp_path, monkeypatch, field):
     with pytest.raises(signals.Interrupted):
         first.fit()
     monkeypatch.undo()
-    path = tmp_path / "cut" / "student" / "state.safetensors"
-    loop.save_state(path, {**loop.load_state(path), field: start[field]})
+    found = checkpoint.load(first.stage.folder, print, "")
+    checkpoint.save(first.stage.folder, 7, {**found.state, field: start[field]}, found.selected)
     second = trainer(tmp_path / "cut", recipe(**options), methods=methods, dropout=0.2)
     second.fit()
     files = [tmp_path / d / "student" / "last.safetensors" for d in ("whole", "cut")]

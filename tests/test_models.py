@@ -505,7 +505,7 @@ class Trap:
     [
         ("none.pth", lambda path: None, "no such file; give the path of a .safetensors or .pth file"),
         ("folder", lambda path: path.mkdir(), "is a folder; give the path of a .safetensors or .pth file"),
-        ("empty.safetensors", lambda path: path.touch(), "the file is empty"),
+        ("empty.safetensors", lambda path: path.touch(), ": is empty"),
         ("text.safetensors", lambda path: path.write_text("hello\n" * 9), "not a file of weights"),
         ("text.pth", lambda path: path.write_text("hello\n" * 9), "not a file of weights"),
         ("half.pth", lambda path: path.write_bytes(b"PK\x03\x04" + bytes(99)), "not a file of weights"),
