@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from kd import cli, evaluate, loop, methods
-from kd import checkpoint
+from kd import checkpoint, cli, evaluate, loop, methods
 from kd.losses.distill import DistillLoss
 from kd.losses.method import METHODS, Method, Seen, View
 from kd.objective import Objective

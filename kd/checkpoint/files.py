@@ -119,7 +119,7 @@ def read_bytes(path: Path, most: int = JSON_BYTES) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def parse_json(raw: bytes, path: Path) -> Any:
@@ -127,12 +127,12 @@ def parse_json(raw: bytes, path: Path) -> Any:
     try:
         value = json.loads(raw.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {brief(error)}") from error
+        raise CheckpointError(f"{path}: cannot be read ({brief(error)})") from error
     left = [(value, 0)]
     while left:
         inner, depth = left.pop()
         if depth > DEEPEST:
-            raise CheckpointError(f"cannot read {path}: nested more than {DEEPEST} deep")
+            raise CheckpointError(f"{path}: cannot be read (nested more than {DEEPEST} deep)")
         if isinstance(inner, dict | list):
             left += [(each, depth + 1) for each in (inner.values() if isinstance(inner, dict) else inner)]
     return value
@@ -165,7 +165,7 @@ def digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def brief(error: BaseException) -> str:

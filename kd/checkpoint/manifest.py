@@ -55,7 +55,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         same = raw == _canonical(values) and values["sha256"] == hashlib.sha256(_canonical(rest)).hexdigest()
     except ValueError as error:  # a number too large to be written again
-        raise CheckpointError(f"cannot read {path}: {brief(error)}") from error
+        raise CheckpointError(f"{path}: cannot be read ({brief(error)})") from error
     if not same:
         raise CheckpointError(f"{path}: its own sha256 is another")
     schema = values.get("schema")

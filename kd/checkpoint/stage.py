@@ -179,7 +179,7 @@ def finish(
     for name, tensors in weights.items():
         save_weights(folder / f"{name}.safetensors", tensors, metadata)
     reseal(folder, [f"{name}.safetensors" for name in weights], about | {"about": _about(metadata)})
-    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    retire([folder / FOLDER])
 
 
 def reseal(folder: Path, names: list[str], about: dict[str, Any]) -> None:
