@@ -10,7 +10,20 @@ A stage's folder while it trains, and when it is done:
 
 from kd.checkpoint.files import CheckpointError, laid_out, read_json, regular, write_atomically, write_json
 from kd.checkpoint.manifest import SCHEMA, seal, verified
-from kd.checkpoint.stage import NEWEST, Checkpoint, advice, clean, finish, finished, load, reseal, retire, save
+from kd.checkpoint.stage import (
+    NEWEST,
+    Checkpoint,
+    advice,
+    clean,
+    finish,
+    finished,
+    load,
+    read_sealed,
+    retire,
+    save,
+    save_sealed,
+    write_manifest,
+)
 from kd.checkpoint.tensors import METADATA, load_state, read_weights, save_weights, weights_header
 
 __all__ = [
@@ -27,15 +40,17 @@ __all__ = [
     "load",
     "load_state",
     "read_json",
+    "read_sealed",
     "read_weights",
     "regular",
-    "reseal",
     "retire",
     "save",
+    "save_sealed",
     "save_weights",
     "seal",
     "verified",
     "weights_header",
     "write_atomically",
     "write_json",
+    "write_manifest",
 ]

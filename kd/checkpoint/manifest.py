@@ -29,7 +29,7 @@ def _canonical(values: dict[str, Any]) -> bytes:
 def seal(folder: Path, names: list[str], about: dict[str, Any]) -> str:
     """The text of a manifest over files of a folder, with whatever else there is to say about them."""
     files = {name: {"sha256": digest(folder / name), "bytes": regular(folder / name)} for name in names}
-    values = {**about, "schema": SCHEMA, "files": files}
+    values = {key: value for key, value in about.items() if key != "sha256"} | {"schema": SCHEMA, "files": files}
     values["sha256"] = hashlib.sha256(_canonical(values)).hexdigest()
     return _canonical(values).decode()
 

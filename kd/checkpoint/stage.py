@@ -178,14 +178,29 @@ def finish(
     """
     for name, tensors in weights.items():
         save_weights(folder / f"{name}.safetensors", tensors, metadata)
-    reseal(folder, [f"{name}.safetensors" for name in weights], about | {"about": _about(metadata)})
+    write_manifest(folder / DONE, [f"{name}.safetensors" for name in weights], about | {"about": _about(metadata)})
     retire([folder / FOLDER])
 
 
-def reseal(folder: Path, names: list[str], about: dict[str, Any]) -> None:
-    """Write stage.json over files that are there. Raises CheckpointError."""
-    text = seal(folder, names, about)
-    write_atomically(folder / DONE, lambda temporary: temporary.write_text(text), len(text))
+def write_manifest(path: Path, names: list[str], about: dict[str, Any]) -> None:
+    """Write a manifest, atomically, over files beside it. Raises CheckpointError."""
+    text = seal(path.parent, names, about)
+    write_atomically(path, lambda temporary: temporary.write_text(text), len(text))
+
+
+def save_sealed(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write weights with a manifest of their own, NAME.json beside NAME.safetensors. Raises CheckpointError."""
+    save_weights(path, weights, metadata)
+    write_manifest(path.with_suffix(".json"), [path.name], {"about": _about(metadata)})
+
+
+def read_sealed(path: Path, advice: str) -> dict[str, Tensor]:
+    """The weights that `save_sealed` wrote. Raises CheckpointError, ending in `advice`, unless they are as written."""
+    try:
+        verified(path.with_suffix(".json"))
+        return read_weights(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {advice}") from error
 
 
 def finished(path: Path, advice: str = "") -> dict[str, Any]:
