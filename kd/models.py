@@ -221,9 +221,23 @@ def weights_metadata(path: str | Path) -> dict[str, Any]:
     if Path(path).suffix != ".safetensors":
         return {}
     try:
-        return weights_header(Path(path))
+        found = weights_header(Path(path))
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
+    known = {key: found[key] for key in ("model", "label_smoothing", "smoothing") if key in found}
+    if not _is_record(**known):
+        raise ConfigError(f"{path}: its metadata, {_brief(ValueError(known))}, is not what kd writes")
+    return found
+
+
+def _is_record(model: Any = "", label_smoothing: Any = "0", smoothing: Any = "uniform") -> bool:
+    from kd.smoothing import SMOOTHINGS
+
+    try:
+        mass = float(label_smoothing)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return isinstance(model, str) and 0 <= mass < 1 and isinstance(smoothing, str) and smoothing in SMOOTHINGS
 
 
 def _network(model: nn.Module | str, create_kwargs: dict[str, Any]) -> nn.Module:

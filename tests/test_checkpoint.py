@@ -145,6 +145,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, nam
     assert said[0].endswith(f"taken, {manifest(tmp_path, 1).parent}")
 
 
+def test_a_cut_file_says_how_long_it_was(tmp_path):
+    save(tmp_path, 1)
+    path = manifest(tmp_path, 1).with_name("state.safetensors")
+    size = path.stat().st_size
+    os.truncate(path, 9)
+    with pytest.raises(CheckpointError, match=f"state.safetensors: has 9 bytes, {size:,} were written"):
+        checkpoint.verified(manifest(tmp_path, 1))
+
+
 def test_where_no_checkpoint_is_whole_it_is_said_of_each(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)

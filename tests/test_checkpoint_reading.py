@@ -12,7 +12,7 @@ from kd import checkpoint
 from kd.checkpoint import CheckpointError, laid_out, load_state, read_json, read_weights, weights_header, write_json
 from kd.checkpoint.manifest import read_manifest
 from kd.evaluate import read_recipe
-from kd.models import build
+from kd.models import build, weights_metadata
 from kd.recipe import ConfigError
 
 READERS = [load_state, read_weights, weights_header, read_json, read_manifest, read_recipe]
@@ -219,6 +219,34 @@ def test_weights_that_do_not_fit_name_the_tensor(name, suffix, tmp_path):
     assert str(error.value).startswith(f"teacher.checkpoint={path}: ")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"label_smoothing": "much"},
+        {"label_smoothing": [1]},
+        {"label_smoothing": 2},
+        {"smoothing": "os.system", "label_smoothing": "0.1"},
+        {"model": ["mlp_nano"]},
+        [],
+        3,
+    ],
+)
+def test_metadata_that_kd_never_writes_is_refused(record, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file(weights(), path, {"kd": json.dumps(record)})
+    with pytest.raises(ConfigError, match=str(path)):
+        weights_metadata(path)
+
+
+def test_a_file_cannot_choose_what_is_fetched(tmp_path):
+    from kd.probe import main
+
+    path = tmp_path / "w.safetensors"
+    save_file(weights(), path, {"kd": json.dumps({"model": "hf-hub:some/where"})})
+    with pytest.raises(ConfigError, match=r"records model='hf-hub:some/where'; type it"):
+        main([f"checkpoint={path}", "data=digits"])
 
 
 # ---- recipe.yaml, run.json and result.json of a run

@@ -534,7 +534,7 @@ def test_metadata_is_read_from_the_header(weights, tmp_path):
     (tmp_path / "torn.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:100])
     assert weights_metadata(tmp_path / "w.safetensors") == record
     assert weights_metadata(str(tmp_path / "bare.safetensors")) == weights_metadata(tmp_path / "w.pth") == {}
-    for broken in ("torn.safetensors", "none.safetensors"):
+    for broken, said in {"torn": "not a readable .safetensors file", "none": "no such file"}.items():
         with pytest.raises(ConfigError) as error:
-            weights_metadata(tmp_path / broken)
-        assert one_line(error).startswith(f"{tmp_path / broken}: not a readable .safetensors file")
+            weights_metadata(tmp_path / f"{broken}.safetensors")
+        assert one_line(error).startswith(f"{tmp_path / broken}.safetensors: {said}")
