@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from kd.checkpoint import CheckpointError, read_weights
 from kd.losses.method import Method
 from kd.losses.temperatures import arithmetic_mean
 from kd.models import Student
@@ -56,6 +55,6 @@ class Ensemble(nn.Module):
 def load_exactly(network: nn.Module, path: Path) -> None:
     """Load a .safetensors file that holds the network's tensors, all of them and no others. Raises ConfigError."""
     try:
-        network.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        network.load_state_dict(read_weights(path))
+    except (CheckpointError, RuntimeError) as error:
         raise ConfigError(f"{path}: does not fit this run's {type(network).__name__} ({str(error)[:160]})") from error

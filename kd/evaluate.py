@@ -17,6 +17,7 @@ Loads the networks of a finished run from their files, scores them on validation
 compares every figure with DIR/result.json. Exit code 1 when one differs by more than 1e-6.
 picture=FILE.svg also keeps what was printed as a picture."""
 
+RECIPE_BYTES, BRACKETS = 2**18, 1000  # kd writes about 2,000 bytes; PyYAML takes the square of the nesting
 TOLERANCE = 1e-6  # scores are float64 sums over float32 logits, which vary with the number of threads
 
 
@@ -29,13 +30,33 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield f"{prefix}{key}", value
 
 
+def read_recipe(path: Path) -> Any:
+    """The config in a run's recipe.yaml. Raises CheckpointError."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from kd.checkpoint import CheckpointError
+    from kd.checkpoint.files import brief, read_bytes
+
+    raw = read_bytes(path, RECIPE_BYTES)
+    try:
+        if raw.count(b"[") + raw.count(b"{") > BRACKETS:
+            raise ValueError(f"more than {BRACKETS} brackets, kd writes a few")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(raw)):  # OmegaConf copies what they name
+            raise ValueError("has aliases, which kd never writes")
+        return OmegaConf.create(raw.decode())
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path}: not the recipe of a run ({brief(error)})") from error
+
+
 def evaluate(folder: Path, picture: str | None, overrides: list[str]) -> int:
     """Print the recomputed table and the largest difference; returns the exit code."""
     from omegaconf import OmegaConf
     from rich.console import Console
 
     from kd import results, stages
-    from kd.checkpoint import read_json
+    from kd.checkpoint import laid_out, read_json
     from kd.recipe import Recipe
 
     if not folder.is_dir():
@@ -43,23 +64,23 @@ def evaluate(folder: Path, picture: str | None, overrides: list[str]) -> int:
     for name in ("recipe.yaml", "result.json"):
         if not (folder / name).is_file():
             raise ConfigError(f"run={folder}: holds no {name}; give the folder of a finished run")
-    config = OmegaConf.merge(
-        OmegaConf.structured(Recipe), OmegaConf.load(folder / "recipe.yaml"), OmegaConf.from_dotlist(overrides)
-    )
-    recipe = cli.typed(config)
+    stored = read_recipe(folder / "recipe.yaml")
+    recipe = cli.typed(OmegaConf.merge(OmegaConf.structured(Recipe), stored, OmegaConf.from_dotlist(overrides)))
     recipe.tracker = "none"
     recipe.output = str(folder.parents[1])  # where it is now, with its teachers, not where it was trained
     run = stages.prepare(recipe)
     stored = read_json(folder / "result.json")
     run.folder = folder
-    run.teacher_folder = folder.parents[1] / "teachers" / Path(stored["teacher"]["weights"]).parent.name
+    with laid_out(folder / "result.json"):
+        run.teacher_folder = folder.parents[1] / "teachers" / Path(stored["teacher"]["weights"]).parent.name
     scores = results.score(run, results.networks(run))
     console = Console(record=True, width=run.journal.console.width)
-    results.print_result({**stored, **{k: stored.get(k, {}) | v for k, v in scores.items()}}, console)
+    with laid_out(folder / "result.json"):
+        results.print_result({**stored, **{k: stored.get(k, {}) | v for k, v in scores.items()}}, console)
+        was = dict(leaves({key: stored[key] for key in scores}))
+        worst, name = max((abs(value - was[name]), name) for name, value in leaves(scores))
     if picture:
         save_picture(console, Path(picture), f"python -m kd.train recipe={recipe.name}")
-    was = dict(leaves({key: stored[key] for key in scores}))
-    worst, name = max((abs(value - was[name]), name) for name, value in leaves(scores))
     print(f"largest difference to result.json: {worst:.2g} ({name})")
     return int(worst > TOLERANCE)
 

@@ -22,7 +22,8 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from kd.checkpoint import CheckpointError, load_state, save_state, save_weights, write_json
+from kd import checkpoint
+from kd.checkpoint.fit import check_alike, check_optimizer, number, whole_number
 from kd.data import Batch, Data, mixer
 from kd.journal import Journal
 from kd.losses.distill import DistillLoss
@@ -59,8 +60,7 @@ class Trainer:
         self.progress = Progress()
         self.skipped_in_a_row = 0
         self.saved_at = time.monotonic()
-        self.selected_weights: dict[str, Tensor] | None = None  # chosen since the last save
-        self.state_path = stage.folder / "state.safetensors"
+        self.selected_weights: dict[str, Tensor] | None = None  # on the CPU: every checkpoint has them
         models = stage.place(accelerator.device, recipe.train.channels_last)
         build(stage, recipe, data, accelerator)
         self.optimizer = create_optimizer_v2(
@@ -105,14 +105,12 @@ class Trainer:
                 self._validate(epoch)
                 self._save_or_stop()
         if self.accelerator.is_main_process:
-            self._save_selected()
-            save_weights(
-                self.stage.folder / "last.safetensors", self._evaluated().model.state_dict(), self.stage.metadata
-            )
+            weights = {"last": self._evaluated().model.state_dict()}
+            if self.selected_weights:
+                weights["selected"] = self.selected_weights
             done = {"updates": self.updates, "seconds": self.progress.seconds, "selected": self.progress.selected}
             done["skipped"] = self.progress.skipped
-            write_json(self.stage.folder / "stage.json", done)
-            self.state_path.unlink(missing_ok=True)
+            checkpoint.finish(self.stage.folder, weights, self.stage.metadata, done)
         self.accelerator.wait_for_everyone()
 
     def measure(self, updates: int = 2) -> float:
@@ -294,7 +292,6 @@ class Trainer:
         self.saved_at = time.monotonic()
         if not self.accelerator.is_main_process:
             return
-        self._save_selected()
         scaler = self.accelerator.scaler
         state = {
             "model": self.stage.model.model.state_dict(),
@@ -308,31 +305,43 @@ class Trainer:
             "epochs": self.progress.epochs,
             "skipped": self.progress.skipped,
         }
-        save_state(self.state_path, state)
-
-    def _save_selected(self) -> None:
-        if self.selected_weights:
-            save_weights(self.stage.folder / "selected.safetensors", self.selected_weights, self.stage.metadata)
-            self.selected_weights = None
+        checkpoint.save(self.stage.folder, self.progress.update, state, self.selected_weights, self.stage.metadata)
 
     def _load(self) -> None:
-        if not self.state_path.exists():
+        found = checkpoint.load(
+            self.stage.folder, self.journal.say, checkpoint.advice(self.stage.name, self.stage.folder)
+        )
+        if self.accelerator.is_main_process:
+            checkpoint.clean(self.stage.folder)
+            checkpoint.retire(found.damaged if found else [])
+        if found is None:
             return
-        state: dict[str, Any] = load_state(self.state_path)
         try:
-            self.stage.model.model.load_state_dict(state["model"])
-            self.stage.objective.load_state_dict(state["objective"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.ema:
-                self.ema.module.load_state_dict(state["ema"])
-            if self.accelerator.scaler:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.progress = Progress(
-                state["update"], state["seconds"], state["selected"], state["epochs"], state["skipped"]
-            )
-            self.journal.say(f"{self.stage.name:8} goes on after update {self.progress.update} of {self.updates}")
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{self.state_path}: does not fit this run ({str(error).splitlines()[0]})") from error
+            self._restore(found.state)
+        except (LookupError, AttributeError, TypeError, RuntimeError, ValueError) as error:
+            said = str(error).partition("\n")[0]
+            raise checkpoint.CheckpointError(f"{found.path}: does not fit this run ({said})") from error
+        self.selected_weights = found.selected
+        self.journal.say(f"{self.stage.name:8} goes on after update {self.progress.update} of {self.updates}")
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        modules = {"model": self.stage.model.model, "objective": self.stage.objective}
+        if self.ema:
+            modules["ema"] = self.ema.module
+        for name, module in modules.items():
+            check_alike(name, state[name], module.state_dict())
+            module.load_state_dict(state[name])
+        check_optimizer(state["optimizer"], self.optimizer)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(
+            whole_number("update", state["update"], self.updates),
+            number("seconds", state["seconds"]),
+            {key: number(f"selected: {key}", value) for key, value in state["selected"].items()},
+            whole_number("epochs", state["epochs"], self.stage.epochs),
+            whole_number("skipped", state["skipped"], self.updates),
+        )
 
 
 def _observe(terms: Terms, objective: Objective, seen: Seen) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ n: images or vectors, k: classes. Wrapping an ``nn.Module`` needs torch only; na
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import textwrap
 import warnings
@@ -217,17 +216,28 @@ def weights_metadata(path: str | Path) -> dict[str, Any]:
 
     Empty for a file without them and for other formats. Raises ConfigError when a .safetensors file is not one.
     """
-    from safetensors import SafetensorError, safe_open
-
-    from kd.checkpoint import METADATA
+    from kd.checkpoint import CheckpointError, weights_header
 
     if Path(path).suffix != ".safetensors":
         return {}
     try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {}).get(METADATA, "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a readable .safetensors file ({_brief(error)})") from error
+        found = weights_header(Path(path))
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    known = {key: found[key] for key in ("model", "label_smoothing", "smoothing") if key in found}
+    if not _is_record(**known):
+        raise ConfigError(f"{path}: its metadata, {_brief(ValueError(known))}, is not what kd writes")
+    return found
+
+
+def _is_record(model: Any = "", label_smoothing: Any = "0", smoothing: Any = "uniform") -> bool:
+    from kd.smoothing import SMOOTHINGS
+
+    try:
+        mass = float(label_smoothing)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return isinstance(model, str) and 0 <= mass < 1 and isinstance(smoothing, str) and smoothing in SMOOTHINGS
 
 
 def _network(model: nn.Module | str, create_kwargs: dict[str, Any]) -> nn.Module:
@@ -320,6 +330,8 @@ def _load(model: nn.Module, path: Path, num_classes: int, role: str, finetune: b
     elif other_head:
         _check_classes(setting, len(weights[other_head[0]]), num_classes, role)
         _raise_first(setting, other_head, "tensors of another shape")
+    other_kind = [k for k, v in weights.items() if k in own and _kind(v) != _kind(own[k])]  # torch would convert them
+    _raise_first(setting, other_kind, "tensors of another kind of number")
     found = model.load_state_dict(weights, strict=False)
     _raise_first(setting, found.missing_keys, "tensors missing")
     _raise_first(setting, found.unexpected_keys, "tensors that the network does not have")
@@ -331,24 +343,23 @@ def _load(model: nn.Module, path: Path, num_classes: int, role: str, finetune: b
 
 def _read(path: Path, setting: str) -> dict[str, Tensor]:
     """The state dict in a file of weights, with the wrappings of training scripts removed as timm does."""
-    from timm.models import load_state_dict
+    from kd.checkpoint import CheckpointError, read_weights
 
     if not path.is_file():
         wrong = "is a folder" if path.is_dir() else "no such file"
         raise ConfigError(f"{setting}: {wrong}; give the path of a .safetensors or .pth file")
-    if path.stat().st_size == 0:
-        raise ConfigError(f"{setting}: the file is empty")
     try:
-        with warnings.catch_warnings(action="ignore"):
-            weights = load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # the unpickler raises whatever the bytes of a broken file lead it to
-        raise ConfigError(
-            f"{setting}: not a file of weights, or one that holds code, which kd never runs; "
-            f"save the state_dict as .safetensors ({type(error).__name__}: {_brief(error)})"
-        ) from error
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        weights = read_weights(path)
+    except CheckpointError as error:
+        said = str(error).removeprefix(f"{path}: ")
+        raise ConfigError(f"{setting}: {said}") from error
+    if not weights:
         raise ConfigError(f"{setting}: holds no state_dict of tensors")
     return weights
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _head(model: nn.Module) -> set[str]:

@@ -110,6 +110,8 @@ def run(given: dict[str, str], overrides: Sequence[str]) -> int:
         raise ConfigError(
             f"model: not given{', nor recorded in checkpoint=' + checkpoint if checkpoint else ''}; type model=NAME"
         )
+    if not given.get("model") and ":" in model:  # a file must not choose what is fetched, or read from where
+        raise ConfigError(f"checkpoint={checkpoint}: records model={model!r}; type it, where you know what it is")
     recipe = compose(given.get("data", ""), model, checkpoint, overrides)
     data = load_data(recipe.data, recipe.seed)
     estimate = estimate_for(recipe, data, given.get("split", "train"))

@@ -8,10 +8,11 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from kd.checkpoint import read_json, write_json
+from kd.checkpoint import advice, finished, laid_out, read_json, write_json
 from kd.metrics import agreement, classification, predictive_kl
 from kd.models import Teacher
 from kd.provenance import provenance
@@ -38,6 +39,8 @@ def networks(run: Run) -> dict[str, dict[str, Teacher]]:
     for name in names:
         teacher = found["teacher"]["last"] if found else None
         paths = {which: weights_of(run, name, which) for which in WEIGHTS}
+        for path in filter(None, paths.values()):
+            finished(path, advice(name, path.parent))
         built = {
             path: Teacher(scored(run, name, path, teacher)).to(run.accelerator.device) for path in set(paths.values())
         }
@@ -111,7 +114,7 @@ def _card(run: Run, name: str, model: Teacher) -> dict[str, Any]:
         record = recorded_smoothing(recipe)
         smoothing = {"label_smoothing": record[0], "smoothing": record[1]} if record else {}
         return card | {"weights": recipe.teacher.checkpoint or "timm", "seconds": 0.0, **smoothing}
-    stage = read_json(path.with_name("stage.json"))
+    stage = finished(path)
     smoothing = recipe.teacher if name == "teacher" else recipe.loss
     return card | {
         "weights": str(path),
@@ -136,10 +139,17 @@ def verdict(result: dict[str, Any]) -> str:
     )
 
 
+def print_stored(path: Path, console: Console) -> None:
+    """The table of a result.json. Raises CheckpointError."""
+    result = read_json(path)
+    with laid_out(path):
+        print_result(result, console)
+
+
 def print_result(result: dict[str, Any], console: Console) -> None:
     """The table of a result, in per cent where a figure is a share, and the verdict."""
     pair = f"{result['teacher']['model']} teaches {result['student']['model']}"
-    table = Table(title=f"{pair}: last weights on the test split", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=f"{escape(pair)}: last weights on the test split", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for column in ("val", "top-1", "selected", "nll", "ece", "brier", "agree"):
         table.add_column(column, justify="right", no_wrap=True)

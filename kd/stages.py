@@ -16,13 +16,12 @@ import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 from rich.console import Console
-from safetensors.torch import load_file
 from timm.optim import list_optimizers
 from torch import nn
 
 from kd import methods
 from kd.assembled import Ensemble, load_exactly
-from kd.checkpoint import read_json, save_weights, write_atomically, write_json
+from kd.checkpoint import advice, finish, finished, laid_out, read_json, read_weights, write_atomically, write_json
 from kd.data import Data, load_data
 from kd.journal import Journal
 from kd.lock import alone_on_teacher
@@ -153,7 +152,8 @@ def claim(run: Run) -> None:
         run.journal.say(f"the earlier run is kept in {aside}")
     accelerator.wait_for_everyone()
     if (folder / "run.json").exists():
-        _compare(read_json(folder / "run.json"), card, folder)
+        with laid_out(folder / "run.json"):
+            _compare(read_json(folder / "run.json"), card, folder)
     elif accelerator.is_main_process:
         text = OmegaConf.to_yaml(OmegaConf.structured(run.recipe))
         write_atomically(folder / "recipe.yaml", lambda temporary: temporary.write_text(text))
@@ -336,8 +336,9 @@ def find_teacher(run: Run) -> Teacher:
     if teacher_is_trained(run.recipe):
         folder = run.teacher_folder
         weights = folder / "last.safetensors"
-        with alone_on_teacher(run) as finished:
-            if finished:
+        with alone_on_teacher(run) as done:
+            if done:
+                finished(weights, advice("teacher", folder))
                 run.journal.say(f"teacher  found in {folder}")
             elif run.recipe.teacher.members > 1:
                 _train_members(run)
@@ -362,18 +363,17 @@ def _train_members(run: Run) -> None:
         find_teacher(member)
         folders.append(member.teacher_folder)
     if run.accelerator.is_main_process:
+        done, weights = [], {}
         for which in ("last", "selected"):
-            parts = [load_file(folder / f"{which}.safetensors") for folder in folders]
-            weights = {f"members.{i}.{key}": value for i, part in enumerate(parts) for key, value in part.items()}
-            save_weights(
-                run.teacher_folder / f"{which}.safetensors", weights, metadata(run.recipe, "teacher", run.data)
-            )
-        done = [read_json(folder / "stage.json") for folder in folders]
-        total = {key: sum(each[key] for each in done) for key in ("updates", "seconds", "skipped")}
-        write_json(
-            run.teacher_folder / "stage.json",
-            total | {"selected": {"epoch": [each["selected"]["epoch"] for each in done]}},
-        )
+            paths = [folder / f"{which}.safetensors" for folder in folders]
+            done = [finished(path, advice("teacher", path.parent)) for path in paths]
+            parts = [read_weights(path) for path in paths]
+            weights[which] = {
+                f"members.{i}.{key}": value for i, part in enumerate(parts) for key, value in part.items()
+            }
+        about: dict[str, Any] = {key: sum(each[key] for each in done) for key in ("updates", "seconds", "skipped")}
+        about["selected"] = {"epoch": [each["selected"]["epoch"] for each in done]}
+        finish(run.teacher_folder, weights, metadata(run.recipe, "teacher", run.data), about)
     run.accelerator.wait_for_everyone()
 
 

@@ -12,7 +12,6 @@ def run(recipe: Recipe) -> int:
     """Run one recipe to its result; returns the exit code."""
     # Imported here: --help and a wrong command line must not wait for torch.
     from kd import results, stages
-    from kd.checkpoint import read_json
     from kd.lock import alone_on_run
     from kd.plan import print_layers, print_plan
     from kd.stage import TrainingError
@@ -30,13 +29,12 @@ def run(recipe: Recipe) -> int:
         signals.check(run.accelerator)
         with alone_on_run(run) as finished:
             stages.claim(run)
-            if finished:
-                result = read_json(path)
-            else:
+            if not finished:
                 stages.execute(run)
-                result = results.write_result(run)
+                results.write_result(run)
+            if run.accelerator.is_main_process:
+                results.print_stored(path, run.journal.console)
         if run.accelerator.is_main_process:
-            results.print_result(result, run.journal.console)
             print(path)
     except signals.Interrupted as stop:
         if run.accelerator.is_main_process:

@@ -14,6 +14,7 @@ from torch import nn
 
 from kd import evaluate, loop, methods
 from kd.assembled import Ensemble
+from kd.checkpoint import CheckpointError, write_manifest
 from kd.data import load_data
 from kd.losses.distill import DistillLoss
 from kd.losses.method import METHODS, Method
@@ -83,6 +84,10 @@ def test_simkd_is_scored_and_saved_with_the_teachers_classifier(kd_train, tmp_pa
     assert evaluate.main([f"run={folder}"]) == 0
     weights["method.projector.6.weight"] *= -1
     save_file(weights, folder / "student/last.safetensors")
+    with pytest.raises(CheckpointError, match=r"student/last\.safetensors: has .* resume=false"):
+        evaluate.main([f"run={folder}"])
+    done = json.loads((folder / "student/stage.json").read_text())
+    write_manifest(folder / "student/stage.json", list(done["files"]), done)
     assert evaluate.main([f"run={folder}"]) == 1
 
 

@@ -1,11 +1,46 @@
-"""State and weights on disk: what goes in comes out, and a write that fails leaves the old file."""
+"""Checkpoints are whole or refused: what is kept, what is fallen back to, and what is said."""
 
+import errno
+import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from kd.checkpoint import CheckpointError, load_state, read_json, save_state, save_weights, write_atomically, write_json
+from kd import checkpoint, loop
+from kd.checkpoint import CheckpointError, read_json, save_weights, write_atomically, write_json
+from kd.checkpoint.__main__ import main
+from kd.checkpoint.manifest import _canonical
+from tests.torture.faults import finish, loaded, save
+
+
+def updates(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def spoil(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def manifest(folder: Path, update: int) -> Path:
+    return folder / f"checkpoints/update-{update:08d}/manifest.json"
+
+
+def rewritten(path: Path, **values) -> None:
+    """A manifest with other values that is whole for all that."""
+    import hashlib
+
+    new = {k: v for k, v in (json.loads(path.read_text()) | values).items() if k != "sha256"}
+    new["sha256"] = hashlib.sha256(_canonical(new)).hexdigest()
+    path.write_bytes(_canonical(new))
+
+
+# ---- what goes in comes out
 
 
 def test_an_optimizers_state_comes_back_bit_for_bit(tmp_path):
@@ -15,11 +50,12 @@ def test_an_optimizers_state_comes_back_bit_for_bit(tmp_path):
     for _ in range(3):
         net(torch.randn(4, 3)).square().sum().backward()
         optimizer.step()
-    save_state(tmp_path / "s", {"optimizer": optimizer.state_dict(), "selected": {}, "ema": None, "update": 3})
-    state = load_state(tmp_path / "s")
+    checkpoint.save(tmp_path, 3, {"optimizer": optimizer.state_dict(), "selected": {}, "ema": None, "update": 3})
+    found = checkpoint.load(tmp_path, pytest.fail, "")
+    state = found.state
     other = torch.optim.AdamW(net.parameters())
     other.load_state_dict(state["optimizer"])
-    assert (state["selected"], state["ema"], state["update"]) == ({}, None, 3)
+    assert (state["selected"], state["ema"], state["update"], found.selected) == ({}, None, 3, None)
     assert tuple(other.param_groups[0]["betas"]) == (0.8, 0.9)
     for p in net.parameters():
         for key, value in optimizer.state[p].items():
@@ -27,23 +63,14 @@ def test_an_optimizers_state_comes_back_bit_for_bit(tmp_path):
 
 
 def test_a_state_without_tensors_comes_back(tmp_path):
-    save_state(tmp_path / "s", {"a": [1, 2.5, "x", None, True]})
-    assert load_state(tmp_path / "s") == {"a": [1, 2.5, "x", None, True]}
+    checkpoint.save(tmp_path, 1, {"a": [1, 2.5, "x", None, True]})
+    assert checkpoint.load(tmp_path, pytest.fail, "").state == {"a": [1, 2.5, "x", None, True]}
 
 
 def test_a_state_refuses_what_could_hold_code(tmp_path):
     with pytest.raises(TypeError, match="/a is a function"):
-        save_state(tmp_path / "s", {"a": lambda: 0})
+        checkpoint.save(tmp_path, 1, {"a": lambda: 0})
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("spoil", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"PK\x03\x04" + b])
-def test_a_spoilt_state_is_an_error_that_names_the_file(tmp_path, spoil):
-    path = tmp_path / "s"
-    save_state(path, {"w": torch.randn(100)})
-    path.write_bytes(spoil(path.read_bytes()))
-    with pytest.raises(CheckpointError, match=str(path)):
-        load_state(path)
 
 
 def test_equal_weights_are_equal_files_and_keep_their_metadata(tmp_path):
@@ -58,12 +85,221 @@ def test_equal_weights_are_equal_files_and_keep_their_metadata(tmp_path):
     assert weights_metadata(tmp_path / "0.safetensors") == about
 
 
-def test_another_schema_is_refused(tmp_path):
-    from safetensors.torch import save_file
+# ---- what is kept
 
-    save_file({"w": torch.zeros(1)}, tmp_path / "s", {"kd": '{"schema": 99}'})
-    with pytest.raises(CheckpointError, match="schema 99"):
-        load_state(tmp_path / "s")
+
+def test_the_newest_two_are_kept_each_with_all_that_it_needs(tmp_path):
+    for update in range(1, 5):
+        save(tmp_path, update)
+    assert updates(tmp_path) == ["update-00000003", "update-00000004"]
+    shutil.rmtree(manifest(tmp_path, 4).parent)
+    assert loaded(tmp_path) == 3  # looks at the selected weights too
+
+
+def test_none_is_removed_before_the_new_one_is_seen_to_be_whole(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    rename = Path.rename
+
+    def spoilt(self, target):
+        spoil(self / "state.safetensors")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", spoilt)
+        with pytest.raises(CheckpointError, match=r"3/state\.safetensors: has sha256"):
+            save(tmp_path, 3)
+    assert updates(tmp_path) == [f"update-0000000{i}" for i in (1, 2, 3)]
+    assert loaded(tmp_path) == 2
+
+
+def test_a_second_checkpoint_of_an_update_never_replaces_the_first(tmp_path):
+    """A run that was stopped while it validated saves the same update again once it has."""
+    save(tmp_path, 1)
+    for seen in (1, 2):
+        checkpoint.save(tmp_path, 2, {"seen": seen})
+    assert updates(tmp_path) == ["update-00000002", "update-00000002-2"]
+    assert checkpoint.load(tmp_path, pytest.fail, "").state == {"seen": 2}
+
+
+def test_what_a_dead_process_left_is_ignored_and_goes(tmp_path):
+    save(tmp_path, 1)
+    left = tmp_path / "checkpoints/.update-00000002.tmp"
+    left.mkdir()
+    (left / "state.safetensors").write_bytes(b"half")
+    (tmp_path / ".last.safetensors.tmp").write_bytes(b"half")
+    assert loaded(tmp_path) == 1
+    save(tmp_path, 2)
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_finished_weights_have_a_manifest_and_the_checkpoints_go(tmp_path):
+    save(tmp_path, 1)
+    finish(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.safetensors", "selected.safetensors", "stage.json"]
+    done = checkpoint.finished(tmp_path / "last.safetensors")
+    assert (done["updates"], done["selected"]) == (9, {"epoch": 1})
+    spoil(tmp_path / "last.safetensors")
+    assert checkpoint.finished(tmp_path / "selected.safetensors") == done
+    with pytest.raises(CheckpointError, match=r"last\.safetensors: has sha256 .* was written; do this"):
+        checkpoint.finished(tmp_path / "last.safetensors", "do this")
+
+
+# ---- what is fallen back to
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "selected.safetensors", "manifest.json"])
+@pytest.mark.parametrize("damage", [spoil, Path.unlink, lambda p: p.write_bytes(b""), lambda p: os.truncate(p, 9)])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, name, damage):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    damage(manifest(tmp_path, 2).with_name(name))
+    said = []
+    found = checkpoint.load(tmp_path, said.append, "")
+    assert (found.state["update"], len(said), [p.name for p in found.damaged]) == (1, 1, ["update-00000002"])
+    assert said[0].startswith(f"warning: {manifest(tmp_path, 2).with_name(name)}: ")
+    assert said[0].endswith(f"taken, {manifest(tmp_path, 1).parent}")
+
+
+def test_a_cut_file_says_how_long_it_was(tmp_path):
+    save(tmp_path, 1)
+    path = manifest(tmp_path, 1).with_name("state.safetensors")
+    size = path.stat().st_size
+    os.truncate(path, 9)
+    with pytest.raises(CheckpointError, match=rf"state\.safetensors: has 9 bytes, {size:,} were written"):
+        checkpoint.verified(manifest(tmp_path, 1))
+
+
+def test_where_no_checkpoint_is_whole_it_is_said_of_each(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    spoil(manifest(tmp_path, 2))
+    manifest(tmp_path, 1).unlink()
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.load(tmp_path, pytest.fail, "do this")
+    said = str(error.value)
+    assert "\n" not in said
+    for part in ("no checkpoint in ", "2/manifest.json: its own sha256", "1/manifest.json: no such file", "; do this"):
+        assert part in said
+
+
+def test_a_newer_schema_is_one_line_and_nothing_is_fallen_back_to(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    rewritten(manifest(tmp_path, 2), schema=2)
+    with pytest.raises(CheckpointError, match="has schema 2, this kd reads 1; it takes a newer kd"):
+        checkpoint.load(tmp_path, pytest.fail, "")
+
+
+@pytest.mark.parametrize("change", [{"update": 7}, {"files": {}}, {"files": {"../x": {"sha256": "", "bytes": 1}}}])
+def test_a_manifest_with_the_right_sum_over_the_wrong_things_is_refused(tmp_path, change):
+    save(tmp_path, 1)
+    rewritten(manifest(tmp_path, 1), **change)
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        checkpoint.load(tmp_path, pytest.fail, "")
+
+
+def test_blanks_in_a_manifest_are_seen(tmp_path):
+    save(tmp_path, 1)
+    path = manifest(tmp_path, 1)
+    for text in (path.read_text() + "\n", path.read_text().replace('": 1', '":  1', 1), " " + path.read_text()):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match="its own sha256"):
+            checkpoint.verified(path)
+
+
+# ---- the trainer
+
+
+def stopped(kd_train, monkeypatch, output: str, *at: int) -> None:
+    """A run of 10 updates, saved at each of some, and stopped at the last of them."""
+    update, seen = loop.Trainer._update, []
+
+    def counted(self, batches):
+        seen.append(self.stage.name)
+        return update(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_update", counted)
+        for count in at:
+            patch.setattr(loop, "stop_requested", lambda accelerator, count=count: seen.count("student") == count)
+            assert kd_train(*RUN, f"output={output}").code == 130
+
+
+RUN = ("recipe=smoke", "control=false", "run=one", "student.epochs=2", "train.ema_decay=0.5")
+
+
+def test_a_run_goes_on_bit_identically_from_the_checkpoint_before_a_damaged_one(kd_train, monkeypatch, tmp_path):
+    assert kd_train(*RUN, "output=whole").code == 0
+    stopped(kd_train, monkeypatch, "cut", 3, 7)
+    student = tmp_path / "cut/smoke/one/student"
+    assert updates(student) == ["update-00000003", "update-00000007"]
+    spoil(manifest(student, 7).with_name("state.safetensors"))
+    done = kd_train(*RUN, "output=cut")
+    assert done.code == 0
+    assert "update-00000007/state.safetensors: has sha256" in done.out
+    assert "student  goes on after update 3 of 10" in done.out
+    for name in ("last", "selected"):
+        one, two = (tmp_path / d / f"smoke/one/student/{name}.safetensors" for d in ("whole", "cut"))
+        assert one.read_bytes() == two.read_bytes()
+    curves = []
+    for d in ("whole", "cut"):
+        lines = map(json.loads, (tmp_path / d / "smoke/one/metrics.jsonl").read_text().splitlines())
+        curves.append([{k: v for k, v in line.items() if k != "images_per_second"} for line in lines])
+    assert curves[0] == curves[1]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_stops_and_says_what_to_do(kd_train, monkeypatch, tmp_path):
+    stopped(kd_train, monkeypatch, "runs", 3, 7)
+    student = tmp_path / "runs/smoke/one/student"
+    for update in (3, 7):
+        spoil(manifest(student, update).with_name("state.safetensors"))
+    before = {p: p.read_bytes() for p in student.rglob("*") if p.is_file()}
+    done = kd_train(*RUN, "output=runs")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert done.err.endswith("; resume=false sets the run aside and trains again\n")
+    assert before == {p: p.read_bytes() for p in student.rglob("*") if p.is_file()}
+    done = kd_train(*RUN, "output=runs", "resume=false")
+    assert done.code == 0
+    spoil(tmp_path / "runs/smoke/one/student/last.safetensors")
+    (tmp_path / "runs/smoke/one/result.json").unlink()
+    done = kd_train(*RUN, "output=runs")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "student/last.safetensors: has sha256" in done.err
+    spoil(next((tmp_path / "runs/teachers").glob("*/last.safetensors")))
+    done = kd_train(*RUN, "output=runs")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "; move runs/teachers/" in done.err
+
+
+def test_a_state_that_does_not_fit_names_what_does_not(kd_train, monkeypatch, tmp_path):
+    stopped(kd_train, monkeypatch, "runs", 7)
+    student = tmp_path / "runs/smoke/one/student"
+    whole = checkpoint.load(student, pytest.fail, "").state
+    key, value = next(iter(whole["model"].items()))
+    states = whole["optimizer"]["state"]
+    other = states[0] | {"exp_avg": torch.zeros(7)}  # of a bias
+    changes = {
+        f"model: '{key}' is missing": {"model": {k: v for k, v in whole["model"].items() if k != key}},
+        "model: 'more' is unknown": {"model": whole["model"] | {"more": value}},
+        f"model: '{key}' is torch.float32 (3,), must be": {"model": whole["model"] | {key: torch.zeros(3)}},
+        f"model: '{key}' is torch.float64": {"model": whole["model"] | {key: value.double()}},
+        "ema is a list": {"ema": []},
+        "update is -1": {"update": -1},
+        "update is 11": {"update": 11},
+        "seconds is nan": {"seconds": float("nan")},
+        "optimizer: exp_avg of parameter 0 is (7,)": {"optimizer": whole["optimizer"] | {"state": states | {0: other}}},
+        "optimizer: is not a state": {"optimizer": {}},
+    }  # fmt: skip
+    for said, change in changes.items():
+        shutil.rmtree(student / "checkpoints")
+        checkpoint.save(student, 7, whole | change)
+        done = kd_train(*RUN, "output=runs")
+        assert (done.code, done.err.count("\n")) == (2, 1), done.err
+        assert f"does not fit this run ({said}" in done.err
+
+
+# ---- writing that fails
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
@@ -72,17 +308,73 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
 
     def fail(temporary):
         temporary.write_text('{"a":')
-        raise OSError(28, os.strerror(28))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(CheckpointError, match=r"cannot write .*result\.json: No space left"):
-        write_atomically(path, fail)
+    with pytest.raises(
+        CheckpointError, match=r"cannot write .*result\.json: No space left .*; 7 bytes needed, [\d,]+ "
+    ):
+        write_atomically(path, fail, 7)
     assert read_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_json_refuses_nan_and_names_a_torn_file(tmp_path):
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(tmp_path / "x.json", {"a": float("nan")})
-    (tmp_path / "y.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"y\.json"):
-        read_json(tmp_path / "y.json")
+def test_a_full_disk_stops_a_run_with_one_line(kd_train, monkeypatch, tmp_path):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    stopped(kd_train, monkeypatch, "runs", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr("kd.checkpoint.stage.save_file", full)
+        done = kd_train(*RUN, "output=runs", "train.save_every=0")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "student/checkpoints/update-00000004: No space left on device; " in done.err
+    assert "goes on after update 3 of 10" in kd_train(*RUN, "output=runs").out
+
+
+# ---- the command
+
+
+def test_verify_says_what_is_whole(tmp_path, capsys):
+    save(tmp_path / "s", 5)
+    assert main(["verify", str(tmp_path / "s"), str(manifest(tmp_path / "s", 5).parent)]) == 0
+    out = capsys.readouterr().out
+    assert "mlp_nano, 10 classes, smoothing 0.1 uniform, update 5, schema 1" in out
+    state = manifest(tmp_path / "s", 5).with_name("state.safetensors")
+    import hashlib
+
+    assert f"{state}  {state.stat().st_size:,} bytes  sha256 {hashlib.sha256(state.read_bytes()).hexdigest()}" in out
+    spoil(state)
+    assert main(["verify", str(tmp_path / "s")]) == 1
+    assert f"damaged  {state}: has sha256" in capsys.readouterr().out
+    finish(tmp_path / "done")
+    assert main(["verify", str(tmp_path / "done/last.safetensors")]) == 0
+    assert "10 classes" in capsys.readouterr().out
+    spoil(tmp_path / "done/last.safetensors")
+    assert main(["verify", str(tmp_path / "done/selected.safetensors")]) == 0
+    assert main(["verify", str(tmp_path / "done/last.safetensors")]) == 1
+    assert main(["verify", str(tmp_path / "done")]) == 1
+
+
+@pytest.mark.parametrize("words", [["verify", "nothing"], ["verify", "."], ["check"], ["verify"], ["verify", "--all"]])
+def test_verify_of_no_such_thing_is_one_line(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert (stop.value.code, capsys.readouterr().err.count("\n")) == (2, 1)
+
+
+def test_verify_helps(capsys):
+    assert main(["--help"]) == 0
+    assert "usage: python -m kd.checkpoint verify PATH" in capsys.readouterr().out
+
+
+def test_verify_of_a_run_looks_at_all_that_it_has(kd_train, tmp_path, capsys):
+    assert kd_train(*RUN, "output=runs").code == 0
+    folder = tmp_path / "runs/smoke/one"
+    assert main(["verify", str(folder)]) == 0
+    out = capsys.readouterr().out
+    for name in ("run.json", "result.json", "student/stage.json", "student/last.safetensors"):
+        assert f"whole    {folder / name}" in out
+    assert load_file(folder / "student/last.safetensors")
+    spoil(folder / "student/selected.safetensors")
+    assert main(["verify", str(folder)]) == 1

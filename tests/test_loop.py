@@ -175,7 +175,7 @@ def test_a_stopped_and_resumed_run_ends_bit_identical(tmp_path, monkeypatch, sto
         return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(folder)]
 
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "resumed")
-    assert not (tmp_path / "resumed" / "student" / "state.safetensors").exists()
+    assert not (tmp_path / "resumed" / "student" / "checkpoints").exists()
 
 
 FRESH = {

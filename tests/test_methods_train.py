@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from kd import cli, evaluate, loop, methods
-from kd.checkpoint import load_state
+from kd import checkpoint, cli, evaluate, loop, methods
 from kd.losses.distill import DistillLoss
 from kd.losses.method import METHODS, Method, Seen, View
 from kd.objective import Objective
@@ -93,7 +92,7 @@ def test_a_stopped_and_resumed_run_ends_bit_identical(kd_train, monkeypatch, tmp
     assert kd_train(*MAPS, MIXED, *MORE, "output=cut").code == 130
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    state = load_state(tmp_path / "cut/smoke/one/student/state.safetensors")
+    state = checkpoint.load(tmp_path / "cut/smoke/one/student", print, "").state
     assert {key.split(".")[1] for key in state["objective"]} == set(re.findall(r"\w+", MIXED)) - {"loss"}
     done = kd_train(*MAPS, MIXED, *MORE, "output=cut")
     assert "goes on after update 7 of 10" in done.out

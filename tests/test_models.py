@@ -505,7 +505,7 @@ class Trap:
     [
         ("none.pth", lambda path: None, "no such file; give the path of a .safetensors or .pth file"),
         ("folder", lambda path: path.mkdir(), "is a folder; give the path of a .safetensors or .pth file"),
-        ("empty.safetensors", lambda path: path.touch(), "the file is empty"),
+        ("empty.safetensors", lambda path: path.touch(), ": is empty"),
         ("text.safetensors", lambda path: path.write_text("hello\n" * 9), "not a file of weights"),
         ("text.pth", lambda path: path.write_text("hello\n" * 9), "not a file of weights"),
         ("half.pth", lambda path: path.write_bytes(b"PK\x03\x04" + bytes(99)), "not a file of weights"),
@@ -534,7 +534,7 @@ def test_metadata_is_read_from_the_header(weights, tmp_path):
     (tmp_path / "torn.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:100])
     assert weights_metadata(tmp_path / "w.safetensors") == record
     assert weights_metadata(str(tmp_path / "bare.safetensors")) == weights_metadata(tmp_path / "w.pth") == {}
-    for broken in ("torn.safetensors", "none.safetensors"):
+    for broken, said in {"torn": "not a readable .safetensors file", "none": "no such file"}.items():
         with pytest.raises(ConfigError) as error:
-            weights_metadata(tmp_path / broken)
-        assert one_line(error).startswith(f"{tmp_path / broken}: not a readable .safetensors file")
+            weights_metadata(tmp_path / f"{broken}.safetensors")
+        assert one_line(error).startswith(f"{tmp_path / broken}.safetensors: {said}")

@@ -125,6 +125,11 @@ def test_evaluate_finds_weights_that_are_not_the_results(finished, tmp_path):
     run = tmp_path / "runs/smoke/one"
     shutil.copy(run / "control/last.safetensors", run / "student/last.safetensors")
     done = command(tmp_path, "run=runs/smoke/one", program=("-m", "kd.evaluate"))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "student/last.safetensors: has sha256" in done.stderr
+    shutil.copy(run / "control/stage.json", run / "student/stage.json")
+    shutil.copy(run / "control/selected.safetensors", run / "student/selected.safetensors")
+    done = command(tmp_path, "run=runs/smoke/one", program=("-m", "kd.evaluate"))
     assert done.returncode == 1, done.stderr
 
 

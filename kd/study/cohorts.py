@@ -8,10 +8,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kd.checkpoint import save_weights
+from kd.checkpoint import read_sealed, save_sealed
 from kd.data import Data, Split, load_data
 from kd.models import build
 from kd.recipe import ConfigError, DataConfig, Recipe, content_hash
@@ -70,7 +69,7 @@ def _train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
             yield point, {"error": f"measured: {error}", "seconds": seconds}
             continue
         if role == "teacher":
-            save_weights(
+            save_sealed(
                 folder.weights(point.id), training.population.member(i), metadata(point.recipe, "teacher", data)
             )
         yield point, outcome | {"seconds": seconds}
@@ -116,7 +115,10 @@ class Teachers:
         self.ids = [identifier for identifier in wanted if identifier not in self.failed]
         self.population = None
         if self.ids:
-            states = [load_file(folder.weights(identifier)) for identifier in self.ids]
+            states = [
+                read_sealed(folder.weights(i), f"remove points/{i}.json there and the same command trains it again")
+                for i in self.ids
+            ]
             self.population = Population.of(network(recipe, "teacher", data), states)
         self.bayes = any(point.control == "bayes" for point in points)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 
 from kd import stages
+from kd.checkpoint import advice, finished, read_sealed, read_weights, save_sealed, weights_header
 from kd.models import Teacher
 from kd.recipe import Recipe
 from kd.stage import Stage, predict
@@ -45,15 +45,17 @@ def _train(folder: Folder, point: Point) -> Outcome:
     else:
         if point.teacher:
             weights = folder.weights(point.teacher)
+            if weights.exists():
+                read_sealed(weights, f"remove points/{point.teacher}.json there and the same command trains it again")
             teacher = Teacher(stages.network(run, "teacher", weights if weights.exists() else None))
             teacher.to(run.accelerator.device)
         stage = stages.stage(run, "student" if teacher else "control", teacher)
     if not (stage.folder / "stage.json").exists():
         stages.train(run, stage)
+    finished(_weights(stage), advice("teacher", stage.folder))
     own = Teacher(stages.network(run, "teacher" if point.role == "teacher" else "student", _weights(stage)))
     if point.role == "teacher":
-        folder.weights(point.id).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(_weights(stage), folder.weights(point.id))
+        save_sealed(folder.weights(point.id), read_weights(_weights(stage)), weights_header(_weights(stage)))
     role = "teacher" if point.role == "teacher" else "student"
     outputs, taught = _outputs(run, own, role), _outputs(run, teacher, role) if teacher else None
     return measure(point.role, outputs, truth_of(run.data, role), taught) | {"seconds": time.perf_counter() - started}

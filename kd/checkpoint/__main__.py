@@ -1,0 +1,150 @@
+"""``python -m kd.checkpoint verify PATH ...``: what a folder or file of kd's is, and whether it is whole."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kd import cli
+
+HELP = """usage: python -m kd.checkpoint verify PATH [PATH ...]
+
+PATH is the folder of a run or a stage, one checkpoint of a stage, or a file of weights. Prints what each holds, and
+whether its bytes are those that were written. A run's teacher has a folder of its own, in teachers/. A file of weights
+without kd's manifest beside it has no checksum to be held against: it is whole where it can be read and has no NaN.
+Exit code 0 when all is whole, 1 when something is not, 2 when there is no such thing."""
+DAMAGED = 1  # exit code; 2, for what is not there, is cli's
+
+
+class Row(NamedTuple):
+    """One file and what is known of it; `wrong` is empty where it is whole."""
+
+    path: Path
+    what: str = ""
+    size: int = 0
+    sha256: str = ""
+    wrong: str = ""
+
+
+def rows(path: Path) -> list[Row]:
+    """Everything at a path, [] where there is nothing of kd's."""
+    if not path.is_dir():
+        return [_weights(path)]
+    if (path / "manifest.json").exists() or path.parent.name == "checkpoints":
+        return list(_listed(path / "manifest.json"))
+    if not any((path / name).exists() for name in ("run.json", "result.json")):
+        return list(_stage(path))
+    found = [_json(path / name) for name in ("run.json", "result.json") if (path / name).exists()]
+    stages = [row for folder in sorted(path.iterdir()) if folder.is_dir() for row in _stage(folder)]
+    return found + stages
+
+
+def _json(path: Path) -> Row:
+    from kd.checkpoint import CheckpointError, read_json, regular
+
+    try:
+        read_json(path)
+        return Row(path, "JSON, without a checksum", regular(path))
+    except CheckpointError as error:
+        return Row(path, wrong=str(error))
+
+
+def _stage(folder: Path) -> Iterator[Row]:
+    """The finished weights and the checkpoints of a stage; nothing for any other folder."""
+    from kd.checkpoint.stage import found_in
+
+    if (folder / "stage.json").exists():
+        yield from _listed(folder / "stage.json")
+    for path in found_in(folder):
+        yield from _listed(path / "manifest.json")
+
+
+def _listed(path: Path) -> Iterator[Row]:
+    """A manifest and the files that it lists."""
+    from kd.checkpoint import CheckpointError, regular
+    from kd.checkpoint.manifest import check_file, read_manifest
+
+    try:
+        values = read_manifest(path)
+        yield Row(path, _about(values), regular(path), str(values["sha256"]))
+    except CheckpointError as error:
+        yield Row(path, wrong=str(error))
+        return
+    for name, listed in values["files"].items():
+        try:
+            check_file(path, values, name)
+            yield Row(path.with_name(name), "", listed["bytes"], listed["sha256"])
+        except CheckpointError as error:
+            yield Row(path.with_name(name), wrong=str(error))
+
+
+def _about(values: dict[str, Any]) -> str:
+    """What a manifest says, or the metadata of weights: network, classes, smoothing, update, schema."""
+    about = values["about"] if isinstance(values.get("about"), dict) else values
+    parts = [about.get("model"), f"{about['num_classes']} classes" if "num_classes" in about else None]
+    if "label_smoothing" in about:
+        parts.append(f"smoothing {about['label_smoothing']} {about.get('smoothing')}")
+    counted = values.get("update", values.get("updates"))
+    parts += [f"update {counted}" if counted is not None else None, _schema(values)]
+    return "".join(c if c.isprintable() else " " for c in ", ".join(str(part)[:80] for part in parts if part))
+
+
+def _schema(values: dict[str, Any]) -> str:
+    return f"schema {values['schema']}" if "schema" in values else ""
+
+
+def _weights(path: Path) -> Row:
+    """One file of weights, held against the manifest beside it where there is one."""
+    from kd.checkpoint import CheckpointError, read_weights, regular, weights_header
+    from kd.checkpoint.files import digest
+    from kd.checkpoint.manifest import DONE, MANIFEST, check_file, read_manifest
+    from kd.checkpoint.stage import FOLDER
+
+    try:
+        ours = MANIFEST if path.absolute().parents[1].name == FOLDER else DONE
+        about, beside = "", [path.with_name(ours)] if path.with_name(ours).exists() else []
+        if beside:
+            manifest = read_manifest(beside[0])
+            check_file(beside[0], manifest, path.name)
+            about = _about(manifest)
+        elif path.suffix == ".safetensors":
+            about = _about(weights_header(path))
+        weights = read_weights(path)
+        wrong = next((f"{path}: {name} has NaN" for name, value in weights.items() if value.isnan().any()), "")
+        said = f"{about or f'{len(weights)} tensors'}{'' if beside else ', no manifest beside it'}"
+        return Row(path, said, regular(path), digest(path), wrong)
+    except CheckpointError as error:
+        return Row(path, wrong=str(error))
+
+
+def verify(paths: list[Path]) -> int:
+    """Print what there is at each path; returns the exit code."""
+    found = {path: rows(path) if path.exists() else [] for path in paths}
+    for path, listed in found.items():
+        if not listed:
+            cli.fail(f"{path}: " + ("holds no run, stage or checkpoint" if path.exists() else "no such file or folder"))
+    for row in (row for listed in found.values() for row in listed):
+        if row.wrong:
+            print(f"damaged  {row.wrong}")
+        else:
+            print(
+                f"whole    {row.path}  {row.size:,} bytes  {f'sha256 {row.sha256}  ' if row.sha256 else ''}{row.what}"
+            )
+    return DAMAGED if any(row.wrong for listed in found.values() for row in listed) else 0
+
+
+def main(words: list[str]) -> int:
+    """Read the command line and verify."""
+    if not words or {"-h", "--help"} & set(words):
+        print(HELP)
+        return 0
+    if words[0] != "verify" or len(words) == 1 or any(word.startswith("-") for word in words):
+        cli.fail(f"{' '.join(words)}: type verify PATH [PATH ...]; --help says more")
+    return verify([Path(word) for word in words[1:]])
+
+
+if __name__ == "__main__":
+    with cli.one_line_errors("kd.checkpoint"):
+        sys.exit(main(sys.argv[1:]))

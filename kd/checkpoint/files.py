@@ -1,0 +1,174 @@
+"""Files and folders that appear in one step or not at all, and reading that says in one line what a file is not."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from safetensors import SafetensorError
+
+JSON_BYTES = 2**26  # no JSON of kd's comes near it
+DEEPEST = 100  # nesting of JSON; kd writes about 6
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used: the message names the path and what is wrong with it."""
+
+
+# ---- writing
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or the names in a folder, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, their names on the disk too."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
+@contextmanager
+def writing(path: Path, needed: int) -> Iterator[None]:
+    """Turn a failing write into a CheckpointError; where there is no room, it says how many bytes there are."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        found = re.search(r"os error (\d+)", str(error))  # how safetensors tells of the same
+        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        text = f"cannot write {path}: {os.strerror(number) if number else error}"
+        if number in FULL:
+            text += f"; {needed:,} bytes needed, {_free(path):,} bytes free"
+        raise CheckpointError(text) from error
+
+
+def _free(path: Path) -> int:
+    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any], needed: int = 0) -> None:
+    """Let `write` fill a temporary file, then make it `path` in one step that a crash cannot split.
+
+    `needed`: bytes that `write` writes, for the message where there is no room. Raises CheckpointError.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with writing(path, needed):
+            make_folder(path.parent)
+            write(temporary)
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)  # the rename itself must reach the disk
+    finally:
+        with suppress(OSError):  # a path that cannot be written may not be removable either
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain values as readable JSON, atomically; NaN is refused, since JSON has none."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text), len(text))
+
+
+# ---- reading
+
+
+def regular(path: Path, least: int = 1) -> int:
+    """Bytes of a file that is a file: opening a pipe would wait forever. Raises CheckpointError for all others, and
+    for fewer than `least` bytes.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        raise CheckpointError(f"{path}: {_no_such(error)}") from error
+    kind = stat.S_IFMT(status.st_mode)
+    if kind != stat.S_IFREG:
+        raise CheckpointError(f"{path}: is {_KINDS.get(kind, 'a device')}, must be a file")
+    if status.st_size < least:
+        raise CheckpointError(f"{path}: is empty")
+    return status.st_size
+
+
+def _no_such(error: Exception) -> str:
+    return "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or str(error)
+
+
+def read_bytes(path: Path, most: int = JSON_BYTES) -> bytes:
+    """The whole of a small file. Raises CheckpointError."""
+    size = regular(path)
+    if size > most:
+        raise CheckpointError(f"{path}: has {size:,} bytes, more than the {most:,} that kd ever writes there")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def parse_json(raw: bytes, path: Path) -> Any:
+    """Plain values from the bytes of `path`. Raises CheckpointError where they are not JSON, or built to hurt."""
+    try:
+        value = json.loads(raw.decode(), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({brief(error)})") from error
+    left = [(value, 0)]
+    while left:
+        inner, depth = left.pop()
+        if depth > DEEPEST:
+            raise CheckpointError(f"{path}: cannot be read (nested more than {DEEPEST} deep)")
+        if isinstance(inner, dict | list):
+            left += [(each, depth + 1) for each in (inner.values() if isinstance(inner, dict) else inner)]
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def read_json(path: Path) -> Any:
+    """Plain values from a JSON file. Raises CheckpointError when it is missing, torn or no file."""
+    return parse_json(read_bytes(path), path)
+
+
+@contextmanager
+def laid_out(path: Path) -> Iterator[None]:
+    """Turn what the values of a file lead our code to into a CheckpointError: they are not laid out as kd writes."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{path}: is not laid out as kd writes it ({type(error).__name__}: {brief(error)})"
+        ) from error
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file, in hex. Raises CheckpointError."""
+    regular(path)
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def brief(error: BaseException) -> str:
+    """What an error says, on one line of printable characters."""
+    text = "".join(c if c.isprintable() else " " for c in str(error))
+    return f"{text[:159]}…" if len(text) > 160 else text or type(error).__name__

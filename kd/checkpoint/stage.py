@@ -1,0 +1,220 @@
+"""The files of one stage: its newest checkpoints while it trains, its weights when it is done."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kd.checkpoint.files import CheckpointError, make_folder, sync, write_atomically, writing
+from kd.checkpoint.manifest import DONE, MANIFEST, NewerSchema, check_file, read_manifest, seal, verified
+from kd.checkpoint.tensors import header_of, load_state, read_weights, save_weights, size_of, split
+
+NEWEST = 2  # checkpoints that are kept: where the newest is damaged there is another
+FOLDER, STATE, SELECTED = "checkpoints", "state.safetensors", "selected.safetensors"
+_NAME = re.compile(r"update-(\d{8,18})(?:-(\d{1,9}))?")
+_ABOUT = ("model", "num_classes", "label_smoothing", "smoothing")  # what a manifest repeats of the weights' metadata
+
+
+@dataclass
+class Checkpoint:
+    """What `load` found: the training state, the selected weights where there are any, and newer ones that are not
+    whole.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    selected: dict[str, Tensor] | None
+    damaged: list[Path]
+
+
+def found_in(folder: Path) -> list[Path]:
+    """The checkpoints of a stage's folder, the newest first, whole or not."""
+    try:
+        named = [path for path in (folder / FOLDER).iterdir() if _NAME.fullmatch(path.name)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder / FOLDER}: {error.strerror}") from error
+    return sorted(named, key=_order, reverse=True)
+
+
+def _order(path: Path) -> tuple[int, int]:
+    """The update of a checkpoint, and which one of that update it is: a second may tell of its validation too."""
+    found = _NAME.fullmatch(path.name)
+    assert found
+    return int(found[1]), int(found[2] or 1)
+
+
+def _free_name(folder: Path, update: int) -> Path:
+    """Where the next checkpoint of an update goes; never where one is."""
+    name = f"update-{update:08d}"
+    again = [_order(path)[1] for path in found_in(folder) if _order(path)[0] == update]
+    return folder / FOLDER / (f"{name}-{max(again) + 1}" if again else name)
+
+
+def clean(folder: Path) -> None:
+    """Remove what dead processes left half written in a stage's folder."""
+    for path in (*folder.glob(".*.tmp"), *(folder / FOLDER).glob(".*.tmp")):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def retire(paths: list[Path]) -> None:
+    """Remove checkpoints; one that is half removed does not look like one. What resists is left for the next time."""
+    for path in paths:
+        hidden = path.with_name(f".{path.name}.old.tmp")
+        with suppress(OSError):
+            _remove(hidden)
+            path.rename(hidden)
+            _remove(hidden)
+
+
+def save(
+    folder: Path,
+    update: int,
+    state: dict[str, Any],
+    selected: Mapping[str, Tensor] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the checkpoint of an update into a stage's folder, verify it there, and only then remove older ones.
+
+    It is written beside its place, flushed to the disk, and renamed. Takes the memory of one copy of the state.
+    Raises CheckpointError: an earlier checkpoint is then as it was.
+    """
+    metadata = metadata or {}
+    target = _free_name(folder, update)
+    temporary = target.with_name(f".{target.name}.tmp")
+    tensors, header = split(state)
+    files = {STATE: (tensors, header)}
+    if selected is not None:
+        files[SELECTED] = (dict(selected), header_of(metadata))
+    try:
+        with writing(target, sum(size_of(each) for each, _ in files.values())):
+            make_folder(target.parent)
+            clean(folder)
+            temporary.mkdir()
+            for name, (content, head) in files.items():
+                save_file(content, temporary / name, head)
+            text = seal(temporary, list(files), {"update": update, "about": _about(metadata)})
+            (temporary / MANIFEST).write_text(text)
+            for name in (*files, MANIFEST):
+                sync(temporary / name)
+            sync(temporary)
+            temporary.rename(target)
+            sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    verified(target / MANIFEST)
+    retire(found_in(folder)[NEWEST:])
+    return target
+
+
+def _about(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: metadata[key] for key in _ABOUT if key in metadata}
+
+
+def load(folder: Path, warn: Callable[[str], None], advice: str) -> Checkpoint | None:
+    """The newest whole checkpoint of a stage's folder; None where it has none at all.
+
+    `warn` gets one line where a newer one is damaged, `advice` ends the message where all are. Raises CheckpointError
+    when no checkpoint is whole, and when a later kd wrote the newest whole one.
+    """
+    if (old := folder / STATE).exists():
+        raise CheckpointError(f"{old}: was saved by an earlier kd, which this one cannot read; {advice}")
+    wrong: dict[Path, str] = {}
+    for path in found_in(folder):
+        try:
+            state, selected = _read(path)
+        except NewerSchema:
+            raise
+        except CheckpointError as error:
+            wrong[path] = str(error)
+            continue
+        if wrong:
+            warn(f"warning: {'; '.join(wrong.values())}; the checkpoint before it is taken, {path}")
+        return Checkpoint(path, state, selected, list(wrong))
+    if wrong:
+        raise CheckpointError(f"no checkpoint in {folder / FOLDER} is whole: {'; '.join(wrong.values())}; {advice}")
+    return None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+    manifest = verified(path / MANIFEST)
+    if manifest.get("update") != _order(path)[0]:
+        raise CheckpointError(f"{path / MANIFEST}: is of another update than its folder")
+    if STATE not in manifest["files"]:
+        raise CheckpointError(f"{path / MANIFEST}: lists no {STATE}")
+    selected = read_weights(path / SELECTED) if SELECTED in manifest["files"] else None
+    return load_state(path / STATE), selected
+
+
+def advice(name: str, folder: Path) -> str:
+    """What to do about a stage, by its name, whose files cannot be used."""
+    if name == "teacher":
+        return f"move {folder} away and the teacher is trained again (resume=false leaves teachers as they are)"
+    return "resume=false sets the run aside and trains again"
+
+
+def finish(
+    folder: Path, weights: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any], about: dict[str, Any]
+) -> None:
+    """Write a finished stage's weights, by name, and stage.json, their manifest; then remove its checkpoints.
+
+    `about` is what else stage.json says. Raises CheckpointError.
+    """
+    for name, tensors in weights.items():
+        save_weights(folder / f"{name}.safetensors", tensors, metadata)
+    write_manifest(folder / DONE, [f"{name}.safetensors" for name in weights], about | {"about": _about(metadata)})
+    retire([folder / FOLDER])
+
+
+def write_manifest(path: Path, names: list[str], about: dict[str, Any]) -> None:
+    """Write a manifest, atomically, over files beside it. Raises CheckpointError."""
+    text = seal(path.parent, names, about)
+    write_atomically(path, lambda temporary: temporary.write_text(text), len(text))
+
+
+def save_sealed(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write weights with a manifest of their own, NAME.json beside NAME.safetensors. Raises CheckpointError."""
+    save_weights(path, weights, metadata)
+    write_manifest(path.with_suffix(".json"), [path.name], {"about": _about(metadata)})
+
+
+def read_sealed(path: Path, advice: str) -> dict[str, Tensor]:
+    """The weights that `save_sealed` wrote. Raises CheckpointError, ending in `advice`, unless they are as written."""
+    try:
+        verified(path.with_suffix(".json"))
+        return read_weights(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {advice}") from error
+
+
+def finished(path: Path, advice: str = "") -> dict[str, Any]:
+    """What stage.json says of a stage, once it and the weights at `path` beside it are seen to be as written.
+
+    Raises CheckpointError, ending in `advice`.
+    """
+    try:
+        manifest = read_manifest(path.with_name(DONE))
+        check_file(path.with_name(DONE), manifest, path.name)
+        if not isinstance(manifest.get("seconds"), int | float) or not isinstance(manifest.get("selected"), dict):
+            raise CheckpointError(f"{path.with_name(DONE)}: is not laid out as kd writes it")
+    except NewerSchema:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {advice}" if advice else str(error)) from error
+    return manifest

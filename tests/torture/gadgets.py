@@ -1,0 +1,219 @@
+"""Files of strangers through every reader: nothing in them runs, and what is not whole is one line."""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+
+from kd import checkpoint, evaluate
+from kd.checkpoint import CheckpointError
+from kd.checkpoint.__main__ import rows
+from kd.checkpoint.manifest import read_manifest
+from kd.models import build, weights_metadata
+from kd.recipe import ConfigError
+from tests.torture.faults import finish, save
+from tests.torture.gadget_files import gadgets
+from tests.torture.harness import Part
+
+GADGETS, BATCHES, SIZE = 40, 100, 100
+MEMORY = 2**30  # bytes beyond what the process has when it starts
+SECONDS = 20  # for one file
+
+
+def network(path: Path) -> object:
+    return build("mlp_nano", num_classes=10, input_shape=(1, 8, 8), checkpoint=path)
+
+
+def resumed(path: Path) -> object:
+    """The file in the place of a checkpoint's own, the only one that there is."""
+    stage = path.parent / "stage"
+    found = next((stage / "checkpoints").iterdir())
+    for name in ("state.safetensors", "selected.safetensors", "manifest.json"):
+        whole = (found / name).read_bytes()
+        (found / name).write_bytes(path.read_bytes())
+        try:
+            checkpoint.load(stage, print, "")
+            if whole != path.read_bytes():
+                raise AssertionError(f"{path.name} was loaded as {name}")
+        except CheckpointError:
+            pass
+        finally:
+            (found / name).write_bytes(whole)
+    return None
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "state": checkpoint.load_state,
+    "weights": checkpoint.read_weights,
+    "header": checkpoint.weights_header,
+    "metadata": weights_metadata,
+    "network": network,
+    "resume": resumed,
+    "json": checkpoint.read_json,
+    "manifest": read_manifest,
+    "recipe": evaluate.read_recipe,
+    "verify": lambda path: rows(path),
+}
+
+
+def valid(folder: Path) -> dict[str, bytes]:
+    """Files that kd and torch write, to be changed."""
+    torch.manual_seed(0)
+    own = build("mlp_nano", num_classes=10, input_shape=(1, 8, 8)).state_dict()
+    zipped, old = io.BytesIO(), io.BytesIO()
+    torch.save({"state_dict": own}, zipped)
+    torch.save(own, old, _use_new_zipfile_serialization=False)
+    save(folder / "training", 1)
+    finish(folder / "done")
+    found = next((folder / "training" / "checkpoints").iterdir())
+    return {
+        "own.safetensors": safetensors_bytes(own, {"kd": json.dumps({"model": "mlp_nano", "num_classes": "10"})}),
+        "state.safetensors": (found / "state.safetensors").read_bytes(),
+        "manifest.json": (found / "manifest.json").read_bytes(),
+        "stage.json": (folder / "done" / "stage.json").read_bytes(),
+        "zipped.pth": zipped.getvalue(),
+        "old.pth": old.getvalue(),
+        "recipe.yaml": b"name: x\nseed: 0\ndata: {name: digits, image_size: 8}\nteacher: {model: mlp_wide}\n",
+    }
+
+
+def mutant(raw: bytes, rng: random.Random) -> bytes:
+    """Some bytes changed, cut, doubled, or put in, most of them where the structure is: at both ends."""
+    changed = bytearray(raw)
+    for _ in range(rng.choice([1, 1, 2, 4, 16])):
+        reach = min(len(changed), 600)
+        at = rng.randrange(reach) if rng.random() < 0.6 else len(changed) - 1 - rng.randrange(reach)
+        match rng.randrange(6):
+            case 0:
+                changed[at] ^= 1 << rng.randrange(8)
+            case 1:
+                changed[at] = rng.choice(b'\x00\xff{}[]",:.0123456789eE-cRb\x80\x81')
+            case 2:
+                del changed[at : at + rng.choice([1, 2, 8, 100])]
+            case 3:
+                changed[at:at] = rng.choice([b"9" * 30, b"[" * 300, b'{"a":', b"\xff" * 8, rng.randbytes(4)])
+            case 4:
+                changed[at:at] = changed[at : at + rng.choice([4, 40, 400])]
+            case _:
+                other = rng.randrange(len(changed))
+                changed[at : at + 8] = changed[other : other + 8]
+        if not changed:
+            return b"\x00"
+    return bytes(changed)
+
+
+def prepare(folder: Path) -> None:
+    for kind, files in (("valid", valid(folder / "made")), ("gadget", gadgets((folder / "canary").absolute()))):
+        for name, raw in files.items():
+            path = folder / kind / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(raw)
+
+
+def trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
+    """The i-th gadget through every reader, or 100 mutants, each through every reader that takes its kind of file."""
+    found = sorted((folder / "gadget").iterdir())
+    assert len(found) == GADGETS
+    if i < GADGETS:
+        jobs = [(found[i].name, found[i].read_bytes(), list(READERS))]
+    else:
+        small = [path for path in found if path.stat().st_size < 2**16]
+        bases = [*(folder / "valid").iterdir(), *(folder / "valid").iterdir(), *small]
+        jobs = []
+        for _ in range(SIZE):
+            base = rng.choice(bases)
+            jobs.append((base.name, mutant(base.read_bytes(), rng), readers_of(base)))
+    counts = in_child(folder / f"child{i}", jobs)
+    assert not (folder / "canary").exists(), f"code ran: {[name for name, _, _ in jobs][:3]}"
+    assert counts.pop("done") == len(jobs)
+    return {"gadgets" if i < GADGETS else "mutants": len(jobs), "executions": 0, "tracebacks": 0, "hangs": 0, **counts}
+
+
+def readers_of(path: Path) -> list[str]:
+    by_suffix = {
+        ".safetensors": ["state", "weights", "header", "metadata", "network", "verify"],
+        ".pth": ["weights", "network", "verify"],
+        ".json": ["json", "manifest"],
+        ".yaml": ["recipe"],
+    }
+    return by_suffix[path.suffix]
+
+
+def in_child(folder: Path, jobs: list[tuple[str, bytes, list[str]]]) -> Counter:
+    """Read each in a process of its own with little memory and time; returns how many were refused and taken."""
+    folder.mkdir(exist_ok=True)
+    shutil.rmtree(folder / "stage", ignore_errors=True)
+    save(folder / "stage", 1)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reading)
+        said = _read_all(folder, jobs)
+        os.write(writing, json.dumps(said).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        said = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    last = (folder / "last").read_text() if (folder / "last").exists() else "?"
+    assert status == 0, f"the reader ended with {status} at {last}"
+    counts = json.loads(said)
+    assert "wrong" not in counts, counts["wrong"]
+    return Counter(counts)
+
+
+def _read_all(folder: Path, jobs: list[tuple[str, bytes, list[str]]]) -> dict:
+    faulthandler.disable()
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (pages + MEMORY, pages + MEMORY))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    counts = Counter(done=0)
+    for name, raw, readers in jobs:
+        path = folder / name
+        path.write_bytes(raw)
+        for reader in readers:
+            (folder / "last").write_text(f"{reader} of {name}")
+            signal.alarm(SECONDS)
+            started = time.monotonic()
+            try:
+                READERS[reader](path)
+                counts["taken"] += 1
+            except (CheckpointError, ConfigError) as error:
+                counts["refused"] += 1
+                if "\n" in str(error) or len(str(error)) > 1000:
+                    return {"wrong": f"{reader} of {name}: not one line: {str(error)[:300]!r}"}
+            except BaseException as error:
+                (folder / "kept").write_bytes(raw)
+                return {"wrong": f"{reader} of {name}: {type(error).__name__}: {str(error)[:300]}"}
+            finally:
+                signal.alarm(0)
+            if time.monotonic() - started > SECONDS / 2:
+                return {"wrong": f"{reader} of {name}: took {time.monotonic() - started:.0f} s"}
+        counts["done"] += 1
+    return dict(counts)
+
+
+PARTS = (
+    Part(
+        "gadgets",
+        "40 gadget files and 10,000 mutants through every reader: nothing runs, hangs, or ends in a traceback",
+        GADGETS + BATCHES,
+        GADGETS + 2,
+        trial,
+        prepare,
+    ),
+)
