@@ -263,6 +263,9 @@ def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> It
             fail(explain(error, schema, folder))
         if isinstance(error, OSError) and error.filename:
             fail(f"{error.filename}: {error.strerror}", everyone=True)
+        if str(error).startswith("DataLoader worker"):  # raised by a signal, wherever this process then is
+            said = " ".join(str(error).split()).removesuffix(".")
+            fail(f"{said}; the same command goes on from what was saved; without memory, lower data.workers", 1, True)
         if package == "kd" and isinstance(error, ValueError):  # ConfigError, CheckpointError, ImageError
             fail(str(error), everyone=not isinstance(error, ConfigError))
         raise
