@@ -8,10 +8,12 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 from kd.checkpoint import read_json, write_json
+from kd.cli import shown
 from kd.metrics import agreement, classification, predictive_kl
 from kd.models import Teacher
 from kd.provenance import provenance
@@ -137,7 +139,7 @@ def verdict(result: dict[str, Any]) -> str:
 
 def print_result(result: dict[str, Any], console: Console) -> None:
     """The table of a result, in per cent where a figure is a share, and the verdict."""
-    pair = f"{result['teacher']['model']} teaches {result['student']['model']}"
+    pair = escape(shown(f"{result['teacher']['model']} teaches {result['student']['model']}"))
     table = Table(title=f"{pair}: last weights on the test split", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for column in ("val", "top-1", "selected", "nll", "ece", "brier", "agree"):

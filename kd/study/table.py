@@ -134,12 +134,16 @@ def write_table(folder: Path) -> DataFrame:
 def inert(cell: Any) -> Any:
     """A cell that no spreadsheet computes: text that starts like a formula gets a ' in front, numbers stay numbers.
 
-    The characters are OWASP's (CSV Injection): = + - @, tab and carriage return, and a line feed.
+    The characters are OWASP's (CSV Injection), = + - @ and a tab. Text is on one line: a carriage return would go out
+    without quotes and end the row.
     """
-    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+    if not isinstance(cell, str):
         return cell
+    text = " ".join(cell.splitlines()) if len(cell.splitlines()) > 1 else cell
+    if not text.lstrip(" ").startswith(("=", "+", "-", "@", "\t")):
+        return text
     try:
-        float(cell)
+        float(text)
     except ValueError:
-        return f"'{cell}"
-    return cell
+        return f"'{text}"
+    return text
