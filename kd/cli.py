@@ -263,15 +263,23 @@ def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> It
             fail(explain(error, schema, folder))
         if isinstance(error, OSError) and error.filename:
             fail(f"{error.filename}: {error.strerror}", everyone=True)
+        if str(error).startswith("DataLoader worker"):  # raised by a signal, wherever this process then is
+            said = " ".join(str(error).split()).removesuffix(".")
+            fail(f"{said}; the same command goes on from what was saved; without memory, lower data.workers", 1, True)
         if package == "kd" and isinstance(error, ValueError):  # ConfigError, CheckpointError, ImageError
             fail(str(error), everyone=not isinstance(error, ConfigError))
         raise
 
 
+def shown(text: object) -> str:
+    """Text on one line, with an escape for each character that a terminal would act on or cannot show."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 def fail(message: str, code: int = USAGE, everyone: bool = False) -> NoReturn:
     """Print one line and exit; from every process where the error may be one process's own, else once."""
     if everyone or int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {shown(message)}", file=sys.stderr)
     raise SystemExit(code)
 
 

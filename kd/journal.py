@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kd.checkpoint import CheckpointError, write_atomically
+from kd.cli import shown
 
 
 class Journal:
@@ -79,6 +80,7 @@ class Journal:
     def say(self, text: str) -> None:
         """Print a line once, not once per process, and never wrapped: it may be a path."""
         if self.accelerator.is_main_process:
+            text = "\n".join(map(shown, text.split("\n")))
             self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 

@@ -7,9 +7,11 @@ import sys
 
 import torch
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from kd.cli import shown
 from kd.loop import Trainer
 from kd.models import Teacher
 from kd.stages import Run, data_of, network, stage, teacher_is_trained
@@ -47,13 +49,17 @@ def print_plan(run: Run) -> None:
         size = sum(p.numel() for p in planned.model.parameters())
         section = run.recipe.teacher if name == "teacher" else run.recipe.student
         row = (f"{size / 1e6:.2f} M", str(trainer.updates), f"{seconds:.3f}", duration(seconds * trainer.updates))
-        table.add_row(name, section.model, *row, f"{peak_memory() / 2**30:.2f} GiB")
+        table.add_row(name, escape(shown(section.model)), *row, f"{peak_memory() / 2**30:.2f} GiB")
     if run.accelerator.is_main_process:
-        console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
+        console.print("\n".join(map(shown, lines)), soft_wrap=True, highlight=False, markup=False)
         console.print(table)
         if (run.folder / "result.json").exists():
             console.print("finished before: the same command without dry_run prints its result at once", soft_wrap=True)
-        console.print(f"about {duration(total)} in all, without evaluation; would write {run.folder}", soft_wrap=True)
+        console.print(
+            f"about {duration(total)} in all, without evaluation; would write {shown(run.folder)}",
+            soft_wrap=True,
+            markup=False,
+        )
 
 
 def print_layers(run: Run) -> None:
@@ -65,7 +71,10 @@ def print_layers(run: Run) -> None:
         table = Table("", "layer", "kind", "shape", title=f"{role}.layers", title_justify="left", box=SIMPLE_HEAD)
         for layer in list_layers(net, run.data.input_shape):
             table.add_row(
-                "*" if layer.name in read else "", layer.name, layer.kind, " x ".join(map(str, layer.shape[1:]))
+                "*" if layer.name in read else "",
+                escape(shown(layer.name)),
+                escape(layer.kind),
+                " x ".join(map(str, layer.shape[1:])),
             )
         if run.accelerator.is_main_process:
             console.print(table)

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from kd.checkpoint import advice, finished, laid_out, read_json, write_json
+from kd.cli import shown
 from kd.metrics import agreement, classification, predictive_kl
 from kd.models import Teacher
 from kd.provenance import provenance
@@ -148,8 +149,8 @@ def print_stored(path: Path, console: Console) -> None:
 
 def print_result(result: dict[str, Any], console: Console) -> None:
     """The table of a result, in per cent where a figure is a share, and the verdict."""
-    pair = f"{result['teacher']['model']} teaches {result['student']['model']}"
-    table = Table(title=f"{escape(pair)}: last weights on the test split", title_justify="left", box=SIMPLE_HEAD)
+    pair = escape(shown(f"{result['teacher']['model']} teaches {result['student']['model']}"))
+    table = Table(title=f"{pair}: last weights on the test split", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for column in ("val", "top-1", "selected", "nll", "ece", "brier", "agree"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -146,6 +146,8 @@ def check_target(target: Tensor, num_classes: int, ignore_index: int | None = No
     read_values = read_values and isinstance(target, Tensor) and values_readable(target)
     if not isinstance(target, Tensor):
         raise TypeError(f"target={target!r}: must be a tensor, got {type(target).__name__}")
+    if target.layout is not torch.strided:
+        raise TypeError(f"target.layout={target.layout}: must be dense; use target.to_dense()")
     if target.is_floating_point():
         if target.ndim == 0 or target.shape[-1] != num_classes:
             raise ValueError(

@@ -431,8 +431,8 @@ def broken(folder, what):
         ("torn point", "study/points/000000000000.json: "),
         ("card's schema", "study/study.json: schema 99, this kd reads 1"),
         ("point's schema", "study/points/000000000000.json: schema 99, this kd reads 1"),
-        ("list", "study/study.json: not the card of a study"),
-        ("point's metrics", "study/points/000000000000.json: metrics: must be a dict, is '3'"),
+        ("list", "study/study.json: all of it: must be an object, is a list"),
+        ("point's metrics", "study/points/000000000000.json: metrics: must be an object, is 3; remove the file and"),
         ("id", "study/study.json: points: '../../secret' is no id of 12 hex digits"),
     ],
 )

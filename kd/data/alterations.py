@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kd.data.base import assign
+from kd.data.base import assign, class_indices
 from kd.recipe import ConfigError, DataConfig
 
 
@@ -24,6 +24,8 @@ def draw(config: DataConfig, targets: Mapping[str, np.ndarray], class_names: Seq
 
     A function of the split seed: teacher, student, control and every run of a study see the same wrong labels.
     """
+    count = len(class_names)
+    targets = {name: class_indices(f"{config.name} {name}", labels, count) for name, labels in targets.items()}
     if config.omit_class is not None and config.omit_class >= len(class_names):
         raise ConfigError(
             f"data.omit_class={config.omit_class}: must be ≤ {len(class_names) - 1}, {config.name} has "

@@ -142,6 +142,16 @@ def hold_out(
     return np.sort(kept), np.sort(held)
 
 
+def class_indices(what: str, labels: np.ndarray, num_classes: int | None = None) -> np.ndarray:
+    """The labels as int64. Raises ConfigError where they are no whole numbers, or outside 0 to num_classes - 1."""
+    if labels.dtype.kind not in "iu":
+        raise ConfigError(f"{what}: its labels are of type {labels.dtype}, must be whole numbers")
+    labels = labels.astype(np.int64)
+    if num_classes is not None and len(wrong := np.flatnonzero((labels < 0) | (labels >= num_classes))):
+        raise ConfigError(f"{what}: label {labels[wrong[0]]} of image {wrong[0]}: must be 0 to {num_classes - 1}")
+    return labels
+
+
 def digest(parts: Sequence[bytes | np.ndarray]) -> str:
     """The sha256 of everything, in order."""
     sha = hashlib.sha256()

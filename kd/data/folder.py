@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from kd.data.base import Data
-from kd.data.streams import Files, stream_data
+from kd.data.files import Files
+from kd.data.streams import stream_data
 from kd.recipe import ConfigError, DataConfig
 
 READ = (".jpeg", ".jpg", ".png", ".webp")
@@ -21,6 +22,9 @@ def folder(config: DataConfig, seed: int) -> Data:
 
     ROOT/train/CLASS/* with ROOT/val/, ROOT/test/ or both: these splits; `assign` says what each is used for.
     ROOT/CLASS/*: divided into train, val and test.
+
+    Folders of splits and of classes may be links, as people lay out subsets; an image may be a link inside ROOT or its
+    own folder, and none out of them.
     """
     root = data_root(config)
     given = [name for name in ("train", "val", "test") if (root / name).is_dir()]
@@ -69,7 +73,7 @@ def scan(root: Path, split: Path, classes: list[str]) -> Files:
     """All images of a split, at any depth below their class folders, sorted by path."""
     paths, targets = [], []
     for target, label in enumerate(classes):
-        found = sorted(_images(split / label))
+        found = sorted(_images(root, str(split / label)))
         if not found:
             raise ConfigError(f"data.root: class folder {str(split / label)!r} holds no JPEG, PNG or WEBP image")
         paths += [os.fsencode(os.path.relpath(path, root)) for path in found]
@@ -77,15 +81,33 @@ def scan(root: Path, split: Path, classes: list[str]) -> Files:
     return Files(root, np.array(paths), np.array(targets))
 
 
-def _images(path: Path) -> Iterator[str]:
-    for parent, _, names in os.walk(path):
-        for name in names:
-            suffix = os.path.splitext(name)[1].lower()
-            if name.startswith("."):  # macOS puts ._cat.jpg beside cat.jpg
-                continue
-            if suffix in NOT_READ:  # leaving it out in silence would change the data set
-                raise ConfigError(
-                    f"data.root: {os.path.join(parent, name)!r} is not JPEG, PNG or WEBP; convert or remove it"
-                )
-            if suffix in READ:
-                yield os.path.join(parent, name)
+def _images(root: Path, path: str | os.DirEntry[str]) -> Iterator[str]:
+    """Paths of the images below a class folder. Leaving one out in silence would change the data set."""
+    with os.scandir(path) as entries:  # unlike os.walk it raises for a folder that may not be read
+        for entry in entries:
+            suffix = os.path.splitext(entry.name)[1].lower()
+            hidden = entry.name.startswith(".")  # macOS puts ._cat.jpg beside cat.jpg
+            if not hidden and (suffix in READ + NOT_READ or (entry.is_symlink() and entry.is_dir())):
+                if problem := _problem(root, entry, suffix):
+                    raise ConfigError(f"data.root: {entry.path!r} {problem}")
+                yield entry.path
+            elif entry.is_dir(follow_symlinks=False):
+                yield from _images(root, entry)
+
+
+def _problem(root: Path, entry: os.DirEntry[str], suffix: str) -> str:
+    """Why an entry with the name of an image, or a link to a folder, is no image; nothing where it may be one."""
+    if suffix in NOT_READ:
+        return "is not JPEG, PNG or WEBP; convert or remove it"
+    if entry.is_file(follow_symlinks=False):  # the folder says so: for a million images no call each
+        return ""
+    if entry.is_symlink():
+        target = os.path.realpath(entry.path)
+        if not os.path.exists(target):
+            return "is a link to nothing; remove it"
+        inside = (os.path.realpath(folder) for folder in (root, os.path.dirname(entry.path)))
+        if not any(target.startswith(os.path.join(folder, "")) for folder in inside):
+            return f"is a link out of the folder, to {target!r}; put the image itself there or remove it"
+    if entry.is_dir():
+        return f"is a {'link to a folder' if entry.is_symlink() else 'folder'}, must be an image; rename or remove it"
+    return "" if entry.is_file() else "is no regular file; remove it"

@@ -2,105 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kd.data.alterations import draw
 from kd.data.base import Batch, Data, ImageError, digest
+from kd.data.files import Source, read
 from kd.data.randomness import global_rng, sample_keys
 from kd.recipe import ConfigError, DataConfig
 
-FORMATS = ("JPEG", "PNG", "WEBP")  # the fewer decoders a file can choose from, the fewer it can attack
-
-
 Transform = Callable[[Image.Image], Tensor]
-
-
-class Source(Protocol):
-    """Images that are read when asked for."""
-
-    @property
-    def targets(self) -> np.ndarray:
-        """Class of every image: (N,) int64."""
-        ...
-
-    def read(self, i: int) -> Image.Image:
-        """Image i, decoded, as 8-bit RGB; whatever it raises becomes an ImageError."""
-        ...
-
-    def name(self, i: int) -> str:
-        """Where image i is, for a message."""
-        ...
-
-    def identity(self, i: int) -> str:
-        """What of image i goes into the hash of the data."""
-        ...
-
-
-def decode(file: IO[bytes] | str) -> Image.Image:
-    """A JPEG, PNG or WEBP as RGB, treated as torchvision and timm do so that published accuracies hold.
-
-    Transparency is dropped, an animation gives its first frame, a rotation in EXIF is not applied. Unlike there,
-    16-bit grey levels are scaled to 8 bits instead of clipped at 255, which makes almost everything white.
-    """
-    with Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > (limit := Image.MAX_IMAGE_PIXELS or sys.maxsize):
-            raise ValueError(f"{image.width} x {image.height} is more than {limit} pixels")
-        if image.mode.startswith("I"):
-            return Image.fromarray((np.asarray(image).astype(np.int64) // 257).astype(np.uint8)).convert("RGB")
-        if "transparency" in image.info:  # Pillow warns where a palette with transparency goes straight to RGB
-            return image.convert("RGBA").convert("RGB")
-        return image.convert("RGB")
-
-
-def reason(error: Exception) -> str:
-    """Why an image could not be read, on one line and without its path."""
-    if isinstance(error, UnidentifiedImageError):
-        return f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def read(source: Source, i: int) -> Image.Image | ImageError:
-    """Image i, or the error that names it: a file that cannot be read is never replaced by another."""
-    try:
-        return source.read(i)
-    except Exception as error:  # decoders raise whatever they like on files they did not expect
-        return ImageError(f"cannot read {source.name(i)!r}: {reason(error)}")
-
-
-@dataclass(frozen=True)
-class Files:
-    """Image files below a folder."""
-
-    root: Path
-    paths: np.ndarray  # relative to root; bytes, which all workers share: reading a list of str copies it to each
-    targets: np.ndarray
-
-    def read(self, i: int) -> Image.Image:
-        """Image i."""
-        return decode(self.name(i))
-
-    def name(self, i: int) -> str:
-        """Its path."""
-        return os.path.join(self.root, os.fsdecode(self.paths[i].item()))
-
-    def identity(self, i: int) -> str:
-        """Its relative path and size, which do not change when the folder is moved."""
-        return f"{os.fsdecode(self.paths[i].item())} {os.path.getsize(self.name(i))}"
 
 
 @dataclass(frozen=True)

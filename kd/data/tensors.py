@@ -127,6 +127,16 @@ def check_settings(config: DataConfig, shape: tuple[int, ...]) -> None:
             raise ConfigError(f"data.{name}={value}: only for images, {config.name} holds signals; must be 0")
 
 
+def check_samples(what: str, images: Tensor, targets: np.ndarray) -> None:
+    """Refuse samples that cannot be trained on."""
+    if len(images) != len(targets):
+        raise ConfigError(f"{what}: has {len(images)} images and {len(targets)} labels")
+    if images.dtype not in (torch.uint8, torch.float32):
+        raise ConfigError(f"{what}: its images are {images.dtype}, must be torch.uint8 or torch.float32")
+    if images.is_floating_point() and len(wrong := (~images.flatten(1).isfinite().all(1)).nonzero()):
+        raise ConfigError(f"{what}: image {wrong[0].item()} has a value that is not finite")
+
+
 def tensor_data(
     config: DataConfig,
     seed: int,
@@ -140,6 +150,8 @@ def tensor_data(
     """
     stored = tuple(given["train"][0].shape[1:])
     check_settings(config, stored)
+    for name, (images, targets) in given.items():
+        check_samples(f"{config.name} {name}", images, targets)
     parts = draw(config, {name: targets for name, (_, targets) in given.items()}, class_names)
     values = {name: (given[part.given][0][part.index], torch.from_numpy(part.targets)) for name, part in parts.items()}
     mean, std = channel_statistics(values["train"][0])

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kd.data.base import Data
-from kd.data.streams import decode, reason, stream_data
+from kd.data.base import Data, class_indices
+from kd.data.files import decode, reason
+from kd.data.streams import stream_data
 from kd.recipe import ConfigError, DataConfig
 
 
@@ -59,10 +60,11 @@ def _open(config: DataConfig, split: str) -> Reader | None:
 
     try:
         reader = create_dataset(config.dataset, root=config.root, split=split).reader
-        return Reader(reader, split, np.array(list(reader.iter_targets()), dtype=np.int64))
+        labels = np.array(list(reader.iter_targets()))
     except Exception as error:  # the hub, the network, the disk: each library in between raises its own
         if "Unknown split" in str(error):
             return None
         raise ConfigError(
             f"data.dataset={config.dataset}: timm cannot open its split {split}: {reason(error)}"
         ) from error
+    return Reader(reader, split, class_indices(f"data.dataset={config.dataset} {split}", labels))

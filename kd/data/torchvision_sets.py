@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
-from kd.data.base import Data
+from kd.data.base import Data, class_indices
+from kd.data.files import FORMATS, Files, reason
 from kd.data.folder import data_root
-from kd.data.streams import reason, stream_data
+from kd.data.streams import stream_data
 from kd.data.tensors import tensor_data
 from kd.recipe import ConfigError, DataConfig
 
@@ -51,27 +52,6 @@ SETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class MapStyle:
-    """A torchvision data set that decodes an image when asked for it."""
-
-    dataset: Any
-    label: str
-    targets: np.ndarray
-
-    def read(self, i: int) -> Image.Image:
-        """Image i."""
-        return self.dataset[i][0].convert("RGB")
-
-    def name(self, i: int) -> str:
-        """The split and the position: torchvision has no common way to ask for a path."""
-        return f"{self.label} image {i}"
-
-    def identity(self, i: int) -> str:
-        """The same: the hash of these sets covers their split and labels only."""
-        return self.name(i)
-
-
 def torchvision(config: DataConfig, seed: int) -> Data:
     """data.dataset, one of SETS, in data.root. Sets that torchvision holds as one array become tensors."""
     if config.dataset not in SETS:
@@ -84,7 +64,9 @@ def torchvision(config: DataConfig, seed: int) -> Data:
     classes = _class_names(sets["train"])
     if isinstance(getattr(sets["train"], "data", None), np.ndarray | Tensor):
         return tensor_data(config, seed, {name: (_pixels(s), _targets(s)) for name, s in sets.items()}, classes)
-    sources = {name: MapStyle(s, f"{config.dataset} {name}", _targets(s)) for name, s in sets.items()}
+    formats = ("PPM",) if config.dataset == "GTSRB" else FORMATS  # what its authors published
+    root = Path(config.root or "")
+    sources = {name: Files(root, _paths(root, s), _targets(s), formats) for name, s in sets.items()}
     return stream_data(config, seed, sources, classes, threads=16)
 
 
@@ -110,14 +92,42 @@ def _open(config: DataConfig, arguments: dict[str, Any]) -> Any:
             f"data.root={config.root}: {config.dataset} is not there or not complete; "
             "give the folder that holds it, or data.download=true"
         ) from error
+    except Exception as error:  # files that are not what their names say: their readers check little
+        raise ConfigError(
+            f"data.root={config.root}: {config.dataset} cannot be read, a file of it is damaged: {reason(error)}"
+        ) from error
 
 
 def _targets(dataset: Any) -> np.ndarray:
     """The labels, wherever this class keeps them, without decoding the images."""
+    labels = None
     for name in ("targets", "labels", "_labels", "y"):
         if (labels := getattr(dataset, name, None)) is not None:
-            return np.asarray(labels, dtype=np.int64)
-    return np.array([label for _, label in dataset._samples], dtype=np.int64)
+            break
+    found = np.asarray(labels) if labels is not None else np.array([label for _, label in dataset._samples])
+    return class_indices(f"data.dataset={type(dataset).__name__}", found)
+
+
+def _paths(root: Path, dataset: Any) -> np.ndarray:
+    """Where its images are, from the root on, wherever this class keeps that: kd decodes them itself, all alike."""
+    for name in ("_image_files", "_images", "_samples", "samples"):
+        if (found := getattr(dataset, name, None)) is not None:
+            paths = [each[0] if isinstance(each, tuple) else each for each in found]
+            break
+    else:  # Caltech's two
+        paths = [_caltech(dataset, label, number) for label, number in zip(dataset.y, dataset.index, strict=True)]
+    relative = [os.path.relpath(path, root) for path in paths]
+    for path in relative:  # some are read from a list beside the images
+        if path.startswith(os.pardir):
+            raise ConfigError(f"data.dataset={type(dataset).__name__}: {path!r} is outside of data.root")
+    return np.array([os.fsencode(path) for path in relative])
+
+
+def _caltech(dataset: Any, label: int, number: int) -> str:
+    name = dataset.categories[label]
+    if type(dataset).__name__ == "Caltech101":
+        return os.path.join(dataset.root, "101_ObjectCategories", name, f"image_{number:04d}.jpg")
+    return os.path.join(dataset.root, "256_ObjectCategories", name, f"{label + 1:03d}_{number:04d}.jpg")
 
 
 def _class_names(dataset: Any) -> list[str]:

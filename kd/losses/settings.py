@@ -5,6 +5,7 @@ Shapes: ``(...)`` positions, ``K`` classes, always last.
 
 import math
 import os
+import sys
 import warnings
 from importlib.util import find_spec
 
@@ -26,6 +27,8 @@ REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "reference", *fused.BACKENDS)
 # The fused backend for a device and the package that it needs.
 _FOR_DEVICE = {"cpu": ("cpu", "numba"), "cuda": ("triton", "triton")}
+_PAST_INT64 = 2**63
+_LARGEST = sys.float_info.max  # an int can be larger, and not be a float
 _INSTALLED = {package: find_spec(package) is not None for _, package in _FOR_DEVICE.values()}
 
 
@@ -122,6 +125,8 @@ class DistillSettings(nn.Module):
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             got = type(self.ignore_index).__name__
             raise TypeError(f"ignore_index={self.ignore_index!r}: must be an int, got {got}")
+        if not -_PAST_INT64 <= self.ignore_index < _PAST_INT64:
+            raise ValueError(f"ignore_index={self.ignore_index}: must fit into int64, as labels do")
         check_choice("reduction", self.reduction, REDUCTIONS)
         check_choice("backend", self.backend, BACKENDS)
         check_number("teacher_smoothing", self.teacher_smoothing, "a number ≥ 0 and < 1", lambda v: 0 <= v < 1)
@@ -160,20 +165,22 @@ def _interpreted(backend: str) -> bool:
 
 
 def _positive(value: float) -> bool:
-    return 0 < value < math.inf
+    return 0 < value <= _LARGEST
 
 
 def _not_negative(value: float) -> bool:
-    return 0 <= value < math.inf
+    return 0 <= value <= _LARGEST
 
 
 def check_logits(name: str, logits: object) -> None:
-    """Raise unless it is a floating tensor."""
+    """Raise unless it is a dense floating tensor."""
     if not isinstance(logits, Tensor):
         hint = "; pass its .logits" if isinstance(getattr(logits, "logits", None), Tensor) else ""
         raise TypeError(f"{name}: must be a tensor of logits, got {type(logits).__name__}{hint}")
     if not logits.is_floating_point():
         raise TypeError(f"{name}.dtype={logits.dtype}: must be a real floating dtype")
+    if logits.layout is not torch.strided:
+        raise TypeError(f"{name}.layout={logits.layout}: must be dense; use {name}.to_dense()")
 
 
 def _check_fits(name: str, tensor: Tensor, student: Tensor, shape: torch.Size) -> None:
@@ -200,7 +207,7 @@ def _check_class_weight(weight: Tensor | None) -> None:
 
 def _warn_of_probabilities(teacher: Tensor) -> None:
     # One class cannot tell probabilities from logits. The first row alone settles nearly every case, at little cost.
-    if teacher.shape[-1] == 1 or teacher.numel() == 0 or not values_readable(teacher):
+    if teacher.shape[-1] == 1 or teacher.numel() == 0 or teacher.itemsize < 2 or not values_readable(teacher):
         return
     first = teacher[(0,) * (teacher.ndim - 1)]
     if first.min().item() < 0:

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd.checkpoint import CheckpointError
 from kd.metrics import MISLEADING
 from kd.recipe import ConfigError
 from kd.report import words
-from kd.study.folder import SCHEMA, Folder, read_card
+from kd.study.checks import check_alike
+from kd.study.folder import Folder, read_card
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-CARD = {"name": str, "claim": str, "command": str, "seeds": list, "axes": dict, "labels": dict, "cells": list}
-CARD |= {"controls": list, "contrasts": list, "points": list, "data": dict, "recipe": dict, "provenance": dict}
-POINT = {"id": str, "role": str, "state": str, "seed": int, "settings": dict, "metrics": dict}
-POINT |= {"detail": dict, "provenance": dict}
 LINES = 8  # that can be told apart in one plot
 EPS, T = "teacher.label_smoothing", "loss.temperature"
 BY_SEED = dict[int, str]  # a point for each seed
@@ -172,40 +167,12 @@ def read(folder: Path) -> Study:
         raise ConfigError(f"{words.clean(folder, 300)}: no such folder; give the folder of a study")
     if not (folder / "study.json").is_file():
         raise ConfigError(f"{words.clean(folder, 300)}: holds no study.json; give the folder of a study")
-    files = Folder(folder)
-    try:
-        card = read_card(folder)
-    except AttributeError as error:  # JSON, but not an object
-        raise ConfigError(f"{files.card}: not the card of a study") from error
-    _check(files.card, card, CARD)
-    points: dict[str, dict[str, Any] | None] = {}
-    for identifier in card["points"]:
-        if not (isinstance(identifier, str) and re.fullmatch(r"[0-9a-f]{12}", identifier)):
-            raise ConfigError(f"{files.card}: points: {words.clean(identifier)!r} is no id of 12 hex digits")
-        points[identifier] = _point(files, identifier)
     from kd.study.table import load
 
-    return Study(folder, card, points, load(folder))
-
-
-def _point(files: Folder, identifier: str) -> dict[str, Any] | None:
-    try:
-        point = files.found(identifier)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
-    if point is None:
-        return None
-    path = files.point(identifier)
-    _check(path, point, POINT)
-    if point.get("schema") != SCHEMA:
-        raise ConfigError(f"{path}: schema {json.dumps(point.get('schema'))}, this kd reads {SCHEMA}")
-    return {"teacher": None, "control": None, "error": None, **point}
-
-
-def _check(path: Path, values: Any, kinds: Mapping[str, type]) -> None:
-    """Raise ConfigError where a file does not have the entries that it must have."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must be an object, is a {type(values).__name__}")
-    for name, kind in kinds.items():
-        if not isinstance(values.get(name), kind):
-            raise ConfigError(f"{path}: {name}: must be a {kind.__name__}, is {words.clean(values.get(name))!r}")
+    files, table = Folder(folder), load(folder)  # checks every entry
+    card = read_card(folder)
+    points = {identifier: files.found(identifier) for identifier in card["points"]}
+    check_alike({files.point(identifier): point for identifier, point in points.items() if point})
+    if any(words.number(value) is None for value in card["axes"].get(EPS, ())):
+        raise ConfigError(f"{files.card}: axes.{EPS}: must be numbers")
+    return Study(folder, card, points, table)

@@ -10,7 +10,7 @@ from kd.report import words
 from kd.report.blocks import Block, Cell, Code, Facts, Fold, Section, Table, Text
 from kd.report.contrasts import warning
 from kd.report.figures import CONTROLS
-from kd.report.reading import BY_SEED, Key, Study
+from kd.report.reading import BY_SEED, Key, Study, hashable
 
 STUDENT = ("test.top1", "test.agreement", "test.nll", "test.ece", "test.nt_kl", "test.predictive_kl")
 TEACHER = ("train.top1", "test.top1", "test.nll", "test.ece", "test.ece_scaled", "val.post_hoc_temperature")
@@ -94,7 +94,7 @@ def _controls(study: Study) -> Block:
     axes = list(dict.fromkeys(axis for control in study.card["controls"] for axis in control["axes"]))
     axes = [axis for axis in axes if axis in study.varying]
     for control in study.card["controls"]:
-        key = (kind(control["control"]), *(control["axes"].get(axis) for axis in axes))
+        key = (kind(control["control"]), *(hashable(control["axes"].get(axis)) for axis in axes))
         groups.setdefault(key, {})[control["seed"]] = control["point"]
     if not groups:
         return Text("This study has no controls: students trained without a teacher.")

@@ -207,4 +207,4 @@ def projections(study: Study) -> Section:
 def _class_names(study: Study, teacher: dict[str, Any], classes: list[int]) -> dict[int, str]:
     data = study.card["data"].get(teacher.get("provenance", {}).get("data_hash")) or {}
     names = data.get("class_names") or []
-    return {c: words.clean(names[c] if c < len(names) else c, 28) for c in classes}
+    return {c: words.clean(names[c] if 0 <= c < len(names) else c, 28) for c in classes}

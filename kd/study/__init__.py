@@ -44,7 +44,11 @@
 was killed and resumed gives the same bytes. Columns: point, role, control, state, error, seed, teacher_point; one for
 each setting that differs between points and some that never fail to interest (`kd.study.table.ALWAYS`); one for each
 axis of the study's own; one for each metric as ``split.name``; ``test.transfer_efficiency``, which needs both controls
-of its seed; for students the teacher's own metrics as ``teacher.split.name``.
+of its seed; for students the teacher's own metrics as ``teacher.split.name``. Text that a spreadsheet would compute,
+which begins with = + - @ or a tab and is no number, has a ' before it.
+
+`load` and the report check every entry: the first that is not as described here is a ConfigError that names the file
+and the entry. No malformed point is left out in silence.
 
 ``teachers/<id>.safetensors``: the weights of each teacher. ``jobs/``: what the launcher was given. ``runs/``: the
 folders of kd.train where that is the engine.

@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -52,10 +53,14 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
     pending = [job for job in all_jobs if not all(folder.is_finished(point) for point in job.points)]
     console.print(_summary(planned, all_jobs, pending, folder), soft_wrap=True, highlight=False, markup=False)
     for text in planned.left_out:
-        console.print(f"left out {text}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"left out {cli.shown(text)}", soft_wrap=True, highlight=False, markup=False)
     if study.dry_run:
         estimate = sum(seconds_of(job) for job in pending)
-        console.print(f"about {duration(estimate)} of one core; would write {folder.path}", soft_wrap=True)
+        console.print(
+            f"about {duration(estimate)} of one core; would write {cli.shown(folder.path)}",
+            soft_wrap=True,
+            markup=False,
+        )
         return 0
     with folder.lock("study", wait=False):
         write_json(folder.card, card(study, planned, sets, {engine(point) for point in planned.points.values()}))
@@ -65,7 +70,8 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
         table = write_table(folder.path)
     print_contrasts(planned, folder, console)
     for row in table[table["state"] == "failed"].to_dict("records"):
-        console.print(f"failed: {row['role']} {row['point']}: {row['error']}", soft_wrap=True, markup=False)
+        text = f"failed: {row['role']} {row['point']}: {cli.shown(row['error'])}"
+        console.print(text, soft_wrap=True, markup=False)
     done = int((table["state"] == "finished").sum())
     console.print(f"{done} of {len(table)} points in {duration(time.perf_counter() - started)}")
     print(folder.table)
@@ -199,7 +205,9 @@ def _launch(
         if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf"):
             raise
         text = str(error).strip().splitlines()
-        console.print(f"{phase}: {type(error).__name__}: {text[0] if text else ''}", soft_wrap=True, markup=False)
+        console.print(
+            f"{phase}: {type(error).__name__}: {cli.shown(text[0]) if text else ''}", soft_wrap=True, markup=False
+        )
     finally:
         sys.argv = before
 
@@ -255,8 +263,8 @@ def print_contrasts(planned: Plan, folder: Folder, console: Console) -> None:
     for contrast in planned.contrasts:
         values = differences(contrast, folder)
         mean, error = mean_and_error(values)
-        shown = [f"{mean:+.4f}" if values else "-", f"{error:.4f}" if len(values) > 1 else "-"]
-        table.add_row(contrast["name"], contrast["metric"], *shown, str(len(values)))
+        numbers = [f"{mean:+.4f}" if values else "-", f"{error:.4f}" if len(values) > 1 else "-"]
+        table.add_row(*(escape(cli.shown(contrast[key])) for key in ("name", "metric")), *numbers, str(len(values)))
     if planned.contrasts:
         console.print(table)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,9 +12,8 @@ from typing import Any
 from kd.checkpoint import CheckpointError, read_json, write_json
 from kd.lock import alone
 from kd.recipe import ConfigError, Recipe
+from kd.study.checks import SCHEMA, check_card, check_point
 from kd.study.grid import Point
-
-SCHEMA = 1
 
 
 class Folder:
@@ -38,9 +36,12 @@ class Folder:
         return self.path / "jobs" / f"{name}.json"
 
     def found(self, identifier: str) -> dict[str, Any] | None:
-        """A point as it was written, finished or failed; None where it was not."""
+        """A point as it was written, finished or failed; None where it was not. Raises ConfigError for what is none."""
         path = self.point(identifier)
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        check_point(path, identifier, point := _read(path))
+        return point
 
     def is_finished(self, point: Point) -> bool:
         """Whether there is nothing left to do for a point; a failed one is tried again."""
@@ -102,10 +103,14 @@ def read_card(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "study.json"
     if not path.is_file():
         raise ConfigError(f"{folder}: holds no study.json; give the folder of a study")
+    check_card(path, card := _read(path))
+    return card
+
+
+def _read(path: Path) -> Any:
     try:
-        card = read_json(path)
+        return read_json(path)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
-    if card.get("schema") != SCHEMA:
-        raise ConfigError(f"{path}: schema {json.dumps(card.get('schema'))}, this kd reads {SCHEMA}")
-    return card
+    except RecursionError as error:
+        raise ConfigError(f"{path}: is nested too deeply") from error

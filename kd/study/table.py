@@ -91,7 +91,7 @@ def _labels(card: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, dict
         teacher = (found[identifier] or {}).get("teacher")
         if teacher:
             shared = of_teachers.setdefault(teacher, labels)
-            of_teachers[teacher] = {axis: value for axis, value in shared.items() if labels[axis] == value}
+            of_teachers[teacher] = {axis: value for axis, value in shared.items() if labels.get(axis) == value}
     return own | of_teachers
 
 
@@ -102,14 +102,15 @@ def _metrics(point: Mapping[str, Any]) -> dict[str, Any]:
 def _add_efficiency(rows: list[dict[str, Any]], found: Mapping[str, Any]) -> None:
     """Transfer efficiency of each student, from the hard and the Bayes-label control of its seed and data."""
     finished = [row for row in rows if row["state"] == "finished"]
-    controls: dict[str, dict[str, float]] = {}
+    controls: dict[str, dict[str, float | None]] = {}
     for row in finished:
         if row["role"] == "control":
-            controls.setdefault(_cohort(found[row["point"]]), {})[row["control"]] = row["test.nt_kl"]
+            controls.setdefault(_cohort(found[row["point"]]), {})[row["control"]] = row.get("test.nt_kl")
     for row in finished:
         pair = controls.get(_cohort(found[row["point"]]), {})
-        if row["role"] == "student" and {"hard", "bayes"} <= pair.keys():
-            value = transfer_efficiency(row["test.nt_kl"], pair["hard"], pair["bayes"])
+        values = row.get("test.nt_kl"), pair.get("hard"), pair.get("bayes")
+        if row["role"] == "student" and all(value is not None and value >= 0 for value in values):
+            value = transfer_efficiency(*values)  # type: ignore[arg-type]
             row["test.transfer_efficiency"] = value if math.isfinite(value) else None
 
 
@@ -120,7 +121,29 @@ def _cohort(point: Mapping[str, Any]) -> str:
 
 
 def write_table(folder: Path) -> DataFrame:
-    """Write table.csv, with every digit."""
+    """Write table.csv, with every digit; what a spreadsheet would take for a formula has a ' before it."""
     table = load(folder)
-    write_atomically(Folder(folder).table, lambda path: table.to_csv(path, index=False))
+    plain = table.rename(columns=inert)
+    for name in plain.columns[[column.kind == "O" for column in plain.dtypes]]:
+        plain[name] = plain[name].map(inert)
+    # backslashreplace: half a surrogate pair, as in a file name that is no UTF-8
+    write_atomically(Folder(folder).table, lambda path: plain.to_csv(path, index=False, errors="backslashreplace"))
     return table
+
+
+def inert(cell: Any) -> Any:
+    """A cell that no spreadsheet computes: text that starts like a formula gets a ' in front, numbers stay numbers.
+
+    The characters are OWASP's (CSV Injection), = + - @ and a tab. Text is on one line: a carriage return would go out
+    without quotes and end the row.
+    """
+    if not isinstance(cell, str):
+        return cell
+    text = " ".join(cell.splitlines()) if len(cell.splitlines()) > 1 else cell
+    if not text.lstrip(" ").startswith(("=", "+", "-", "@", "\t")):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
