@@ -43,9 +43,8 @@ def evaluate(folder: Path, picture: str | None, overrides: list[str]) -> int:
     for name in ("recipe.yaml", "result.json"):
         if not (folder / name).is_file():
             raise ConfigError(f"run={folder}: holds no {name}; give the folder of a finished run")
-    config = OmegaConf.merge(
-        OmegaConf.structured(Recipe), OmegaConf.load(folder / "recipe.yaml"), OmegaConf.from_dotlist(overrides)
-    )
+    config = OmegaConf.merge(OmegaConf.structured(Recipe), cli.read_recipe(folder / "recipe.yaml"))
+    cli.override(config, overrides)
     recipe = cli.typed(config)
     recipe.tracker = "none"
     recipe.output = str(folder.parents[1])  # where it is now, with its teachers, not where it was trained
@@ -80,6 +79,8 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(HELP)
         return 0
+    for argument in arguments:
+        cli.check_word(argument)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     others = [f"{key}={value}" for key, value in given.items() if key.startswith("data.")]
     if not given.get("run") or len(given) < len(arguments) or len(others) < len(given.keys() - {"run", "picture"}):
