@@ -115,8 +115,8 @@ def register(words: list[str], schema: type = Recipe, folder: str = "", launcher
         if option in _chosen(words, "recipe"):
             node = read_recipe(path, schema)
             data |= {f"data/{name}" for default in node.get("defaults", ()) for name in default.values()}
-            loss = node.get("loss")
-            replaced |= set((loss.get("methods") if isinstance(loss, dict) else None) or ())
+            given = node.get("loss", {}).get("methods")
+            replaced |= set(given) if isinstance(given, dict) else set()
         _store(store, option, node)
     for option, path in _options("data", "data").items():
         _store(store, option, read_recipe(path, schema) if option in data else {})
@@ -157,9 +157,12 @@ def read_recipe(path: Path, schema: type = Recipe) -> dict[str, Any]:
         fine = isinstance(default, dict) and [*default] == ["override /data"]
         if not fine or not re.fullmatch(r"\w+", str(default["override /data"])):
             raise ConfigError(f"{path}: defaults: {default}: must be - override /data: NAME")
-    for key in values:
-        if key != "defaults" and key not in {f.name for f in fields(schema)}:
+    known = {f.name: is_dataclass(f.default_factory) for f in fields(schema)}
+    for key, value in values.items():
+        if key != "defaults" and key not in known:
             raise ConfigError(f"{path}: {no_such_setting(str(key), schema)}")
+        if known.get(key) and not isinstance(value, dict):
+            raise ConfigError(f"{path}: {wrong_type(key, value, '', schema)}")
     return values
 
 
@@ -266,7 +269,7 @@ def explain(error: Exception, schema: type = Recipe, folder: str = "") -> str:
     if found := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
         return f"{found[1]}={found[2]}: is several values; add -m for a run of each, or type one"
     lines = [line.strip() for line in f"{text}\n{cause}".splitlines()]
-    full_key = next((line.split()[1] for line in lines if line.startswith("full_key:")), "")
+    full_key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
     said = [line for line in lines if line and not re.match(r"(full_key|object_type|reference_type|See https)", line)]
     return f"{full_key}{': ' if full_key else ''}{' '.join(dict.fromkeys(said[:3]))}"
 

@@ -30,6 +30,10 @@ def check_word(word: str) -> None:
         raise ConfigError(f"{word}: settings cannot be removed; type {key[1:]}=VALUE")
     if key.startswith("++"):
         raise ConfigError(f"{word}: type {key[2:]}=VALUE without ++ before it")
+    if key == "hydra/launcher" and not re.fullmatch(r"[^\W\d]\w*", value):
+        raise ConfigError(f"{word}: must be the name of a launcher such as basic or joblib")
+    if re.search(r"\d{100}", value):  # no float holds 310 digits
+        raise ConfigError(f"{word[:60]}...: too many digits; numbers have fewer than 100")
     if "_target_" in word:
         raise ConfigError(f"{word}: _target_ names code to run, which no setting can")
     if key.startswith(("hydra", "+hydra")) and not re.fullmatch(LAUNCHERS, key):
