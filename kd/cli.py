@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import sys
@@ -14,11 +15,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kd import methods
+from kd import methods, strict
 from kd.recipe import PACKAGE, ConfigError, Recipe, allowed
+from kd.words import check_word, check_words, plain
 
 USAGE = 2  # exit code of a command line that cannot work
-OPTIONS = ("--cfg", "--multirun", "--resolve", "--package", "--config-dir", "--info", "--version", "--hydra-help")
 STUDIES = "studies"  # the folder of the recipes that are studies
 INTERRUPTED = 130  # exit code of a run stopped by ctrl-C, as shells have it
 
@@ -37,8 +38,11 @@ def recipe_files(group: str = "") -> dict[str, Path]:
 
 def claim(path: Path) -> str:
     """The claim on top of a recipe."""
-    found = re.search(r"^# claim:\s*(.+)$", path.read_text(errors="replace"), re.MULTILINE)
-    return found[1] if found else ""
+    if not path.is_file():  # a FIFO would wait for somebody to write
+        return ""
+    with path.open(errors="replace") as file:
+        found = re.search(r"^# claim:\s*(.+)$", file.read(strict.MAX_BYTES), re.MULTILINE)
+    return plain(found[1]) if found else ""
 
 
 def settings(schema: type = Recipe, prefix: str = "") -> dict[str, Any]:
@@ -76,6 +80,8 @@ def help_text(program: str) -> str:
         "  --cfg job     print the resolved recipe and stop",
         "  -m, --multirun key=a,b   one run for each value",
         "  --import FILE.py         a file of yours, or a module, with a method of your own; may be repeated",
+        "  replay=DIR    train a finished run again from its recipe, and say whether weights and scores are identical;",
+        "                allow_differences=true: with other versions, hardware or data too; output=FOLDER: where",
         "  dry_run=true  build everything, take two steps, print the plan, write nothing",
         "",
         f"example: python -m {program} recipe=resnet50_to_18 loss.temperature=2 seed=1",
@@ -86,12 +92,9 @@ def help_text(program: str) -> str:
 def register(words: list[str], schema: type = Recipe, folder: str = "", launcher: str = "basic") -> None:
     """Store the schema, every recipe of a folder and the losses that `words` name in Hydra's ConfigStore.
 
-    An unreadable recipe matters where `words` name it. `launcher` is the one that is taken where `words` name none.
+    Only the files that `words` name are read. `launcher` is the one that is taken where `words` name none.
     """
     from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     store = ConfigStore.instance()
     store.store(name="schema", node=schema, replace=True)
@@ -103,22 +106,64 @@ def register(words: list[str], schema: type = Recipe, folder: str = "", launcher
     places = {"output_subdir": None, "run": {"dir": "."}, "sweep": {"dir": sweep, "subdir": "."}}
     store.store(name="kd", node={"defaults": defaults, "hydra": places}, replace=True)
     replaced: set[str] = set()  # methods that recipes have: `loss=` puts others in their place
-    for option, path in [*_options("recipe", folder).items(), *_options("data", "data").items()]:
-        try:
-            node = OmegaConf.load(path)
-        except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-            if option.replace("/", "=", 1) not in words:
-                continue
-            raise ConfigError(f"{path}: not a readable recipe ({str(error).splitlines()[0]})") from error
-        group, _, name = option.rpartition("/")
-        store.store(group=group, name=name, node=node, package="_global_", replace=True)
-        if group != "data":
-            replaced |= set(OmegaConf.select(node, "loss.methods") or ())
+    data = {"data/digits", *_chosen(words, "data")}
+    for group, inside in (("recipe", folder), ("data", "data")):
+        for typed in _chosen(words, group) - (options := _options(group, inside)).keys():
+            raise ConfigError(_no_such_option(typed, list(options)))
+    for option, path in _options("recipe", folder).items():
+        node: dict[str, Any] = {}
+        if option in _chosen(words, "recipe"):
+            node = read_recipe(path, schema)
+            data |= {f"data/{name}" for default in node.get("defaults", ()) for name in default.values()}
+            given = node.get("loss", {}).get("methods")
+            replaced |= set(given) if isinstance(given, dict) else set()
+        _store(store, option, node)
+    for option, path in _options("data", "data").items():
+        _store(store, option, read_recipe(path, schema) if option in data else {})
     for word in words:
         for value in losses(word):
             section = methods.section(value)
             section["methods"] = dict.fromkeys(replaced) | section["methods"]
             store.store(group="loss", name=value, node={"loss": section}, package="_global_", replace=True)
+
+
+def _store(store: Any, option: str, node: dict[str, Any]) -> None:
+    group, _, name = option.rpartition("/")
+    store.store(group=group, name=name, node=node, package="_global_", replace=True)
+
+
+def _no_such_option(typed: str, options: list[str]) -> str:
+    group, _, name = typed.partition("/")
+    names = [option.partition("/")[2] for option in options]
+    near = difflib.get_close_matches(name[:80], names, n=1)
+    hint = f"did you mean {group}={near[0]}?" if near else "there are " + ", ".join(names)
+    return f"{group}={name}: no such {'recipe' if group == 'recipe' else 'data set'}; {hint}"
+
+
+def _chosen(words: list[str], group: str) -> set[str]:
+    """The options that `group=A,B` names."""
+    values = [word.partition("=")[2].split(",") for word in words if word.startswith(f"{group}=")]
+    return {f"{group}/{value.strip()}" for several in values for value in several}
+
+
+def read_recipe(path: Path, schema: type = Recipe) -> dict[str, Any]:
+    """The values of a recipe's file, with sections that exist and no word to Hydra but the data set's name.
+
+    Raises ConfigError. Hydra would run code that a `hydra` section names, and take any file that `defaults` name.
+    """
+    values = strict.load(path)
+    defaults = values.get("defaults", [])
+    for default in defaults if isinstance(defaults, list) else [defaults]:
+        fine = isinstance(default, dict) and [*default] == ["override /data"]
+        if not fine or not re.fullmatch(r"\w+", str(default["override /data"])):
+            raise ConfigError(f"{path}: defaults: {default}: must be - override /data: NAME")
+    known = {f.name: is_dataclass(f.default_factory) for f in fields(schema)}
+    for key, value in values.items():
+        if key != "defaults" and key not in known:
+            raise ConfigError(f"{path}: {no_such_setting(str(key), schema)}")
+        if known.get(key) and not isinstance(value, dict):
+            raise ConfigError(f"{path}: {wrong_type(key, value, '', schema)}")
+    return values
 
 
 def _options(group: str, folder: str) -> dict[str, Path]:
@@ -163,6 +208,14 @@ def typed(config: Any, schema: type = Recipe) -> Any:
 
     for key in unknown(config, schema, ""):
         raise ConfigError(no_such_setting(key, schema))
+    try:
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except RecursionError as error:
+        raise ConfigError("settings refer to each other in a circle: ${...} must end at a value") from error
+    for name, value in strict.leaves(values):
+        # In a free mapping such as teacher.model_kwargs nothing else looks at it, and JSON could not keep it.
+        if isinstance(value, float) and not math.isfinite(value) and name not in settings(schema):
+            raise ConfigError(f"{name}={value}: must be finite")
     return OmegaConf.to_object(config)
 
 
@@ -198,12 +251,6 @@ def explain(error: Exception, schema: type = Recipe, folder: str = "") -> str:
     text, cause = str(error), str(error.__cause__ or "")
     if found := re.search(r"Could not (?:override|append|delete).*?'([\w./@-]+)'", text):
         return no_such_setting(found[1], schema)
-    if found := re.search(r"Could not find '(recipe|data)/([^']*)'", text):
-        group, name = found.groups()
-        options = [option.partition("/")[2] for option in _options(group, folder if group == "recipe" else group)]
-        near = difflib.get_close_matches(name, options, n=1)
-        hint = f"did you mean {group}={near[0]}?" if near else "there are " + ", ".join(options)
-        return f"{group}={name}: no such {'recipe' if group == 'recipe' else 'data set'}; {hint}"
     if "must specify 'recipe'" in text:
         options = ", ".join(option.partition("/")[2] for option in _options("recipe", folder))
         return f"recipe: not given; type recipe=NAME with one of {options}"
@@ -222,7 +269,7 @@ def explain(error: Exception, schema: type = Recipe, folder: str = "") -> str:
     if found := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
         return f"{found[1]}={found[2]}: is several values; add -m for a run of each, or type one"
     lines = [line.strip() for line in f"{text}\n{cause}".splitlines()]
-    full_key = next((line.split()[1] for line in lines if line.startswith("full_key:")), "")
+    full_key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
     said = [line for line in lines if line and not re.match(r"(full_key|object_type|reference_type|See https)", line)]
     return f"{full_key}{': ' if full_key else ''}{' '.join(dict.fromkeys(said[:3]))}"
 
@@ -259,7 +306,7 @@ def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> It
         fail("stopped; the same command goes on from what was saved", INTERRUPTED)
     except Exception as error:
         package = type(error).__module__.partition(".")[0]
-        if package in ("hydra", "omegaconf"):
+        if package in ("hydra", "omegaconf", "yaml", "antlr4"):
             fail(explain(error, schema, folder))
         if isinstance(error, OSError) and error.filename:
             fail(f"{error.filename}: {error.strerror}", everyone=True)
@@ -271,44 +318,37 @@ def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> It
         raise
 
 
-def shown(text: object) -> str:
-    """Text on one line, with an escape for each character that a terminal would act on or cannot show."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
 def fail(message: str, code: int = USAGE, everyone: bool = False) -> NoReturn:
     """Print one line and exit; from every process where the error may be one process's own, else once."""
     if everyone or int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {shown(message)}", file=sys.stderr)
+        print(f"error: {plain(message)}", file=sys.stderr)
     raise SystemExit(code)
 
 
-def check_words(words: list[str]) -> None:
-    """Refuse what Hydra would take in silence, or answer with a page of its own."""
+def override(config: Any, words: list[str]) -> None:
+    """Change a config by words such as data.root=PATH, whose values are read as in a recipe. Raises ConfigError."""
+    from omegaconf import OmegaConf
+
     for word in words:
-        if word.startswith("~"):
-            raise ConfigError(f"{word}: settings cannot be removed; type {word[1:].partition('=')[0]}=VALUE")
-        if word.startswith("--") and word.partition("=")[0] not in OPTIONS:
-            raise ConfigError(f"{word}: no such option; --help lists what there is")
-    if {"-m", "--multirun"} & set(words) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "-m: starts one run after the other, which torchrun's processes cannot; type one run at a time"
-        )
-    if words and words[-1] == "--cfg":
-        raise ConfigError("--cfg: type --cfg job to print the resolved recipe")
-    for group in ("recipe", "data", "loss"):
-        if len(given := [word for word in words if word.startswith(f"{group}=")]) > 1:
-            raise ConfigError(f"{' '.join(given)}: type one {group}={'[A,B]' if group == 'loss' else ''}")
+        check_word(word)
+        key, _, text = word.partition("=")
+        OmegaConf.update(config, key, strict.value(text, word))
 
 
-def command(program: str, run: Callable[[Recipe], int]) -> None:
-    """Compose the recipe that the command line names and run it."""
+def command(program: str, run: Callable[..., int]) -> None:
+    """Compose the recipe that the command line names, or take that of a run to replay, and run it."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text(program))
         return
     with one_line_errors(program):
         words = own_methods(sys.argv[1:])
         check_words(words)
+        if any(word.startswith("replay=") for word in words):
+            from kd import replay
+
+            if code := replay.main(words, run):
+                raise SystemExit(code)
+            return
         for word in words:
             if word.startswith(f"recipe={STUDIES}/"):
                 raise ConfigError(f"{word}: is a study; type python -m kd.study {word}")

@@ -17,7 +17,6 @@ Loads the networks of a finished run from their files, scores them on validation
 compares every figure with DIR/result.json. Exit code 1 when one differs by more than 1e-6.
 picture=FILE.svg also keeps what was printed as a picture."""
 
-RECIPE_BYTES, BRACKETS = 2**18, 1000  # kd writes about 2,000 bytes; PyYAML takes the square of the nesting
 TOLERANCE = 1e-6  # scores are float64 sums over float32 logits, which vary with the number of threads
 
 
@@ -28,26 +27,6 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield from leaves(value, f"{prefix}{key}.")
         elif isinstance(value, float):
             yield f"{prefix}{key}", value
-
-
-def read_recipe(path: Path) -> Any:
-    """The config in a run's recipe.yaml. Raises CheckpointError."""
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from kd.checkpoint import CheckpointError
-    from kd.checkpoint.files import brief, read_bytes
-
-    raw = read_bytes(path, RECIPE_BYTES)
-    try:
-        if raw.count(b"[") + raw.count(b"{") > BRACKETS:
-            raise ValueError(f"more than {BRACKETS} brackets, kd writes a few")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(raw)):  # OmegaConf copies what they name
-            raise ValueError("has aliases, which kd never writes")
-        return OmegaConf.create(raw.decode())
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{path}: not the recipe of a run ({brief(error)})") from error
 
 
 def evaluate(folder: Path, picture: str | None, overrides: list[str]) -> int:
@@ -64,8 +43,9 @@ def evaluate(folder: Path, picture: str | None, overrides: list[str]) -> int:
     for name in ("recipe.yaml", "result.json"):
         if not (folder / name).is_file():
             raise ConfigError(f"run={folder}: holds no {name}; give the folder of a finished run")
-    stored = read_recipe(folder / "recipe.yaml")
-    recipe = cli.typed(OmegaConf.merge(OmegaConf.structured(Recipe), stored, OmegaConf.from_dotlist(overrides)))
+    config = OmegaConf.merge(OmegaConf.structured(Recipe), cli.read_recipe(folder / "recipe.yaml"))
+    cli.override(config, overrides)
+    recipe = cli.typed(config)
     recipe.tracker = "none"
     recipe.output = str(folder.parents[1])  # where it is now, with its teachers, not where it was trained
     run = stages.prepare(recipe)
@@ -101,6 +81,8 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(HELP)
         return 0
+    for argument in arguments:
+        cli.check_word(argument)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     others = [f"{key}={value}" for key, value in given.items() if key.startswith("data.")]
     if not given.get("run") or len(given) < len(arguments) or len(others) < len(given.keys() - {"run", "picture"}):

@@ -148,10 +148,10 @@ def compose(data: str, model: str, checkpoint: str | None, overrides: Sequence[s
         raise ConfigError(f"data={data}: no such data set; {hint}")
     config = OmegaConf.merge(
         OmegaConf.structured(Recipe),
-        OmegaConf.load(known[data]),
-        OmegaConf.from_dotlist(list(overrides)),
+        cli.read_recipe(known[data]),
         {"teacher": {"model": model, "checkpoint": checkpoint, "pretrained": checkpoint is None}},
     )
+    cli.override(config, list(overrides))
     return cli.typed(config)
 
 
@@ -161,6 +161,7 @@ def main(arguments: list[str]) -> int:
         print(HELP)
         return 0
     for word in arguments:
+        cli.check_word(word)
         key, equals, _ = word.partition("=")
         if not equals or not (key in PLAIN or key.startswith(NESTED)):
             raise ConfigError(f"{word}: cannot be read; type {'=, '.join(PLAIN)}= or data.KEY=VALUE, --help says more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from kd.models import Teacher
 from kd.provenance import provenance
 from kd.recipe import content_hash, identity
 from kd.stage import predict
-from kd.stages import Run, recorded_smoothing, scored, teacher_is_trained
+from kd.stages import Run, checkpoint_hash, recorded_smoothing, scored, teacher_is_trained
 
 NETWORKS = ("teacher", "student", "control")
 WEIGHTS = ("last", "selected")
@@ -97,6 +98,7 @@ def write_result(run: Run) -> dict[str, Any]:
     result["provenance"] = provenance(run.accelerator.num_processes) | {
         "recipe_hash": content_hash(identity(run.recipe)),
         "data_hash": run.data.hash,
+        "teacher_file": checkpoint_hash(run.recipe),
         "seed": run.recipe.seed,
         "seconds": sum(result[name]["seconds"] for name in models),
     }
@@ -119,12 +121,18 @@ def _card(run: Run, name: str, model: Teacher) -> dict[str, Any]:
     smoothing = recipe.teacher if name == "teacher" else recipe.loss
     return card | {
         "weights": str(path),
+        "sha256": _sha256(path),
         "seconds": stage["seconds"],
         "selected_epoch": stage["selected"]["epoch"],
         "skipped_updates": stage.get("skipped", 0),  # by fp16's scaler
         "label_smoothing": smoothing.label_smoothing,
         "smoothing": smoothing.smoothing,
     }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verdict(result: dict[str, Any]) -> str:

@@ -118,6 +118,14 @@ def _check_places(recipe: Recipe) -> None:
             raise ConfigError(
                 f"{key}={part!r}: must be a plain folder name (≤ 200 bytes, no /, not starting with a dot)"
             )
+        if not part.isprintable():
+            raise ConfigError(f"{key}={part!r}: must be a plain folder name of printable characters")
+    for key, path in (
+        ("name", Path(recipe.output) / recipe.name),
+        ("run", Path(recipe.output, recipe.name, run_name(recipe))),
+    ):
+        if path.is_symlink():  # the run would be written wherever a stranger's link points
+            raise ConfigError(f"{key}: {path} is a link; must be a folder of its own, output= may be one elsewhere")
     if recipe.name == "teachers":
         raise ConfigError("name=teachers: is the folder of trained teachers; choose another name")
     output = Path(recipe.output)
@@ -144,7 +152,7 @@ def claim(run: Run) -> None:
     card = {
         "identity": identity(run.recipe),
         "data_hash": run.data.hash,
-        "teacher_checkpoint_hash": _checkpoint_hash(run.recipe),
+        "teacher_checkpoint_hash": checkpoint_hash(run.recipe),
     }
     if accelerator.is_main_process and folder.exists() and not run.recipe.resume:
         aside = next(p for i in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
@@ -163,7 +171,7 @@ def claim(run: Run) -> None:
         accelerator.init_trackers(run.recipe.name)
 
 
-def _checkpoint_hash(recipe: Recipe) -> str:
+def checkpoint_hash(recipe: Recipe) -> str:
     """The sha256 of the teacher's own file, '' where there is none: a path may come to hold another teacher."""
     if not recipe.teacher.checkpoint:
         return ""
@@ -206,7 +214,7 @@ def teacher_folder(recipe: Recipe, data_hash: str) -> Path:
     content = {key: values[key] for key in ("seed", "teacher", "data", "optimizer", "scheduler", "train")}
     del content["teacher"]["layers"]  # what a student looks at, and never sees, does not change its teacher
     del content["data"]["omit_class"]
-    key = content_hash([content, data_hash, _checkpoint_hash(recipe)])
+    key = content_hash([content, data_hash, checkpoint_hash(recipe)])
     model = recipe.teacher.model.replace("/", "-").replace(":", "-")
     return Path(recipe.output) / "teachers" / f"{model}-{key}"
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from kd import cli, signals
 from kd.recipe import Recipe
 
+if TYPE_CHECKING:
+    from kd.stages import Run
 
-def run(recipe: Recipe) -> int:
-    """Run one recipe to its result; returns the exit code."""
+
+def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
+    """Run one recipe to its result, once `check` has seen what is prepared; returns the exit code."""
     # Imported here: --help and a wrong command line must not wait for torch.
     from kd import results, stages
     from kd.lock import alone_on_run
@@ -20,6 +25,8 @@ def run(recipe: Recipe) -> int:
     if recipe.list_layers:
         print_layers(run)
         return 0
+    if check:
+        check(run)
     path = run.folder / "result.json"
     try:
         stages.rehearse(run)

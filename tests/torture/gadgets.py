@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from kd import checkpoint, evaluate
+from kd import checkpoint, cli
 from kd.checkpoint import CheckpointError
 from kd.checkpoint.__main__ import rows
 from kd.checkpoint.manifest import read_manifest
@@ -64,7 +64,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "resume": resumed,
     "json": checkpoint.read_json,
     "manifest": read_manifest,
-    "recipe": evaluate.read_recipe,
+    "recipe": cli.read_recipe,
     "verify": lambda path: rows(path),
 }
 

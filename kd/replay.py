@@ -1,0 +1,179 @@
+"""``python -m kd.train replay=PATH``: train a finished run again from what it left, and say whether it comes out equal.
+
+The folder, with recipe.yaml and result.json, may be a stranger's: every value is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kd import cli
+from kd.evaluate import leaves
+from kd.recipe import ConfigError, Recipe, content_hash, identity
+from kd.words import plain
+
+if TYPE_CHECKING:
+    from kd.stages import Run
+
+WORDS = ("replay", "allow_differences", "output", "data.root")
+MAX_BYTES = 16 * 2**20  # a thousand times what a run writes
+OLD, NEW = Path("the old result.json"), Path("the new result.json")
+NETWORKS = ("teacher", "student", "control")
+
+
+@dataclass
+class Past:
+    """A finished run: its folder, what it was and what came out."""
+
+    folder: Path
+    recipe: Recipe
+    result: dict[str, Any]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What ran, on what."""
+        return self.result["provenance"]
+
+
+def main(words: list[str], run: Callable[..., int]) -> int:
+    """Train the run again with `run(recipe, check)` and compare; returns 0 where it is equal, else 1."""
+    given = _given(words)
+    past = read(Path(given["replay"]))
+    recipe = past.recipe
+    recipe.data.root = given.get("data.root", recipe.data.root)
+    # A folder of its own, or the old run's teacher would be found instead of trained.
+    old_output = past.folder.parents[1]
+    recipe.output = given.get("output", str(old_output / "replays" / f"{recipe.name}-{past.folder.name}"))
+    if Path(recipe.output).resolve() == old_output:
+        raise ConfigError(f"output={recipe.output}: is the old run's, whose teacher would be found there; name another")
+    recipe.run, recipe.resume, recipe.dry_run, recipe.list_layers = past.folder.name, True, False, False
+
+    def check(run: Run) -> None:
+        found = list(differences(past, run))
+        if found and given.get("allow_differences") != "true":
+            raise ConfigError(
+                f"replay={given['replay']}: differs in {'; '.join(found)}; allow_differences=true trains all the same"
+            )
+        for line in found:
+            run.journal.say(plain(f"differs  {line}"))
+
+    if code := run(recipe, check):
+        return code
+    return report(past.result, _json(Path(recipe.output) / recipe.name / recipe.run / "result.json"))
+
+
+def _given(words: list[str]) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in WORDS:
+            raise ConfigError(f"{word}: a replay takes the run's own recipe; beside replay= type only "
+                              f"{', '.join(f'{name}=' for name in WORDS[1:])}")  # fmt: skip
+        if key in given:
+            raise ConfigError(f"{word}: is given twice; type one {key}=")
+        given[key] = value
+    if given.get("allow_differences", "true") not in ("true", "false"):
+        raise ConfigError(f"allow_differences={given['allow_differences']}: must be true or false")
+    return given
+
+
+def read(path: Path) -> Past:
+    """A finished run from its folder or its result.json. Raises ConfigError that names what is missing or wrong."""
+    folder = (path if path.is_dir() else path.parent).resolve()
+    if not path.exists() or (path.is_file() and path.name != "result.json"):
+        raise ConfigError(f"replay={path}: no such run; give the folder of a finished run, or its result.json")
+    for name in ("result.json", "recipe.yaml"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"replay={path}: holds no {name}; give the folder of a finished run")
+    result = _json(folder / "result.json")
+    provenance = _section(result, "provenance", folder / "result.json")
+    for key in ("versions", "hardware"):
+        _section(provenance, key, folder / "result.json")
+    recipe = saved_recipe(folder / "recipe.yaml")
+    if (is_now := content_hash(identity(recipe))) != provenance.get("recipe_hash"):
+        raise ConfigError(
+            f"{folder / 'recipe.yaml'}: is not the recipe of result.json (hash {is_now}, there "
+            f"{provenance.get('recipe_hash')}); restore the file that the run wrote"
+        )
+    return Past(folder, recipe, result)
+
+
+def saved_recipe(path: Path) -> Recipe:
+    """The checked recipe that a run saved. Raises ConfigError, or what OmegaConf raises."""
+    from omegaconf import OmegaConf
+
+    return cli.typed(OmegaConf.merge(OmegaConf.structured(Recipe), cli.read_recipe(path)))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; every number as a float, none of them NaN. Raises ConfigError."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"{path}: not a result (must be ≤ {MAX_BYTES >> 20} MiB)")
+        values = json.loads(content.decode(), parse_int=float, parse_constant=_not_json)
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: not a result ({error})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: not a result (must be an object)")
+    return values
+
+
+def _not_json(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON's")
+
+
+def _section(values: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    if not isinstance(found := values.get(key), dict):
+        raise ConfigError(f"{path}: {key} is missing or no object; give the result of a finished run")
+    return found
+
+
+def differences(past: Past, run: Run) -> Iterator[str]:
+    """What is not as it was, one line each: code, versions, hardware, data, the teacher's own weights."""
+    from kd.provenance import provenance
+    from kd.stages import checkpoint_hash
+
+    was, now = past.provenance, provenance(run.accelerator.num_processes)
+    now |= {"data_hash": run.data.hash, "seed": run.recipe.seed, "recipe_hash": content_hash(identity(run.recipe))}
+    now["teacher_file"] = checkpoint_hash(run.recipe)
+    for key in ("git_sha", "git_dirty", "python", "data_hash", "seed", "recipe_hash", "teacher_file"):
+        yield from _differs(key, was.get(key), now[key])
+    for section in ("versions", "hardware"):
+        for key in now[section]:
+            yield from _differs(key, was[section].get(key), now[section][key])
+
+
+def _differs(name: str, was: Any, now: Any) -> Iterator[str]:
+    if was != now:
+        yield f"{name}: {plain(str(was), 80)}, now {plain(str(now), 80)}"
+
+
+def report(old: dict[str, Any], new: dict[str, Any]) -> int:
+    """Print whether weights and scores are identical, and the largest difference; returns 0 where both are, else 1."""
+    changed = []
+    for name in (name for name in NETWORKS if name in new):
+        was, now = (_section(side, name, path).get("sha256", "not recorded") for side, path in ((old, OLD), (new, NEW)))
+        changed += _differs(f"{name}'s sha256", was, now)
+    print(f"weights  {'; '.join(changed) or 'identical'}")
+    scores = dict(_scores(new))
+    was = dict(_scores(old))
+    gaps = {name: abs(value - was[name]) if name in was else math.inf for name, value in scores.items()}
+    worst = max(gaps, key=gaps.__getitem__)
+    print(f"scores   {f'largest difference {gaps[worst]:.2g} ({worst})' if gaps[worst] else 'identical'}")
+    return int(bool(changed) or gaps[worst] > 0)
+
+
+def _scores(result: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for name in (*NETWORKS, "difference"):
+        if isinstance(found := result.get(name), dict):
+            kept = {which: found[which] for which in ("last", "selected") if isinstance(found.get(which), dict)}
+            yield from leaves(kept, f"{name}.")

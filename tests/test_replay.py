@@ -1,0 +1,55 @@
+"""Replay: a finished run trained again comes out equal; what differs is named before any work."""
+
+import json
+
+import pytest
+
+from kd.replay import report
+
+RUN = ("recipe=smoke", "output=runs", "run=one")
+
+
+def _files(folder):
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_replay_is_identical_and_every_difference_is_named(kd_train, tmp_path):
+    assert kd_train(*RUN).code == 0
+    before = _files(tmp_path / "runs")
+    done = kd_train("replay=runs/smoke/one", "output=again")
+    assert done.code == 0
+    assert "weights  identical\nscores   identical\n" in done.out
+    assert (tmp_path / "again" / "teachers").is_dir()  # trained, not found
+    assert _files(tmp_path / "runs") == before
+
+    path = tmp_path / "runs" / "smoke" / "one" / "result.json"
+    result = json.loads(path.read_text())
+    result["provenance"]["versions"]["torch"] = "1.0\x1b"
+    result["provenance"]["data_hash"] = "0"
+    path.write_text(json.dumps(result))
+    before = _files(tmp_path)
+    refused = kd_train(f"replay={path}", "output=third")
+    assert refused.code == 2
+    assert refused.err.count("\n") == 1
+    assert "torch: 1.0\\x1b, now " in refused.err
+    assert "data_hash: 0, now " in refused.err
+    assert "is the old run's" in kd_train("replay=runs/smoke/one", "output=runs").err
+    assert "takes the run's own recipe" in kd_train("replay=runs/smoke/one", "seed=1").err
+    saved = path.with_name("recipe.yaml")
+    saved.write_text(saved.read_text().replace("seed: 0", "seed: 1", 1))
+    assert "is not the recipe of result.json" in kd_train("replay=runs/smoke/one").err
+    assert _files(tmp_path).keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ({}, 0, "weights  identical\nscores   identical\n"),
+        ({"sha256": "b"}, 1, "student's sha256: a, now b"),
+        ({"last": {"test": {"top1": 0.75}}}, 1, "largest difference 0.25 (student.last.test.top1)"),
+    ],
+)
+def test_what_came_out_otherwise_is_said(capsys, change, code, said):
+    old = {"student": {"sha256": "a", "last": {"test": {"top1": 0.5}}}}
+    assert report(old, {"student": old["student"] | change}) == code
+    assert said in capsys.readouterr().out

@@ -1,0 +1,163 @@
+"""Hostile recipes and command lines: each is a checked recipe or one clear line, soon, and writes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+from kd import cli, methods
+from kd.recipe import Recipe
+from tests.torture.harness import Part
+
+BATCH = 100  # inputs in a trial
+SECONDS = 1.0
+# ruff: noqa: E501 (two tables of short values)
+PLAUSIBLE = (
+    "0",
+    "1",
+    "2",
+    "10",
+    "0.1",
+    "1e-3",
+    "0.5",
+    "true",
+    "false",
+    "null",
+    "uniform",
+    "adamw",
+    "mlp_tiny",
+    "[]",
+    "[1,2]",
+)
+HOSTILE = (
+    "-1", "nan", ".nan", "inf", "-.inf", "1e999", "9" * 400, "010", "0x10", "1_000", "1:30", "no", "yes", "on", "off", "~",
+    "", " ", "''", '"', "'", "${seed}", "${oc.env:HOME}", "${oc.decode:1}", "${loss.temperature}", "${nosuch}", "${", "\\${seed}",
+    "!!python/object/apply:os.system [x]", "*a", "&a 1", "{_target_: os.system}", "[[[[1]]]]", "[" * 3000, "{a: " * 300,
+    "{a: 1}", "{a:1}", "a=b", "a,b", "range(1,3)", "glob(*)", "../../etc/passwd", "/etc/passwd", "os.system", "\x00", "\x1b[2J",
+    "\ud800", "ä", "名前", "\n", "a: b", "- 1", "???", "x" * 100_000, "<script>", "=cmd", "%", "#", "@", "|", ">", "\t",
+)  # fmt: skip
+KEYS = (
+    "hydra.run.dir", "hydra/launcher", "hydra.searchpath", "_target_", "+x", "~seed", "++seed", "seed@pkg", "recipe@x", "data",
+    "loss", "loss.methods.dkd.weight", "+teacher.model_kwargs.a", "--config-dir", "-cd", "--cfg", "-m", "defaults", "", "lr", "__class__",
+)  # fmt: skip
+
+
+def _value(rng: random.Random) -> str:
+    return rng.choice(PLAUSIBLE if rng.random() < 0.6 else HOSTILE)
+
+
+def line(rng: random.Random, recipe: str) -> list[str]:
+    """A command line: mostly real settings, some words that are none."""
+    names = list(cli.settings())
+    words = [f"recipe={recipe}"] if rng.random() < 0.95 else []
+    for _ in range(rng.randint(0, 3)):
+        draw = rng.random()
+        if draw < 0.8:
+            words.append(f"{rng.choice(names)}={_value(rng)}")
+        elif draw < 0.95:
+            words.append(f"{rng.choice(KEYS)}={_value(rng)}")
+        else:
+            words.append("".join(chr(rng.randrange(1, 0x250)) for _ in range(rng.randint(0, 12))))
+    return words
+
+
+def content(rng: random.Random) -> bytes:
+    """A recipe: real settings with drawn values, then often a mutation of its bytes or lines."""
+    sections: dict[str, list[str]] = {}
+    for name in rng.sample(list(cli.settings()), rng.randint(1, 5)):
+        section, _, key = name.rpartition(".")
+        value = _value(rng)[:5000]
+        sections.setdefault(section, []).append(f"{'  ' if section else ''}{key}: {value}")
+    lines = sections.pop("", [])
+    for section, inside in sections.items():
+        lines += [f"{section}:", *inside]
+    draw = rng.random()
+    if draw < 0.3:
+        extra = ("seed: 1", "hydra: {run: {dir: /}}", "defaults: [override /data: mnist1d]", "defaults: [x]", "<<: {seed: 1}",
+                 "_target_: x", "teacher: 3", "loss: {methods: {dkd: {weight: 1}}}", "loss: {methods: [1]}", "? [a]", "---", "...")  # fmt: skip
+        lines.insert(rng.randint(0, len(lines)), rng.choice(extra))
+    elif draw < 0.4:
+        lines.append(rng.choice(lines))
+    text = "\n".join(lines).encode(errors="surrogatepass")
+    if rng.random() < 0.3:
+        some = bytearray(text)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(some) + 1)
+            some[at : at + rng.randint(0, 2)] = bytes(rng.randrange(256) for _ in range(rng.randint(0, 3)))
+        text = bytes(some)
+    return text
+
+
+def attempt(words: list[str]) -> tuple[str, list[Recipe]]:
+    """What is said of a command line by kd.train, and the recipes it would run; any traceback comes through."""
+    found: list[Recipe] = []
+    code: object = 0
+    said, before = io.StringIO(), sys.argv
+    sys.argv = ["kd.train", *words]
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            cli.command("kd.train", lambda recipe, check=None: found.append(recipe) or 0)
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.argv = before
+    assert code == (0 if found else cli.USAGE) or (not said.getvalue() and code == 0), f"{words}: exit code {code}"
+    return said.getvalue(), found
+
+
+def _prepare(folder: Path) -> None:
+    (folder / "recipes").mkdir(exist_ok=True)
+    methods.library()  # torch is imported once, at the first method that is named
+    attempt(["recipe=smoke"])
+
+
+def _trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
+    counts = {"recipes that may run": 0, "lines refused": 0}
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for n in range(BATCH):
+            own = n % 2 == 0
+            if own:
+                Path("recipes/fuzzed.yaml").write_bytes(content(rng))
+            words = line(rng, "fuzzed" if own else "smoke")
+            files = sorted(Path.cwd().rglob("*"))
+            started = time.process_time()  # of this process: others may share its core
+            try:
+                said, found = attempt(words)
+            except Exception as error:
+                recipe = Path("recipes/fuzzed.yaml").read_bytes() if own else b""
+                raise AssertionError(
+                    f"input {n}: {[w[:80] for w in words]} {recipe[:300]!r}: {error!r}"[:1500]
+                ) from error
+            seconds = time.process_time() - started
+            assert seconds < SECONDS, f"input {n}: {[w[:80] for w in words]}: {seconds:.2f} s"
+            if not found:
+                one_line = said.startswith("error: ") and said.count("\n") == 1 and len(said) < 2000
+                shows = {"--cfg", "-c", "-h", "--help"} & set(words)
+                assert shows or one_line, f"input {n}: {[w[:80] for w in words]}: {said[:300]!r}"
+            assert sorted(Path.cwd().rglob("*")) == files, (
+                f"input {n}: {words}: wrote {set(Path.cwd().rglob('*')) - set(files)}"
+            )
+            counts["recipes that may run" if found else "lines refused"] += 1
+    finally:
+        os.chdir(before)
+        Path(folder, "recipes", "fuzzed.yaml").unlink(missing_ok=True)
+    return counts
+
+
+PARTS = (
+    Part(
+        "fuzz",
+        "10,000 fuzzed recipes and command lines: a checked recipe or one clear line within 1 s, nothing written",
+        trials=100,
+        small=1,
+        trial=_trial,
+        prepare=_prepare,
+    ),
+)
