@@ -21,7 +21,8 @@ TINY = {
     "omitted_class": ([*SHORT, "teacher.label_smoothing=0,.4"], 7),
     "label_noise": ([*SHORT, "teacher.label_smoothing=0,.4", "data.label_noise=.3"], 8),
     "digits_reversal": ([*SHORT, "set=digits", "teacher.label_smoothing=0,.4"], 8),
-    "remedies": ([*SHORT, "taught=KD T 4,DIST T 1,unsmoothed T 4"], 9),
+    # 4 teachers, 3 controls, and 9 students: unsmoothed is the same as KD for the three teachers without smoothing
+    "remedies": ([*SHORT, "taught=KD T 4,DIST T 1,unsmoothed T 4"], 16),
     "imagenet_r50_r18": None,  # its data is not here
 }
 
