@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kd.checkpoint import CheckpointError, write_atomically
-from kd.cli import shown
+from kd.words import shown
 
 
 class Journal:

@@ -14,13 +14,13 @@ from rich.table import Table
 from torch import Tensor
 
 from kd.checkpoint import advice, finished, laid_out, read_json, write_json
-from kd.cli import shown
 from kd.metrics import agreement, classification, predictive_kl
 from kd.models import Teacher
 from kd.provenance import provenance
 from kd.recipe import content_hash, identity
 from kd.stage import predict
 from kd.stages import Run, checkpoint_hash, recorded_smoothing, scored, teacher_is_trained
+from kd.words import shown
 
 NETWORKS = ("teacher", "student", "control")
 WEIGHTS = ("last", "selected")

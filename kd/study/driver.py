@@ -37,6 +37,7 @@ from kd.study.jobs import PHASES, Job, jobs, work
 from kd.study.population import why_not
 from kd.study.schema import StudyRecipe
 from kd.study.table import write_table
+from kd.words import shown
 
 
 def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int:
@@ -53,11 +54,11 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
     pending = [job for job in all_jobs if not all(folder.is_finished(point) for point in job.points)]
     console.print(_summary(planned, all_jobs, pending, folder), soft_wrap=True, highlight=False, markup=False)
     for text in planned.left_out:
-        console.print(f"left out {cli.shown(text)}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"left out {shown(text)}", soft_wrap=True, highlight=False, markup=False)
     if study.dry_run:
         estimate = sum(seconds_of(job) for job in pending)
         console.print(
-            f"about {duration(estimate)} of one core; would write {cli.shown(folder.path)}",
+            f"about {duration(estimate)} of one core; would write {shown(folder.path)}",
             soft_wrap=True,
             markup=False,
         )
@@ -70,7 +71,7 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
         table = write_table(folder.path)
     print_contrasts(planned, folder, console)
     for row in table[table["state"] == "failed"].to_dict("records"):
-        text = f"failed: {row['role']} {row['point']}: {cli.shown(row['error'])}"
+        text = f"failed: {row['role']} {row['point']}: {shown(row['error'])}"
         console.print(text, soft_wrap=True, markup=False)
     done = int((table["state"] == "finished").sum())
     console.print(f"{done} of {len(table)} points in {duration(time.perf_counter() - started)}")
@@ -206,7 +207,7 @@ def _launch(
             raise
         text = str(error).strip().splitlines()
         console.print(
-            f"{phase}: {type(error).__name__}: {cli.shown(text[0]) if text else ''}", soft_wrap=True, markup=False
+            f"{phase}: {type(error).__name__}: {shown(text[0]) if text else ''}", soft_wrap=True, markup=False
         )
     finally:
         sys.argv = before
@@ -264,7 +265,7 @@ def print_contrasts(planned: Plan, folder: Folder, console: Console) -> None:
         values = differences(contrast, folder)
         mean, error = mean_and_error(values)
         numbers = [f"{mean:+.4f}" if values else "-", f"{error:.4f}" if len(values) > 1 else "-"]
-        table.add_row(*(escape(cli.shown(contrast[key])) for key in ("name", "metric")), *numbers, str(len(values)))
+        table.add_row(*(escape(shown(contrast[key])) for key in ("name", "metric")), *numbers, str(len(values)))
     if planned.contrasts:
         console.print(table)
 
