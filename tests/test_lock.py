@@ -64,7 +64,7 @@ from pathlib import Path
 from kd.lock import alone
 with alone(Path("run"), lambda holder: sys.exit(f"busy: {holder}")):
     child = os.fork()  # as data workers are
-    print(child, flush=True) if child else None
+    print(os.getpid(), flush=True) if not child else None  # from where it has closed its copy
     time.sleep(60)
 """
 
