@@ -159,7 +159,9 @@ def provenance(study: Study) -> Section:
             Text(f"{len(members)} points came from:" if members else "No point yet; the study was planned on:")
         )
         blocks.append(Facts([(key, words.clean(value, 300)) for key, value in json.loads(text).items()]))
-    if len(groups) > 1:
+    # A study may have several data sets; the card says which.
+    made_by = {tuple(v for k, v in json.loads(text).items() if k != "data hash") for text in groups}
+    if len(made_by) > 1:
         blocks.insert(0, Text("Points of this study came from different code, versions or machines:", "warning"))
     recipe = {key: value for key, value in study.card["recipe"].items() if key not in OWN}
     blocks.append(Fold("The recipe that every point departs from", [Code(_nested(recipe))]))

@@ -17,7 +17,7 @@ KILLS = 8  # of a trial
 # Augmentation, mixup, averaged weights, accumulation and a schedule; 10 updates an epoch.
 WORDS = ("recipe=smoke", "run=one", "output=runs", "teacher.epochs=2", "student.epochs=3", "train.batch_size=128")
 WORDS += ("data.shift=1", "data.mixup=0.2", "train.ema_decay=0.9", "train.accumulation=2", "scheduler.warmup_epochs=1")
-COMPLAINT = re.compile(r"(?i)traceback|^error|corrupt|damaged|not a whole|f[ae]ll(s|ing)? back")
+COMPLAINT = re.compile(r"(?i)traceback|^error|corrupt|damaged|not a whole|f[ae]ll(s|ing)? back|before it is taken")
 
 
 def prepare(folder: Path) -> None:
