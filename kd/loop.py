@@ -286,7 +286,8 @@ class Trainer:
         # Ties in accuracy, common on small sets, go to the lower nll. NaN compares false and never becomes best.
         if not best or (top1, -val_nll) > (best["val_top1"], -best["val_nll"]):
             self.progress.selected = {"epoch": epoch + 1, "val_top1": top1, "val_nll": val_nll}
-            self.selected_weights = {k: v.cpu().clone() for k, v in self._evaluated().model.state_dict().items()}
+            weights = self._evaluated().model.state_dict()
+            self.selected_weights = {name: weight.cpu().contiguous().clone() for name, weight in weights.items()}
 
     def _save(self) -> None:
         self.saved_at = time.monotonic()

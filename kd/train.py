@@ -38,9 +38,11 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
             stages.claim(run)
             if not finished:
                 stages.execute(run)
-                results.write_result(run)
-            if run.accelerator.is_main_process:
+                result = results.write_result(run)
+            if run.accelerator.is_main_process and finished:
                 results.print_stored(path, run.journal.console)
+            elif run.accelerator.is_main_process:
+                results.print_result(result, run.journal.console)
         if run.accelerator.is_main_process:
             print(path)
     except signals.Interrupted as stop:

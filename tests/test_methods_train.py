@@ -354,4 +354,4 @@ def test_an_error_in_ones_own_file_names_its_line(kd_train, tmp_path):
 def test_a_recipe_cannot_name_code(kd_train, tmp_path):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "own.yaml").write_text("# @package _global_\nname: own\nimport: mine.py\n")
-    assert "Key 'import' not in 'Recipe'" in kd_train("recipe=own").err
+    assert "own.yaml: import: no such setting" in kd_train("recipe=own").err

@@ -60,8 +60,8 @@ BAD = [
     (("axes", "method"), {"a\nb\x1b": 1}, "study.json: axes.method: must be a list, is an object"),
     (("axes", "teacher.label_smoothing"), ["x"], "study.json: axes.teacher.label_smoothing: must be numbers"),
     (("schema",), "1\n2", "study.json: schema 1\N{REPLACEMENT CHARACTER}2, this kd reads 1"),
-    (("recipe", "train"), cards.DEEP, "is nested more than 32 deep"),
-    (("provenance", "threads"), float("nan"), "study.json: provenance.threads: must be a finite number, is nan"),
+    (("recipe", "train"), cards.DEEP, "study.json: cannot be read (nested more than 100 deep)"),
+    (("provenance", "threads"), float("nan"), "study.json: cannot be read (NaN is no JSON)"),
 ]
 
 

@@ -101,7 +101,8 @@ def save(
     tensors, header = split(state)
     files = {STATE: (tensors, header)}
     if selected is not None:
-        files[SELECTED] = (dict(selected), header_of(metadata))
+        plain = {name: tensor.contiguous() for name, tensor in selected.items()}  # channels last are not
+        files[SELECTED] = (plain, header_of(metadata))
     try:
         with writing(target, sum(size_of(each) for each, _ in files.values())):
             make_folder(target.parent)
