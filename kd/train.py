@@ -39,10 +39,10 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
             if not finished:
                 stages.execute(run)
                 result = results.write_result(run)
-            if run.accelerator.is_main_process and finished:
-                results.print_stored(path, run.journal.console)
+                if run.accelerator.is_main_process:
+                    results.print_result(result, run.journal.console)
             elif run.accelerator.is_main_process:
-                results.print_result(result, run.journal.console)
+                results.print_stored(path, run.journal.console)
         if run.accelerator.is_main_process:
             print(path)
     except signals.Interrupted as stop:
