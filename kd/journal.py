@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kd.checkpoint import CheckpointError, write_atomically
+from kd.checkpoint import open_in_place, regular, write_atomically, writing
 from kd.words import shown
 
 
@@ -28,31 +28,34 @@ class Journal:
     def rewind(self, stage: str, update: int, epochs: int) -> None:
         """Forget what a killed process wrote of a stage after its last saved update, of which so many epochs were
         validated: it will be written again. Lines that are none of ours, torn by a kill, go too.
+
+        Raises CheckpointError.
         """
-        if not self.accelerator.is_main_process or not self.path.exists():
+        if not self.accelerator.is_main_process or not os.path.lexists(self.path):
             return
+        regular(self.path, 0, follow=False)
         lines = self.path.read_text(errors="replace").splitlines()
         kept = [line for line in lines if _kept(line, stage, update, epochs)]
         write_atomically(self.path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in kept)))
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line; a value that is not finite is written as null, since JSON has no NaN."""
+        """Append one line; a value that is not finite is written as null, since JSON has no NaN.
+
+        Raises CheckpointError.
+        """
         if not self.accelerator.is_main_process:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps(finite) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.path}: {error.strerror}") from error
+        text = json.dumps(finite) + "\n"
+        with writing(self.path, len(text)), open_in_place(self.path) as file:
+            file.write(text)
         scalars = {f"{values['stage']}/{k}": v for k, v in finite.items() if isinstance(v, float)}
         self.accelerator.log(scalars, step=values["update"])
 
     def flush(self) -> None:
-        """Bring what was written to the disk."""
-        if self.accelerator.is_main_process and self.path.exists():
-            with self.path.open("a") as file:
+        """Bring what was written to the disk. Raises CheckpointError."""
+        if self.accelerator.is_main_process and os.path.lexists(self.path):
+            with writing(self.path, 0), open_in_place(self.path) as file:
                 os.fsync(file.fileno())
 
     @contextmanager

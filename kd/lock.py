@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from kd.checkpoint import open_in_place
 from kd.recipe import ConfigError
 from kd.signals import check
 
@@ -30,7 +31,9 @@ _held: set[IO[str]] = set()
 def _forget() -> None:
     """In a forked data worker: with its copy of the file it would hold the lock for as long as it outlives us."""
     for file in _held:
-        os.close(file.fileno())
+        with open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), file.fileno())  # not closed: its number would be another file's
+    _held.clear()
 
 
 os.register_at_fork(after_in_child=_forget)
@@ -113,7 +116,7 @@ def alone(folder: Path, busy: Callable[[str], None], accelerator: Accelerator | 
     try:
         yield
     finally:
-        if file:
+        if file in _held:
             path_of(folder).unlink(missing_ok=True)  # while it is held: who waits for it looks at the name again
             _held.discard(file)
             file.close()
@@ -121,9 +124,8 @@ def alone(folder: Path, busy: Callable[[str], None], accelerator: Accelerator | 
 
 def _take(path: Path) -> tuple[IO[str] | None, str | None]:
     """The file, locked, or who has it locked; neither where the file system knows no locks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = path.open("a+")
+        file = open_in_place(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

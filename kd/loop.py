@@ -33,7 +33,7 @@ from kd.models import Student
 from kd.numerics import Suspects, describe, first_bad_gradient
 from kd.objective import Objective, Terms
 from kd.recipe import Recipe
-from kd.signals import Interrupted, stop_requested
+from kd.signals import GO_ON, Interrupted, stop_requested
 from kd.stage import Stage, TrainingError, as_trained, build, epoch_order, mixed_seed, predict, schedule, share
 
 MOST_SKIPPED = 32  # halves fp16's scale from 65,536 to 1.5e-5
@@ -108,6 +108,7 @@ class Trainer:
             weights = {"last": self._evaluated().model.state_dict()}
             if self.selected_weights:
                 weights["selected"] = self.selected_weights
+            self.journal.flush()
             done = {"updates": self.updates, "seconds": self.progress.seconds, "selected": self.progress.selected}
             done["skipped"] = self.progress.skipped
             checkpoint.finish(self.stage.folder, weights, self.stage.metadata, done)
@@ -290,11 +291,14 @@ class Trainer:
             self.selected_weights = {name: weight.cpu().contiguous().clone() for name, weight in weights.items()}
 
     def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            state = self._state()
+            checkpoint.save(self.stage.folder, self.progress.update, state, self.selected_weights, self.stage.metadata)
         self.saved_at = time.monotonic()
-        if not self.accelerator.is_main_process:
-            return
+
+    def _state(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
-        state = {
+        return {
             "model": self.stage.model.model.state_dict(),
             "objective": self.stage.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -306,7 +310,6 @@ class Trainer:
             "epochs": self.progress.epochs,
             "skipped": self.progress.skipped,
         }
-        checkpoint.save(self.stage.folder, self.progress.update, state, self.selected_weights, self.stage.metadata)
 
     def _load(self) -> None:
         found = checkpoint.load(
@@ -315,17 +318,22 @@ class Trainer:
         if self.accelerator.is_main_process:
             checkpoint.clean(self.stage.folder)
             checkpoint.retire(found.damaged if found else [])
+        names = gather_object([found.path.name if found else "none"])
+        if len(set(names)) > 1:  # they would train from different weights, and average their gradients
+            raise checkpoint.CheckpointError(
+                f"{self.stage.folder}: not all processes find the same checkpoint ({', '.join(names)}): a file "
+                f"system may lag behind; {GO_ON}"
+            )
         if found is None:
             return
         try:
-            self._restore(found.state)
+            self._restore(found.state, found.selected)
         except (LookupError, AttributeError, TypeError, RuntimeError, ValueError) as error:
             said = str(error).partition("\n")[0]
             raise checkpoint.CheckpointError(f"{found.path}: does not fit this run ({said})") from error
-        self.selected_weights = found.selected
         self.journal.say(f"{self.stage.name:8} goes on after update {self.progress.update} of {self.updates}")
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any], selected: dict[str, Tensor] | None) -> None:
         modules = {"model": self.stage.model.model, "objective": self.stage.objective}
         if self.ema:
             modules["ema"] = self.ema.module
@@ -336,10 +344,15 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        best = state["selected"]
+        if best:
+            check_alike("selected weights", selected, self._evaluated().model.state_dict())
+            best = {key: number(f"selected: {key}", best[key]) for key in ("epoch", "val_top1", "val_nll")}
+            self.selected_weights = selected
         self.progress = Progress(
             whole_number("update", state["update"], self.updates),
             number("seconds", state["seconds"]),
-            {key: number(f"selected: {key}", value) for key, value in state["selected"].items()},
+            best,
             whole_number("epochs", state["epochs"], self.stage.epochs),
             whole_number("skipped", state["skipped"], self.updates),
         )

@@ -11,9 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from kd.claim import teacher_is_trained
 from kd.loop import Trainer
 from kd.models import Teacher
-from kd.stages import Run, data_of, network, stage, teacher_is_trained
+from kd.stages import Run, data_of, network, stage
 from kd.taps import list_layers, tap
 from kd.words import shown
 

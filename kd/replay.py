@@ -139,8 +139,8 @@ def _section(values: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
 
 def differences(past: Past, run: Run) -> Iterator[str]:
     """What is not as it was, one line each: code, versions, hardware, data, the teacher's own weights."""
+    from kd.claim import checkpoint_hash
     from kd.provenance import provenance
-    from kd.stages import checkpoint_hash
 
     was, now = past.provenance, provenance(run.accelerator.num_processes)
     now |= {"data_hash": run.data.hash, "seed": run.recipe.seed, "recipe_hash": content_hash(identity(run.recipe))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from rich.table import Table
 from torch import Tensor
 
 from kd.checkpoint import advice, finished, laid_out, read_json, write_json
+from kd.claim import checkpoint_hash, teacher_is_trained
 from kd.metrics import agreement, classification, predictive_kl
 from kd.models import Teacher
 from kd.provenance import provenance
 from kd.recipe import content_hash, identity
 from kd.stage import predict
-from kd.stages import Run, checkpoint_hash, recorded_smoothing, scored, teacher_is_trained
+from kd.stages import Run, recorded_smoothing, scored
 from kd.words import shown
 
 NETWORKS = ("teacher", "student", "control")
@@ -121,18 +121,13 @@ def _card(run: Run, name: str, model: Teacher) -> dict[str, Any]:
     smoothing = recipe.teacher if name == "teacher" else recipe.loss
     return card | {
         "weights": str(path),
-        "sha256": _sha256(path),
+        "sha256": stage["files"][path.name]["sha256"],  # those that `networks` saw
         "seconds": stage["seconds"],
         "selected_epoch": stage["selected"]["epoch"],
         "skipped_updates": stage.get("skipped", 0),  # by fp16's scaler
         "label_smoothing": smoothing.label_smoothing,
         "smoothing": smoothing.smoothing,
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verdict(result: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib.util
 import math
 import os
@@ -14,14 +13,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from omegaconf import OmegaConf
 from rich.console import Console
 from timm.optim import list_optimizers
 from torch import nn
 
 from kd import methods
 from kd.assembled import Ensemble, load_exactly
-from kd.checkpoint import advice, finish, finished, laid_out, read_json, read_weights, write_atomically, write_json
+from kd.checkpoint import CHECKPOINTS, advice, finish, finished, read_weights
+from kd.claim import check_own, check_places, run_name, teacher_folder, teacher_is_trained
 from kd.data import Data, load_data
 from kd.journal import Journal
 from kd.lock import alone_on_teacher
@@ -31,7 +30,7 @@ from kd.metrics import top_k_accuracy
 from kd.models import Student, Teacher, build, weights_metadata
 from kd.objective import Objective
 from kd.probe import tell_smoothing
-from kd.recipe import ConfigError, LossConfig, Recipe, content_hash, identity
+from kd.recipe import ConfigError, LossConfig, Recipe
 from kd.signals import held
 from kd.stage import Stage, mixed_seed, predict
 from kd.stage import build as build_objective
@@ -50,15 +49,10 @@ class Run:
     journal: Journal
 
 
-def run_name(recipe: Recipe) -> str:
-    """The folder of a run inside its recipe's: the same command finds the same run again."""
-    return f"seed{recipe.seed}-{content_hash(identity(recipe))}" if recipe.run is None else recipe.run
-
-
 def prepare(recipe: Recipe) -> Run:
     """Check what can be checked before any work, and load the data. Nothing is written."""
     check_environment(recipe)
-    _check_places(recipe)
+    check_places(recipe)
     folder = Path(recipe.output) / recipe.name / run_name(recipe)
     precision = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
     tracker = None if recipe.tracker == "none" else recipe.tracker
@@ -111,29 +105,6 @@ def check_environment(recipe: Recipe) -> None:
         )
 
 
-def _check_places(recipe: Recipe) -> None:
-    """Names that stay inside the output folder, and an output folder that can be made."""
-    for key, part in (("name", recipe.name), ("run", run_name(recipe))):
-        if not part or part.startswith(".") or Path(part).name != part or len(os.fsencode(part)) > 200:
-            raise ConfigError(
-                f"{key}={part!r}: must be a plain folder name (≤ 200 bytes, no /, not starting with a dot)"
-            )
-        if not part.isprintable():
-            raise ConfigError(f"{key}={part!r}: must be a plain folder name of printable characters")
-    for key, path in (
-        ("name", Path(recipe.output) / recipe.name),
-        ("run", Path(recipe.output, recipe.name, run_name(recipe))),
-    ):
-        if path.is_symlink():  # the run would be written wherever a stranger's link points
-            raise ConfigError(f"{key}: {path} is a link; must be a folder of its own, output= may be one elsewhere")
-    if recipe.name == "teachers":
-        raise ConfigError("name=teachers: is the folder of trained teachers; choose another name")
-    output = Path(recipe.output)
-    existing = next(path for path in (output, *output.resolve().parents) if path.exists())
-    if not recipe.output or not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"output={recipe.output}: must be a folder that exists or can be made")
-
-
 def check_batch(recipe: Recipe, data: Data, processes: int) -> None:
     """Raise ConfigError for a batch that the training images cannot fill, or that cannot be shared out."""
     batch, pieces = recipe.train.batch_size, recipe.train.accumulation * processes
@@ -144,79 +115,6 @@ def check_batch(recipe: Recipe, data: Data, processes: int) -> None:
             f"train.batch_size={batch}: must be ≥ {pieces}, one image for each of {processes} processes "
             f"x train.accumulation={recipe.train.accumulation}"
         )
-
-
-def claim(run: Run) -> None:
-    """Make the folder this run's own; refuse one that holds another run. Nothing there is ever deleted."""
-    accelerator, folder = run.accelerator, run.folder
-    card = {
-        "identity": identity(run.recipe),
-        "data_hash": run.data.hash,
-        "teacher_checkpoint_hash": checkpoint_hash(run.recipe),
-    }
-    if accelerator.is_main_process and folder.exists() and not run.recipe.resume:
-        aside = next(p for i in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
-        folder.rename(aside)
-        run.journal.say(f"the earlier run is kept in {aside}")
-    accelerator.wait_for_everyone()
-    if (folder / "run.json").exists():
-        with laid_out(folder / "run.json"):
-            _compare(read_json(folder / "run.json"), card, folder)
-    elif accelerator.is_main_process:
-        text = OmegaConf.to_yaml(OmegaConf.structured(run.recipe))
-        write_atomically(folder / "recipe.yaml", lambda temporary: temporary.write_text(text))
-        write_json(folder / "run.json", card)
-    accelerator.wait_for_everyone()
-    if run.recipe.tracker != "none" and not (folder / "result.json").exists():
-        accelerator.init_trackers(run.recipe.name)
-
-
-def checkpoint_hash(recipe: Recipe) -> str:
-    """The sha256 of the teacher's own file, '' where there is none: a path may come to hold another teacher."""
-    if not recipe.teacher.checkpoint:
-        return ""
-    with Path(recipe.teacher.checkpoint).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _compare(found: dict, card: dict, folder: Path) -> None:
-    for key, setting in (("data_hash", "data.root"), ("teacher_checkpoint_hash", "teacher.checkpoint")):
-        if found[key] != card[key]:
-            raise ConfigError(
-                f"{setting}: {folder} was trained with other content (sha256 {found[key][:12]}, now "
-                f"{card[key][:12]}); restore it, or resume=false to set that run aside"
-            )
-    old, new = _flat(found["identity"]), _flat(card["identity"])
-    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
-    if changed:
-        key = changed[0]
-        raise ConfigError(
-            f"run={folder.name} holds another recipe ({key}={old.get(key)}, now {new.get(key)}; {len(changed)} "
-            f"differences): choose another run=NAME, or resume=false to set that run aside"
-        )
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def teacher_is_trained(recipe: Recipe) -> bool:
-    """Whether the teacher stage trains, or takes weights as they are."""
-    return recipe.teacher.finetune or not (recipe.teacher.pretrained or recipe.teacher.checkpoint)
-
-
-def teacher_folder(recipe: Recipe, data_hash: str) -> Path:
-    """Where a trained teacher lives: named by everything that decides its weights, shared by all recipes."""
-    values = identity(recipe)
-    content = {key: values[key] for key in ("seed", "teacher", "data", "optimizer", "scheduler", "train")}
-    del content["teacher"]["layers"]  # what a student looks at, and never sees, does not change its teacher
-    del content["data"]["omit_class"]
-    key = content_hash([content, data_hash, checkpoint_hash(recipe)])
-    model = recipe.teacher.model.replace("/", "-").replace(":", "-")
-    return Path(recipe.output) / "teachers" / f"{model}-{key}"
 
 
 def network(run: Run, role: str, weights: Path | None = None, seed: int | None = None) -> nn.Module:
@@ -330,6 +228,7 @@ def data_of(run: Run, name: str) -> Data:
 
 def train(run: Run, stage: Stage) -> None:
     """Train a stage, or go on with it."""
+    check_own(stage.name, stage.folder, stage.folder / CHECKPOINTS)
     # A trained teacher serves many runs, so its curve stands beside it; the others' stand in the run.
     path = (stage.folder if stage.name == "teacher" else run.folder) / "metrics.jsonl"
     journal = Journal(path, run.accelerator, run.journal.console)

@@ -17,6 +17,7 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
     """Run one recipe to its result, once `check` has seen what is prepared; returns the exit code."""
     # Imported here: --help and a wrong command line must not wait for torch.
     from kd import results, stages
+    from kd.claim import claim
     from kd.lock import alone_on_run
     from kd.plan import print_layers, print_plan
     from kd.stage import TrainingError
@@ -35,7 +36,7 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
             return 0
         signals.check(run.accelerator)
         with alone_on_run(run) as finished:
-            stages.claim(run)
+            claim(run)
             if not finished:
                 stages.execute(run)
                 result = results.write_result(run)

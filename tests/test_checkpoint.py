@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -94,6 +95,29 @@ def test_the_newest_two_are_kept_each_with_all_that_it_needs(tmp_path):
     assert updates(tmp_path) == ["update-00000003", "update-00000004"]
     shutil.rmtree(manifest(tmp_path, 4).parent)
     assert loaded(tmp_path) == 3  # looks at the selected weights too
+
+
+def test_one_that_is_damaged_meanwhile_does_not_count_as_one_of_the_newest_two(tmp_path):
+    for update in (1, 2):
+        save(tmp_path, update)
+    spoil(manifest(tmp_path, 2).with_name("state.safetensors"))
+    save(tmp_path, 3)
+    assert updates(tmp_path) == [f"update-0000000{i}" for i in (1, 2, 3)]
+    spoil(manifest(tmp_path, 3).with_name("selected.safetensors"))
+    assert loaded(tmp_path) == 1
+    save(tmp_path, 4)
+    assert loaded(tmp_path) == 4
+    save(tmp_path, 5)
+    assert updates(tmp_path) == ["update-00000004", "update-00000005"]
+
+
+def test_damaged_ones_of_later_updates_do_not_crowd_out_the_new_one(tmp_path):
+    for update in (1, 8, 9):
+        save(tmp_path, update)
+    for update in (8, 9):
+        spoil(manifest(tmp_path, update))
+    save(tmp_path, 2)
+    assert loaded(tmp_path) == 2
 
 
 def test_none_is_removed_before_the_new_one_is_seen_to_be_whole(tmp_path, monkeypatch):
@@ -249,6 +273,14 @@ def test_a_run_goes_on_bit_identically_from_the_checkpoint_before_a_damaged_one(
     assert curves[0] == curves[1]
 
 
+def test_a_damaged_checkpoint_goes_once_the_one_before_it_is_taken(kd_train, monkeypatch, tmp_path):
+    stopped(kd_train, monkeypatch, "runs", 3, 7)
+    student = tmp_path / "runs/smoke/one/student"
+    spoil(manifest(student, 7).with_name("state.safetensors"))
+    stopped(kd_train, monkeypatch, "runs", 1)
+    assert updates(student) == ["update-00000003", "update-00000004"]
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_stops_and_says_what_to_do(kd_train, monkeypatch, tmp_path):
     stopped(kd_train, monkeypatch, "runs", 3, 7)
     student = tmp_path / "runs/smoke/one/student"
@@ -275,7 +307,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops_and_says_what_to_do(kd_tr
 def test_a_state_that_does_not_fit_names_what_does_not(kd_train, monkeypatch, tmp_path):
     stopped(kd_train, monkeypatch, "runs", 7)
     student = tmp_path / "runs/smoke/one/student"
-    whole = checkpoint.load(student, pytest.fail, "").state
+    found = checkpoint.load(student, pytest.fail, "")
+    whole, selected = found.state, found.selected
     key, value = next(iter(whole["model"].items()))
     states = whole["optimizer"]["state"]
     other = states[0] | {"exp_avg": torch.zeros(7)}  # of a bias
@@ -290,16 +323,32 @@ def test_a_state_that_does_not_fit_names_what_does_not(kd_train, monkeypatch, tm
         "seconds is nan": {"seconds": float("nan")},
         "optimizer: exp_avg of parameter 0 is (7,)": {"optimizer": whole["optimizer"] | {"state": states | {0: other}}},
         "optimizer: is not a state": {"optimizer": {}},
+        "'val_nll'": {"selected": {"epoch": 1, "val_top1": 0.5}},
     }  # fmt: skip
     for said, change in changes.items():
         shutil.rmtree(student / "checkpoints")
-        checkpoint.save(student, 7, whole | change)
+        checkpoint.save(student, 7, whole | change, selected)
         done = kd_train(*RUN, "output=runs")
         assert (done.code, done.err.count("\n")) == (2, 1), done.err
         assert f"does not fit this run ({said}" in done.err
+    for each, said in ((None, "is a NoneType"), ({"w": value}, "missing"), ({**selected, key: value[:1]}, "must be")):
+        shutil.rmtree(student / "checkpoints")
+        checkpoint.save(student, 7, whole, each)
+        assert re.search(f"does not fit this run .selected weights.* {said}", kd_train(*RUN, "output=runs").err)
 
 
 # ---- writing that fails
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path.with_name("elsewhere"))])
+def test_what_stands_in_the_place_of_a_temporary_file_is_neither_followed_nor_waited_for(tmp_path, make):
+    (tmp_path / "elsewhere").write_text("of somebody else")
+    make(tmp_path / ".result.json.tmp")
+    write_json(tmp_path / "result.json", {"a": 1})
+    assert read_json(tmp_path / "result.json") == {"a": 1}
+    assert (tmp_path / "elsewhere").read_text() == "of somebody else"
+    assert {path.name for path in tmp_path.iterdir()} == {"result.json", "elsewhere"}
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):

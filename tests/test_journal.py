@@ -74,9 +74,42 @@ def test_a_full_disk_is_one_error_with_the_path(journal, monkeypatch):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(type(journal.path), "open", full)
-    with pytest.raises(CheckpointError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
-        journal.write({"stage": "student", "update": 1})
+    journal.write(LINE)
+    for call, act in (("open", lambda: journal.write(LINE)), ("fsync", journal.flush)):
+        said = r"cannot write .*metrics\.jsonl: No space left on device; \d+ bytes needed, [\d,]+ bytes free"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, full)
+            with pytest.raises(CheckpointError, match=said):
+                act()
+
+
+LINE = {"stage": "student", "update": 1}
+ACTS = {"rewind": lambda j: j.rewind("student", 0, 0), "write": lambda j: j.write(LINE), "flush": Journal.flush}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (os.mkfifo, "is a pipe, must be a file"),
+        (lambda path: path.mkdir(), "is a folder, must be a file"),
+        (lambda path: path.symlink_to("/dev/full"), "is a link, must be a file"),
+        (lambda path: path.symlink_to("elsewhere"), "is a link, must be a file"),
+        (lambda path: path.symlink_to("nothing"), "is a link, must be a file"),
+    ],
+)
+def test_what_stands_in_its_place_is_neither_followed_nor_waited_for(act, make, said, journal):
+    journal.path.parent.mkdir()
+    elsewhere = journal.path.with_name("elsewhere")
+    elsewhere.write_text(json.dumps(LINE) + "\nof somebody else\n")
+    before = elsewhere.read_text()
+    make(journal.path)
+    with pytest.raises(CheckpointError) as error:
+        ACTS[act](journal)
+    assert str(error.value) == f"{journal.path}: {said}"
+    assert elsewhere.read_text() == before
+    assert {path.name for path in journal.path.parent.iterdir()} == {"metrics.jsonl", "elsewhere"}
 
 
 def test_only_the_main_process_writes(journal, monkeypatch):

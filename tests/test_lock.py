@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from kd.checkpoint import CheckpointError
 from kd.lock import alone, path_of
 from tests.torture import forked
 
@@ -82,6 +83,32 @@ def test_neither_a_killed_process_nor_its_forked_children_hold_it(tmp_path):
         pass
     os.kill(child, signal.SIGKILL)
     holder.stdout.close()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [(os.mkfifo, "is a pipe"), (Path.mkdir, "is a folder"), (lambda p: p.symlink_to("x"), "is a link")],
+)
+def test_what_stands_in_the_place_of_a_lock_is_neither_followed_nor_waited_for(make, said, tmp_path):
+    """The holder's name would be written into whatever a link points to."""
+    (tmp_path / "x").write_text("of somebody else")
+    make(path_of(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match=rf"\.run\.lock: {said}, must be a file"), alone(tmp_path / "run", refuse):
+        pass
+    assert (tmp_path / "x").read_text() == "of somebody else"
+
+
+def test_a_forked_child_that_leaves_the_block_does_not_take_the_lock_with_it(tmp_path):
+    held = alone(tmp_path / "run", refuse)
+    held.__enter__()
+    if not (child := os.fork()):
+        held.__exit__(None, None, None)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert path_of(tmp_path / "run").exists()
+    held.__exit__(None, None, None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_system_without_locks_is_told_and_no_obstacle(tmp_path, monkeypatch, capsys):

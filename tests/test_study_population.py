@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kd import DistillLoss, stages
+from kd.claim import claim
 from kd.data import load_data
 from kd.losses.decoupled import DKD
 from kd.losses.method import Seen, View
@@ -177,7 +178,7 @@ def test_a_member_is_the_network_that_kd_train_trains(data, tmp_path):
     population = Training(cohort).fit()
 
     run = stages.prepare(recipe)
-    stages.claim(run)
+    claim(run)
     stages.execute(run)
     for folder, member in ((run.teacher_folder, grown.member(1)), (run.folder / "student", population.member(1))):
         weights = load_file(folder / "last.safetensors")

@@ -8,8 +8,19 @@ A stage's folder while it trains, and when it is done:
 ``python -m kd.checkpoint verify PATH`` says what a folder or file is and whether it is whole.
 """
 
-from kd.checkpoint.files import CheckpointError, laid_out, read_json, regular, write_atomically, write_json
+from kd.checkpoint.files import (
+    CheckpointError,
+    digest,
+    laid_out,
+    open_in_place,
+    read_json,
+    regular,
+    write_atomically,
+    write_json,
+    writing,
+)
 from kd.checkpoint.manifest import SCHEMA, seal, verified
+from kd.checkpoint.stage import FOLDER as CHECKPOINTS
 from kd.checkpoint.stage import (
     NEWEST,
     Checkpoint,
@@ -27,6 +38,7 @@ from kd.checkpoint.stage import (
 from kd.checkpoint.tensors import METADATA, load_state, read_weights, save_weights, weights_header
 
 __all__ = [
+    "CHECKPOINTS",
     "METADATA",
     "NEWEST",
     "SCHEMA",
@@ -34,11 +46,13 @@ __all__ = [
     "CheckpointError",
     "advice",
     "clean",
+    "digest",
     "finish",
     "finished",
     "laid_out",
     "load",
     "load_state",
+    "open_in_place",
     "read_json",
     "read_sealed",
     "read_weights",
@@ -53,4 +67,5 @@ __all__ = [
     "write_atomically",
     "write_json",
     "write_manifest",
+    "writing",
 ]

@@ -12,14 +12,14 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from safetensors import SafetensorError
 
 JSON_BYTES = 2**26  # no JSON of kd's comes near it
 DEEPEST = 100  # nesting of JSON; kd writes about 6
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link"}
 
 
 class CheckpointError(ValueError):
@@ -73,6 +73,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any], needed: int = 0) 
     try:
         with writing(path, needed):
             make_folder(path.parent)
+            temporary.unlink(missing_ok=True)  # a link that a stranger put there would be written through
             write(temporary)
             sync(temporary)
             temporary.replace(path)
@@ -88,15 +89,28 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text), len(text))
 
 
+def open_in_place(path: Path) -> IO[str]:
+    """Open a file of ours to append to it, made where there is none, its folder too.
+
+    Whatever else stands there, a link too, is neither followed nor waited for: it is a CheckpointError. OSError as of
+    `open`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(path):
+        regular(path, 0, follow=False)
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
+    return open(path, "a+", opener=lambda name, mode: os.open(name, mode | flags, 0o666))
+
+
 # ---- reading
 
 
-def regular(path: Path, least: int = 1) -> int:
-    """Bytes of a file that is a file: opening a pipe would wait forever. Raises CheckpointError for all others, and
-    for fewer than `least` bytes.
+def regular(path: Path, least: int = 1, follow: bool = True) -> int:
+    """Bytes of a file that is a file: opening a pipe would wait forever. Raises CheckpointError for all others, for
+    fewer than `least` bytes, and for a link unless it may `follow`.
     """
     try:
-        status = os.stat(path)
+        status = os.stat(path, follow_symlinks=follow)
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         raise CheckpointError(f"{path}: {_no_such(error)}") from error
     kind = stat.S_IFMT(status.st_mode)

@@ -90,7 +90,8 @@ def save(
     selected: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the checkpoint of an update into a stage's folder, verify it there, and only then remove older ones.
+    """Write the checkpoint of an update into a stage's folder, verify it there, and only then remove those that are
+    older than the newest two that are whole.
 
     It is written beside its place, flushed to the disk, and renamed. Takes the memory of one copy of the state.
     Raises CheckpointError: an earlier checkpoint is then as it was.
@@ -120,8 +121,25 @@ def save(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     verified(target / MANIFEST)
-    retire(found_in(folder)[NEWEST:])
+    retire(_superseded(folder, target))
     return target
+
+
+def _superseded(folder: Path, newest: Path) -> list[Path]:
+    """What is older than the NEWEST that are whole, of which `newest` is known to be one."""
+    found, whole = found_in(folder), 0
+    for i, path in enumerate(found):
+        if whole == NEWEST:
+            return found[i:]
+        whole += path == newest or _is_whole(path)
+    return []
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(verified(path / MANIFEST))
+    except CheckpointError:
+        return False
 
 
 def _about(metadata: Mapping[str, Any]) -> dict[str, Any]:

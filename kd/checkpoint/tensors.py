@@ -100,7 +100,7 @@ def _opened(path: Path, what: str) -> Iterator[Any]:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote. Raises CheckpointError on a file that is not whole or not ours."""
+    """Read what `split` made and a checkpoint holds. Raises CheckpointError on a file that is not whole or not ours."""
     with _opened(path, "a whole training state") as file:
         header = json.loads((file.metadata() or {})[METADATA])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 
 from kd import stages
 from kd.checkpoint import advice, finished, read_sealed, read_weights, save_sealed, weights_header
+from kd.claim import claim
 from kd.models import Teacher
 from kd.recipe import Recipe
 from kd.stage import Stage, predict
@@ -38,7 +39,7 @@ def _train(folder: Folder, point: Point) -> Outcome:
     run = stages.prepare(recipe)
     run.teacher_folder = run.folder / "teacher"
     run.journal.console.quiet = True  # many of these run at once; metrics.jsonl has it all
-    stages.claim(run)
+    claim(run)
     teacher = None
     if point.role == "teacher":
         stage = stages.stage(run, "teacher")

@@ -1,0 +1,126 @@
+"""Where a run and its teacher live, and whose a folder is: names, places, and the card that says what is in it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import OmegaConf
+
+from kd.checkpoint import CHECKPOINTS, digest, laid_out, read_json, write_atomically, write_json
+from kd.recipe import ConfigError, Recipe, content_hash, identity
+
+STAGES = ("teacher", "student", "control")  # folders in a run's; a teacher's own is a study's
+
+if TYPE_CHECKING:
+    from kd.stages import Run
+
+
+def run_name(recipe: Recipe) -> str:
+    """The folder of a run inside its recipe's: the same command finds the same run again."""
+    return f"seed{recipe.seed}-{content_hash(identity(recipe))}" if recipe.run is None else recipe.run
+
+
+def teacher_is_trained(recipe: Recipe) -> bool:
+    """Whether the teacher stage trains, or takes weights as they are."""
+    return recipe.teacher.finetune or not (recipe.teacher.pretrained or recipe.teacher.checkpoint)
+
+
+def teacher_folder(recipe: Recipe, data_hash: str) -> Path:
+    """Where a trained teacher lives: named by everything that decides its weights, shared by all recipes."""
+    values = identity(recipe)
+    content = {key: values[key] for key in ("seed", "teacher", "data", "optimizer", "scheduler", "train")}
+    del content["teacher"]["layers"]  # what a student looks at, and never sees, does not change its teacher
+    del content["data"]["omit_class"]
+    key = content_hash([content, data_hash, checkpoint_hash(recipe)])
+    model = recipe.teacher.model.replace("/", "-").replace(":", "-")
+    return Path(recipe.output) / "teachers" / f"{model}-{key}"
+
+
+def check_places(recipe: Recipe) -> None:
+    """Names that stay inside the output folder, and an output folder that can be made."""
+    for key, part in (("name", recipe.name), ("run", run_name(recipe))):
+        if not part or part.startswith(".") or Path(part).name != part or len(os.fsencode(part)) > 200:
+            raise ConfigError(
+                f"{key}={part!r}: must be a plain folder name (≤ 200 bytes, no /, not starting with a dot)"
+            )
+        if not part.isprintable():
+            raise ConfigError(f"{key}={part!r}: must be a plain folder name of printable characters")
+    folder = Path(recipe.output, recipe.name, run_name(recipe))
+    check_own("name", folder.parent)
+    check_own("run", folder, *(folder / stage / inner for stage in STAGES for inner in ("", CHECKPOINTS)))
+    if recipe.name == "teachers":
+        raise ConfigError("name=teachers: is the folder of trained teachers; choose another name")
+    output = Path(recipe.output)
+    existing = next(path for path in (output, *Path(os.path.realpath(output)).parents) if path.exists())
+    if not recipe.output or not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"output={recipe.output}: must be a folder that exists or can be made")
+
+
+def check_own(key: str, *folders: Path) -> None:
+    """Raise ConfigError for a link: what is written there would land wherever a stranger points."""
+    for path in folders:
+        if path.is_symlink():
+            raise ConfigError(f"{key}: {path} is a link; must be a folder of its own, output= may be one elsewhere")
+
+
+def claim(run: Run) -> None:
+    """Make the folder this run's own; refuse one that holds another run. Nothing there is ever deleted."""
+    accelerator, folder = run.accelerator, run.folder
+    card = {
+        "identity": identity(run.recipe),
+        "data_hash": run.data.hash,
+        "teacher_checkpoint_hash": checkpoint_hash(run.recipe),
+    }
+    if accelerator.is_main_process and folder.exists() and not run.recipe.resume:
+        aside = next(p for i in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
+        folder.rename(aside)
+        run.journal.say(f"the earlier run is kept in {aside}")
+    accelerator.wait_for_everyone()
+    if (folder / "run.json").exists():
+        with laid_out(folder / "run.json"):
+            _compare(read_json(folder / "run.json"), card, folder)
+    elif found := [name for name in (*STAGES, "result.json") if (folder / name).exists()]:
+        raise ConfigError(
+            f"run={folder.name}: {folder} has {found[0]} and no run.json that says of which recipe; restore it, or "
+            f"resume=false to set that run aside"
+        )
+    elif accelerator.is_main_process:
+        text = OmegaConf.to_yaml(OmegaConf.structured(run.recipe))
+        write_atomically(folder / "recipe.yaml", lambda temporary: temporary.write_text(text))
+        write_json(folder / "run.json", card)
+    accelerator.wait_for_everyone()
+    if run.recipe.tracker != "none" and not (folder / "result.json").exists():
+        accelerator.init_trackers(run.recipe.name)
+
+
+def _compare(found: dict, card: dict, folder: Path) -> None:
+    for key, setting in (("data_hash", "data.root"), ("teacher_checkpoint_hash", "teacher.checkpoint")):
+        if found[key] != card[key]:
+            raise ConfigError(
+                f"{setting}: {folder} was trained with other content (sha256 {found[key][:12]}, now "
+                f"{card[key][:12]}); restore it, or resume=false to set that run aside"
+            )
+    old, new = _flat(found["identity"]), _flat(card["identity"])
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"run={folder.name} holds another recipe ({key}={old.get(key)}, now {new.get(key)}; {len(changed)} "
+            f"differences): choose another run=NAME, or resume=false to set that run aside"
+        )
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def checkpoint_hash(recipe: Recipe) -> str:
+    """The sha256 of the teacher's own file, '' where there is none: a path may come to hold another teacher."""
+    if not recipe.teacher.checkpoint:
+        return ""
+    return digest(Path(recipe.teacher.checkpoint))
