@@ -53,7 +53,7 @@ def check_places(recipe: Recipe) -> None:
     if recipe.name == "teachers":
         raise ConfigError("name=teachers: is the folder of trained teachers; choose another name")
     output = Path(recipe.output)
-    existing = next(path for path in (output, *Path(os.path.realpath(output)).parents) if path.exists())
+    existing = next(path for path in (output, *output.resolve().parents) if path.exists())
     if not recipe.output or not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(f"output={recipe.output}: must be a folder that exists or can be made")
 

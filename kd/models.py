@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kd.pretrained import check_classes, load
 from kd.recipe import ConfigError
 
 
@@ -204,7 +205,7 @@ def build(
             _check_published(setting, arguments["pretrained_cfg"], num_classes, shape[0], role, finetune)
         model = timm.create_model(**arguments, pretrained=fetches, checkpoint_path=None)
     if checkpoint:
-        _load(model, Path(checkpoint), num_classes, role, finetune)
+        load(model, Path(checkpoint), num_classes, role, finetune)
     with _translated(setting, shape, role):
         _try_out(model, shape, num_classes)
     return model
@@ -301,80 +302,11 @@ def _check_published(
         raise ConfigError(f"{setting}: timm has no weights for it; {role}.pretrained=false starts from random ones")
     if finetune:
         return
-    _check_classes(setting, weights["num_classes"], num_classes, role)
+    check_classes(setting, weights["num_classes"], num_classes, role)
     if weights["input_size"][0] != channels:
         raise ConfigError(
             f"{setting}: its weights are for {weights['input_size'][0]} channels, the data has {channels}: "
             f"{role}.finetune=true trains an adapted first layer"
-        )
-
-
-def _check_classes(setting: str, found: int, num_classes: int, role: str) -> None:
-    if found != num_classes:
-        raise ConfigError(
-            f"{setting}: its head has {found} classes, the data has {num_classes}: {role}.finetune=true trains a new "
-            f"head, or give {role}.checkpoint=/path/to/weights.safetensors of {num_classes} classes"
-        )
-
-
-def _load(model: nn.Module, path: Path, num_classes: int, role: str, finetune: bool) -> None:
-    """Load a file into the network, exactly; only when fine-tuning may the head be another, and is left fresh."""
-    setting = f"{role}.checkpoint={path}"
-    weights = _read(path, setting)
-    own, head = model.state_dict(), _head(model)
-    misfits = [key for key in weights if key in own and weights[key].shape != own[key].shape]
-    other_head = [key for key in misfits if key in head]
-    _raise_first(setting, [key for key in misfits if key not in head], "tensors of another shape")
-    if finetune and (other_head or not head & weights.keys()):
-        weights = weights | {key: own[key] for key in head}
-    elif other_head:
-        _check_classes(setting, len(weights[other_head[0]]), num_classes, role)
-        _raise_first(setting, other_head, "tensors of another shape")
-    other_kind = [k for k, v in weights.items() if k in own and _kind(v) != _kind(own[k])]  # torch would convert them
-    _raise_first(setting, other_kind, "tensors of another kind of number")
-    found = model.load_state_dict(weights, strict=False)
-    _raise_first(setting, found.missing_keys, "tensors missing")
-    _raise_first(setting, found.unexpected_keys, "tensors that the network does not have")
-    parameters = dict(model.named_parameters())  # a buffer may hold infinities, as attention masks do
-    wrong = [key for key, v in weights.items() if not bool((v.isfinite() if key in parameters else ~v.isnan()).all())]
-    if wrong:
-        raise ConfigError(f"{setting}: {len(wrong)} tensors with NaN or infinite values, first {wrong[0]}")
-
-
-def _read(path: Path, setting: str) -> dict[str, Tensor]:
-    """The state dict in a file of weights, with the wrappings of training scripts removed as timm does."""
-    from kd.checkpoint import CheckpointError, read_weights
-
-    if not path.is_file():
-        wrong = "is a folder" if path.is_dir() else "no such file"
-        raise ConfigError(f"{setting}: {wrong}; give the path of a .safetensors or .pth file")
-    try:
-        weights = read_weights(path)
-    except CheckpointError as error:
-        said = str(error).removeprefix(f"{path}: ")
-        raise ConfigError(f"{setting}: {said}") from error
-    if not weights:
-        raise ConfigError(f"{setting}: holds no state_dict of tensors")
-    return weights
-
-
-def _kind(tensor: Tensor) -> tuple[bool, bool]:
-    return tensor.is_floating_point(), tensor.is_complex()
-
-
-def _head(model: nn.Module) -> set[str]:
-    """The state dict keys of the classifier, of all of them where a network has more, as timm names them."""
-    cfg: Any = model.pretrained_cfg
-    names = cfg["classifier"] or ()
-    prefixes = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
-    return {key for key in model.state_dict() if key.startswith(prefixes)}
-
-
-def _raise_first(setting: str, keys: Sequence[str], what: str) -> None:
-    if keys:
-        raise ConfigError(
-            f"{setting}: does not fit the network, {len(keys)} {what}, first {keys[0]}; it must be a file of this very "
-            f"model, for as many channels as the data has"
         )
 
 

@@ -29,6 +29,7 @@ from kd.losses.distill import DistillLoss
 from kd.metrics import top_k_accuracy
 from kd.models import Student, Teacher, build, weights_metadata
 from kd.objective import Objective
+from kd.pretrained import check_file
 from kd.probe import tell_smoothing
 from kd.recipe import ConfigError, LossConfig, Recipe
 from kd.signals import held
@@ -97,12 +98,8 @@ def check_environment(recipe: Recipe) -> None:
             f"teacher.members={recipe.teacher.members}: needs teachers that are trained here, each from its own seed; "
             f"with weights of teacher.checkpoint or timm type teacher.members=1, or teacher.finetune=true"
         )
-    checkpoint = recipe.teacher.checkpoint
-    if checkpoint and not Path(checkpoint).is_file():
-        raise ConfigError(
-            f"teacher.checkpoint={checkpoint}: {'is a folder' if Path(checkpoint).is_dir() else 'no such file'}; "
-            f"give the path of a .safetensors or .pth file"
-        )
+    if checkpoint := recipe.teacher.checkpoint:
+        check_file(Path(checkpoint), f"teacher.checkpoint={checkpoint}")
 
 
 def check_batch(recipe: Recipe, data: Data, processes: int) -> None:

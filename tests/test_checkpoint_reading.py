@@ -204,6 +204,7 @@ CHANGES = {
     "complex": (change(FIRST, lambda v: v.to(torch.complex64)), f"another kind of number, first {FIRST}"),
     "nan": (change(FIRST, lambda v: v * float("nan")), f"NaN or infinite values, first {FIRST}"),
     "infinite": (change(FIRST, lambda v: v / 0), f"NaN or infinite values, first {FIRST}"),
+    "single number": (change(HEAD, lambda v: v.sum()), f"tensors of another shape, first {HEAD}"),
     "classes": (lambda w: {k: v[:7].clone() if len(v) == 10 else v for k, v in w.items()}, "its head has 7 classes"),
 }
 
