@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -247,6 +249,57 @@ def test_each_part_of_the_state_is_needed(tmp_path, monkeypatch, field):
     assert (forked.differences(tmp_path / "whole", tmp_path / "cut") == []) == (field is None)
 
 
+def test_the_selected_weights_of_a_run_that_went_on_are_those_of_the_best_epoch(tmp_path, monkeypatch):
+    """Which lay before it was stopped: they come from the checkpoint, and no later epoch is better."""
+    first = trainer(tmp_path, recipe(ema_decay=0.9), epochs=3)
+    best = {}
+
+    def falling(*arguments):
+        if not first.progress.epochs:
+            best.update(deepcopy(first._evaluated().model.state_dict()))
+        return torch.tensor(1.0 / (1 + running.progress.epochs))
+
+    running = first
+    monkeypatch.setattr("kd.loop.top_k_accuracy", falling)
+    monkeypatch.setattr("kd.loop.stop_requested", lambda a: running is first and first.progress.update >= 17)
+    with pytest.raises(signals.Interrupted):
+        first.fit()
+    running = trainer(tmp_path, recipe(ema_decay=0.9), epochs=3)
+    running.fit()
+    for name, value in load_file(tmp_path / "student/selected.safetensors").items():
+        assert torch.equal(value, best[name])
+    assert not torch.equal(load_file(tmp_path / "student/last.safetensors")[name], best[name])
+
+
+def test_a_save_that_takes_long_is_not_followed_by_the_next_at_once(tmp_path, monkeypatch):
+    clock, saves = [0.0], []
+    t = trainer(tmp_path, recipe(save_every=10.0))
+    update = t._update
+
+    def save(folder, update, *state):
+        saves.append(update)
+        clock[0] += 100
+
+    def updating(batches):
+        clock[0] += 1
+        return update(batches)
+
+    monkeypatch.setattr("kd.loop.time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter))
+    monkeypatch.setattr("kd.checkpoint.save", save)
+    t._update, t.saved_at = updating, 0.0
+    t.fit()
+    assert saves == [10, 20]
+
+
+def test_what_was_logged_is_on_the_disk_before_a_stage_is_finished(tmp_path, monkeypatch):
+    t, done = trainer(tmp_path, recipe()), []
+    for name in ("write", "flush"):
+        monkeypatch.setattr(t.journal, name, lambda *values, name=name: done.append(name))
+    monkeypatch.setattr("kd.checkpoint.finish", lambda *arguments: done.append("finish"))
+    t.fit()
+    assert done[-3:] == ["write", "flush", "finish"]
+
+
 def test_asked_to_stop_while_it_validates_a_run_goes_on_with_the_validation(tmp_path, monkeypatch):
     """Killed after that and before the next save, it does not write the epoch's line twice."""
     whole = trainer(tmp_path / "whole", recipe())
@@ -272,8 +325,6 @@ def test_asked_to_stop_while_it_validates_a_run_goes_on_with_the_validation(tmp_
 
 
 def test_averaged_weights_follow_their_formula_and_are_the_ones_saved(tmp_path):
-    from safetensors.torch import load_file
-
     t = trainer(tmp_path, recipe(ema_decay=0.75, batch_size=1293), epochs=1)
     start = {n: p.clone() for n, p in t.stage.model.model.state_dict().items()}
     t.fit()

@@ -67,6 +67,22 @@ def test_stopped_anywhere_a_run_goes_on_to_the_same_bits(processes, tmp_path):
     assert len(forked.outcome(cut / "runs")) == 12  # three networks of three files each, two curves, the result
 
 
+def lag() -> None:
+    """Have only the first process see a checkpoint, as a file system of several machines may."""
+    from kd import checkpoint
+
+    found = checkpoint.Checkpoint(Path("update-00000003"), {}, None, [])
+    checkpoint.load = lambda *arguments: found if os.environ["RANK"] == "0" else None
+
+
+def test_two_processes_that_find_different_checkpoints_do_not_train(tmp_path):
+    """They would average the gradients of different weights, and nobody would see."""
+    codes = forked.finish(forked.start(*SMALL, folder=tmp_path, hook=lag, processes=2))
+    said = (tmp_path / "log.txt").read_text()
+    assert codes == [2, 2], said
+    assert "not all processes find the same checkpoint (update-00000003, none): a file system may lag" in said
+
+
 def record(path: str) -> None:
     """Write down which images every update sees."""
     from kd import loop
