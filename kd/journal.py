@@ -93,5 +93,5 @@ def _kept(line: str, stage: str, update: int, epochs: int) -> bool:
         if entry["stage"] != stage:
             return True
         return entry["epoch"] < epochs if "val_top1" in entry else entry["update"] <= update
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return False

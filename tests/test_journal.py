@@ -40,8 +40,17 @@ def test_rewinding_forgets_one_stage_after_an_update_and_torn_lines(journal):
     assert [(e["stage"], e["update"]) for e in entries(journal)] == [("student", 1), ("control", 3)]
 
 
-OTHERS = ["3\n", "null\n", "[1]\n", '"x"\n', '{"update": 2}\n', '{"stage": "student", "update": null}\n', "\n\n"]
-TORN = ['{"stage": "student", "update": 2', "\0" * 4096]
+OTHERS = [
+    "[" * 100_000 + "\n",
+    "3\n",
+    "null\n",
+    "[1]\n",
+    '"x"\n',
+    '{"update": 2}\n',
+    '{"stage": "student", "update": null}\n',
+    "\n\n",
+]
+TORN = ["[" * 100_000, '{"stage": "student", "update": 2', "\0" * 4096]
 
 
 @pytest.mark.parametrize("tail", [*OTHERS, *TORN])

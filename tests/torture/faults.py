@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import json
 import os
 import random
 import re
@@ -15,7 +17,9 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import timm.models  # noqa: F401 (else each child would)
 import torch
+from safetensors.torch import save as safetensors_bytes
 
 import kd.checkpoint.stage
 import kd.checkpoint.tensors
@@ -23,13 +27,17 @@ from kd import checkpoint
 from kd.checkpoint import CheckpointError
 from tests.torture.harness import Part
 
-WATCHED = [(os, name) for name in ("mkdir", "open", "fsync", "close", "rename", "replace", "unlink", "rmdir")]
-WATCHED += [(kd.checkpoint.stage, "save_file"), (kd.checkpoint.tensors, "save_file"), (Path, "write_text")]
-WRITES = ("save_file", "write_text")
+NAMES = ("mkdir", "open", "ftruncate", "write", "fsync", "close", "rename", "replace", "unlink", "rmdir")
+WATCHED = [*((os, name) for name in NAMES), (Path, "write_text")]
+WRITES = ("write", "write_text")
 MODES = ("raise before", "raise after", "die before", "die after")
 TORN = ("raise torn", "die torn")  # half of a write is done
-CALLS = {"first": 28, "third": 28, "finish": 44}  # of one save; each trial counts them anew
+PIECES = 3
+CALLS = {"first": 38, "third": 38, "damaged": 38, "finish": 57}  # of one save; each trial counts them anew
 DIED = 77
+NEW_MOUNTS, NEW_USER, PRIVATE = 0x20000, 0x10000000, 0x44000  # of linux/sched.h and sys/mount.h; private, recursive
+PAGE = resource.getpagesize()
+MORE = 40 * PAGE // 4  # numbers in a state, for the disk to be full within
 
 
 def state(update: int) -> dict:
@@ -67,10 +75,26 @@ def loaded(folder: Path) -> int | None:
     return update
 
 
+def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """The same file by the same calls as of safetensors, which makes them from Rust, where no fault can be put in: the
+    file gets its whole length first, so that one whose writing was cut short is as long as a whole one.
+    """
+    raw = safetensors_bytes(tensors, metadata)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        os.ftruncate(descriptor, len(raw))
+        for i in range(PIECES):
+            os.write(descriptor, raw[len(raw) * i // PIECES : len(raw) * (i + 1) // PIECES])
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def watched(hook: Callable[[str, Callable[[], object], tuple], object]) -> Iterator[None]:
     """Have every system call of a save go through `hook(name, call, arguments)`."""
     with ExitStack() as stack:
+        for module in (kd.checkpoint.stage, kd.checkpoint.tensors):
+            stack.enter_context(mock.patch.object(module, "save_file", save_file))
         for owner, name in WATCHED:
             stack.enter_context(mock.patch.object(owner, name, _through(hook, name, getattr(owner, name))))
         yield
@@ -105,12 +129,14 @@ def fault(act: Callable[[], None], at: int, mode: str) -> str:
         left[0] -= 1
         if left[0] != -1:
             return call()
-        if when in ("after", "torn"):
+        if when == "after" or (name == "write_text" and when == "torn"):
             with suppress(OSError):  # of a file that was not there
                 call()
-        if when == "torn":
-            path = next(Path(each) for each in arguments if isinstance(each, Path))
-            os.truncate(path, path.stat().st_size // 2)
+        if when == "torn" and name == "write":
+            descriptor, raw = arguments
+            os.pwrite(descriptor, raw[: len(raw) // 2], os.lseek(descriptor, 0, os.SEEK_CUR))
+        elif when == "torn":
+            os.truncate(arguments[0], arguments[0].stat().st_size // 2)
         if verb == "die":
             os._exit(DIED)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -143,7 +169,21 @@ def scenario(name: str, folder: Path) -> Callable[[], None]:
         return lambda: save(folder, 1)
     save(folder, 1)
     save(folder, 2)
+    if name == "damaged":
+        loaded(folder)  # the first time it imports
+        raw = (path := next(folder.glob("checkpoints/*2/state.safetensors"))).read_bytes()
+        path.write_bytes(bytes(len(raw) // 2) + raw[len(raw) // 2 :])
+        return lambda: go_on(folder)
     return (lambda: save(folder, 3)) if name == "third" else (lambda: finish(folder))
+
+
+def go_on(folder: Path) -> None:
+    """What a run does that finds its newest checkpoint damaged, up to its next one."""
+    found = checkpoint.load(folder, lambda text: None, "")
+    assert found is not None
+    checkpoint.clean(folder)
+    checkpoint.retire(found.damaged)
+    save(folder, 3)
 
 
 def numbered(i: int) -> tuple[str, int]:
@@ -177,45 +217,81 @@ def _check(name: str, stage: Path, what: str) -> None:
             checkpoint.finished(stage / f"{each}.safetensors")
         return
     found = loaded(stage)
-    wanted = {"first": (None, 1), "third": (2, 3), "finish": (2,)}[name]
+    wanted = {"first": (None, 1), "third": (2, 3), "damaged": (1, 3), "finish": (2,)}[name]
     assert found in wanted, f"{what}: update {found} was loaded"
     save(stage, 4)
     assert loaded(stage) == 4, f"{what}: the next save was lost"
     rest = [path.name for path in stage.rglob(".*")]
     assert not rest, f"{what}: {rest} were left"
-    assert len(list((stage / "checkpoints").iterdir())) <= checkpoint.NEWEST, f"{what}: more than two are kept"
+    kept = len(list((stage / "checkpoints").iterdir()))
+    assert kept <= checkpoint.NEWEST + (name == "damaged"), f"{what}: {kept} are kept"
+
+
+def small_disk(folder: Path, size: int) -> bool:
+    """Mount a file system of so many bytes that only this process sees; False where the kernel does not let us."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(NEW_MOUNTS) and libc.unshare(NEW_USER | NEW_MOUNTS):
+        return False
+    return not (
+        libc.mount(b"none", b"/", None, PRIVATE, None)
+        or libc.mount(b"none", os.fsencode(folder), b"tmpfs", 0, f"size={size}".encode())
+    )
+
+
+def large(folder: Path, update: int) -> None:
+    """A checkpoint of many pages, of which a file system counts whole ones."""
+    checkpoint.save(folder, update, state(update) | {"more": torch.zeros(MORE)}, weights(update), ABOUT)
+
+
+def fill(stage: Path, i: int) -> dict[str, object]:
+    """In a process of its own: two checkpoints, and room for i/20 of the third one's state."""
+    size = 4 * MORE
+    two = 2 * (size + 3 * PAGE)  # with the rest of the state, the selected weights and the manifest
+    on_disk = small_disk(stage, two + 4 * PAGE + 36 * PAGE * i // 20)
+    for update in (1, 2):
+        large(stage, update)
+    if not on_disk:  # then no file may grow beyond it
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size * i // 20, size * i // 20))
+    said = ""
+    try:
+        large(stage, 3)
+    except CheckpointError as error:
+        said = str(error)
+    left = [path.name for path in stage.rglob(".*")]
+    found = loaded(stage)
+    save(stage, 4)  # for which there is room again
+    return {"disk": on_disk, "said": said, "left": left, "loaded": found, "then": loaded(stage)}
 
 
 def enospc(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
-    """The file may grow to i/20 of its size, then there is no room."""
+    """No room on the disk, or where such a disk cannot be had in the file, after i/20 of a training state."""
     stage = folder / f"{i}"
-    scenario("third", stage)
-    state_file = next(stage.glob("checkpoints/*2/state.safetensors"))
-    limit = state_file.stat().st_size * i // 20
+    stage.mkdir(exist_ok=True)
     reading, writing = os.pipe()
 
     def act() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:
-            save(stage, 3)
-        except CheckpointError as error:
-            os.write(writing, str(error).encode())
+            os.write(writing, json.dumps(fill(stage, i)).encode())
         except BaseException as error:
-            os.write(writing, f"{type(error).__name__}, not a CheckpointError: {error}".encode())
+            os.write(writing, json.dumps({"said": f"{type(error).__name__}: {error}"}).encode())
 
-    assert in_child(act) == 0, f"{limit} bytes: the child died"
+    code = in_child(act)
     os.close(writing)
     with os.fdopen(reading) as pipe:
-        said = pipe.read()
-    needed = 500 * 4 + 300 * 4
-    path = re.escape(str(stage / "checkpoints" / "update-00000003"))
-    expected = rf"cannot write {path}: File too large; {needed:,} bytes needed, [\d,]+ bytes free"
-    assert re.fullmatch(expected, said), f"{limit} bytes: {said!r}"
-    assert loaded(stage) == 2, f"{limit} bytes: the checkpoint before is not loaded"
-    assert not list(stage.rglob(".*")), f"{limit} bytes: something half written is left"
+        seen = json.loads(pipe.read() or "{}")
     shutil.rmtree(stage)
-    return {"offsets": 1, "previous loads": 1}
+    what = f"{i}/20"
+    assert code == 0, f"{what}: the child died, exit code {code}"
+    path = re.escape(str(stage / "checkpoints" / "update-00000003"))
+    needed = 4 * (MORE + 500 + 300)
+    wrong = "No space left on device" if seen.get("disk") else "File too large"
+    expected = rf"cannot write {path}: {wrong}; {needed:,} bytes needed, [\d,]+ bytes free"
+    assert re.fullmatch(expected, seen["said"]), f"{what}: {seen['said']!r}"
+    assert seen["loaded"] == 2, f"{what}: the checkpoint before is not loaded, {seen['loaded']} is"
+    assert seen["then"] == 4, f"{what}: the next save was lost"
+    assert not seen["left"], f"{what}: {seen['left']} are left, half written"
+    return {"offsets": 1, "previous loads": 1, "full disks": int(seen["disk"])}
 
 
 PARTS = (
