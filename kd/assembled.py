@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.checkpoint import CheckpointError, read_weights
+from kd.checkpoint.files import brief
 from kd.losses.method import Method
 from kd.losses.temperatures import arithmetic_mean
 from kd.models import Student
@@ -57,4 +58,4 @@ def load_exactly(network: nn.Module, path: Path) -> None:
     try:
         network.load_state_dict(read_weights(path))
     except (CheckpointError, RuntimeError) as error:
-        raise ConfigError(f"{path}: does not fit this run's {type(network).__name__} ({str(error)[:160]})") from error
+        raise ConfigError(f"{path}: does not fit this run's {type(network).__name__} ({brief(error)})") from error

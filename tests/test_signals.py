@@ -95,3 +95,5 @@ def test_killed_and_stopped_at_random_moments(part, tmp_path):
     expected = {"kills": ("kills", kills.KILLS), "terms": ("signals", terms.SIGNALS)}
     what, count = expected[part.name]
     assert outcome.counts[what] == count
+    if part.name == "kills":
+        assert outcome.counts["in a save"] > 0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from kd import checkpoint
 from kd.checkpoint import CheckpointError
-from tests.torture.faults import finish, loaded, save
+from kd.checkpoint.__main__ import rows
+from tests.torture.faults import ABOUT, finish, loaded, save, weights
 from tests.torture.harness import Part
 
 KINDS = {"flips": 2000, "truncations": 500, "zeroed blocks": 500, "tails": 200}
@@ -16,14 +19,16 @@ TOTAL = sum(KINDS.values())
 SMALL = 64
 NAMES = ("state.safetensors", "selected.safetensors", "manifest.json")  # of a checkpoint
 DONE = ("last.safetensors", "selected.safetensors", "stage.json")  # of a finished stage
+SEALED = ("weights.safetensors", "weights.json")  # of a study's teacher
 
 
 def prepare(folder: Path) -> None:
-    for name in ("training", "done"):
+    for name in ("training", "done", "sealed"):
         shutil.rmtree(folder / name, ignore_errors=True)
     save(folder / "training", 1)
     save(folder / "training", 2)
     finish(folder / "done")
+    checkpoint.save_sealed(folder / "sealed" / SEALED[0], weights(1), ABOUT)
 
 
 def kind(i: int) -> str:
@@ -58,6 +63,7 @@ def trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
     checkpoints = sorted((folder / "training" / "checkpoints").iterdir())
     assert len(checkpoints) == 2
     files = [checkpoints[1] / name for name in NAMES] + [folder / "done" / name for name in DONE]
+    files += [folder / "sealed" / name for name in SEALED]
     path, how = rng.choice(files), kind(i)
     raw = path.read_bytes()
     bad, where = damaged(raw, how, rng)
@@ -66,8 +72,16 @@ def trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
     try:
         if path.parent == checkpoints[1]:
             _falls_back(folder / "training", path, where)
+        elif path.name in SEALED:
+            _refused(path, where, [path.with_name(SEALED[0])], partial(checkpoint.read_sealed, advice=""))
+        elif path.name == "stage.json":  # then all of them
+            _refused(path, where, list(path.parent.glob("*.safetensors")), checkpoint.finished)
         else:
-            _refused(path, where)
+            _refused(path, where, [path], checkpoint.finished)
+        if path.name not in SEALED:
+            told = [row.wrong for row in rows(path.parent) if row.wrong]
+            assert len(told) == 1, f"{path.name}, {where}: kd.checkpoint verify says {told}"
+            assert str(path) in told[0], f"{path.name}, {where}: kd.checkpoint verify says {told}"
     finally:
         path.write_bytes(raw)
     return {how: 1, "detected": 1, "fallbacks": int(path.parent == checkpoints[1])}
@@ -82,15 +96,15 @@ def _falls_back(stage: Path, path: Path, where: str) -> None:
     assert str(path) in said[0], f"{path.name}, {where}: {said[0]!r} does not name it"
 
 
-def _refused(path: Path, where: str) -> None:
-    """The weights themselves, or with a damaged stage.json all of them."""
-    for weights in [path] if path.suffix == ".safetensors" else path.parent.glob("*.safetensors"):
+def _refused(path: Path, where: str, files: list[Path], read: Callable[[Path], object]) -> None:
+    """None of these is read, and each time the damaged one is named."""
+    for file in files:
         said = ""
         try:
-            checkpoint.finished(weights)
+            read(file)
         except CheckpointError as error:
             said = str(error)
-        assert said, f"{path.name}, {where}: {weights.name} was taken for whole"
+        assert said, f"{path.name}, {where}: {file.name} was taken for whole"
         assert str(path) in said, f"{path.name}, {where}: {said} does not name it"
 
 

@@ -24,8 +24,8 @@ WALL_CLOCK = ("seconds", "images_per_second")
 LONGEST = 240  # seconds that a run of a test may take
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """The hook of a run that is let alone."""
 
 
 def _run(words: tuple[str, ...], folder: Path, environment: dict[str, str], log: str, hook: Callable[[], None]) -> None:
@@ -44,7 +44,7 @@ def _run(words: tuple[str, ...], folder: Path, environment: dict[str, str], log:
 
 
 def start(
-    *words: str, folder: Path, hook: Callable[[], None] = _nothing, processes: int = 1, log: str = "log.txt"
+    *words: str, folder: Path, hook: Callable[[], None] = nothing, processes: int = 1, log: str = "log.txt"
 ) -> list[ForkServerProcess]:
     """Begin a run in `folder`; what it prints goes to LOG, and LOG.1 for a second process. `hook` is called first."""
     folder.mkdir(parents=True, exist_ok=True)

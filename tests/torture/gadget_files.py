@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import io
 import json
 import os
@@ -87,9 +86,9 @@ def pickles(canary: Path) -> dict[str, bytes]:
     ways = {
         "eval": Gadget(eval, f"__import__('os').system({touch!r})"),
         "exec": Gadget(exec, code),
-        "popen": Gadget(subprocess.Popen, touch.split()),
+        "call": Gadget(subprocess.call, touch.split()),
         "partial": Gadget(functools.partial(os.system, touch)),
-        "import": Gadget(importlib.import_module, "this"),
+        "open": Gadget(open, str(canary), "w"),
         "load": Gadget(pickle.loads, pickle.dumps(system)),
     }
     return files | {f"{name}.pth": _zipped(pickle.dumps({"w": way}, 2)) for name, way in ways.items()}
@@ -101,8 +100,8 @@ def texts(canary: Path) -> dict[str, bytes]:
     deep = 100_000
     yaml = {
         "apply": f"name: !!python/object/apply:os.system ['{touch}']\n",
-        "new": f"name: !!python/object/new:subprocess.Popen [['{touch}']]\n",
-        "target": f"data: {{_target_: os.system, _args_: ['{touch}']}}\n",
+        "new": f"name: !!python/object/new:os.popen ['{touch}']\n",
+        "target": f"data: {{_target_: logging.FileHandler, filename: '{canary}'}}\n",
         "aliases": "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9}]\n" for i in range(1, 12)),
         "deep": "a: " + "[" * 5000,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import io
 import json
@@ -13,18 +14,26 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+from rich.console import Console
 from safetensors.torch import save as safetensors_bytes
 
-from kd import checkpoint, cli
+from kd import checkpoint, cli, replay, results
+from kd.assembled import load_exactly
 from kd.checkpoint import CheckpointError
 from kd.checkpoint.__main__ import rows
 from kd.checkpoint.manifest import read_manifest
+from kd.journal import Journal
 from kd.models import build, weights_metadata
-from kd.recipe import ConfigError
-from tests.torture.faults import finish, save
+from kd.recipe import ConfigError, Recipe, content_hash, identity
+from kd.study.folder import read_card
+from tests.torture.faults import ABOUT, finish, save, weights
 from tests.torture.gadget_files import gadgets
 from tests.torture.harness import Part
 
@@ -37,22 +46,70 @@ def network(path: Path) -> object:
     return build("mlp_nano", num_classes=10, input_shape=(1, 8, 8), checkpoint=path)
 
 
-def resumed(path: Path) -> object:
-    """The file in the place of a checkpoint's own, the only one that there is."""
-    stage = path.parent / "stage"
-    found = next((stage / "checkpoints").iterdir())
-    for name in ("state.safetensors", "selected.safetensors", "manifest.json"):
-        whole = (found / name).read_bytes()
-        (found / name).write_bytes(path.read_bytes())
+def exactly(path: Path) -> object:
+    return load_exactly(build("mlp_nano", num_classes=10, input_shape=(1, 8, 8)), path)
+
+
+def in_place_of(places: str, read: Callable[[Path], object], path: Path) -> None:
+    """The file in the place of each of these, which have checksums: it is never taken for one."""
+    for place in path.parent.glob(places):
+        whole = place.read_bytes()
+        place.write_bytes(path.read_bytes())
         try:
-            checkpoint.load(stage, print, "")
-            if whole != path.read_bytes():
-                raise AssertionError(f"{path.name} was loaded as {name}")
+            read(path.parent)
+            assert whole == path.read_bytes(), f"{path.name} was taken for {place.name}"
         except CheckpointError:
             pass
         finally:
-            (found / name).write_bytes(whole)
-    return None
+            place.write_bytes(whole)
+
+
+def resumed(folder: Path) -> None:
+    checkpoint.load(folder / "stage", print, "")
+
+
+def finished(folder: Path) -> None:
+    for name in ("last", "selected"):
+        checkpoint.finished(folder / f"done/{name}.safetensors")
+    checkpoint.read_sealed(folder / "done/sealed.safetensors", "")
+
+
+def as_command(read: Callable[[Path], object], path: Path) -> object:
+    """As a command reads it, with the line that it prints."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            with cli.one_line_errors("kd.train"):
+                return read(path)
+        except SystemExit:
+            raise ConfigError(said.getvalue().strip()) from None
+
+
+def replayed(path: Path) -> None:
+    """As the result, and as the recipe, of a run that is trained again."""
+    for name in ("result.json", "recipe.yaml"):
+        place = path.parent / "past" / name
+        whole = place.read_bytes()
+        place.write_bytes(path.read_bytes())
+        try:
+            replay.report(replay.read(place.parent).result, json.loads((path.parent / "new.json").read_text()))
+        except (ConfigError, CheckpointError):
+            if name == "recipe.yaml":
+                raise
+        finally:
+            place.write_bytes(whole)
+
+
+def printed(path: Path) -> None:
+    results.print_stored(path, Console(file=io.StringIO()))
+
+
+def rewound(path: Path) -> None:
+    lines = shutil.copy(path, path.with_suffix(".jsonl"))
+    Journal(lines, SimpleNamespace(is_main_process=True), Console(quiet=True)).rewind("student", 1, 1)  # type: ignore
+
+
+def card(path: Path) -> object:
+    return read_card(Path(shutil.copy(path, path.with_name("study.json"))).parent)
 
 
 READERS: dict[str, Callable[[Path], object]] = {
@@ -61,12 +118,34 @@ READERS: dict[str, Callable[[Path], object]] = {
     "header": checkpoint.weights_header,
     "metadata": weights_metadata,
     "network": network,
-    "resume": resumed,
+    "exactly": exactly,
+    "resume": partial(in_place_of, "stage/checkpoints/*/*", resumed),
+    "finished": partial(in_place_of, "done/*", finished),
     "json": checkpoint.read_json,
     "manifest": read_manifest,
     "recipe": cli.read_recipe,
     "verify": lambda path: rows(path),
+    "replay": partial(as_command, replayed),
+    "result": printed,
+    "journal": rewound,
+    "card": card,
 }
+
+
+def past() -> dict[str, bytes]:
+    """The recipe and the result of a finished run."""
+    recipe, scores = Recipe(name="x"), dict.fromkeys(("top1", "nll", "ece", "brier", "agreement"), 0.5)
+    network: dict[str, Any] = {w: {"val": scores, "test": scores} for w in ("last", "selected")}
+    network |= {"model": "mlp_nano", "sha256": "0" * 64, "weights": "x", "seconds": 1.0}
+    provenance = {"versions": {}, "hardware": {}, "recipe_hash": content_hash(identity(recipe))}
+    difference = {"top1": 0.1, "standard_error": 0.01, "n": 10}
+    result = dict.fromkeys(("teacher", "student", "control"), network) | {"provenance": provenance}
+    result["difference"] = {w: {"val": difference, "test": difference} for w in ("last", "selected")}
+    return {"recipe.yaml": OmegaConf.to_yaml(OmegaConf.structured(recipe)).encode(), "result.json": _json(result)}
+
+
+def _json(values: object) -> bytes:
+    return json.dumps(values, indent=2).encode()
 
 
 def valid(folder: Path) -> dict[str, bytes]:
@@ -86,7 +165,9 @@ def valid(folder: Path) -> dict[str, bytes]:
         "stage.json": (folder / "done" / "stage.json").read_bytes(),
         "zipped.pth": zipped.getvalue(),
         "old.pth": old.getvalue(),
-        "recipe.yaml": b"name: x\nseed: 0\ndata: {name: digits, image_size: 8}\nteacher: {model: mlp_wide}\n",
+        "short.yaml": b"name: x\nseed: 0\ndata: {name: digits, image_size: 8}\nteacher: {model: mlp_wide}\n",
+        "metrics.json": b'{"stage": "student", "update": 1, "epoch": 0, "loss": 0.5}\n' * 4,
+        **past(),
     }
 
 
@@ -144,10 +225,10 @@ def trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
 
 def readers_of(path: Path) -> list[str]:
     by_suffix = {
-        ".safetensors": ["state", "weights", "header", "metadata", "network", "verify"],
-        ".pth": ["weights", "network", "verify"],
-        ".json": ["json", "manifest"],
-        ".yaml": ["recipe"],
+        ".safetensors": ["state", "weights", "header", "metadata", "network", "exactly", "verify"],
+        ".pth": ["weights", "network", "exactly", "verify"],
+        ".json": ["json", "manifest", "result", "replay", "journal", "card"],
+        ".yaml": ["recipe", "replay"],
     }
     return by_suffix[path.suffix]
 
@@ -157,6 +238,12 @@ def in_child(folder: Path, jobs: list[tuple[str, bytes, list[str]]]) -> Counter:
     folder.mkdir(exist_ok=True)
     shutil.rmtree(folder / "stage", ignore_errors=True)
     save(folder / "stage", 1)
+    finish(folder / "done")
+    checkpoint.save_sealed(folder / "done/sealed.safetensors", weights(1), ABOUT)
+    (folder / "past").mkdir(exist_ok=True)
+    for name, raw in past().items():
+        (folder / "past" / name).write_bytes(raw)
+    shutil.copy(folder / "past/result.json", folder / "new.json")
     reading, writing = os.pipe()
     child = os.fork()
     if not child:

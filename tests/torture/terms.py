@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from tests.torture import forked
 from tests.torture.harness import Part
-from tests.torture.kills import WORDS, compare, prepare
+from tests.torture.kills import WORDS, compare, newest, prepare
 
 SIGNALS = 5  # of a trial
 PROMISED = 30.0  # seconds
@@ -25,7 +26,7 @@ SAID = "run the same command to go on"
 def trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
     """As many runs as it takes to stop them five times in all; the first process does its own imports."""
     longest = json.loads((folder / "seconds.json").read_text()) / 2
-    counts = {"signals": 0, "in imports": 0, "runs": 0}
+    counts = {"signals": 0, "in imports": 0, "saved": 0, "runs": 0}
     while counts["signals"] < SIGNALS:
         place = folder / f"trial{i}"
         shutil.rmtree(place, ignore_errors=True)
@@ -35,6 +36,7 @@ def trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
             counts["in imports"] += not (place / "runs").exists()
         while counts["signals"] < SIGNALS and stopped(rng, _forked(place), place, longest):
             counts["signals"] += 1
+            counts["saved"] += saved(place)
         forked.whole(*WORDS, folder=place)
         compare(folder / "undisturbed", place)
         counts["runs"] += 1
@@ -81,6 +83,17 @@ def stopped(rng: random.Random, process: _Process, place: Path, longest: float) 
         return False
     assert log.read_text().count(SAID) == said + 1, f"{signum.name}: does not say that the same command goes on"
     return True
+
+
+def saved(place: Path) -> int:
+    """Whether it says after which update it stopped; that is then the one it goes on from. No other save was made."""
+    said = (place / "log.txt").read_text().splitlines()[-1]
+    if not (found := re.match(r"(\w+) stopped after update (\d+) of", said)):
+        return 0
+    on_disk = {Path(stage).name.partition("-")[0]: update for stage, update in newest(place).items()}
+    stage = found[1] if found[1] in on_disk else "mlp_wide"
+    assert on_disk[stage] == int(found[2]), f"{said}, but update {on_disk[stage]} is on the disk"
+    return 1
 
 
 def signal_to(pid: int, signum: signal.Signals) -> None:
