@@ -216,7 +216,7 @@ def test_folders_as_deep_as_a_path_can_be(root):
     try:
         with open(os.open("x.jpg", os.O_CREAT | os.O_WRONLY, dir_fd=descriptor), "wb") as file:
             file.write(FILES["no image"][0])
-        with pytest.raises(ImageError, match="d/x.jpg'"):
+        with pytest.raises(ImageError, match=r"d/x\.jpg'"):
             load_data(DataConfig(name="toy", family="folder", root=str(root), image_size=24, verify=True), 0)
     finally:
         os.close(descriptor)
