@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.study import pairs
+
 GRID = ["set=digits", "study.seeds=4", "teacher.epochs=30", "student.epochs=30"]
 
 
@@ -30,7 +32,10 @@ def points(study: Path) -> dict[str, int]:
 
 def main(arguments: list[str]) -> int:
     """Kill, resume, compare."""
-    given = dict(word.split("=", 1) for word in arguments)
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    given = pairs(arguments)
     kills, recipe = int(given.pop("kills", "20")), given.pop("recipe", "studies/digits_reversal")
     grid = [f"{key}={value}" for key, value in given.items()] or GRID
     random.seed(0)

@@ -20,6 +20,13 @@ import time
 from pathlib import Path
 
 
+def pairs(arguments: list[str]) -> dict[str, str]:
+    """The words of a command line that are all key=value."""
+    if wrong := [word for word in arguments if "=" not in word]:
+        raise SystemExit(f"{wrong[0]}: type key=value, or --help")
+    return dict(word.split("=", 1) for word in arguments)
+
+
 def spent(command: list[str], folder: str) -> tuple[float, float]:
     """CPU and wall-clock seconds of a command and all it starts."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -40,7 +47,12 @@ def overrides(point: dict) -> list[str]:
 
 def main(arguments: list[str]) -> None:
     """Measure and print."""
-    given = {"recipe": "studies/mnist1d_grid", "sample": "3"} | dict(word.split("=", 1) for word in arguments)
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    given = {"recipe": "studies/mnist1d_grid", "sample": "3"} | pairs(arguments)
+    if wrong := given.keys() - {"recipe", "sample", "output"}:
+        raise SystemExit(f"{', '.join(wrong)}: type recipe=, sample= or output=")
     sample, python = int(given["sample"]), [sys.executable, "-m"]
     with tempfile.TemporaryDirectory() as folder:
         output = str(Path(given.get("output", folder)).resolve())

@@ -60,6 +60,7 @@ def help_text(program: str) -> str:
         f"usage: python -m {program} recipe=NAME [key=value ...]",
         "",
         "Trains a teacher, distils a student, trains the same student alone, and says which was better.",
+        "Run it again to go on: a stopped run where it was saved last, a finished one with its result at once.",
         "",
         "recipes",
         *(f"  {name:24} {claim(path)}" for name, path in recipe_files().items()),
@@ -83,6 +84,9 @@ def help_text(program: str) -> str:
         "  replay=DIR    train a finished run again from its recipe, and say whether weights and scores are identical;",
         "                allow_differences=true: with other versions, hardware or data too; output=FOLDER: where",
         "  dry_run=true  build everything, take two steps, print the plan, write nothing",
+        "",
+        "Exit code 0 when it is done, or saved after SIGTERM or SIGUSR1; 1 when it cannot go on (a loss that is not",
+        "finite, a lost process) or a replay differs; 2 when a setting or a file is wrong; 130 after ctrl-C.",
         "",
         f"example: python -m {program} recipe=resnet50_to_18 loss.temperature=2 seed=1",
     ]

@@ -14,7 +14,7 @@ from kd.recipe import ConfigError
 HELP = """usage: python -m kd.evaluate run=DIR [picture=FILE.svg] [data.root=PATH]
 
 Loads the networks of a finished run from their files, scores them on validation and test, prints the table, and
-compares every figure with DIR/result.json. Exit code 1 when one differs by more than 1e-6.
+compares every figure with DIR/result.json. Exit code 1 when one differs by more than 1e-6, 2 when a file is wrong.
 picture=FILE.svg also keeps what was printed as a picture."""
 
 TOLERANCE = 1e-6  # scores are float64 sums over float32 logits, which vary with the number of threads

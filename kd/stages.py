@@ -290,10 +290,11 @@ def check_teacher(run: Run, teacher: Teacher) -> None:
     bound = chance + 2.33 * math.sqrt(chance * (1 - chance) / len(targets))  # one-sided, 1 %
     run.journal.say(f"teacher  validation top-1 {top1:.2%}   (chance {chance:.2%}, {len(targets)} images)")
     if top1 <= bound:
+        hint = "train it longer (teacher.epochs), or check that its classes are in this data set's order"
         raise ConfigError(
             f"teacher.model={run.recipe.teacher.model}: validation top-1 {top1:.2%} is no better than chance "
-            f"(must be > {bound:.2%} on {len(targets)} images): train it longer (teacher.epochs), or check that "
-            f"its classes are in this data set's order"
+            f"(must be > {bound:.2%} on {len(targets)} images): "
+            + (hint if bound < 1 else "so few cannot tell, raise data.val_fraction or add images")
         )
 
 

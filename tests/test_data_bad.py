@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import struct
+import subprocess
 import tempfile
 import zlib
 from pathlib import Path
@@ -205,6 +206,51 @@ def test_a_link_to_a_folder_below_a_class_is_not_left_out_in_silence(kd_train, r
     assert said.startswith(f"data.root: '{root / 'two' / 'more'}' is a link to a folder")
 
 
+def test_folders_as_deep_as_a_path_can_be(root):
+    descriptor = os.open(root / "two", os.O_RDONLY)
+    for _ in range(1500):  # more levels than Python's recursion or a process's open files have
+        os.mkdir("d", dir_fd=descriptor)
+        below = os.open("d", os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = below
+    try:
+        with open(os.open("x.jpg", os.O_CREAT | os.O_WRONLY, dir_fd=descriptor), "wb") as file:
+            file.write(FILES["no image"][0])
+        with pytest.raises(ImageError, match=r"d/x\.jpg'"):
+            load_data(DataConfig(name="toy", family="folder", root=str(root), image_size=24, verify=True), 0)
+    finally:
+        os.close(descriptor)
+        subprocess.run(["rm", "-rf", str(root)], check=True)  # which shutil's recursion cannot
+
+
+@pytest.mark.parametrize(("one", "other"), [("Train", "Val"), ("train", "validation"), ("test", "training")])
+def test_folders_that_look_like_splits_are_no_classes_and_not_left_out(kd_train, tmp_path, one, other):
+    for name in (one, other):
+        make(tmp_path / "images" / name)
+    said = refused(kd_train, tmp_path, *trains(tmp_path / "images"))
+    assert re.search(r": (Train|validation|training)/: folders of splits are called train, val and test", said)
+
+
+def test_classes_may_be_called_like_a_split(tmp_path):
+    make(tmp_path, ("invalid", "valid"))
+    config = DataConfig(name="toy", family="folder", root=str(tmp_path), image_size=24, workers=0)
+    assert load_data(config, 0).class_names == ["invalid", "valid"]
+
+
+@pytest.mark.parametrize(("name", "why"), [("a.jfif", NO_IMAGE), ("a.JPE", NO_IMAGE), ("a.jxl", "is not JPEG, PNG")])
+def test_no_name_of_an_image_is_left_out_in_silence(kd_train, root, tmp_path, name, why):
+    (root / "two" / name).write_bytes(b"x")
+    said = refused(kd_train, tmp_path, *trains(root))
+    assert str(root / "two" / name) in said
+    assert why in said
+
+
+def test_too_few_validation_images_to_tell_a_teacher_from_chance_are_said_to_be_so(kd_train, root):
+    done = kd_train(*trains(root, **{"data.val_fraction": 0.07, "output": "out"}))
+    assert done.code == 2
+    assert re.search(r"must be > 1\d\d\.\d\d% on \d images\): so few cannot tell, raise data.val_fraction", done.err)
+
+
 @pytest.fixture
 def anybody():
     """A folder that everybody may look into, and nobody's rights, as tests may run as root."""
@@ -382,6 +428,7 @@ ARRAYS = {
     "negative label": (GOOD - 1, PIXELS, "toy train: label -1 of image 0: must be 0 to 8"),
     "nan": (GOOD, np.where(np.arange(200)[:, None, None] == 7, np.nan, PIXELS), "toy train: image 7 has a value that"),
     "inf": (GOOD, np.where(np.arange(200)[:, None, None] == 7, np.inf, PIXELS), "toy train: image 7 has a value that"),
+    "no ink": (GOOD, PIXELS + np.float32(0.1), "toy: all values of a channel are the same in all training images"),
     "other type": (GOOD, PIXELS.astype(np.int16), "toy train: its images are torch.int16, must be torch.uint8 or"),
 }
 

@@ -1,7 +1,10 @@
 """The README is true: its code runs, its commands compose, its tree is the tree."""
 
+import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -52,6 +55,25 @@ def test_every_study_command_in_the_readme_composes(command, monkeypatch, capsys
     else:
         composed, *_ = study.compose(words)
         assert composed.name in words[0]
+
+
+MODULES = sorted(set(re.findall(r"python -m ([\w.]+\w)", README)))
+
+
+def test_every_module_that_the_readme_runs_is_there():
+    assert len(MODULES) > 10
+    for name in MODULES:
+        assert importlib.util.find_spec(name), name
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("kd.") or "study" in name])
+def test_help_of_every_command_says_how_it_is_called(name):
+    command = [sys.executable, "-m", name, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"python -m {name}" in done.stdout
+    if name in ("kd.train", "kd.study"):  # what scripts and clusters go by
+        assert re.search(r"go on.*[Ee]xit code 0.* 1 when .*2 when .* 130 after ctrl-C", done.stdout, re.DOTALL)
 
 
 def test_the_make_targets_and_the_main_command_are_the_readmes():

@@ -154,6 +154,30 @@ def test_the_numbers_are_those_of_the_points(written):
     assert row[header.index("test accuracy")] == said
 
 
+def test_pairs_are_made_by_the_seeds_of_points_and_not_by_their_places(tmp_path):
+    study = maker(tmp_path / "study", few=True)
+    right = reading.read(study.write()).differences(study.contrasts[0])
+    shutil.rmtree(study.folder)
+    study.contrasts[0]["a"]["points"].reverse()
+    wrong_order = reading.read(study.write())
+    assert wrong_order.differences(wrong_order.card["contrasts"][0]) == right
+    assert len(right) == 5
+
+
+def test_a_mean_over_fewer_seeds_than_finished_says_so(tmp_path, kd_report):
+    study = maker(tmp_path / "study", few=True)
+    name = study.cells[0]["point"]  # eps 0, T 1, seed 0
+    study.points[name]["metrics"]["test"]["nll"] = None
+    kd_report(study.write())
+    rows = browsed((tmp_path / "study" / "report.md").read_text()).rows
+    header = next(row for row in rows if row[:3] == ["teacher ε", "T", "n"])
+    few, all_ = (
+        row[header.index("test NLL")] for row in rows if row[:3] in (["0", "1", "5 of 5"], ["0", "4", "5 of 5"])
+    )
+    assert few.endswith(" (n = 4)")
+    assert "n =" not in all_
+
+
 def test_the_picture_of_the_interaction_has_the_differences(written):
     root = ElementTree.fromstring((written / "figures" / "interaction-test.top1.svg").read_text())
     texts = ["".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")]

@@ -78,7 +78,9 @@ def test_a_contrast_that_has_not_run_still_counts():
         (FIVE, 0, -1, "negative"),
         ([-1.0, 1.0, 0.5, -0.4], 1, 0, "not distinguished from 0"),
         ([0.1, 1.0, 2.0], 1, 0, "not distinguished from 0"),  # though every resample's mean is above 0
-        ([0.0, 0.0, 0.0], 1, 0, "not distinguished from 0"),
+        ([0.0, 0.0, 0.0], 1, None, "all seeds the same: no interval, nothing can be said"),
+        # the same but for the floats' last place
+        ([0.9 - 0.8, 0.7 - 0.6], 1, None, "all seeds the same: no interval, nothing can be said"),
         ([3.0], 1, None, "one seed: no interval, nothing can be said"),
         ([], 1, None, "no pair of points yet"),
     ],
@@ -92,14 +94,23 @@ def test_a_finding_that_correction_takes_away_says_so():
     found = paired(FIVE)
     assert found.p_t is not None
     assert found.p_t < 0.05 / 2 < 0.05 < 20 * found.p_t
-    assert verdict(found, 20 * found.p_t, 1).words == "negative (worse), not after correction"
+    taken, kept = verdict(found, 20 * found.p_t, 1), verdict(found, 2 * found.p_t, 1)
+    assert taken.words == "negative (worse), not after correction"
+    assert (kept.words, kept.tone, taken.tone) == ("negative (worse)", -1, 0)  # and is not coloured as one that holds
 
 
-def test_differences_that_are_all_equal_have_a_point_for_an_interval():
-    found = paired([0.5] * 5)
-    assert found.t_interval == found.bootstrap_interval == (0.5, 0.5)
-    assert found.p_t == 0
-    assert paired([0.0] * 5).p_t == 1
+@pytest.mark.parametrize("d", [[0.5] * 5, [-0.5] * 5, [0.0] * 5, [0.9 - 0.8, 0.7 - 0.6, 0.5 - 0.4]])
+def test_seeds_that_are_all_the_same_are_no_certainty(d):
+    found = paired(d)
+    assert found.mean == pytest.approx(np.mean(d))
+    assert (found.t_interval, found.bootstrap_interval, found.p_t) == (None, None, None)
+    assert found.p_signs == (1 if not any(d) else 2 / 2 ** len(d))  # which needs no spread
+
+
+def test_differences_that_hardly_differ_keep_their_interval():
+    found = paired([0.5, 0.5 + 1e-6])
+    assert found.t_interval is not None
+    assert found.t_interval[0] < 0.5 < found.t_interval[1]
 
 
 def test_the_bootstrap_is_too_short_with_five_seeds_and_right_with_a_hundred():

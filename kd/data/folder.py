@@ -13,8 +13,11 @@ from kd.data.files import Files
 from kd.data.streams import stream_data
 from kd.recipe import ConfigError, DataConfig
 
-READ = (".jpeg", ".jpg", ".png", ".webp")
-NOT_READ = (".avif", ".bmp", ".gif", ".heic", ".jp2", ".pgm", ".ppm", ".tif", ".tiff")
+SPLITS = ("train", "val", "test")
+READ = (".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp")
+NOT_READ = (".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".pgm", ".ppm", ".tga", ".tif", ".tiff")
+# Of two such folders side by side, either is a split; taken as classes they would make a data set of the wrong task.
+LIKE_SPLITS = (*SPLITS, "dev", "eval", "testing", "training", "valid", "validation")
 
 
 def folder(config: DataConfig, seed: int) -> Data:
@@ -27,7 +30,10 @@ def folder(config: DataConfig, seed: int) -> Data:
     own folder, and none out of them.
     """
     root = data_root(config)
-    given = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+    given = [name for name in SPLITS if (root / name).is_dir()]
+    alike = [name for name in _folders(root) if name.lower() in LIKE_SPLITS]
+    if len(alike) > 1 and (strange := next((name for name in alike if name not in SPLITS), "")):
+        raise ConfigError(f"data.root={root}: {strange}/: folders of splits are called train, val and test; rename it")
     if given and "train" not in given:
         raise ConfigError(f"data.root={root}: has {given[0]}/ but no train/")
     classes = _classes(root / given[0] if given else root)
@@ -49,8 +55,13 @@ def data_root(config: DataConfig) -> Path:
     return root
 
 
+def _folders(path: Path) -> list[str]:
+    with os.scandir(path) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
 def _classes(path: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+    names = _folders(path)
     if len(names) < 2:
         raise ConfigError(
             f"data.root: {path} holds {len(names)} class folders, needs at least 2; images lie in "
@@ -81,18 +92,20 @@ def scan(root: Path, split: Path, classes: list[str]) -> Files:
     return Files(root, np.array(paths), np.array(targets))
 
 
-def _images(root: Path, path: str | os.DirEntry[str]) -> Iterator[str]:
+def _images(root: Path, path: str) -> Iterator[str]:
     """Paths of the images below a class folder. Leaving one out in silence would change the data set."""
-    with os.scandir(path) as entries:  # unlike os.walk it raises for a folder that may not be read
-        for entry in entries:
-            suffix = os.path.splitext(entry.name)[1].lower()
-            hidden = entry.name.startswith(".")  # macOS puts ._cat.jpg beside cat.jpg
-            if not hidden and (suffix in READ + NOT_READ or (entry.is_symlink() and entry.is_dir())):
-                if problem := _problem(root, entry, suffix):
-                    raise ConfigError(f"data.root: {entry.path!r} {problem}")
-                yield entry.path
-            elif entry.is_dir(follow_symlinks=False):
-                yield from _images(root, entry)
+    left = [path]  # no recursion: it would end, and hold a descriptor for each level, at a thousand
+    while left:
+        with os.scandir(left.pop()) as entries:  # unlike os.walk it raises for a folder that may not be read
+            for entry in entries:
+                suffix = os.path.splitext(entry.name)[1].lower()
+                hidden = entry.name.startswith(".")  # macOS puts ._cat.jpg beside cat.jpg
+                if not hidden and (suffix in READ + NOT_READ or (entry.is_symlink() and entry.is_dir())):
+                    if problem := _problem(root, entry, suffix):
+                        raise ConfigError(f"data.root: {entry.path!r} {problem}")
+                    yield entry.path
+                elif entry.is_dir(follow_symlinks=False):
+                    left.append(entry.path)
 
 
 def _problem(root: Path, entry: os.DirEntry[str], suffix: str) -> str:

@@ -155,6 +155,8 @@ def tensor_data(
     parts = draw(config, {name: targets for name, (_, targets) in given.items()}, class_names)
     values = {name: (given[part.given][0][part.index], torch.from_numpy(part.targets)) for name, part in parts.items()}
     mean, std = channel_statistics(values["train"][0])
+    if not (std > 1e-6 * mean.abs()).all():  # 0 but for rounding, or its nan: nothing can be divided by it
+        raise ConfigError(f"{config.name}: all values of a channel are the same in all training images")
     per_image = "c -> c 1 1" if len(stored) == 3 else "c -> c"
     shared = rearrange(mean.float(), per_image), rearrange(std.float(), per_image), config, seed
     splits = {

@@ -10,7 +10,7 @@ from kd.report.blocks import Block, Cell, Figure, Finding, Findings, Fold, Secti
 from kd.report.reading import Study
 from kd.report.statistics import EXACT, Paired, Verdict, bootstrap_coverage, holm, paired, verdict
 
-TONES = {1: "positive", -1: "negative", 0: "null", None: "null"}
+TONES = {1: "positive", -1: "negative", 0: "null"}
 Result = tuple[dict[str, Any], Paired, float | None, float | None, Verdict]
 
 
@@ -22,7 +22,7 @@ def section(study: Study) -> Section:
         return Section(
             "contrasts", "Findings", title, [Text("This study declares no contrasts: nothing here is a test.")]
         )
-    rows = [(_name(c), c["metric"], pair, v.sign) for c, pair, _, _, v in found]
+    rows = [(_name(c), c["metric"], pair, v.tone) for c, pair, _, _, v in found]
     blocks: list[Block] = [Findings([_finding(result) for result in found])]
     if any(pair.n for _, pair, *_ in found):
         caption = (
@@ -68,7 +68,7 @@ def _finding(result: Result) -> Finding:
     if pair.t_interval:
         detail += f", 95 % t interval {words.interval(pair.t_interval, column)}"
     value = f"{words.difference(pair.mean, column)}{_units(column) if pair.n else ''}"
-    return Finding(_name(contrast), value, shows.words, detail, TONES[shows.sign])
+    return Finding(_name(contrast), value, shows.words, detail, TONES[shows.tone])
 
 
 def _table(study: Study, found: list[Result]) -> Table:
@@ -97,7 +97,7 @@ def _table(study: Study, found: list[Result]) -> Table:
                 words.interval(pair.bootstrap_interval, column),
                 " / ".join(map(str, counts)),
                 *map(words.probability, (pair.p_t, t, pair.p_signs, signs)),
-                Cell(shows.words, TONES[shows.sign]),
+                Cell(shows.words, TONES[shows.tone]),
             ]
         )
     note = "Accuracies and other shares in percentage points; paired by seed." if _shares(found) else "Paired by seed."

@@ -20,7 +20,7 @@ COLUMNS = 4
 WIDTH = 11.2  # inches, of a page
 DASHES = {"hard": (0, (5, 2)), "smoothed": (0, (1, 1.5)), "bayes": (0, (5, 1.5, 1, 1.5))}
 CONTROLS = {"hard": "control: hard labels", "smoothed": "control: smoothed labels", "bayes": "control: Bayes labels"}
-TONES = {1: POSITIVE, -1: NEGATIVE, 0: NULL, None: NULL}
+TONES = {1: POSITIVE, -1: NEGATIVE, 0: NULL}
 
 
 @dataclass
@@ -206,8 +206,8 @@ def _heat(ax: Axes, panel: Heat, largest: float, column: str) -> None:
     ax.spines[:].set_visible(False)
 
 
-def forest(rows: Sequence[tuple[str, str, Paired, int | None]], label: str) -> str:
-    """Contrasts as (name, column, found, sign): seeds as dots, the t interval as a bar, the bootstrap's as a line."""
+def forest(rows: Sequence[tuple[str, str, Paired, int]], label: str) -> str:
+    """Contrasts as (name, column, found, tone): seeds as dots, the t interval as a bar, the bootstrap's as a line."""
     percent = [row for row in rows if words.metric(row[1]).percent]
     groups = [percent] if percent else []
     for column in dict.fromkeys(row[1] for row in rows if row not in percent):
@@ -231,10 +231,10 @@ def forest(rows: Sequence[tuple[str, str, Paired, int | None]], label: str) -> s
         return finish(figure, label)
 
 
-def _forest_row(ax: Axes, place: int, row: tuple[str, str, Paired, int | None]) -> None:
-    _, column, found, sign = row
+def _forest_row(ax: Axes, place: int, row: tuple[str, str, Paired, int]) -> None:
+    _, column, found, tone = row
     scale = 100 if words.metric(column).percent else 1
-    colour = TONES[sign]
+    colour = TONES[tone]
     if found.t_interval and found.bootstrap_interval:
         ax.plot(
             [scale * x for x in found.t_interval], [place] * 2, color=colour, lw=6, alpha=0.35, solid_capstyle="butt"
@@ -264,8 +264,8 @@ def reliability(panels: Sequence[Bins], label: str) -> str:
         for ax, panel in zip(axes, panels, strict=True):
             full = panel.count > 0
             share = panel.count / max(1, panel.count.sum())
-            edges = (np.arange(len(share)) + 0.5) / len(share)
-            ax.bar(edges, share, width=0.9 / len(share), color=NULL, alpha=0.35, linewidth=0)
+            centres = (np.arange(len(share)) + 0.5) / len(share)
+            ax.bar(centres, share, width=0.9 / len(share), color=NULL, alpha=0.35, linewidth=0)
             ax.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=(0, (4, 2)))
             ax.plot(
                 panel.confidence[full], panel.accuracy[full], color=category(0), marker="o", ms=4, mec=PAGE, mew=0.6

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,16 +137,19 @@ class Study:
         return Facets(x, line, tuple(rest), left[0] if left and line is None else None)
 
     def differences(self, contrast: Mapping[str, Any]) -> dict[int, float]:
-        """a - b by seed, less minus.a - minus.b where there is one, for the seeds that have all of it."""
-        column, minus = contrast["metric"], contrast.get("minus")
+        """a - b by seed, less minus.a - minus.b where there is one, for the seeds that have all of it.
+
+        By the seed that each point says it had, not by its place among the side's points.
+        """
+        minus = contrast.get("minus")
         signed = [(1, contrast["a"]), (-1, contrast["b"])]
         signed += [(-1, minus["a"]), (1, minus["b"])] if minus else []
-        found = {}
-        for i, seed in enumerate(self.card["seeds"]):
-            terms = [(sign, self.value(side["points"][i], column)) for sign, side in signed if i < len(side["points"])]
-            if len(terms) == len(signed) and all(value is not None for _, value in terms):
-                found[seed] = sum(sign * value for sign, value in terms)  # type: ignore[operator]
-        return found
+        terms = [(sign, self._by_seed(side["points"], contrast["metric"])) for sign, side in signed]
+        both = [seed for seed in self.card["seeds"] if all(seed in values for _, values in terms)]
+        return {seed: sum(sign * values[seed] for sign, values in terms) for seed in both}
+
+    def _by_seed(self, points: Sequence[str], column: str) -> dict[int, float]:
+        return self.values({point["seed"]: i for i in points if (point := self.points.get(i))}, column)
 
     def states(self) -> dict[str, list[str]]:
         """Points by state: finished, failed, missing."""

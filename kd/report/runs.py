@@ -84,9 +84,15 @@ def _means(study: Study, title: str, axes: list[str], groups: Mapping[Key, BY_SE
     for key, points in groups.items():
         n = sum(1 for i in points.values() if (study.points.get(i) or {}).get("state") == "finished")
         names = [words.choice(axis, value) for axis, value in zip(axes, key, strict=True)] or ["all"]
-        cells = [words.spread(list(study.values(points, column).values()), column) for column in shown]
+        cells = [_spread([*study.values(points, column).values()], column, n) for column in shown]
         rows.append([*names, f"{n} of {len(study.card['seeds'])}", *cells])
     return Table(title, header, rows)
+
+
+def _spread(values: list[float], column: str, n: int) -> str:
+    """Mean and deviation; where some of the n points lack the metric, of how many they are."""
+    few = f" (n = {len(values)})" if 0 < len(values) < n else ""
+    return words.spread(values, column) + few
 
 
 def _controls(study: Study) -> Block:

@@ -21,6 +21,8 @@ class Paired:
     """The differences of one contrast, one for each seed that has both sides.
 
     `t_interval` and `bootstrap_interval` are for the mean at 95 %; they and the p values are None below two seeds.
+    Where all seeds have the same difference, intervals and `p_t` are None too: a few hundred test samples give equal
+    counts by chance, and an interval of no width would be certain of them.
     """
 
     differences: tuple[float, ...]
@@ -43,6 +45,8 @@ def paired(differences: Sequence[float]) -> Paired:
     if len(d) < 2:
         return Paired(tuple(d.tolist()), d.item() if len(d) else None, None, None, None, None, None)
     mean, sd = d.mean().item(), d.std(ddof=1).item()
+    if np.ptp(d) <= 1e-9 * np.abs(d).max():  # 0.9 - 0.8 and 0.7 - 0.6 are not the same float
+        return Paired(tuple(d.tolist()), mean, 0.0, None, None, None, p_signs(d))
     return Paired(tuple(d.tolist()), mean, sd, t_interval(d), bootstrap_interval(d), p_t(d), p_signs(d))
 
 
@@ -61,9 +65,7 @@ def bootstrap_interval(d: np.ndarray) -> Interval:
 
 
 def p_t(d: np.ndarray) -> float:
-    """Two-sided p of the paired t test; differences that are all equal have 1 at zero and 0 elsewhere."""
-    if np.ptp(d) == 0:
-        return float(d[0] == 0)
+    """Two-sided p of the paired t test; of differences that are not all equal."""
     return float(stats.ttest_1samp(d, 0.0).pvalue)
 
 
@@ -97,10 +99,19 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a contrast shows: `sign` is -1, 0 or 1, None where there are fewer than two seeds."""
+    """What a contrast shows: `sign` is -1, 0 or 1, None where there is no interval.
+
+    `holds` is whether a sign stays after correction; one that does not is drawn as if there were none.
+    """
 
     sign: int | None
     words: str
+    holds: bool = True
+
+    @property
+    def tone(self) -> int:
+        """The sign that it is coloured by."""
+        return self.sign if self.sign and self.holds else 0
 
 
 def verdict(found: Paired, adjusted: float | None, better: int = 0) -> Verdict:
@@ -109,14 +120,16 @@ def verdict(found: Paired, adjusted: float | None, better: int = 0) -> Verdict:
     `better` is 1 where a higher metric is better, -1 where a lower one is, 0 where neither can be said.
     """
     if found.t_interval is None:
-        return Verdict(None, "one seed: no interval, nothing can be said" if found.n else "no pair of points yet")
+        why = ("no pair of points yet", "one seed: no interval, nothing can be said")
+        return Verdict(None, (*why, "all seeds the same: no interval, nothing can be said")[min(found.n, 2)])
     low, high = found.t_interval
     if low <= 0 <= high:
         return Verdict(0, "not distinguished from 0")
     sign = 1 if low > 0 else -1
     side = "" if not better else " (better)" if sign == better else " (worse)"
     weak = adjusted is None or adjusted >= 1 - LEVEL
-    return Verdict(sign, ("positive" if sign > 0 else "negative") + side + (", not after correction" if weak else ""))
+    words = ("positive" if sign > 0 else "negative") + side
+    return Verdict(sign, f"{words}, not after correction" if weak else words, holds=not weak)
 
 
 @cache

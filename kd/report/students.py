@@ -81,12 +81,14 @@ def _against(study: Study, column: str) -> list[Block]:
         each.ylabel = ""
     heading = f"{about.label[0].upper()}{about.label[1:]} against {words.axis(facets.x)}{warning(study, column)}"
     caption = "Mean over seeds; bands are one standard deviation to each side."
+    if len(study.card["seeds"]) == 1:
+        caption = "One seed: no band."
+    if not facets.rows and study.ordered(x):
+        caption += f" The values of {words.axis(x)} stand evenly, not to scale."
     if any(each.controls for each in panels):
         caption += " Horizontal lines: the controls' means."
     else:
         caption += " No control is drawn: there is none, or it changes along the drawing; see the tables."
-    if len(study.card["seeds"]) == 1:
-        caption = "One seed: no band."
     if len(chosen) > MOST:
         caption += f" The first {MOST} of {len(chosen)} panels."
     ordered = line is None or study.ordered(line)

@@ -46,6 +46,9 @@ def help_text() -> str:
         "  dry_run=true         count the points, estimate the time, write nothing",
         "  --cfg job            print the resolved recipe and stop",
         "",
+        "Exit code 0 when every point is finished, or SIGTERM or SIGUSR1 stopped it; 1 when a point has failed;",
+        "2 when a setting or a file is wrong; 130 after ctrl-C. python -m kd.report FOLDER makes its page.",
+        "",
         f"example: python -m {PROGRAM} recipe={FOLDER}/mnist1d_grid study.seeds=2 loss.temperature=1,4",
     ]
     return "\n".join(lines)
