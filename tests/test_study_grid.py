@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from kd.recipe import ConfigError, DataConfig, LossConfig, OptimizerConfig, Recipe, TeacherConfig
-from kd.study.grid import flat, labelled, plan, sides_of
+from kd.study.axes import labelled
+from kd.study.grid import flat, plan, sides_of
 from kd.study.jobs import CHUNK, Job, jobs
 from kd.study.schema import Contrast, Sides, StudyConfig, StudyRecipe
 

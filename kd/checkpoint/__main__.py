@@ -140,6 +140,8 @@ def main(words: list[str]) -> int:
     if not words or {"-h", "--help"} & set(words):
         print(HELP)
         return 0
+    for word in words:
+        cli.check_text(word)
     if words[0] != "verify" or len(words) == 1 or any(word.startswith("-") for word in words):
         cli.fail(f"{' '.join(words)}: type verify PATH [PATH ...]; --help says more")
     return verify([Path(word) for word in words[1:]])
