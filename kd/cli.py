@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from kd import methods, strict
 from kd.kinds import check_kind, check_kinds, given, settings, wrong_type
 from kd.recipe import PACKAGE, ConfigError, Recipe, allowed
-from kd.words import check_text, check_word, check_words, plain
+from kd.words import check_word, check_words, plain
 
 USAGE = 2  # exit code of a command line that cannot work
 STUDIES = "studies"  # the folder of the recipes that are studies

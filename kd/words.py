@@ -35,7 +35,7 @@ def check_word(word: str) -> None:
         raise ConfigError(f"{word}: settings cannot be removed; type {key[1:]}=VALUE")
     if key.startswith("++"):
         raise ConfigError(f"{word}: type {key[2:]}=VALUE without ++ before it")
-    if key == "hydra/launcher" and not re.fullmatch(r"[^\W\d]\w*", value):
+    if key == "hydra/launcher" and not re.fullmatch(r"(?i)(?!(true|false|null|nan|inf)$)[^\W\d]\w*", value):
         raise ConfigError(f"{word}: must be the name of a launcher such as basic or joblib")
     if re.search(r"\d{100}", value):  # no float holds 310 digits
         raise ConfigError(f"{word[:60]}...: too many digits; numbers have fewer than 100")

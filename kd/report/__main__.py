@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kd import cli
 from kd.recipe import ConfigError
+from kd.words import check_text
 
 HELP = """usage: python -m kd.report DIR [html=FILE.html] [markdown=FILE.md] [figures=FOLDER]
 
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> int:
         print(HELP)
         return 0
     for argument in arguments:
-        cli.check_text(argument)
+        check_text(argument)
     given = dict(
         argument.split("=", 1) for argument in arguments if "=" in argument and argument.split("=")[0] in FILES
     )
