@@ -245,7 +245,7 @@ def test_dry_run_counts_and_writes_nothing(kd_study, tmp_path):
         (["loss.temperature=1_0,2"], "loss.temperature=1_0: must be a number"),
         (["loss.temperature=1,2", "loss.temperature=4"], "loss.temperature is given twice"),
         (["loss.methods.dkd.weight=-1,1"], "loss.methods.dkd.weight=-1: must be a finite number"),
-        (["study.engine=runs", "loss.methods.dkd.wait=1,2"], "loss.methods.dkd.wait: no such setting"),
+        (["optimizer.name=lamb", "loss.methods.dkd.wait=1,2"], "loss.methods.dkd.wait: no such setting"),
         (["study.controls=[soft]"], "must be some of hard, smoothed, bayes"),
         (["+study.contrasts.0.a.seed=1"], "seed is no axis; type study.seeds=N"),
         (["optimizer.name=lamb", "study.engine=population"], "population: cannot train a student, optimizer.name=lamb"),
@@ -280,15 +280,13 @@ def test_the_values_of_an_axis_are_read_as_in_a_recipe(monkeypatch, tiny_study, 
     assert axes["loss.methods.x.weight"] == [10, 0.5]
 
 
-def test_a_contrast_may_be_of_every_metric_that_is_measured_and_no_other(finished, kd_study):
+def test_a_contrast_may_be_of_every_metric_that_is_measured_and_no_other(finished):
     found = {column for column in load(STUDY).columns if column.split(".")[0] in METRICS}
     known = {f"{split}.{name}" for split, names in METRICS.items() for name in names}
     assert found - {"test.transfer_efficiency"} <= known
     assert {name.split(".")[1] for name in known - found} == {
         "omitted_recall", "omitted_recall_corrected", "omitted_auroc"
     }  # fmt: skip
-    done = kd_study("+study.contrasts.0.metric=test.topp1", "dry_run=true")
-    assert "did you mean test.top1" in done.err
 
 
 def test_a_narrower_grid_leaves_out_the_contrasts_that_it_has_no_points_for(kd_study):
