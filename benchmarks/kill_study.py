@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from kd import strict
+
 GRID = ["set=digits", "study.seeds=4", "teacher.epochs=30", "student.epochs=30"]
 
 
@@ -31,7 +33,7 @@ def points(study: Path) -> dict[str, int]:
 def main(arguments: list[str]) -> int:
     """Kill, resume, compare."""
     given = dict(word.split("=", 1) for word in arguments)
-    kills, recipe = int(given.pop("kills", "20")), given.pop("recipe", "studies/digits_reversal")
+    kills, recipe = strict.whole(given.pop("kills", "20"), "kills"), given.pop("recipe", "studies/digits_reversal")
     grid = [f"{key}={value}" for key, value in given.items()] or GRID
     random.seed(0)
     with tempfile.TemporaryDirectory() as folder:

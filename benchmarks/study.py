@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from kd.strict import whole
+
 
 def spent(command: list[str], folder: str) -> tuple[float, float]:
     """CPU and wall-clock seconds of a command and all it starts."""
@@ -41,7 +43,7 @@ def overrides(point: dict) -> list[str]:
 def main(arguments: list[str]) -> None:
     """Measure and print."""
     given = {"recipe": "studies/mnist1d_grid", "sample": "3"} | dict(word.split("=", 1) for word in arguments)
-    sample, python = int(given["sample"]), [sys.executable, "-m"]
+    sample, python = whole(given["sample"], "sample"), [sys.executable, "-m"]
     with tempfile.TemporaryDirectory() as folder:
         output = str(Path(given.get("output", folder)).resolve())
         study, wall = spent([*python, "kd.study", f"recipe={given['recipe']}", f"output={output}"], folder)

@@ -141,6 +141,13 @@ def values(text: str) -> list[Any] | None:
         return None
 
 
+def whole(text: str, at: str) -> int:
+    """A whole number ≥ 1 in decimal digits; `at` names it in the ConfigError that is raised."""
+    if not re.fullmatch(r"0*[1-9][0-9]{0,11}", text):
+        raise ConfigError(f"{at}={text}: must be a whole number ≥ 1")
+    return int(text)
+
+
 def check_text_keys(values: Any, at: str) -> None:
     """Raise ConfigError, which begins with `at`, for a key in a mapping that is no text."""
     for key, inner in values.items() if isinstance(values, dict) else ():

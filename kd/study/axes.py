@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from functools import cache
 from typing import Any
 
 from kd import cli, methods, strict
-from kd.recipe import ConfigError, Recipe
+from kd.recipe import ConfigError
 from kd.study.schema import FIRST, LOSS, StudyRecipe
 
 METHODS = re.compile(r"loss\.methods\.\w+(\.\w+)?")
@@ -29,8 +28,7 @@ def labelled(grid: Mapping[str, Any]) -> dict[str, dict[Any, Settings]]:
         elif axis == LOSS:
             found[axis] = {value: _method(value) for value in _several(at, values)}
         elif axis in known or METHODS.fullmatch(axis):
-            levels = [_level(axis, value) for value in _several(at, values)]
-            found[axis] = {value: {axis: value} for value in _different(at, levels)}
+            found[axis] = {value: {axis: value} for value in _several(at, values)}
         else:
             raise ConfigError(f"study.grid: {cli.no_such_setting(axis)}")
         if not found[axis]:
@@ -64,28 +62,6 @@ def _different(at: str, values: list[Any]) -> list[Any]:
         if value in values[:i]:
             raise ConfigError(f"{at}: {value} is given twice; keep one")
     return values
-
-
-@cache
-def _schema() -> Any:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.structured(Recipe)
-
-
-def _level(axis: str, value: Any) -> Any:
-    """A value as its setting has it, so that 1 and 1.0 are one level; a reference waits for its point."""
-    if axis not in cli.settings() or (isinstance(value, str) and "${" in value):
-        return value
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    cli.check_kind(axis, value)
-    try:
-        OmegaConf.update(_schema(), axis, value)
-        return OmegaConf.select(_schema(), axis)
-    except OmegaConfBaseException as error:
-        raise ConfigError(cli.wrong_type(axis, value, str(error).splitlines()[0])) from error
 
 
 def _spelled(settings: Mapping[Any, Any]) -> Settings:
