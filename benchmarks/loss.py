@@ -16,6 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from kd.recipe import ConfigError
+from kd.strict import whole
+
 SHAPES = "8x10,256x100,1024x1000,128x21841,64x128256"
 LINEAR = "2048x512x32768"
 
@@ -261,10 +264,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _sizes(text: str, count: int, form: str) -> tuple[int, ...]:
     try:
-        sizes = tuple(int(part) for part in text.split("x"))
-    except ValueError:
+        sizes = tuple(_at_least_one(part) for part in text.split("x"))
+    except argparse.ArgumentTypeError:
         sizes = ()
-    if len(sizes) != count or min(sizes) < 1:
+    if len(sizes) != count:
         raise argparse.ArgumentTypeError(f"{text!r}: must be {form}, whole numbers ≥ 1")
     return sizes
 
@@ -286,9 +289,10 @@ def _dtypes(text: str) -> list[str]:
 
 
 def _at_least_one(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number ≥ 1")
-    return int(text)
+    try:
+        return whole(text, "it")
+    except ConfigError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number ≥ 1") from None
 
 
 def _out(text: str) -> Path:

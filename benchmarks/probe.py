@@ -51,10 +51,10 @@ def recipe(task: Task, mass: float, seed: int, output: str) -> Recipe:
     teacher: dict[str, Any] = {"model": task.model, "label_smoothing": mass}
     config = OmegaConf.merge(
         OmegaConf.structured(Recipe),
-        OmegaConf.load(cli.recipe_files("data")[task.data]),
+        cli.read_recipe(cli.recipe_files("data")[task.data]),
         own | {"teacher": teacher, "student": {"model": "mlp_tiny"}},
-        OmegaConf.from_dotlist(list(task.changes)),
     )
+    cli.override(config, list(task.changes))
     return cli.typed(config)
 
 

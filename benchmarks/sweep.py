@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
 from benchmarks.methods import pure
-from kd.checkpoint import read_json
+from kd.replay import saved_recipe
+from kd.stored import read_result
 
 ROOT = Path(__file__).parent.parent
 CONTROL = "labels alone"
@@ -37,8 +37,8 @@ def gather(folder: Path, names: Sequence[str], seeds: int) -> Scores:
     """What the runs in a folder gave on the test split, with their last weights."""
     found: Scores = {name: {} for name in (CONTROL, *names)}
     for path in sorted(folder.glob("*/result.json")):
-        recipe, result = OmegaConf.load(path.with_name("recipe.yaml")), read_json(path)
-        name, seed = "+".join(recipe.loss.methods) or "kd", int(recipe.seed)
+        recipe, result = saved_recipe(path.with_name("recipe.yaml")), read_result(path)
+        name, seed = "+".join(recipe.loss.methods) or "kd", recipe.seed
         if name not in found or seed >= seeds:
             continue
         if seed in found[name]:

@@ -52,10 +52,14 @@ def check_places(recipe: Recipe) -> None:
     check_own("run", folder, *(folder / stage / inner for stage in STAGES for inner in ("", CHECKPOINTS)))
     if recipe.name == "teachers":
         raise ConfigError("name=teachers: is the folder of trained teachers; choose another name")
-    output = Path(recipe.output)
-    existing = next(path for path in (output, *output.resolve().parents) if path.exists())
-    if not recipe.output or not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"output={recipe.output}: must be a folder that exists or can be made")
+    check_output(recipe.output)
+
+
+def check_output(output: str) -> None:
+    """Raise ConfigError for an output folder that is none and cannot be made."""
+    existing = next(path for path in (Path(output), *Path(output).resolve().parents) if path.exists())
+    if not output or not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"output={output}: must be a folder that exists or can be made")
 
 
 def check_own(key: str, *folders: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kd import methods, strict
+from kd.kinds import check_kind, check_kinds, given, settings, wrong_type
 from kd.recipe import PACKAGE, ConfigError, Recipe, allowed
 from kd.words import check_word, check_words, plain
 
@@ -43,15 +44,6 @@ def claim(path: Path) -> str:
     with path.open(errors="replace") as file:
         found = re.search(r"^# claim:\s*(.+)$", file.read(strict.MAX_BYTES), re.MULTILINE)
     return plain(found[1]) if found else ""
-
-
-def settings(schema: type = Recipe, prefix: str = "") -> dict[str, Any]:
-    """Every setting's dotted name with its dataclass field."""
-    found: dict[str, Any] = {}
-    for f in fields(schema):
-        nested = f.default_factory if is_dataclass(f.default_factory) else None
-        found |= settings(nested, f"{prefix}{f.name}.") if nested else {f"{prefix}{f.name}": f}  # type: ignore[arg-type]
-    return found
 
 
 def help_text(program: str) -> str:
@@ -167,6 +159,8 @@ def read_recipe(path: Path, schema: type = Recipe) -> dict[str, Any]:
             raise ConfigError(f"{path}: {no_such_setting(str(key), schema)}")
         if known.get(key) and not isinstance(value, dict):
             raise ConfigError(f"{path}: {wrong_type(key, value, '', schema)}")
+    for key, value in given(values, schema):
+        check_kind(key, value, schema, f"{path}: ")
     return values
 
 
@@ -180,6 +174,8 @@ def losses(word: str) -> list[str]:
     """The values of `loss=A,[B,C]` as Hydra is to know them, `A` and `B+C`: in its grammar a list is a sweep's."""
     if not word.startswith("loss="):
         return []
+    if word.count("[") != word.count("]"):
+        raise ConfigError(f"{word}: cannot be read; type loss=A, or loss=[A,B] for both together")
     values = re.findall(r"\[[^\]]*\]|[^,\[\]]+", word.removeprefix("loss=")) or [""]
     return [re.sub(r"\s*,\s*", "+", value.strip("[] ")) for value in values]
 
@@ -216,6 +212,9 @@ def typed(config: Any, schema: type = Recipe) -> Any:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except RecursionError as error:
         raise ConfigError("settings refer to each other in a circle: ${...} must end at a value") from error
+    assert isinstance(values, dict)
+    for section in ("teacher", "student", "loss"):  # which have free mappings
+        strict.check_text_keys(values[section], section)
     for name, value in strict.leaves(values):
         # In a free mapping such as teacher.model_kwargs nothing else looks at it, and JSON could not keep it.
         if isinstance(value, float) and not math.isfinite(value) and name not in settings(schema):
@@ -278,24 +277,6 @@ def explain(error: Exception, schema: type = Recipe, folder: str = "") -> str:
     return f"{full_key}{': ' if full_key else ''}{' '.join(dict.fromkeys(said[:3]))}"
 
 
-def wrong_type(key: str, value: Any, cause: str, schema: type = Recipe) -> str:
-    """What to say of a value that is not of its setting's type."""
-    field = settings(schema).get(key)
-    if field is None:
-        section = [name for name in settings(schema) if name.startswith(f"{key}.")]
-        return (
-            f"{key}={value}: is a group of settings; type for example {section[0]}=..."
-            if section
-            else f"{key}: {cause}"
-        )
-    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    kinds |= {"list[int]": "a list of whole numbers such as [30,60]", "list[str]": "a list of names such as [layer1]"}
-    kinds |= {"dict": "given as +NAME.KEY=VALUE"}
-    kind = next((words for name, words in kinds.items() if str(field.type).startswith(name)), str(field.type))
-    limits = allowed(field.metadata)
-    return f"{key}={value}: must be {kind}{f' {limits}' if limits else ''} ({field.metadata['doc']})"
-
-
 @contextmanager
 def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> Iterator[None]:
     """Turn what a user can mend into one line on stderr and an exit code; let our own mistakes keep their traceback."""
@@ -329,6 +310,17 @@ def fail(message: str, code: int = USAGE, everyone: bool = False) -> NoReturn:
     raise SystemExit(code)
 
 
+def check_target(word: str) -> None:
+    """Raise ConfigError where the file that key=FILE names could not be written: before the work, not after it."""
+    path = Path(word.partition("=")[2])
+    if not path.parent.is_dir():
+        raise ConfigError(f"{word}: no such folder {path.parent}")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{word}: is there and no file; name another")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{word}: {path.parent} cannot be written to; name a file elsewhere")
+
+
 def override(config: Any, words: list[str]) -> None:
     """Change a config by words such as data.root=PATH, whose values are read as in a recipe. Raises ConfigError."""
     from omegaconf import OmegaConf
@@ -336,7 +328,8 @@ def override(config: Any, words: list[str]) -> None:
     for word in words:
         check_word(word)
         key, _, text = word.partition("=")
-        OmegaConf.update(config, key, strict.value(text, word))
+        check_kind(key, value := strict.value(text, word))
+        OmegaConf.update(config, key, value)
 
 
 def command(program: str, run: Callable[..., int]) -> None:
@@ -365,6 +358,7 @@ def command(program: str, run: Callable[..., int]) -> None:
             if code:
                 raise SystemExit(code)
 
+        check_kinds(words)
         register(words)
         spelled = {word: f"loss={','.join(losses(word))}" for word in words if word.startswith("loss=")}
         sys.argv[1:] = [spelled.get(word, word) for word in words]

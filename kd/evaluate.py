@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kd import cli
 from kd.recipe import ConfigError
+from kd.stored import leaves, read_result
 
 HELP = """usage: python -m kd.evaluate run=DIR [picture=FILE.svg] [data.root=PATH]
 
@@ -20,45 +20,37 @@ picture=FILE.svg also keeps what was printed as a picture."""
 TOLERANCE = 1e-6  # scores are float64 sums over float32 logits, which vary with the number of threads
 
 
-def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of nested dicts with its dotted name."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        elif isinstance(value, float):
-            yield f"{prefix}{key}", value
-
-
 def evaluate(folder: Path, picture: str | None, overrides: list[str]) -> int:
     """Print the recomputed table and the largest difference; returns the exit code."""
     from omegaconf import OmegaConf
     from rich.console import Console
 
     from kd import results, stages
-    from kd.checkpoint import laid_out, read_json
+    from kd.checkpoint import CheckpointError
     from kd.recipe import Recipe
 
     if not folder.is_dir():
         raise ConfigError(f"run={folder}: no such folder; give the folder of a finished run")
     for name in ("recipe.yaml", "result.json"):
-        if not (folder / name).is_file():
-            raise ConfigError(f"run={folder}: holds no {name}; give the folder of a finished run")
+        if not (folder / name).is_file() or len(folder.parents) < 2:
+            raise ConfigError(f"run={folder}: holds no {name}; give the folder of a finished run, OUTPUT/NAME/RUN")
+    stored = read_result(path := folder / "result.json")
     config = OmegaConf.merge(OmegaConf.structured(Recipe), cli.read_recipe(folder / "recipe.yaml"))
     cli.override(config, overrides)
     recipe = cli.typed(config)
     recipe.tracker = "none"
     recipe.output = str(folder.parents[1])  # where it is now, with its teachers, not where it was trained
     run = stages.prepare(recipe)
-    stored = read_json(folder / "result.json")
     run.folder = folder
-    with laid_out(folder / "result.json"):
-        run.teacher_folder = folder.parents[1] / "teachers" / Path(stored["teacher"]["weights"]).parent.name
+    run.teacher_folder = folder.parents[1] / "teachers" / Path(stored["teacher"]["weights"]).parent.name
     scores = results.score(run, results.networks(run))
+    was, found = dict(leaves(stored)), dict(leaves(scores))
+    for name in found:
+        if name not in was:
+            raise CheckpointError(f"{path}: {name} is missing; give the result of a finished run")
     console = Console(record=True, width=run.journal.console.width)
-    with laid_out(folder / "result.json"):
-        results.print_result({**stored, **{k: stored.get(k, {}) | v for k, v in scores.items()}}, console)
-        was = dict(leaves({key: stored[key] for key in scores}))
-        worst, name = max((abs(value - was[name]), name) for name, value in leaves(scores))
+    results.print_result({key: stored[key] | value for key, value in scores.items()}, console)
+    worst, name = max((abs(value - was[name]), name) for name, value in found.items())
     if picture:
         save_picture(console, Path(picture), f"python -m kd.train recipe={recipe.name}")
     print(f"largest difference to result.json: {worst:.2g} ({name})")
@@ -90,10 +82,10 @@ def main(arguments: list[str]) -> int:
             f"{' '.join(arguments)}: type run=DIR, picture=FILE.svg to keep the table, and data.root=PATH where the "
             f"data set has moved"
         )
-    if not given.get("picture", ".svg").endswith(".svg"):
-        raise ConfigError(f"picture={given['picture']}: must end in .svg")
-    if not (place := Path(given.get("picture", ".svg")).parent).is_dir():
-        raise ConfigError(f"picture={given['picture']}: no such folder {place}")
+    if "picture" in given:
+        if not given["picture"].endswith(".svg"):
+            raise ConfigError(f"picture={given['picture']}: must end in .svg")
+        cli.check_target(f"picture={given['picture']}")
     return evaluate(Path(given["run"]).resolve(), given.get("picture"), others)
 
 

@@ -5,7 +5,6 @@ The folder, with recipe.yaml and result.json, may be a stranger's: every value i
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,16 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd import cli
-from kd.evaluate import leaves
 from kd.recipe import ConfigError, Recipe, content_hash, identity
+from kd.stored import leaves, read_result
 from kd.words import plain
 
 if TYPE_CHECKING:
     from kd.stages import Run
 
 WORDS = ("replay", "allow_differences", "output", "data.root")
-MAX_BYTES = 16 * 2**20  # a thousand times what a run writes
-OLD, NEW = Path("the old result.json"), Path("the new result.json")
 NETWORKS = ("teacher", "student", "control")
 
 
@@ -64,7 +61,7 @@ def main(words: list[str], run: Callable[..., int]) -> int:
 
     if code := run(recipe, check):
         return code
-    return report(past.result, _json(Path(recipe.output) / recipe.name / recipe.run / "result.json"))
+    return report(past.result, read_result(Path(recipe.output) / recipe.name / recipe.run / "result.json"))
 
 
 def _given(words: list[str]) -> dict[str, str]:
@@ -83,22 +80,22 @@ def _given(words: list[str]) -> dict[str, str]:
 
 
 def read(path: Path) -> Past:
-    """A finished run from its folder or its result.json. Raises ConfigError that names what is missing or wrong."""
+    """A finished run from its folder or its result.json.
+
+    Raises ConfigError or CheckpointError, which name what is missing or wrong.
+    """
     folder = (path if path.is_dir() else path.parent).resolve()
     if not path.exists() or (path.is_file() and path.name != "result.json"):
         raise ConfigError(f"replay={path}: no such run; give the folder of a finished run, or its result.json")
     for name in ("result.json", "recipe.yaml"):
-        if not (folder / name).is_file():
-            raise ConfigError(f"replay={path}: holds no {name}; give the folder of a finished run")
-    result = _json(folder / "result.json")
-    provenance = _section(result, "provenance", folder / "result.json")
-    for key in ("versions", "hardware"):
-        _section(provenance, key, folder / "result.json")
+        if not (folder / name).is_file() or len(folder.parents) < 2:
+            raise ConfigError(f"replay={path}: holds no {name}; give the folder of a finished run, OUTPUT/NAME/RUN")
+    result = read_result(folder / "result.json")
     recipe = saved_recipe(folder / "recipe.yaml")
-    if (is_now := content_hash(identity(recipe))) != provenance.get("recipe_hash"):
+    if (is_now := content_hash(identity(recipe))) != (it_was := result["provenance"]["recipe_hash"]):
         raise ConfigError(
             f"{folder / 'recipe.yaml'}: is not the recipe of result.json (hash {is_now}, there "
-            f"{provenance.get('recipe_hash')}); restore the file that the run wrote"
+            f"{it_was}); restore the file that the run wrote"
         )
     return Past(folder, recipe, result)
 
@@ -108,33 +105,6 @@ def saved_recipe(path: Path) -> Recipe:
     from omegaconf import OmegaConf
 
     return cli.typed(OmegaConf.merge(OmegaConf.structured(Recipe), cli.read_recipe(path)))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; every number as a float, none of them NaN. Raises ConfigError."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise ConfigError(f"{path}: not a result (must be ≤ {MAX_BYTES >> 20} MiB)")
-        values = json.loads(content.decode(), parse_int=float, parse_constant=_not_json)
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path}: not a result ({error})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: not a result (must be an object)")
-    return values
-
-
-def _not_json(text: str) -> None:
-    raise ValueError(f"{text} is no number of JSON's")
-
-
-def _section(values: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
-    if not isinstance(found := values.get(key), dict):
-        raise ConfigError(f"{path}: {key} is missing or no object; give the result of a finished run")
-    return found
 
 
 def differences(past: Past, run: Run) -> Iterator[str]:
@@ -161,7 +131,7 @@ def report(old: dict[str, Any], new: dict[str, Any]) -> int:
     """Print whether weights and scores are identical, and the largest difference; returns 0 where both are, else 1."""
     changed = []
     for name in (name for name in NETWORKS if name in new):
-        was, now = (_section(side, name, path).get("sha256", "not recorded") for side, path in ((old, OLD), (new, NEW)))
+        was, now = (side.get(name, {}).get("sha256", "not recorded") for side in (old, new))
         changed += _differs(f"{name}'s sha256", was, now)
     print(f"weights  {'; '.join(changed) or 'identical'}")
     scores = dict(_scores(new))

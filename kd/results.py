@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from kd.checkpoint import advice, finished, laid_out, read_json, write_json
+from kd.checkpoint import advice, finished, write_json
 from kd.claim import checkpoint_hash, teacher_is_trained
 from kd.metrics import agreement, classification, predictive_kl
 from kd.models import Teacher
@@ -20,7 +20,8 @@ from kd.provenance import provenance
 from kd.recipe import content_hash, identity
 from kd.stage import predict
 from kd.stages import Run, recorded_smoothing, scored
-from kd.words import shown
+from kd.stored import read_result
+from kd.words import plain
 
 NETWORKS = ("teacher", "student", "control")
 WEIGHTS = ("last", "selected")
@@ -145,14 +146,12 @@ def verdict(result: dict[str, Any]) -> str:
 
 def print_stored(path: Path, console: Console) -> None:
     """The table of a result.json. Raises CheckpointError."""
-    result = read_json(path)
-    with laid_out(path):
-        print_result(result, console)
+    print_result(read_result(path), console)
 
 
 def print_result(result: dict[str, Any], console: Console) -> None:
     """The table of a result, in per cent where a figure is a share, and the verdict."""
-    pair = escape(shown(f"{result['teacher']['model']} teaches {result['student']['model']}"))
+    pair = escape(" teaches ".join(plain(result[name]["model"], 200) for name in NETWORKS[:2]))
     table = Table(title=f"{pair}: last weights on the test split", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for column in ("val", "top-1", "selected", "nll", "ece", "brier", "agree"):

@@ -58,6 +58,8 @@ class _Loader(yaml.SafeLoader):
         value = super().construct_scalar(node)
         if isinstance(value, str) and not value.replace("\n", "").replace("\t", "").isprintable():
             raise _Refused("characters that cannot be printed are not read", node.start_mark)
+        if value == "???":
+            raise _Refused("??? is no value", node.start_mark)
         if isinstance(value, str) and (wrong := strange_reference(value)):
             raise _Refused(f"{wrong}: only references to settings such as ${{seed}} are read", node.start_mark)
         return value
@@ -127,6 +129,33 @@ def value(text: str, at: str) -> Any:
         return parse(f"x: {text}".encode(), at)["x"]
     except ConfigError as error:
         raise ConfigError(f"{at}: cannot be read; type a plain value, or one inside quotes") from error
+
+
+def values(text: str) -> list[Any] | None:
+    """The values in A,B as a recipe has them in [A,B]; None where they cannot be read so."""
+    if " #" in text:  # the rest would be a comment, bracket and all
+        return None
+    try:
+        return value(f"[{text}]", text)
+    except ConfigError:
+        return None
+
+
+def whole(text: str, at: str) -> int:
+    """A whole number ≥ 1 in decimal digits; `at` names it in the ConfigError that is raised."""
+    if not re.fullmatch(r"0*[1-9][0-9]{0,11}", text):
+        raise ConfigError(f"{at}={text}: must be a whole number ≥ 1")
+    return int(text)
+
+
+def check_text_keys(values: Any, at: str) -> None:
+    """Raise ConfigError, which begins with `at`, for a key in a mapping that is no text."""
+    for key, inner in values.items() if isinstance(values, dict) else ():
+        if not isinstance(key, str):
+            raise ConfigError(f"{at}.{key}: a name must be text; put it inside quotes")
+        check_text_keys(inner, f"{at}.{key}")
+    for inner in values if isinstance(values, list) else ():
+        check_text_keys(inner, at)
 
 
 def strange_reference(text: str) -> str | None:

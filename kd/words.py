@@ -13,15 +13,20 @@ LONGEST = 2000  # bytes of a word; Hydra's grammar takes a second for twenty tim
 LAUNCHERS = r"hydra/launcher|\+?hydra\.launcher\.[\w.]+"
 
 
-def check_word(word: str) -> None:
-    """Refuse a word that is no setting with a value, or whose value could be more than one. Raises ConfigError."""
-    key, equals, value = word.partition("=")
+def check_text(word: str) -> None:
+    """Refuse a word that is empty, endless or cannot be printed. Raises ConfigError."""
     if not word.strip():
-        raise ConfigError(f"{word!r}: is an empty word; settings are typed key=value")
+        raise ConfigError(f"{word!r}: is an empty word; --help says what can be typed")
     if len(word.encode(errors="replace")) > LONGEST:
         raise ConfigError(f"{word[:60]}...: must be ≤ {LONGEST} bytes; longer values belong in a recipe")
     if not word.isprintable():
         raise ConfigError(f"{word}: must be printable text in UTF-8")
+
+
+def check_word(word: str) -> None:
+    """Refuse a word that is no setting with a value, or whose value could be more than one. Raises ConfigError."""
+    key, equals, value = word.partition("=")
+    check_text(word)
     if key.startswith("-"):
         if word not in OPTIONS:
             raise ConfigError(f"{word}: no such option; --help lists what there is")
@@ -30,7 +35,7 @@ def check_word(word: str) -> None:
         raise ConfigError(f"{word}: settings cannot be removed; type {key[1:]}=VALUE")
     if key.startswith("++"):
         raise ConfigError(f"{word}: type {key[2:]}=VALUE without ++ before it")
-    if key == "hydra/launcher" and not re.fullmatch(r"[^\W\d]\w*", value):
+    if key == "hydra/launcher" and not re.fullmatch(r"(?i)(?!(true|false|null|nan|inf)$)[^\W\d]\w*", value):
         raise ConfigError(f"{word}: must be the name of a launcher such as basic or joblib")
     if re.search(r"\d{100}", value):  # no float holds 310 digits
         raise ConfigError(f"{word[:60]}...: too many digits; numbers have fewer than 100")

@@ -296,7 +296,7 @@ WRONG = {
     "loss=fsp": "loss.methods: fsp: compares neighbouring maps: there is 1 map, name 2 or more layers",
     "loss=at student.layers=[layer1]": "loss.methods: 1 layers of the student (layer1) and 2 of the teacher",
     "loss=at student.layers=[layers.7] teacher.layers=[layers.0]": "loss.methods: features='layers.7': no such module",
-    "loss=at student.layers=3": "student.layers=3: must be a list of names such as [layer1]",
+    "loss=at student.layers=3": "student.layers=3: must be a list of names such as [A,B]",
     "loss=rkd train.batch_size=1": "loss.methods: rkd: compares examples with each other: a batch of 1 is too small",
     "loss=reviewkd train.batch_size=8 train.accumulation=8": "loss.methods: reviewkd: compares examples",
     "--import": "--import: type --import my_method.py, or the name of a module",

@@ -55,11 +55,11 @@ def test_every_bad_line_is_told_once_what_is_allowed():
         assert told.message.count("\n") == 1, told
         assert names in told.message, told
         assert told.code == 2, told
-    assert seen >= 100
+    assert seen >= 200
 
 
 def test_fuzzed_recipes_and_lines(tmp_path):
     outcome = harness.run(fuzz.PARTS[0], fuzz.PARTS[0].small, seed=0, folder=tmp_path)
     assert not outcome.broken
-    assert outcome.counts["recipes that may run"] + outcome.counts["lines refused"] == fuzz.BATCH
-    assert outcome.counts["recipes that may run"] > 5
+    assert outcome.counts.total() - 1 == fuzz.BATCH
+    assert min(outcome.counts[f"{what} that may run"] for what in ("recipes", "studies")) > 5

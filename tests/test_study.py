@@ -14,11 +14,12 @@ import pytest
 import torch
 import yaml
 
-from kd import metrics
+from kd import loop, metrics
 from kd.recipe import PACKAGE, ConfigError
 from kd.study import cohorts, load
 from kd.study.folder import Folder
 from kd.study.measure import reliability
+from kd.study.schema import METRICS
 
 STUDY = Path("checkpoints/studies/tiny")
 POINTS = 2 * (2 + 6 + 2)  # seeds x (teachers + students, of which two of eight cells are another's + controls)
@@ -240,6 +241,11 @@ def test_dry_run_counts_and_writes_nothing(kd_study, tmp_path):
         (["loss.kd_weight=0,1", "loss.ce_weight=1"], "loss.kd_weight=0: is the control `hard`"),
         (["method=kd,dist"], "method: no such setting"),
         (["study.controls=[bayes]"], "bayes needs a data set whose posterior is known, not digits"),
+        (["data.verify=no,yes"], "data.verify=no: must be true or false"),
+        (["loss.temperature=1_0,2"], "loss.temperature=1_0: must be a number"),
+        (["loss.temperature=1,2", "loss.temperature=4"], "loss.temperature is given twice"),
+        (["loss.methods.dkd.weight=-1,1"], "loss.methods.dkd.weight=-1: must be a finite number"),
+        (["optimizer.name=lamb", "loss.methods.dkd.wait=1,2"], "loss.methods.dkd.wait: no such setting"),
         (["study.controls=[soft]"], "must be some of hard, smoothed, bayes"),
         (["+study.contrasts.0.a.seed=1"], "seed is no axis; type study.seeds=N"),
         (["optimizer.name=lamb", "study.engine=population"], "population: cannot train a student, optimizer.name=lamb"),
@@ -256,6 +262,31 @@ def test_a_command_line_that_cannot_work_is_one_line(words, said, kd_study, tmp_
     assert said in done.err
     assert done.err.count("\n") == 1
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_values_of_an_axis_are_read_as_in_a_recipe(monkeypatch, tiny_study, tmp_path):
+    """OmegaConf's YAML reads 010 as eight, no as false and 1e-3 as text."""
+    from kd.study.__main__ import compose
+    from kd.study.axes import labelled
+
+    monkeypatch.chdir(tmp_path)
+    words = ["recipe=studies/tiny", "loss.temperature=010,1e-3", "student.model=no,'a, b'"]
+    words += ['loss.teacher_smoothing=0,"${teacher.label_smoothing}"', "loss.methods.x.weight=010,0.5"]
+    study, *_ = compose(words)
+    axes = {axis: list(values) for axis, values in labelled(study.study.grid).items()}
+    assert axes["loss.temperature"] == [10.0, 0.001]
+    assert axes["student.model"] == ["no", "a, b"]
+    assert axes["loss.teacher_smoothing"] == [0.0, "${teacher.label_smoothing}"]
+    assert axes["loss.methods.x.weight"] == [10, 0.5]
+
+
+def test_a_contrast_may_be_of_every_metric_that_is_measured_and_no_other(finished):
+    found = {column for column in load(STUDY).columns if column.split(".")[0] in METRICS}
+    known = {f"{split}.{name}" for split, names in METRICS.items() for name in names}
+    assert found - {"test.transfer_efficiency"} <= known
+    assert {name.split(".")[1] for name in known - found} == {
+        "omitted_recall", "omitted_recall_corrected", "omitted_auroc"
+    }  # fmt: skip
 
 
 def test_a_narrower_grid_leaves_out_the_contrasts_that_it_has_no_points_for(kd_study):
@@ -334,16 +365,25 @@ def test_killed_at_any_time_a_study_resumes_to_the_same_table(kd_study, tmp_path
 
 
 @pytest.mark.parametrize("engine", ["population", "runs"])
-def test_asked_to_stop_a_study_ends_with_its_workers_and_resumes_to_the_same_table(engine, kd_study, tmp_path):
-    """SIGTERM to the command alone: its workers must not go on without it, and nothing is written down as failed."""
+def test_asked_to_stop_a_study_ends_with_its_workers_and_resumes_to_the_same_table(engine, kd_study, monkeypatch):
+    """SIGTERM to the command alone: its workers must not go on without it, and nothing is written down as failed.
+
+    A run of kd.train saves before it leaves, although no save was due, and goes on from there.
+    """
     words = ["study.seeds=1", "loss.temperature=4", "loss.student_temperature=1", "study.contrasts=[]"]
     words += ["teacher.label_smoothing=0", f"study.engine={engine}", "teacher.epochs=3", "student.epochs=40"]
+    words += ["train.save_every=1000"]
     assert kd_study("output=undisturbed", *words).code == 0
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     command = [sys.executable, "-m", "kd.study", "recipe=studies/tiny", "output=disturbed", *words]
     study = Path("disturbed/studies/tiny")
     process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list((study / "points").glob("*.json")):
+
+    def under_way() -> bool:
+        students = list(study.glob("runs/*/metrics.jsonl"))  # a teacher's stands beside its weights
+        return bool(list(study.glob("points/*.json")) if engine == "population" else students)
+
+    while process.poll() is None and not under_way():
         time.sleep(0.02)
     children = psutil.Process(process.pid).children()
     workers = [child for child in children if "popen_loky" in " ".join(child.cmdline())]
@@ -355,5 +395,18 @@ def test_asked_to_stop_a_study_ends_with_its_workers_and_resumes_to_the_same_tab
     points = [json.loads(path.read_text()) for path in (study / "points").glob("*.json")]
     assert {point["state"] for point in points} == {"finished"}
     assert len(points) < len(list(Path("undisturbed/studies/tiny/points").glob("*.json")))
+    saved = {
+        path.parents[1].resolve(): int(path.name.split("-")[1]) for path in study.glob("runs/*/*/checkpoints/update-*")
+    }
+    assert (engine == "runs") == bool(saved)
+    begun: dict[Path, int] = {}  # the update that each stage made first
+    update = loop.Trainer._update
+
+    def noted(self, batches):
+        begun.setdefault(self.stage.folder, self.progress.update)
+        return update(self, batches)
+
+    monkeypatch.setattr(loop.Trainer, "_update", noted)
     assert kd_study("output=disturbed", *words).code == 0
+    assert {folder: first for folder, first in begun.items() if first} == saved  # all others from the beginning
     assert (study / "table.csv").read_bytes() == Path("undisturbed/studies/tiny/table.csv").read_bytes()

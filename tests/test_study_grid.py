@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 
 from kd.recipe import ConfigError, DataConfig, LossConfig, OptimizerConfig, Recipe, TeacherConfig
-from kd.study.grid import flat, labelled, plan, sides_of
+from kd.study import grid
+from kd.study.axes import labelled
+from kd.study.grid import flat, plan, sides_of
 from kd.study.jobs import CHUNK, Job, jobs
 from kd.study.schema import Contrast, Sides, StudyConfig, StudyRecipe
 
@@ -146,6 +148,13 @@ def test_the_sides_of_a_contrast_are_points_in_the_order_of_the_seeds():
         ({"grid": {"loss.temperature": []}}, "must have at least one value"),
         ({"grid": {"loss.temperature": [[1.0]]}}, "must be plain values"),
         ({"grid": {"loss.temperature": {"hot": {}}}}, "is a setting; give a list of values"),
+        ({"grid": {"loss.temperature": [1, 1.0]}}, "1.0 is given twice"),
+        ({"grid": {"how": {1: {}, "1": {}}}}, "1 is given twice"),
+        ({"grid": {"point": {"x": {}}}}, "study.grid.point: must be a name"),
+        ({"grid": {"data.verify": ["no"]}}, "data.verify=no: must be true or false"),
+        ({"grid": {"loss.temperature": ["010"]}}, "loss.temperature=010: must be a number"),
+        ({"grid": {"how": {"x": {"loss.methods": 3}}}}, "loss.methods=3: must be"),
+        ({"contrasts": [Contrast(name="it", a={"loss.temperature": 1}, b={})]}, "it: a and b are the same points"),
         ({"grid": {"how": {"x": 3}}}, "must be {label: {setting: value}}"),
         ({"grid": {"how": {"x": {"seed": 3}}}}, "seed is no axis; type study.seeds=N"),
         ({"grid": {"how": {"x": {"output": "y"}}}}, "output is no axis"),
@@ -158,6 +167,13 @@ def test_what_cannot_be_is_said(changes, said):
     with pytest.raises(ConfigError) as caught:
         planned(**changes)
     assert said.replace("finite and ", "") in str(caught.value).replace("finite and ", "")
+
+
+def test_a_product_without_end_is_refused_before_it_is_made(monkeypatch):
+    monkeypatch.setattr(grid, "MOST", 17)
+    with pytest.raises(ConfigError, match=r"study\.grid: 3 x 2 x 3 \(seeds\) are 18 cells; must be ≤ 17"):
+        planned()
+    assert len(planned(seeds=2).cells) == 12
 
 
 def test_what_cannot_be_in_a_narrower_grid_is_left_out():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd import cli
+from kd.words import check_text
 
 HELP = """usage: python -m kd.checkpoint verify PATH [PATH ...]
 
@@ -140,6 +141,8 @@ def main(words: list[str]) -> int:
     if not words or {"-h", "--help"} & set(words):
         print(HELP)
         return 0
+    for word in words:
+        check_text(word)
     if words[0] != "verify" or len(words) == 1 or any(word.startswith("-") for word in words):
         cli.fail(f"{' '.join(words)}: type verify PATH [PATH ...]; --help says more")
     return verify([Path(word) for word in words[1:]])

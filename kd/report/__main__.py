@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kd import cli
 from kd.recipe import ConfigError
+from kd.words import check_text
 
 HELP = """usage: python -m kd.report DIR [html=FILE.html] [markdown=FILE.md] [figures=FOLDER]
 
@@ -53,6 +54,8 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(HELP)
         return 0
+    for argument in arguments:
+        check_text(argument)
     given = dict(
         argument.split("=", 1) for argument in arguments if "=" in argument and argument.split("=")[0] in FILES
     )
@@ -65,10 +68,15 @@ def main(arguments: list[str]) -> int:
     for name, value in given.items():
         if not value or not value.endswith(FILES[name]):
             raise ConfigError(f"{name}={value}: must {f'end in {FILES[name]}' if FILES[name] else 'be a folder'}")
-        if not (place := Path(value).parent).is_dir():
-            raise ConfigError(f"{name}={value}: no such folder {place}")
+        if not Path(value).is_dir() or FILES[name]:
+            cli.check_target(f"{name}={value}")
+        if not FILES[name] and Path(value).is_file():
+            raise ConfigError(f"{name}={value}: is a file, must be a folder")
     folder = Path(folders[0])
     html, markdown = (Path(given.get(name, folder / f"report{FILES[name]}")) for name in ("html", "markdown"))
+    if (folder / "study.json").is_file():  # what else there is, the report will say
+        cli.check_target(f"html={html}")
+        cli.check_target(f"markdown={markdown}")
     try:
         return report(folder, html, markdown, Path(given["figures"]) if "figures" in given else None)
     except ModuleNotFoundError as error:

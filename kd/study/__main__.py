@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
+from collections.abc import Hashable
 from contextlib import suppress
 from typing import Any
 
-from kd import cli, signals
+from kd import cli, signals, strict
 from kd.recipe import ConfigError, allowed
-from kd.study.schema import StudyRecipe
+from kd.study.schema import LOSS, StudyRecipe
 
 PROGRAM, FOLDER = "kd.study", cli.STUDIES
 GROUPS = ("recipe", "data")
+# What Hydra takes for its joblib launcher and joblib does not, when there is already something to launch.
+LAUNCHER = {"n_jobs": (r"-?0*[1-9]\d*", "a number of processes, -1 for one a core"), "backend": ("loky", "loky")}
 
 
 def help_text() -> str:
@@ -57,32 +61,42 @@ def help_text() -> str:
 def split_words(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list[str]]:
     """The words of a command line: those that Hydra composes, the axes, and those for Hydra's launcher.
 
-    An axis is a setting with several values, or a name that no setting has.
+    An axis is a setting with several values, or a name that no setting has. Raises ConfigError.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     composed, axes, launched = [], {}, []
     known = cli.settings(StudyRecipe)
+    seen: set[str] = set()
     for word in words:
-        key, equals, _ = word.partition("=")
+        key, equals, text = word.partition("=")
         if word.startswith("-"):
             if word.split("=")[0] in ("-m", "--multirun"):
                 raise ConfigError(f"{word}: a study is many runs by itself; leave it out")
             composed.append(word)
-        elif key.startswith("hydra"):
+            continue
+        if key in seen:
+            raise ConfigError(f"{word}: {key} is given twice; keep one")
+        seen.add(key)
+        if key.lstrip("+").startswith("hydra"):
+            pattern, wanted = LAUNCHER.get(key.rpartition(".")[2], ("", ""))
+            if pattern and not re.fullmatch(pattern, text):
+                raise ConfigError(f"{word}: must be {wanted}")
             launched.append(word)
-        elif key == "loss" and equals:
+        elif key == LOSS and equals:
             axes[key] = cli.losses(word)
         elif not equals or key in GROUPS or key.startswith("+"):
             composed.append(word)
+        elif (several := strict.values(text)) is None and (key not in known or re.match(r"[^\[{'\"].*,", text)):
+            raise ConfigError(f"{word}: cannot be read; values are typed A,B, what is no plain word inside quotes")
+        elif key in known and len(several or ()) < 2:
+            composed.append(word)
         else:
-            parsed = OverridesParser.create().parse_override(word)
-            several = list(parsed.sweep_iterator()) if parsed.is_sweep_override() else None
-            if several is None and key in known:
-                composed.append(word)
-            else:
-                axes[key] = several if several is not None else [parsed.value()]
+            axes[key] = [_escaped(value) for value in several or ()]
     return composed, axes, launched
+
+
+def _escaped(value: Any) -> Any:
+    """A value in which a reference is each point's own, not the recipe's for all."""
+    return re.sub(r"(?<!\\)\$\{", r"\\${", value) if isinstance(value, str) else value
 
 
 def with_axes(config: Any, axes: dict[str, list[Any]], words: list[str]) -> tuple[Any, bool]:
@@ -91,15 +105,13 @@ def with_axes(config: Any, axes: dict[str, list[Any]], words: list[str]) -> tupl
 
     grid = OmegaConf.to_container(config.study.grid)
     assert isinstance(grid, dict)
-    for key, texts in axes.items():
-        values = [_value(text) for text in texts]
+    for key, values in axes.items():
         if isinstance(own := grid.get(key), dict):
-            for value in values:
-                if value not in own:
-                    raise ConfigError(f"{key}={value}: must be some of {', '.join(map(str, own))}")
-            grid[key] = {value: own[value] for value in values}
-        elif key in cli.settings() or key == "loss" or key.startswith("loss.methods."):
+            grid[key] = _labels(key, values, own)
+        elif key in cli.settings() or key == LOSS or key.startswith("loss.methods."):
             grid[key] = values
+        elif key in cli.settings(StudyRecipe):
+            raise ConfigError(f"{key}: is no axis; type one value, a list as [A,B]")
         else:
             raise ConfigError(cli.no_such_setting(key, StudyRecipe))
     fixed = {word.partition("=")[0] for word in words} & grid.keys() - axes.keys()
@@ -110,6 +122,18 @@ def with_axes(config: Any, axes: dict[str, list[Any]], words: list[str]) -> tupl
         grid[key] = [_raw(config, key).replace("${", "\\${")]
     config.study.grid = grid
     return config, bool(axes or fixed)
+
+
+def _labels(axis: str, values: list[Any], own: dict[Any, Any]) -> dict[Any, Any]:
+    """The part of an axis of labels that the command line asks for."""
+    found: dict[Any, Any] = {}
+    for value in values:
+        if not isinstance(value, Hashable) or value not in own:
+            raise ConfigError(f"{axis}={value}: must be some of {', '.join(map(str, own))}")
+        if value in found:
+            raise ConfigError(f"{axis}={value}: is given twice; keep one")
+        found[value] = own[value]
+    return found
 
 
 def _follows(config: Any, key: str) -> bool:
@@ -129,13 +153,6 @@ def _raw(config: Any, key: str) -> str:
     return found
 
 
-def _value(text: Any) -> Any:
-    """A value of an axis, as YAML reads it."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.from_dotlist([f"x={text}"])["x"] if isinstance(text, str) else text
-
-
 def compose(words: list[str]) -> tuple[StudyRecipe, list[str], bool] | None:
     """The study that a command line names, the words for the launcher, and whether the grid is not the recipe's own.
 
@@ -144,6 +161,7 @@ def compose(words: list[str]) -> tuple[StudyRecipe, list[str], bool] | None:
     words = cli.own_methods(words)
     cli.check_words(words)
     composed, axes, launched = split_words(words)
+    cli.check_kinds(composed, StudyRecipe)
     import hydra
 
     found: list[Any] = []

@@ -21,18 +21,20 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kd import cli
+from kd import cli, methods
 from kd.checkpoint import write_json
+from kd.claim import check_output
 from kd.data import Data
 from kd.metrics import MISLEADING
 from kd.plan import duration
 from kd.provenance import provenance
 from kd.recipe import ConfigError, DataConfig, Recipe, content_hash
 from kd.stages import check_batch, check_environment
+from kd.study.axes import labelled
 from kd.study.cohorts import augments, data_of, network
 from kd.study.estimate import seconds_of
 from kd.study.folder import SCHEMA, Folder
-from kd.study.grid import Plan, Point, base_recipe, labelled, plan, sides_of
+from kd.study.grid import Plan, Point, base_recipe, plan, sides_of
 from kd.study.jobs import PHASES, Job, jobs, work
 from kd.study.population import why_not
 from kd.study.schema import StudyRecipe
@@ -80,10 +82,17 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
 
 
 def folder_of(study: StudyRecipe) -> Path:
-    """Where a study lives. Raises ConfigError for names that would leave the output folder."""
+    """Where a study lives. Raises ConfigError for what would leave the output folder, or cannot be written."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,150}", study.name):
         raise ConfigError(f"name={study.name!r}: must be a plain folder name of letters, digits, '_', '.' and '-'")
-    return Path(study.output) / "studies" / study.name
+    check_output(study.output)
+    folder = Path(study.output) / "studies" / study.name
+    for path in (folder.parent, folder):
+        if path.is_symlink():  # the study would be written wherever a stranger's link points
+            raise ConfigError(f"name={study.name}: {path} is a link; must be a folder of its own, output= may be one")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"name={study.name}: {folder} is a file; choose another name or output=FOLDER")
+    return folder
 
 
 class _Sets:
@@ -115,6 +124,8 @@ def _engines(study: StudyRecipe, sets: _Sets) -> Callable[[Point], str]:
         data = sets.data(point.recipe.data)
         check_environment(point.recipe)
         check_batch(point.recipe, data, 1)
+        if role == "student":
+            methods.build(point.recipe.loss.methods)
         return why_not(point.recipe, role, network(point.recipe, role, data), data.num_classes)
 
     known: dict[str, Point] = {}

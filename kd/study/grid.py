@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from typing import Any
 
-from kd import cli, methods
+from kd import cli
 from kd.recipe import ConfigError, DataConfig, LossConfig, Recipe, content_hash, identity
+from kd.study.axes import NotInGrid, Settings, expand, labelled
 from kd.study.schema import Contrast, StudyRecipe
 
-LOSS = "loss"  # the axis whose values are methods, as in `loss=NAME`
-Settings = dict[str, Any]
+MOST = 10_000  # cells times seeds: as many recipes are built and checked before anything is trained
 
 
 @dataclass(frozen=True)
@@ -59,74 +61,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Settings:
 def base_recipe(study: StudyRecipe) -> Recipe:
     """The recipe without its study: what every point departs from."""
     return Recipe(**{f.name: getattr(study, f.name) for f in fields(Recipe)})
-
-
-# ---- axes
-
-
-def labelled(grid: Mapping[str, Any]) -> dict[str, dict[Any, Settings]]:
-    """Each axis with its values, and the settings that each value stands for. Raises ConfigError."""
-    known = cli.settings()
-    found: dict[str, dict[Any, Settings]] = {}
-    for axis, values in sorted(grid.items(), key=lambda item: item[0] != LOSS):  # as on a command line, it gives way
-        at = f"study.grid.{axis}"
-        if isinstance(values, Mapping):
-            if axis in known or axis == LOSS:
-                raise ConfigError(f"{at}: is a setting; give a list of values, or choose another name for the axis")
-            if not all(isinstance(each, Mapping) for each in values.values()):
-                raise ConfigError(f"{at}={values}: must be {{label: {{setting: value}}}}")
-            found[axis] = {label: _spelled(settings) for label, settings in values.items()}
-        elif axis == LOSS:
-            found[axis] = {value: _method(value) for value in _several(at, values)}
-        elif axis in known or axis.startswith("loss.methods."):
-            found[axis] = {value: {axis: value} for value in _several(at, values)}
-        else:
-            raise ConfigError(cli.no_such_setting(axis))
-        if not found[axis]:
-            raise ConfigError(f"{at}={values}: must have at least one value")
-        for settings in found[axis].values():
-            _check_keys(at, settings)
-    return found
-
-
-def _several(at: str, values: Any) -> list[Any]:
-    values = values if isinstance(values, list) else [values]
-    if any(isinstance(value, list | Mapping) for value in values):
-        raise ConfigError(f"{at}={values}: must be plain values; an axis of labels takes others")
-    return list(dict.fromkeys(values))
-
-
-def _spelled(settings: Mapping[str, Any]) -> Settings:
-    """A label's settings, `loss: NAME` among them spelled out first, so that the others can change it."""
-    named = _method(settings[LOSS]) if LOSS in settings else {}
-    return named | {key: value for key, value in settings.items() if key != LOSS}
-
-
-def _method(value: str) -> Settings:
-    section = methods.section(str(value))
-    return {f"loss.{key}": each for key, each in section.items()}
-
-
-def _check_keys(at: str, settings: Settings) -> None:
-    for key in settings:
-        if key not in cli.settings() and not key.startswith("loss.methods."):
-            raise ConfigError(f"{at}: {cli.no_such_setting(key)}")
-        if key == "seed" or "." not in key:
-            raise ConfigError(f"{at}: {key} is no axis; {'type study.seeds=N' if key == 'seed' else 'it changes none'}")
-
-
-def expand(settings: Settings, axes: Mapping[str, Mapping[Any, Settings]]) -> Settings:
-    """Settings in which an axis of labels may appear by name, with what the label stands for in its place."""
-    found: Settings = {}
-    for key, value in settings.items():
-        if key in axes and (key == LOSS or key not in cli.settings()):
-            if value not in axes[key]:
-                raise _NotInGrid(f"{key}={value}: must be one of {', '.join(map(str, axes[key]))}")
-            found |= axes[key][value]
-        else:
-            _check_keys("study.contrasts", {key: value})
-            found[key] = value
-    return found
 
 
 # ---- points
@@ -190,6 +124,13 @@ def _canonical(loss: LossConfig) -> LossConfig:
     return replace(loss, label_smoothing=0.0, smoothing="uniform") if loss.ce_weight == 0 else loss
 
 
+@cache
+def _schema() -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(Recipe)
+
+
 def _typed(base: dict[str, Any], settings: Settings) -> Recipe:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -199,11 +140,14 @@ def _typed(base: dict[str, Any], settings: Settings) -> Recipe:
         node = values
         *sections, last = key.split(".")
         for section in sections:
-            node = node.setdefault(section, {})
+            node = node.setdefault(section, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key}={value}: what it belongs to is set to a value of its own; keep one of them")
         node[last] = value
-    values["loss"]["methods"] = {k: v for k, v in values["loss"]["methods"].items() if v is not None}
+    if isinstance(named := values["loss"]["methods"], dict):
+        values["loss"]["methods"] = {k: v for k, v in named.items() if v is not None}
     try:
-        return cli.typed(OmegaConf.merge(OmegaConf.structured(Recipe), values))
+        return cli.typed(OmegaConf.merge(_schema(), values))
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", ""))
         raise ConfigError(cli.wrong_type(key, settings.get(key), str(error).splitlines()[0])) from error
@@ -239,6 +183,10 @@ def plan(
     maker = Maker(base_recipe(study), data_hash)
     seeds = range(study.seed, study.seed + study.study.seeds)
     made = Plan()
+    sizes = [len(values) for values in axes.values()]
+    if (cells := math.prod(sizes) * len(seeds)) > MOST:
+        times = " x ".join(map(str, [*sizes, len(seeds)]))
+        raise ConfigError(f"study.grid: {times} (seeds) are {cells:,} cells; must be ≤ {MOST:,}")
     combinations = list(_combinations(axes))
     for seed in seeds:
         for values, settings in combinations:
@@ -250,15 +198,11 @@ def plan(
     for contrast in study.study.contrasts:
         try:
             made.contrasts.append(_contrast(made, maker, contrast, axes, seeds))
-        except _NotInGrid as error:
+        except NotInGrid as error:
             if not narrowed:
                 raise
             made.left_out.append(f"{contrast.name or contrast.metric}: {error}")
     return made
-
-
-class _NotInGrid(ConfigError):
-    """A contrast asks for points that the grid does not have."""
 
 
 def _contrast(made: Plan, maker: Maker, contrast: Contrast, axes: Mapping, seeds: range) -> dict[str, Any]:
@@ -268,6 +212,9 @@ def _contrast(made: Plan, maker: Maker, contrast: Contrast, axes: Mapping, seeds
     minus = contrast.minus
     both = {"a": minus.a, "b": minus.b} if minus else {}
     entry["minus"] = {name: _side(made, maker, side, axes, seeds) for name, side in both.items()} or None
+    for sides in filter(None, (entry, entry["minus"])):
+        if sides["a"]["points"] == sides["b"]["points"]:
+            raise NotInGrid(f"study.contrasts: {entry['name']}: a and b are the same points; name two settings")
     return entry
 
 
@@ -329,7 +276,7 @@ def _side(made: Plan, maker: Maker, settings: Settings, axes: Mapping, seeds: ra
             point = maker.teacher(recipe) if role == "teacher" else maker.student(recipe)
         if point.id not in made.points:
             known = {**settings, **({"control": control} if control else {})}
-            raise _NotInGrid(
+            raise NotInGrid(
                 f"study.contrasts: {json.dumps(known)} is not in the grid; every other setting is as in the recipe"
             )
         points.append(point.id)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kd.checkpoint import write_atomically
 from kd.metrics import transfer_efficiency
 from kd.study.folder import Folder, read_card
+from kd.study.schema import FIRST
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -27,7 +28,6 @@ ALWAYS = (  # settings that are columns even where they are the same everywhere
     "loss.label_smoothing",
     "loss.methods",
 )
-FIRST = ("point", "role", "control", "state", "error", "seed", "teacher_point")
 ROLES = ("teacher", "control", "student")
 
 

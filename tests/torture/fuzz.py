@@ -1,4 +1,4 @@
-"""Hostile recipes and command lines: each is a checked recipe or one clear line, soon, and writes nothing."""
+"""Hostile recipes, studies and command lines: each is checked, or told in one clear line, soon, and writes nothing."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from kd import cli, methods
 from kd.recipe import Recipe
+from kd.study import __main__ as command
+from kd.study.grid import plan
+from kd.study.schema import StudyRecipe
 from tests.torture.harness import Part
 
 BATCH = 100  # inputs in a trial
@@ -43,7 +47,7 @@ HOSTILE = (
 )  # fmt: skip
 KEYS = (
     "hydra.run.dir", "hydra/launcher", "hydra.searchpath", "_target_", "+x", "~seed", "++seed", "seed@pkg", "recipe@x", "data",
-    "loss", "loss.methods.dkd.weight", "+teacher.model_kwargs.a", "--config-dir", "-cd", "--cfg", "-m", "defaults", "", "lr", "__class__",
+    "loss", "loss.methods.dkd.weight", "study.grid", "study.contrasts", "how", "+study.grid.how.a", "+teacher.model_kwargs.a", "--config-dir", "-cd", "--cfg", "-m", "defaults", "", "lr", "__class__",
 )  # fmt: skip
 
 
@@ -53,12 +57,13 @@ def _value(rng: random.Random) -> str:
 
 def line(rng: random.Random, recipe: str) -> list[str]:
     """A command line: mostly real settings, some words that are none."""
-    names = list(cli.settings())
+    names = list(cli.settings(StudyRecipe if recipe.startswith("studies") else Recipe))
     words = [f"recipe={recipe}"] if rng.random() < 0.95 else []
     for _ in range(rng.randint(0, 3)):
         draw = rng.random()
         if draw < 0.8:
-            words.append(f"{rng.choice(names)}={_value(rng)}")
+            several = [_value(rng) for _ in range(2 if "studies" in recipe and draw < 0.3 else 1)]
+            words.append(f"{rng.choice(names)}={','.join(several)}")
         elif draw < 0.95:
             words.append(f"{rng.choice(KEYS)}={_value(rng)}")
         else:
@@ -93,15 +98,70 @@ def content(rng: random.Random) -> bytes:
     return text
 
 
-def attempt(words: list[str]) -> tuple[str, list[Recipe]]:
-    """What is said of a command line by kd.train, and the recipes it would run; any traceback comes through."""
+SMALL = b"""name: t
+data: {name: digits, family: digits, image_size: 8}
+loss: {temperature: 1.0, kd_weight: 1.0, ce_weight: 0.0}
+"""
+AXES = ("loss.temperature", "teacher.label_smoothing", "loss", "how", "loss.methods.dkd.weight", "loss.methods", "seed", "point", "a b", "1", "''",
+        "student", "hydra", "study.seeds")  # fmt: skip
+
+
+def _mapping(rng: random.Random, keys: tuple[str, ...], value: Callable[[random.Random], str]) -> str:
+    return "{" + ", ".join(f"{rng.choice(keys)}: {value(rng)}" for _ in range(rng.randint(0, 2))) + "}"
+
+
+def _axis(rng: random.Random) -> str:
+    """The values of an axis: a list, labels with their settings, or neither."""
+    draw = rng.random()
+    if draw < 0.6:
+        return "[" + ", ".join(_short(rng) for _ in range(rng.randint(0, 2))) + "]"
+    return _mapping(rng, ("a", "b", "1", "T 4"), lambda rng: _mapping(rng, AXES, _short)) if draw < 0.9 else _short(rng)
+
+
+def _short(rng: random.Random) -> str:
+    return _value(rng)[:400]
+
+
+def _contrasts(rng: random.Random) -> str:
+    sides = ("a", "b", "name", "metric", "minus")
+    keys = (*AXES, "role", "control")
+    return f"[{_mapping(rng, sides, lambda rng: _mapping(rng, keys, _short) if rng.random() < 0.8 else _short(rng))}]"
+
+
+def study(rng: random.Random) -> bytes:
+    """A study: a small recipe, or a hostile one, with a drawn grid, contrasts and other settings."""
+    drawn = {"grid": lambda rng: _mapping(rng, (*AXES, *cli.settings()), _axis) if rng.random() < 0.9 else _short(rng)}
+    drawn |= {"contrasts": _contrasts} if rng.random() < 0.4 else {}
+    drawn |= dict.fromkeys(
+        rng.sample(("seeds", "engine", "controls", "claim", "control_smoothing"), rng.randint(0, 2)), _short
+    )
+    lines = [f"  {key}: {value(rng)}" for key, value in drawn.items()]
+    return (SMALL if rng.random() < 0.8 else content(rng) + b"\n") + "\n".join(["study:", *lines]).encode(
+        errors="surrogatepass"
+    )
+
+
+def _train(words: list[str], found: list[Recipe]) -> None:
+    cli.command("kd.train", lambda recipe, check=None: found.append(recipe) or 0)
+
+
+def _study(words: list[str], found: list[Recipe]) -> None:
+    """As far as a study goes before it loads data."""
+    with cli.one_line_errors(command.PROGRAM, StudyRecipe, command.FOLDER):
+        if composed := command.compose(words):
+            plan(composed[0], lambda data: data.name, lambda data: False, composed[2])
+            found.append(composed[0])
+
+
+def attempt(words: list[str], run: Callable[[list[str], list[Recipe]], None] = _train) -> tuple[str, list[Recipe]]:
+    """What is said of a command line, and the recipes it would run; any traceback comes through."""
     found: list[Recipe] = []
     code: object = 0
     said, before = io.StringIO(), sys.argv
     sys.argv = ["kd.train", *words]
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            cli.command("kd.train", lambda recipe, check=None: found.append(recipe) or 0)
+            run(words, found)
     except SystemExit as stop:
         code = stop.code
     finally:
@@ -111,27 +171,32 @@ def attempt(words: list[str]) -> tuple[str, list[Recipe]]:
 
 
 def _prepare(folder: Path) -> None:
-    (folder / "recipes").mkdir(exist_ok=True)
+    (folder / "recipes" / "studies").mkdir(parents=True, exist_ok=True)
+    (folder / "recipes" / "studies" / "small.yaml").write_bytes(
+        SMALL + b"study: {grid: {loss.temperature: [1, 4], how: {a: {}, b: {}}}}"
+    )
     methods.library()  # torch is imported once, at the first method that is named
     attempt(["recipe=smoke"])
 
 
 def _trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
-    counts = {"recipes that may run": 0, "lines refused": 0}
+    counts = {"recipes that may run": 0, "studies that may run": 0, "lines refused": 0}
     before = Path.cwd()
     os.chdir(folder)
     try:
         for n in range(BATCH):
-            own = n % 2 == 0
+            own, run = n % 2 == 0, _study if n % 4 > 1 else _train
+            file = Path("recipes/studies/fuzzed.yaml" if run is _study else "recipes/fuzzed.yaml")
             if own:
-                Path("recipes/fuzzed.yaml").write_bytes(content(rng))
-            words = line(rng, "fuzzed" if own else "smoke")
+                file.write_bytes(study(rng) if run is _study else content(rng))
+            name = ("studies/fuzzed" if own else "studies/small") if run is _study else "fuzzed" if own else "smoke"
+            words = line(rng, name)
             files = sorted(Path.cwd().rglob("*"))
             started = time.process_time()  # of this process: others may share its core
             try:
-                said, found = attempt(words)
+                said, found = attempt(words, run)
             except Exception as error:
-                recipe = Path("recipes/fuzzed.yaml").read_bytes() if own else b""
+                recipe = file.read_bytes() if own else b""
                 raise AssertionError(
                     f"input {n}: {[w[:80] for w in words]} {recipe[:300]!r}: {error!r}"[:1500]
                 ) from error
@@ -144,17 +209,19 @@ def _trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
             assert sorted(Path.cwd().rglob("*")) == files, (
                 f"input {n}: {words}: wrote {set(Path.cwd().rglob('*')) - set(files)}"
             )
-            counts["recipes that may run" if found else "lines refused"] += 1
+            may = "studies that may run" if run is _study else "recipes that may run"
+            counts[may if found else "lines refused"] += 1
     finally:
         os.chdir(before)
-        Path(folder, "recipes", "fuzzed.yaml").unlink(missing_ok=True)
+        for path in Path(folder, "recipes").rglob("fuzzed.yaml"):
+            path.unlink()
     return counts
 
 
 PARTS = (
     Part(
         "fuzz",
-        "10,000 fuzzed recipes and command lines: a checked recipe or one clear line within 1 s, nothing written",
+        "10,000 fuzzed recipes, studies and command lines: checked, or one clear line, within 1 s; nothing written",
         trials=100,
         small=1,
         trial=_trial,

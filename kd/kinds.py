@@ -1,0 +1,71 @@
+"""Which settings there are and of what type, and one line for a value that is of another. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any
+
+from kd import strict
+from kd.recipe import ConfigError, Recipe, allowed
+
+KINDS = {"int": int, "float": (int, float), "bool": bool, "str": (str, int, float), "list": list, "dict": dict}
+UNBOUNDED = ("nan", "inf", "-inf", "+inf")  # their range refuses them
+
+
+@cache
+def settings(schema: type = Recipe, prefix: str = "") -> dict[str, Any]:
+    """Every setting's dotted name with its dataclass field."""
+    found: dict[str, Any] = {}
+    for f in fields(schema):
+        nested = f.default_factory if is_dataclass(f.default_factory) else None
+        found |= settings(nested, f"{prefix}{f.name}.") if nested else {f"{prefix}{f.name}": f}  # type: ignore[arg-type]
+    return found
+
+
+def given(values: dict[str, Any], schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings in nested values, by dotted name."""
+    for key, value in values.items():
+        if f"{prefix}{key}" in settings(schema):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, dict):
+            yield from given(value, schema, f"{prefix}{key}.")
+
+
+def check_kind(key: str, value: Any, schema: type = Recipe, at: str = "") -> None:
+    """Refuse a value that is not of its setting's type, such as what OmegaConf would make a number or a truth value of:
+    `no`, `on`, 1 for true, `1_0`, "010". Raises ConfigError, which begins with `at`.
+    """
+    if key not in settings(schema) or (isinstance(value, str) and ("${" in value or value.lower() in UNBOUNDED)):
+        return
+    kind, *rest = str(settings(schema)[key].type).replace("[", " ").split()
+    fits = isinstance(value, KINDS[kind]) and (kind in ("bool", "str") or not isinstance(value, bool))
+    if not (fits or (value is None and "None" in rest)):
+        raise ConfigError(f"{at}{wrong_type(key, value, '', schema)}")
+
+
+def check_kinds(words: list[str], schema: type = Recipe) -> None:
+    """`check_kind` for every value in the words of a command line, of which -m and studies may have several."""
+    for word in words:
+        key, equals, text = word.partition("=")
+        for value in strict.values(text) or () if equals and "(" not in text else ():  # Hydra answers to the others
+            check_kind(key, value, schema)
+
+
+def wrong_type(key: str, value: Any, cause: str, schema: type = Recipe) -> str:
+    """What to say of a value that is not of its setting's type."""
+    field = settings(schema).get(key)
+    if field is None:
+        section = [name for name in settings(schema) if name.startswith(f"{key}.")]
+        return (
+            f"{key}={value}: is a group of settings; type for example {section[0]}=..."
+            if section
+            else f"{key}: {cause.partition(chr(10))[0]}"
+        )
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    kinds |= {"list[int]": "a list of whole numbers such as [30,60]", "list[str]": "a list of names such as [A,B]"}
+    kinds |= {"list": "a list", "dict": "settings by name; on a command line +NAME.KEY=VALUE for each"}
+    kind = next((words for name, words in kinds.items() if str(field.type).startswith(name)), str(field.type))
+    limits = allowed(field.metadata)
+    return f"{key}={value}: must be {kind}{f' {limits}' if limits else ''} ({field.metadata['doc']})"
