@@ -252,12 +252,13 @@ def fill(stage: Path, i: int) -> dict[str, object]:
         large(stage, update)
     if not on_disk:  # then no file may grow beyond it
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size * i // 20, size * i // 20))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size * i // 20, resource.RLIM_INFINITY))
     said = ""
     try:
         large(stage, 3)
     except CheckpointError as error:
         said = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     left = [path.name for path in stage.rglob(".*")]
     found = loaded(stage)
     save(stage, 4)  # for which there is room again
