@@ -103,7 +103,7 @@ ACTS = {"rewind": lambda j: j.rewind("student", 0, 0), "write": lambda j: j.writ
     [
         (os.mkfifo, "is a pipe, must be a file"),
         (lambda path: path.mkdir(), "is a folder, must be a file"),
-        (lambda path: path.symlink_to("/dev/full"), "is a link, must be a file"),
+        (lambda path: path.symlink_to("/dev/null"), "is a link, must be a file"),
         (lambda path: path.symlink_to("elsewhere"), "is a link, must be a file"),
         (lambda path: path.symlink_to("nothing"), "is a link, must be a file"),
     ],

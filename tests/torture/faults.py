@@ -245,19 +245,20 @@ def large(folder: Path, update: int) -> None:
 
 def fill(stage: Path, i: int) -> dict[str, object]:
     """In a process of its own: two checkpoints, and room for i/20 of the third one's state."""
-    size = 4 * MORE
+    size, hard = 4 * MORE, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     two = 2 * (size + 3 * PAGE)  # with the rest of the state, the selected weights and the manifest
     on_disk = small_disk(stage, two + 4 * PAGE + 36 * PAGE * i // 20)
     for update in (1, 2):
         large(stage, update)
     if not on_disk:  # then no file may grow beyond it
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size * i // 20, size * i // 20))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size * i // 20, hard))
     said = ""
     try:
         large(stage, 3)
     except CheckpointError as error:
         said = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     left = [path.name for path in stage.rglob(".*")]
     found = loaded(stage)
     save(stage, 4)  # for which there is room again

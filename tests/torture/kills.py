@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,9 @@ CALLS = 300  # system calls, of some eight saves
 WORDS = ("recipe=smoke", "run=one", "output=runs", "teacher.epochs=2", "student.epochs=3", "train.batch_size=128")
 WORDS += ("data.shift=1", "data.mixup=0.2", "train.ema_decay=0.9", "train.accumulation=2", "scheduler.warmup_epochs=1")
 COMPLAINT = re.compile(r"(?i)traceback|^error|corrupt|damaged|not a whole|f[ae]ll(s|ing)? back|before it is taken")
+
+
+_watching = ExitStack()  # for as long as the process lives
 
 
 def prepare(folder: Path) -> None:
@@ -49,7 +53,7 @@ def trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
         save_every = 0.05 * ((i + counts["runs"]) % 2)
         words = (*WORDS, f"train.save_every={save_every}")
         while counts["kills"] < KILLS:
-            before, in_a_save = newest(place), save_every == 0 and rng.random() < 0.5
+            before, in_a_save = newest(place), save_every == 0 and counts["kills"] % 2 == 0
             hook = partial(die, rng.randint(1, CALLS)) if in_a_save else forked.nothing
             if not killed(words, place, forked.LONGEST if in_a_save else rng.uniform(0, longest), hook):
                 break
@@ -84,7 +88,7 @@ def die(at: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         return None
 
-    watched(hook).__enter__()
+    _watching.enter_context(watched(hook))
 
 
 def newest(place: Path) -> dict[str, int]:
