@@ -67,11 +67,11 @@ SECTIONS = {
     "seeds: '${study.seeds}'": "study.seeds", "engine: fast": "population, runs", "nosuch: 1": "nosuch", "claim: [x]": "study.claim", "controls: hard": "study.controls",
     "controls: {hard: 1}": "study.controls", "controls: [soft]": "smoothed", "controls: [hard, hard]": "different", "control_smoothing: 1": "< 1",
     "grid: []": "study.grid", "grid: '???'": "??? is no value", "grid: {1: [2]}": "study.grid.1", "grid: '${loss}'": "temperature", "grid: {loss.temperature: []}": "at least one",
-    "grid: {loss.temperature: [hot]}": "a number > 0", "grid: {loss.temperature: [true]}": "a number > 0", "grid: {loss.temperature: [0]}": "> 0", "grid: {loss.temperature: [1, 1.0]}": "given twice",
+    "grid: {loss.temperature: [hot]}": "a number", "grid: {loss.temperature: [true]}": "a number", "grid: {loss.temperature: [0]}": "loss.temperature=0.0", "grid: {loss.temperature: [1, 1.0]}": "given twice",
     "grid: {loss.temperature: [[1]]}": "plain values", "grid: {loss.temperature: {a: {}}}": "is a setting", "grid: {data.verify: [no]}": "true or false", "grid: {loss.temprature: [1]}": "loss.temperature",
     "grid: {seed: [1]}": "study.seeds", "grid: {output: [a]}": "no axis", "grid: {point: {a: {}}}": "study.grid.point", "grid: {a b: {a: {}}}": "study.grid.a b", "grid: {how: {}}": "at least one",
     "grid: {how: {a: [1]}}": "{label: {setting: value}}", "grid: {how: {a: {1: 2}}}": "no such setting", "grid: {how: {a: {loss: nosuch}}}": "nosuch", "grid: {how: {a: {loss.methods: 3}}}": "loss.methods=3",
-    "grid: {how: {a: {loss.methods.dkd.weight: -1}}}": "≥ 0", "grid: {how: {a: {teacher.model_kwargs: {1: 2, b: 3}}}}": "teacher.model_kwargs.1",
+    "grid: {how: {a: {loss.methods.dkd.weight: -1}}}": "loss.methods.dkd.weight=-1", "grid: {how: {a: {teacher.model_kwargs: {1: 2, b: 3}}}}": "teacher.model_kwargs.1",
     "grid: {how: {a: {loss.methods.dkd: 3, loss.methods.dkd.weight: 1}}}": "keep one", "grid: {loss: [dkd, dkd]}": "given twice", "grid: {loss.kd_weight: [0], loss.ce_weight: [1]}": "control `hard`",
     f"grid: {{loss.temperature: {[*range(1, 102)]}, student.epochs: {[*range(1, 101)]}}}": "≤ 10,000", "contrasts: {}": "study.contrasts", "contrasts: [3]": "study.contrasts[0]",
     "contrasts: [{}]": "the same points", "contrasts: [{nosuch: 1}]": "nosuch", "contrasts: [{a: 3}]": "a", "contrasts: [{a: {loss.temperature: 3}}]": "not in the grid",
@@ -81,8 +81,8 @@ SECTIONS = {
 SMALL = "name: t\ndata: {{name: digits, family: digits, image_size: 8}}\nteacher: {{model: mlp_tiny}}\nstudent: {{model: mlp_nano}}\nloss: {{temperature: 1.0, kd_weight: 1.0, ce_weight: 0.0}}\nstudy: {{{}}}\n"
 # The words after `kd.study recipe=studies/small`, whose grid has two temperatures, and what the message must name.
 STUDY_WORDS = {
-    "loss.temperature=1,1": "given twice", "loss.temperature=1,2 loss.temperature=4": "given twice", "loss.temperature=1,,2": "cannot be read", "loss.temperature=[1,2]": "a number > 0",
-    "loss.temperature=1_0,2": "a number > 0", "loss.temperature=*a,&b": "cannot be read", "loss.temperature=1,${oc.env:HOME}": "references", "data.verify=no,yes": "true or false", "data.verify=on": "true or false",
+    "loss.temperature=1,1": "given twice", "loss.temperature=1,2 loss.temperature=4": "given twice", "loss.temperature=1,,2": "cannot be read", "loss.temperature=[1,2]": "a number",
+    "loss.temperature=1_0,2": "a number", "loss.temperature=*a,&b": "cannot be read", "loss.temperature=1,${oc.env:HOME}": "references", "data.verify=no,yes": "true or false", "data.verify=on": "true or false",
     "seed=1,2": "study.seeds", "study.seeds=1,2": "no axis", "how=a,b": "how", "loss=dkd,dkd": "given twice", "loss=[dkd": "cannot be read", "hydra.launcher.n_jobs=0": "n_jobs", "hydra.launcher.backend=x": "loky",
     "hydra.launcher.nosuch=1": "nosuch", "name=../x": "plain folder name", "name=link": "link", "output=/dev/null": "output", "output=": "output", "seed=2147483647 study.seeds=2": "< 2147483648", "-m": "many runs by itself",
 }  # fmt: skip
