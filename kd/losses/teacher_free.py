@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.logits import check_positive, kl, teacher_of
+from kd.losses.logits import check_temperatures, kl, teacher_of
 from kd.losses.method import Method, Seen, probabilities
 from kd.losses.reference import cross_entropy
 from kd.smoothing import check_number, mix_uniform, to_uniform
@@ -40,8 +40,8 @@ class TfSelf(Method, name="tf_self"):
     }
 
     def check(self) -> None:
-        """The temperature is finite and above 0."""
-        check_positive(self, "temperature")
+        """The temperature is in range."""
+        check_temperatures(self, "temperature")
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
@@ -77,11 +77,11 @@ class TfReg(Method, name="tf_reg"):
     }
 
     def check(self) -> None:
-        """The virtual teacher's probability is in (0, 1), its temperature finite and above 0."""
+        """The virtual teacher's probability is in (0, 1), its temperature in range."""
         check_number(
             "tf_reg.correct_probability", self.correct_probability, "a number > 0 and < 1", lambda v: 0 < v < 1
         )
-        check_positive(self, "temperature")
+        check_temperatures(self, "temperature")
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
