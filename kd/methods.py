@@ -17,6 +17,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from kd.losses.ranges import WEIGHTS, is_weight
 from kd.recipe import PACKAGE, ConfigError
 
 if TYPE_CHECKING:
@@ -178,8 +179,8 @@ def _build(at: str, name: str, settings: Any) -> Weighted:
             raise ConfigError(f"{at}.{key}={value}: must be {_words(known[key])}")
     shared = {key: settings.get(key, default) for key, default in SHARED.items()}
     for key, value in shared.items():
-        if not 0 <= value < float("inf"):
-            raise ConfigError(f"{at}.{key}={value}: must be a finite number ≥ 0")
+        if not is_weight(value):  # the epochs are bounded like the weight
+            raise ConfigError(f"{at}.{key}={value}: must be {WEIGHTS}")
     try:
         made = method(**{key: value for key, value in settings.items() if key in hints})
     except (ValueError, TypeError) as error:  # its `check`, which may start with the method's name or not

@@ -12,7 +12,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from kd.losses.ranges import HIGHEST_TEMPERATURE, LARGEST_WEIGHT, LOWEST_TEMPERATURE
+
 PACKAGE = Path(__file__).resolve().parent
+TEMPERATURES = {"ge": LOWEST_TEMPERATURE, "le": HIGHEST_TEMPERATURE}
+WEIGHTS = {"ge": 0, "le": LARGEST_WEIGHT}
 
 
 class ConfigError(ValueError):
@@ -127,10 +131,12 @@ class TeacherConfig(Checked):
     epochs: int = setting(10, "passes over the training images, where the teacher is trained here", ge=1)
     label_smoothing: float = setting(0.0, "smoothing mass of the teacher's own training targets", ge=0, lt=1)
     smoothing: str = setting("uniform", "convention of that mass", among=("uniform", "others"))
-    ce_weight: float = setting(1.0, "weight of the cross entropy in the teacher's own training", ge=0)
+    ce_weight: float = setting(1.0, "weight of the cross entropy in the teacher's own training", **WEIGHTS)
     methods: dict[str, Any] = setting({}, "methods beside it that need no teacher, such as {maxsup: {weight: 1}}")
     members: int = setting(1, "networks, each trained from its own seed, that teach as one", ge=1, le=64)
-    averaging_temperature: float = setting(1.0, "temperature at which the members' probabilities are averaged", gt=0)
+    averaging_temperature: float = setting(
+        1.0, "temperature at which the members' probabilities are averaged", **TEMPERATURES
+    )
     model_kwargs: dict[str, Any] = setting({}, "further arguments of timm.create_model")
     layers: list[str] = setting([], "layers that feature methods read, from shallow to deep; empty: timm's stages")
 
@@ -169,10 +175,10 @@ class LossConfig(Checked):
 
     section: ClassVar[str] = "loss."
 
-    temperature: float = setting(4.0, "divides both logits before the softmax", gt=0)
-    student_temperature: float | None = setting(None, "the student's own temperature; null: the same", gt=0)
-    kd_weight: float = setting(0.9, "weight of the distillation term", ge=0)
-    ce_weight: float = setting(0.1, "weight of the cross entropy with the labels", ge=0)
+    temperature: float = setting(4.0, "divides both logits before the softmax", **TEMPERATURES)
+    student_temperature: float | None = setting(None, "the student's own temperature; null: the same", **TEMPERATURES)
+    kd_weight: float = setting(0.9, "weight of the distillation term", **WEIGHTS)
+    ce_weight: float = setting(0.1, "weight of the cross entropy with the labels", **WEIGHTS)
     label_smoothing: float = setting(0.0, "smoothing mass of the student's and its control's labels", ge=0, lt=1)
     smoothing: str = setting(
         "uniform", "convention: eps/K on every class, or eps/(K-1) on the others", among=("uniform", "others")

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.logits import check_positive, check_weights, kl, teacher_of
+from kd.losses.logits import check_temperatures, check_weights, kl, teacher_of
 from kd.losses.method import Method, Seen
+from kd.losses.ranges import TEMPERATURES, is_temperature
 from kd.smoothing import check_choice, check_number
 
 MASKS = ("examples", "share", "none")
@@ -50,8 +51,8 @@ class DIST(Method, name="dist"):
     }
 
     def check(self) -> None:
-        """The temperature is positive, the weights and epsilon are not negative."""
-        check_positive(self, "temperature")
+        """Temperature, weights and epsilon are in range."""
+        check_temperatures(self, "temperature")
         check_weights(self, "inter_weight", "intra_weight", "epsilon")
 
     def values(self, seen: Seen) -> Tensor:
@@ -120,11 +121,11 @@ class MLKD(Method, name="mlkd"):
     }
 
     def check(self) -> None:
-        """Some temperatures, all positive; weights not negative; a mask that exists."""
+        """Some temperatures and weights, all in range; a mask that exists."""
         if len(self.temperatures) == 0:
-            raise ValueError(f"mlkd.temperatures={self.temperatures!r}: must be one or more finite numbers > 0")
+            raise ValueError(f"mlkd.temperatures={self.temperatures!r}: must be one or more, each {TEMPERATURES}")
         for temperature in self.temperatures:
-            check_number("mlkd.temperatures", temperature, "finite numbers > 0", lambda v: 0 < v < math.inf)
+            check_number("mlkd.temperatures", temperature, f"each {TEMPERATURES}", is_temperature)
         check_weights(self, "instance_weight", "batch_weight", "class_weight")
         check_choice("mlkd.confidence_mask", self.confidence_mask, MASKS)
 

@@ -25,7 +25,7 @@ from numba.np.arrayobj import populate_array
 
 BLOCK = 1024  # 4 KiB of float32: two stored blocks and what is read fit the first-level cache of 32 KiB
 LOG2_E = math.log2(math.e)
-LOWEST = -3.4028234663852886e38  # the lowest finite float32
+LOWEST32, LOWEST64 = -3.4028234663852886e38, -1.7976931348623157e308  # the lowest finite numbers
 
 # Nothing may be assumed about nan or inf, and nothing reordered: that may fold away the rounding in exp2.
 EXACT = {"error_model": "numpy", "fastmath": {"contract"}}
@@ -240,7 +240,8 @@ def _maximum(values, integer):
         high = word if word > high else high
         low = word if word < low else low
     top = recast(low if high < 0 else high, wide)
-    return top if top > LOWEST else wide(LOWEST)
+    lowest = wide(LOWEST32 if values.itemsize == 4 else LOWEST64)
+    return top if top > lowest else lowest
 
 
 @njit(**INNER)

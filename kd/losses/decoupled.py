@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.logits import check_positive, check_weights, cross, kl, teacher_of
+from kd.losses.logits import check_temperatures, check_weights, cross, kl, teacher_of
 from kd.losses.method import Method, Seen
 
 
@@ -70,8 +70,8 @@ class DKD(Method, name="dkd"):
     }
 
     def check(self) -> None:
-        """The temperature is positive, the weights are not negative."""
-        check_positive(self, "temperature")
+        """The temperature and the weights are in range."""
+        check_temperatures(self, "temperature")
         check_weights(self, "tckd_weight", "nckd_weight")
 
     def values(self, seen: Seen) -> Tensor:
@@ -105,8 +105,8 @@ class NKD(Method, name="nkd"):
     }
 
     def check(self) -> None:
-        """The temperature is positive, the weight is not negative."""
-        check_positive(self, "temperature")
+        """The temperature and the weight are in range."""
+        check_temperatures(self, "temperature")
         check_weights(self, "other_weight")
 
     def values(self, seen: Seen) -> Tensor:
@@ -152,8 +152,8 @@ class RLD(Method, name="rld"):
     }
 
     def check(self) -> None:
-        """The temperatures are positive, the weights are not negative."""
-        check_positive(self, "confidence_temperature", "temperature")
+        """The temperatures and the weights are in range."""
+        check_temperatures(self, "confidence_temperature", "temperature")
         check_weights(self, "confidence_weight", "correlation_weight")
 
     def values(self, seen: Seen) -> Tensor:

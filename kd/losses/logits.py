@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kd.losses import reference
 from kd.losses.method import Method, Seen, View
+from kd.losses.ranges import TEMPERATURES, WEIGHTS, is_temperature, is_weight
 from kd.smoothing import check_number
 
 # ---- what the methods share
@@ -31,14 +32,14 @@ def check_fields(method: Method, allowed: str, valid: Callable[[float], bool], *
         check_number(f"{method.name}.{name}", getattr(method, name), allowed, valid)
 
 
-def check_positive(method: Method, *fields: str) -> None:
-    """Raise unless each of these fields is a finite number > 0."""
-    check_fields(method, "a finite number > 0", lambda value: 0 < value < math.inf, *fields)
+def check_temperatures(method: Method, *fields: str) -> None:
+    """Raise unless each of these fields is a temperature as DistillLoss allows it."""
+    check_fields(method, TEMPERATURES, is_temperature, *fields)
 
 
 def check_weights(method: Method, *fields: str) -> None:
-    """Raise unless each of these fields is a finite number ≥ 0."""
-    check_fields(method, "a finite number ≥ 0", lambda value: 0 <= value < math.inf, *fields)
+    """Raise unless each of these fields is a weight as DistillLoss allows it."""
+    check_fields(method, WEIGHTS, is_weight, *fields)
 
 
 def teacher_of(seen: Seen) -> View:
@@ -48,14 +49,15 @@ def teacher_of(seen: Seen) -> View:
 
 
 def kl(log_t: Tensor, log_s: Tensor) -> Tensor:
-    """``KL(t || s)`` over the last axis; a class the teacher gives -inf counts 0."""
-    gap = (log_t - log_s).masked_fill(log_t == -math.inf, 0)
-    return (log_t.exp() * gap).sum(-1)
+    """``KL(t || s)`` over the last axis; a class the teacher gives nothing, 0 in the dtype, counts 0."""
+    p = log_t.exp()
+    return (p * (log_t - log_s).masked_fill(p == 0, 0)).sum(-1)
 
 
 def cross(log_t: Tensor, log_s: Tensor) -> Tensor:
-    """``-sum t log s`` over the last axis; a class the teacher gives -inf counts 0."""
-    return -(log_t.exp() * log_s.masked_fill(log_t == -math.inf, 0)).sum(-1)
+    """``-sum t log s`` over the last axis; a class the teacher gives nothing, 0 in the dtype, counts 0."""
+    p = log_t.exp()
+    return -(p * log_s.masked_fill(p == 0, 0)).sum(-1)
 
 
 # ---- one temperature for both
@@ -84,8 +86,8 @@ class KD(Method, name="kd"):
     }
 
     def check(self) -> None:
-        """The temperature is positive."""
-        check_positive(self, "temperature")
+        """The temperature is in range."""
+        check_temperatures(self, "temperature")
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
@@ -103,8 +105,8 @@ class ReverseKL(Method, name="reverse_kl"):
     temperature: float = 1.0
 
     def check(self) -> None:
-        """The temperature is positive."""
-        check_positive(self, "temperature")
+        """The temperature is in range."""
+        check_temperatures(self, "temperature")
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
@@ -126,7 +128,7 @@ class GeneralisedJSD(Method, name="gjsd"):
 
     def check(self) -> None:
         """The share is inside (0, 1): at its ends the value is 0 for all students."""
-        check_positive(self, "temperature")
+        check_temperatures(self, "temperature")
         check_fields(self, "a number > 0 and < 1", lambda value: 0 < value < 1, "teacher_share")
 
     def values(self, seen: Seen) -> Tensor:
@@ -189,8 +191,8 @@ class TTM(Method, name="ttm"):
     presets: ClassVar = {"cifar100": {"weight": 45.0, "ce_weight": 1.0}}
 
     def check(self) -> None:
-        """The temperature is positive."""
-        check_positive(self, "temperature")
+        """The temperature is in range."""
+        check_temperatures(self, "temperature")
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
@@ -211,8 +213,8 @@ class WTTM(Method, name="wttm"):
     presets: ClassVar = {"cifar100": {"weight": 4.0, "ce_weight": 1.0}}
 
     def check(self) -> None:
-        """The temperature is positive."""
-        check_positive(self, "temperature")
+        """The temperature is in range."""
+        check_temperatures(self, "temperature")
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
@@ -244,8 +246,8 @@ class WSL(Method, name="wsl"):
     }
 
     def check(self) -> None:
-        """The temperature is positive."""
-        check_positive(self, "temperature")
+        """The temperature is in range."""
+        check_temperatures(self, "temperature")
         check_weights(self, "epsilon")
 
     def values(self, seen: Seen) -> Tensor:
@@ -282,8 +284,8 @@ class ATS(Method, name="ats"):
     presets: ClassVar = {"cifar100": {"weight": 0.5, "ce_weight": 0.5}}
 
     def check(self) -> None:
-        """All temperatures are positive."""
-        check_positive(self, "target_temperature", "other_temperature", "student_temperature")
+        """All temperatures are in range."""
+        check_temperatures(self, "target_temperature", "other_temperature", "student_temperature")
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""

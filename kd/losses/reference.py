@@ -104,8 +104,15 @@ def cross_entropy(student: Tensor, share: Tensor) -> Tensor:
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float, student_temperature: float) -> Tensor:
-    """``Ts² KL(softmax(teacher / T) || softmax(student / Ts))``; a class the teacher gives -inf counts 0."""
-    log_s = F.log_softmax(student / student_temperature, -1)
-    log_t = F.log_softmax(teacher / temperature, -1)
-    gap = (log_t - log_s).masked_fill(log_t == -math.inf, 0)
-    return student_temperature**2 * (log_t.exp() * gap).sum(-1)
+    """``Ts² KL(softmax(teacher / T) || softmax(student / Ts))``; a class the teacher gives nothing counts 0."""
+    log_s, log_t = log_softened(student, student_temperature), log_softened(teacher, temperature)
+    p = log_t.exp()
+    # Nothing is 0 in the dtype: then the student may be masked there, and 0 * inf is nan.
+    return student_temperature**2 * (p * (log_t - log_s).masked_fill(p == 0, 0)).sum(-1)
+
+
+def log_softened(logits: Tensor, temperature: float) -> Tensor:
+    """``log softmax(logits / T)``."""
+    if temperature < 1:  # the largest finite logits over T are inf, and inf - inf is nan; their differences may be -inf
+        logits = logits - logits.detach().amax(-1, keepdim=True)
+    return F.log_softmax(logits / temperature, -1)

@@ -3,9 +3,7 @@
 Shapes: ``(...)`` positions, ``K`` classes, always last.
 """
 
-import math
 import os
-import sys
 import warnings
 from importlib.util import find_spec
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.losses import fused, reference
+from kd.losses.ranges import LARGEST_WEIGHT, TEMPERATURES, WEIGHTS, is_temperature, is_weight, or_nothing
 from kd.smoothing import (
     check_choice,
     check_number,
@@ -28,7 +27,6 @@ BACKENDS = ("auto", "reference", *fused.BACKENDS)
 # The fused backend for a device and the package that it needs.
 _FOR_DEVICE = {"cpu": ("cpu", "numba"), "cuda": ("triton", "triton")}
 _PAST_INT64 = 2**63
-_LARGEST = sys.float_info.max  # an int can be larger, and not be a float
 _INSTALLED = {package: find_spec(package) is not None for _, package in _FOR_DEVICE.values()}
 
 
@@ -73,9 +71,9 @@ class DistillSettings(nn.Module):
         return reference.Settings(
             temperature=self.temperature,
             student_temperature=self.temperature if self.student_temperature is None else self.student_temperature,
-            kd_weight=self.kd_weight,
-            ce_weight=self.ce_weight,
-            uniform_mass=to_uniform(self.label_smoothing, num_classes, self.smoothing),
+            kd_weight=or_nothing(self.kd_weight),
+            ce_weight=or_nothing(self.ce_weight),
+            uniform_mass=or_nothing(to_uniform(self.label_smoothing, num_classes, self.smoothing)),
             ignore_index=self.ignore_index,
         )
 
@@ -116,11 +114,11 @@ class DistillSettings(nn.Module):
         return ", ".join([f"{self.temperature}", *(f"{name}={getattr(self, name)!r}" for name in shown)])
 
     def _check_settings(self) -> None:
-        check_number("temperature", self.temperature, "a finite number > 0", _positive)
+        check_number("temperature", self.temperature, TEMPERATURES, is_temperature)
         if self.student_temperature is not None:
-            check_number("student_temperature", self.student_temperature, "None or a finite number > 0", _positive)
-        check_number("kd_weight", self.kd_weight, "a finite number ≥ 0", _not_negative)
-        check_number("ce_weight", self.ce_weight, "a finite number ≥ 0", _not_negative)
+            check_number("student_temperature", self.student_temperature, f"None or {TEMPERATURES}", is_temperature)
+        check_number("kd_weight", self.kd_weight, WEIGHTS, is_weight)
+        check_number("ce_weight", self.ce_weight, WEIGHTS, is_weight)
         check_smoothing(self.label_smoothing, self.smoothing)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             got = type(self.ignore_index).__name__
@@ -164,14 +162,6 @@ def _interpreted(backend: str) -> bool:
     return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _positive(value: float) -> bool:
-    return 0 < value <= _LARGEST
-
-
-def _not_negative(value: float) -> bool:
-    return 0 <= value <= _LARGEST
-
-
 def check_logits(name: str, logits: object) -> None:
     """Raise unless it is a dense floating tensor."""
     if not isinstance(logits, Tensor):
@@ -200,9 +190,9 @@ def _check_class_weight(weight: Tensor | None) -> None:
         got = f"{weight.dtype} of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"class_weight is {got}: must be None or a floating tensor of shape (K,)")
     if values_readable(weight):
-        bad = ~((weight >= 0) & (weight < math.inf))
+        bad = ~((weight >= 0) & (weight <= LARGEST_WEIGHT))
         if bad.any():
-            raise ValueError(f"class_weight has {weight[bad][0].item():g}: must be finite and ≥ 0")
+            raise ValueError(f"class_weight has {weight[bad][0].item():g}: must be from 0 to {LARGEST_WEIGHT}")
 
 
 def _warn_of_probabilities(teacher: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses import reference
-from kd.losses.logits import check_fields, check_positive, teacher_of
+from kd.losses.logits import check_fields, check_temperatures, teacher_of
 from kd.losses.method import Method, Seen
 from kd.smoothing import unsmooth
 
@@ -35,8 +35,8 @@ class SmoothedTeacher(Method, name="smoothed_teacher"):
     temperature: float = 4.0
 
     def check(self) -> None:
-        """The temperature is positive, the masses are in [0, 1)."""
-        check_positive(self, "temperature")
+        """The temperature is in range, the masses are in [0, 1)."""
+        check_temperatures(self, "temperature")
         check_fields(self, "a number ≥ 0 and < 1", lambda value: 0 <= value < 1, "mass", "taken_out")
 
     def values(self, seen: Seen) -> Tensor:

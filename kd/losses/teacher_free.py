@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.logits import check_positive, kl, teacher_of
+from kd.losses.logits import check_temperatures, kl, teacher_of
 from kd.losses.method import Method, Seen, probabilities
 from kd.losses.reference import cross_entropy
 from kd.smoothing import check_number, mix_uniform, to_uniform
@@ -41,7 +41,7 @@ class TfSelf(Method, name="tf_self"):
 
     def check(self) -> None:
         """The temperature is finite and above 0."""
-        check_positive(self, "temperature")
+        check_temperatures(self, "temperature")
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
@@ -81,7 +81,7 @@ class TfReg(Method, name="tf_reg"):
         check_number(
             "tf_reg.correct_probability", self.correct_probability, "a number > 0 and < 1", lambda v: 0 < v < 1
         )
-        check_positive(self, "temperature")
+        check_temperatures(self, "temperature")
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.losses.batch_logits import centred
-from kd.losses.logits import check_fields, check_positive, check_weights, kl, teacher_of
+from kd.losses.logits import check_fields, check_temperatures, check_weights, kl, teacher_of
 from kd.losses.method import METHODS, Method, Seen
+from kd.losses.ranges import HIGHEST_TEMPERATURE
 from kd.smoothing import check_choice
 
 
@@ -116,9 +117,16 @@ class CTKD(Method, name="ctkd"):
     }
 
     def check(self) -> None:
-        """The temperature stays positive and the curriculum lasts some time."""
-        check_positive(self, "lowest_temperature", "curriculum_epochs")
-        check_weights(self, "temperature_range", "final_strength")
+        """The temperature stays in range and the curriculum lasts some time."""
+        check_temperatures(self, "lowest_temperature")
+        check_fields(
+            self,
+            f"a number from 0 to {HIGHEST_TEMPERATURE}",
+            lambda v: 0 <= v <= HIGHEST_TEMPERATURE,
+            "temperature_range",
+        )
+        check_fields(self, "a finite number > 0", lambda value: 0 < value < math.inf, "curriculum_epochs")
+        check_weights(self, "final_strength")
         check_fields(self, "a finite number", math.isfinite, "initial_logit")
 
     def build(self, seen: Seen, num_samples: int) -> None:

@@ -212,7 +212,8 @@ def _step(peak, high):
 @triton.jit
 def _step_ce(total, dot, weight, step):
     """The sums of the cross entropy when their zero point rises by ``-step``."""
-    return total * tl.exp2(step * LOG2E), dot + weight * step
+    # Weight is 0 where nothing has a share yet, and for plain labels; a step between the ends of float32 is -inf.
+    return total * tl.exp2(step * LOG2E), dot + tl.where(weight == 0, 0.0, weight * step)
 
 
 @triton.jit
@@ -323,7 +324,11 @@ def sweeps(
         total, dot, weight = tl.sum(total), tl.sum(dot), tl.sum(weight)
         if PLAIN:
             weight += 1
+            # The label's own part is not 0 where the base was not its logit; -inf takes all with it as it is.
+            dot -= tl.where((s_own < -1e30) & (s_own > -float("inf")), s_own, 0.0)
             others = dot + tl.cast(classes - 1, WIDE) * (base - zero_s)
+            # Near the ends of the dtype both may overflow. A nan that came in is in total, too.
+            others = tl.where(others == others, others, -float("inf"))
             dot = _dot(own, s_own - zero_s, spread, others)
         ce_row = weight * tl.log2(total) * LN2 - dot
     if teacher is not None:
