@@ -304,15 +304,35 @@ def test_in_a_forked_child():
     assert done.returncode == 0, done.stderr
 
 
-def test_compiles_silently_also_where_nothing_can_be_written():
-    """numba refuses to cache where it finds no folder; then the function is compiled in every process."""
-    code = """
-import warnings
-warnings.simplefilter("error")
+COMPILED_OR_LOADED = """
+import hashlib, sys, warnings
+import torch
 from numba.core import caching
-caching.FunctionCache._impl_class._locator_classes = []
-from kd.losses import cpu_kernel
-print(cpu_kernel.compile_work(True).address > 0)
+from kd.losses import cpu
+from kd.losses.reference import Settings
+warnings.simplefilter("error")
+if sys.argv[1] == "compiled":
+    caching.FunctionCache._impl_class._locator_classes = []
+bits = hashlib.sha256()
+for k, student_temperature, upstream in ((100, 20.0, 1.0), (1025, 2.5, 0.3), (3000, 4.0, 1.0)):
+    s, t = (3 * torch.randn(6, k, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    y, weight, up = torch.arange(6), torch.linspace(0.5, 2, k), torch.full((6,), upstream)
+    for eps in (0.0, 0.1):
+        settings = Settings(4.0, student_temperature, 0.9, 1.0, eps, -100)
+        for value in cpu.rows(s, t, y, weight, up, settings, with_gradient=True):
+            bits.update(value.numpy().tobytes())
+print(cpu._compiled(torch.float32)[1].cache_hits, bits.hexdigest())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+def test_a_process_that_compiles_and_one_that_loads_what_was_compiled_give_the_same_bits():
+    """Silently, also where nothing can be written: numba refuses to cache there, and every process compiles."""
+    run(*batch(dtype=torch.float32))  # there is something to load
+    found = {}
+    for how in ("compiled", "loaded"):
+        words = [sys.executable, "-c", COMPILED_OR_LOADED, how]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+        assert done.stderr == ""
+        found[how] = done.stdout.split()
+    assert [found["compiled"][0], found["loaded"][0]] == ["0", "1"]
+    assert found["compiled"][1] == found["loaded"][1]

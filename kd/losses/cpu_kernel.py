@@ -118,8 +118,12 @@ def multiply_add(_typing, a, b, c):
 
 
 @intrinsic
-def long_vectors(_typing):
-    """Vectors of 512 bits in the loops of the calling function, on machines that have them, and for any addresses.
+def inlined(_typing):
+    """Compile the calling function into its callers, with vectors of 512 bits where there are, for any addresses.
+
+    Numba compiles each function alone too, and a process that has just compiled would call those copies where one that
+    loads the cache calls the file's own: optimised once more, they sum in another order, and a run that was killed
+    would resume with other bits. Inlined, there is one copy, at 3 s more for a new user's first call.
 
     The function's arrays must not overlap. Else LLVM would look whether they do, take the slow loop where two of them
     only lie close, and sum in another order there: bits would depend on addresses. By itself it prefers 256 bits for
@@ -130,6 +134,7 @@ def long_vectors(_typing):
     def build(context, builder, signature, arguments):
         # llvmlite lists the attributes it knows and has no other way to write one.
         set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        builder.function.attributes.add("alwaysinline")
         for argument in builder.function.args:
             if isinstance(argument.type, ir.PointerType):
                 argument.add_attribute("noalias")
@@ -196,7 +201,7 @@ def _wide(address, kind, out):
     single = out.itemsize == 4
     if kind == (FLOAT if single else DOUBLE):
         return view(address, out.size, out.dtype.type)
-    long_vectors()
+    inlined()
     if kind == HALF:
         stored = view(address, out.size, np.uint16)
         for i in range(out.size):
@@ -232,7 +237,7 @@ def _maximum(values, integer):
     Maxima of floats do not vectorise while nan is possible, maxima of integers do: as an integer a float ≥ 0 grows with
     its value and a float < 0 falls. What comes out for a row with nan does not matter: its exponentials are nan.
     """
-    long_vectors()
+    inlined()
     wide = values.dtype.type
     high, low = recast(wide(-0.0), integer), recast(wide(-np.inf), integer)
     for i in range(values.size):
@@ -247,7 +252,7 @@ def _maximum(values, integer):
 @njit(**INNER)
 def _store(address, kind, source):
     """Write wide classes to where 16-bit ones are stored: the nearest, ties to even."""
-    long_vectors()
+    inlined()
     stored = view(address, source.size, np.uint16)
     if kind == HALF:
         for i in range(source.size):
@@ -274,7 +279,7 @@ def _store(address, kind, source):
 @njit(**SUMS)
 def _exponentials(s, e, top, scale, lowest):
     """Write ``2^((s - top) scale)`` to e; returns their sum and that of ``s - top``."""
-    long_vectors()
+    inlined()
     total = offset = s.dtype.type(0)
     for i in range(s.size):
         below = s[i] - top
@@ -288,7 +293,7 @@ def _exponentials(s, e, top, scale, lowest):
 @njit(**SUMS)
 def _exponential_pairs(s, t, s_e, t_e, s_top, t_top, s_scale, t_scale, s_lowest, t_lowest, ratio):
     """The same for both, with ``sum e_t ((t - t_top) ratio - (s - s_top))``, to which a class at e_t = 0 adds 0."""
-    long_vectors()
+    inlined()
     nothing = s.dtype.type(0)
     s_total = t_total = gap = offset = nothing
     for i in range(s.size):
@@ -308,7 +313,7 @@ def _exponential_pairs(s, t, s_e, t_e, s_top, t_top, s_scale, t_scale, s_lowest,
 @njit(**SUMS)
 def _power_sum(e, power):
     """``sum e^(2^power)`` for a power of 1, 2 or 3."""
-    long_vectors()
+    inlined()
     total = e.dtype.type(0)
     if power == 1:
         for i in range(e.size):
@@ -328,7 +333,7 @@ def _power_sum(e, power):
 @njit(**SUMS)
 def _share_sums(share, s, top):
     """``sum share`` and ``sum share (s - top)``, the latter over classes that have a share."""
-    long_vectors()
+    inlined()
     nothing = s.dtype.type(0)
     mass = total = nothing
     for i in range(s.size):
@@ -341,7 +346,7 @@ def _share_sums(share, s, top):
 @njit(**INNER)
 def _combine(e, power, whole, soft, even, other, factor):
     """Replace e by ``whole e^(2^power) + soft e - even - factor other``, for a power of 0 to 3; other may be None."""
-    long_vectors()
+    inlined()
     nothing = e.dtype.type(0)
     if power == 0:
         for i in range(e.size):
@@ -365,7 +370,7 @@ def _combine(e, power, whole, soft, even, other, factor):
 @njit(**INNER)
 def _subtract(out, factor, other):
     """``out -= factor * other``."""
-    long_vectors()
+    inlined()
     for i in range(out.size):
         out[i] -= factor * other[i]
 
@@ -376,7 +381,7 @@ def _subtract(out, factor, other):
 @njit(**INNER)
 def _shares(job, row, first, share):
     """Write ``w_k ((1 - eps) q_k + eps / K)`` of the classes from ``first`` on; a label's own part is left out."""
-    long_vectors()
+    inlined()
     wide = share.dtype.type
     even = wide(job.uniform_mass / job.classes)
     if job.shares:
@@ -396,6 +401,7 @@ def _shares(job, row, first, share):
 @njit(**INNER)
 def _first_pass(job, row, first, s, t, third, share, s_read, t_read, block, integer):
     """Exponentials of one block into s, t and third, its sums into ``block``."""
+    inlined()
     wide = s.dtype.type
     lowest = wide(-127 if job.wide_bytes == 4 else -1023)
     scale = wide(LOG2_E / job.student_temperature)
@@ -425,6 +431,7 @@ def _first_pass(job, row, first, s, t, third, share, s_read, t_read, block, inte
 @njit(**INNER)
 def _cross_entropy(job, label, logit, label_share, found, blocks, s_top, total):
     """``(sum share, ce)`` from the sums of the blocks; ``total`` is ``sum e^(s - s_top)``."""
+    inlined()
     mass = shared = 0.0
     for b in range(blocks):
         size = min(job.classes - b * BLOCK, BLOCK)
@@ -450,6 +457,7 @@ def _places(job, row, last, scratch):
     scratch would be more than the 1 % of memory that is allowed. Where too few rows are left, the second pass computes
     every block again; the last flag says that it must.
     """
+    inlined()
     width = job.wide_bytes
     size, full = min(job.classes, BLOCK) * width, job.classes * width
     s, t, third = scratch, scratch + size, scratch + 4 * size
@@ -473,6 +481,7 @@ def _places(job, row, last, scratch):
 @njit(**INNER)
 def _empty_row(job, row, value, wide):
     """An ignored row is 0, one whose label is no class nan."""
+    inlined()
     values = view(job.values, 3 * job.rows, wide)
     for i in range(3):
         values[i * job.rows + row] = value
@@ -490,6 +499,7 @@ def _empty_row(job, row, value, wide):
 @njit(**INNER)
 def _row(job, row, last, scratch, wide, integer):
     """Loss, terms and gradient of one row."""
+    inlined()
     upstream = float(view(job.upstream + row * job.upstream_row, 1, wide)[0])
     if job.held and upstream == view(job.held + row * job.held_row, 1, wide)[0]:
         return
@@ -590,6 +600,7 @@ def compile_work(single):
     wide, integer = (np.float32, np.int32) if single else (np.float64, np.int64)
 
     def work(job):
+        inlined()
         this = carray(job, (1,))[0]
         task = take(job)
         while task < this.tasks:
