@@ -5,13 +5,14 @@ Collected by test_triton.py alone.
 
 import contextlib
 
+import loss_extremes
 import pytest
 import torch
 from interpreted_triton import NIGHTLY, kernel  # noqa: F401  (kernel is a fixture)
 from loss_matrix import BF16, F16, F32, F64, check, combinations, largest, pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd import DistillLoss
+from kd import DistillLoss, LinearDistillLoss
 from kd.losses import triton as launcher
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what a GPU does without a word
@@ -138,6 +139,65 @@ def test_identities(kernel, seed):  # noqa: F811
     value, slope = call(s, s.detach(), y)
     close(value, torch.zeros_like(value), 1e-14)
     close(slope, torch.zeros_like(slope), 1e-14)
+
+
+# ---- the ends of settings and dtypes
+
+
+@pytest.mark.parametrize("name", loss_extremes.SETTINGS)
+def test_settings_at_the_ends_of_their_ranges(kernel, name):  # noqa: F811
+    loss_extremes.settings_at_their_ends("triton", F32, name, sizes=(5,), ways=(False,))
+
+
+LARGEST = [
+    (F32, 1e20, 1000.0),
+    (F32, loss_extremes.LARGEST, 0.001),
+    (F32, loss_extremes.LARGEST, 4.0),
+    (F16, 65504, 4.0),
+]
+
+
+@pytest.mark.parametrize(("dtype", "m", "temperature"), LARGEST)
+def test_the_largest_logits(kernel, dtype, m, temperature):  # noqa: F811
+    loss_extremes.largest_logits("triton", dtype, m, temperature, repeats=(5,))
+
+
+@pytest.mark.parametrize("temperature", [0.001, 4.0])
+def test_infinities(kernel, temperature):  # noqa: F811
+    loss_extremes.infinities("triton", F32, temperature, sizes=(20,))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nothing_to_learn_from_is_0_with_a_gradient_of_0(kernel, reduction):  # noqa: F811
+    s, t, y = batch(4, 5, F32)
+    ignored, soft = torch.full_like(y, -100), t.softmax(-1)
+    for given, settings in (
+        ((s[:0], t[:0], y[:0]), {}),
+        ((s[:0], t[:0], soft[:0]), {}),
+        ((s, t, ignored), {}),
+        ((float("nan") * s, t, ignored), {"teacher_smoothing": 0.1}),
+        ((s, t, y), {"kd_weight": 0.0, "ce_weight": 0.0}),
+        ((s, None, soft), {"kd_weight": 0.0, "ce_weight": 0.0}),
+        ((s, t, y), {"kd_weight": 0.0, "ce_weight": 1.0, "class_weight": torch.zeros(5)}),
+    ):
+        leaf = given[0].detach().clone().requires_grad_()
+        value = loss_of(reduction=reduction, **settings)(leaf, *given[1:])
+        assert torch.equal(value, torch.zeros(len(leaf)) if reduction == "none" else torch.tensor(0.0))
+        assert torch.equal(gradient(value.sum(), leaf), torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("label", [-1, 5, 2**40])
+def test_a_label_that_is_no_class_makes_the_loss_nan(kernel, label):  # noqa: F811
+    """Its check would make the host wait for the GPU. It is not followed: 2**40 elements on there is no memory."""
+    s, t, y = batch(4, 5, F32)
+    y[1] = label
+    for way in (loss_of(reduction="none"), LinearDistillLoss(backend="triton", reduction="none")):
+        leaf = s.detach().clone().requires_grad_()
+        head = (torch.eye(5), y) if isinstance(way, LinearDistillLoss) else ()
+        value = way(leaf, *head, teacher_logits=t) if head else way(leaf, t, y)
+        assert value.isnan().tolist() == [False, True, False, False]
+        assert gradient(value.sum(), leaf).isnan().all(-1).tolist() == [False, True, False, False]
+    assert loss_of(reduction="mean")(s, t, y).isnan()
 
 
 # ---- what the host does around a launch

@@ -234,7 +234,7 @@ def test_dry_run_counts_and_writes_nothing(kd_study, tmp_path):
         (["study.seed=3"], "study.seed: no such setting; did you mean seed"),
         (["study.seeds=0"], "study.seeds=0: must be ≥ 1"),
         (["loss.temprature=1,2"], "loss.temprature: no such setting; did you mean loss.temperature?"),
-        (["loss.temperature=-1,2"], "loss.temperature=-1.0: must be > 0"),
+        (["loss.temperature=-1,2"], "loss.temperature=-1.0: must be ≥ 0.001 and ≤ 1000"),
         (["teacher.label_smoothing=0,1"], "teacher.label_smoothing=1.0: must be ≥ 0 and < 1"),
         (["teacher.label_smoothing=0,much"], "teacher.label_smoothing=much: must be a number"),
         (["loss.kd_weight=0,1", "loss.ce_weight=1"], "loss.kd_weight=0: is the control `hard`"),

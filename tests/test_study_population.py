@@ -225,7 +225,10 @@ def test_a_teacher_is_trained_with_an_alternative_to_smoothing_in_a_run_and_in_a
         ({"methods": {"dkd": {}}}, "teacher.methods.dkd: needs a teacher of its own; must be of .*maxsup"),
         ({"methods": {"maxsop": {}}}, "teacher.methods.maxsop: no such method; did you mean teacher.methods.maxsup"),
         ({"methods": {"maxsup": {"end_wait": 1.0}}}, "maxsup.end_wait: no .*mean teacher.methods.maxsup.end_weight"),
-        ({"methods": {"maxsup": {"weight": -1.0}}}, "teacher.methods.maxsup.weight=-1.0: must be a finite number ≥ 0"),
+        (
+            {"methods": {"maxsup": {"weight": -1.0}}},
+            "teacher.methods.maxsup.weight=-1.0: must be a number from 0 to",
+        ),
         ({"ce_weight": 0.0}, "teacher.ce_weight=0 without teacher.methods"),
     ],
 )

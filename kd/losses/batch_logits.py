@@ -125,7 +125,7 @@ class MLKD(Method, name="mlkd"):
         if len(self.temperatures) == 0:
             raise ValueError(f"mlkd.temperatures={self.temperatures!r}: must be one or more, each {TEMPERATURES}")
         for temperature in self.temperatures:
-            check_number("mlkd.temperatures", temperature, f"each {TEMPERATURES}", is_temperature)
+            check_number("mlkd.temperatures", temperature, TEMPERATURES, is_temperature)
         check_weights(self, "instance_weight", "batch_weight", "class_weight")
         check_choice("mlkd.confidence_mask", self.confidence_mask, MASKS)
 

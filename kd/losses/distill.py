@@ -39,14 +39,15 @@ class DistillLoss(DistillSettings):
     Yang 2024). It is 0, and stationary, where both softened distributions are equal.
 
     Args:
-        temperature: T, finite and > 0.
-        kd_weight, ce_weight: finite and ≥ 0. A term of weight 0 is not computed; with both 0 the loss is 0. With
-            ``kd_weight=0`` the teacher's logits are not looked at and may be None.
+        temperature: T, from 0.001 to 1000. In float32 the KL term is off by some 1e-7 T², its gradient by 1e-7 T.
+        kd_weight, ce_weight: from 0 to 1e6. A term of weight 0 is not computed; with both 0 the loss is 0. With
+            ``kd_weight=0`` the teacher's logits are not looked at and may be None. Below 1e-30 weights and smoothing
+            count as 0.
         label_smoothing: mass in [0, 1) for the cross entropy.
         smoothing: its convention, "uniform" (eps/K on every class) or "others" (eps/(K-1) on the others).
-        student_temperature: Ts; None means T.
-        class_weight: K floating weights ≥ 0 for the cross entropy only. A buffer that moves with the module and stays
-            out of its state_dict.
+        student_temperature: Ts, in the same range; None means T.
+        class_weight: K floating weights from 0 to 1e6 for the cross entropy only. A buffer that moves with the module
+            and stays out of its state_dict.
         ignore_index: positions of this label give 0 to both terms and exactly 0 gradient. Not for probability targets.
         reduction: "mean" divides the sum of both terms by the number of positions that are not ignored, also with
             class_weight (F.cross_entropy divides by the sum of the labels' weights there), and is 0, with zero
@@ -59,8 +60,13 @@ class DistillLoss(DistillSettings):
             of a mass on the others), which is taken out of softmax(t) before T: `kd.smoothing.unsmooth`, in plain
             PyTorch before any backend, one more pass over the teacher's logits. 0 leaves them as they are.
 
-    A class at -inf in student and teacher (masked) gives 0 to the KD term. Smoothing puts mass on it, so with
-    label_smoothing > 0 the cross entropy is inf, as in F.cross_entropy. nan in gives nan out.
+    A class at -inf in student and teacher (masked) gives 0 to the KD term, as does any whose teacher's probability is 0
+    in float32. Smoothing puts mass on it, so with label_smoothing > 0 the cross entropy is inf, as in F.cross_entropy.
+    nan or +inf in, or a row of nothing but -inf, gives nan out, for that row.
+
+    Finite logits up to 1e20 in absolute value give a finite loss at all settings; larger ones, to the ends of float32,
+    one that is right or, where float32 cannot hold it or a part of it, inf. The gradient is right for all; one that is
+    too large for the student's dtype (65,504 in float16) is inf.
 
     Raises ValueError or TypeError, naming the argument, for settings outside these ranges, shapes, devices and dtypes
     that do not fit (nothing is broadcast), labels outside 0..K-1, target rows that are no probabilities, and a teacher,

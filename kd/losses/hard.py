@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses.method import Method, Seen
+from kd.losses.ranges import WEIGHTS, is_weight
 from kd.losses.reference import cross_entropy, wide_dtype
 from kd.smoothing import check_choice, check_number, check_smoothing, mix_uniform, to_uniform
 
@@ -176,9 +177,9 @@ class MaxSup(Method, name="maxsup"):
     }
 
     def check(self) -> None:
-        """Both weights are finite and not negative, the ramp known."""
+        """Both weights are in range, the ramp known."""
         for name in ("start_weight", "end_weight"):
-            check_number(name, getattr(self, name), "a finite number ≥ 0", lambda v: 0 <= v < math.inf)
+            check_number(name, getattr(self, name), WEIGHTS, is_weight)
         check_choice("ramp", self.ramp, RAMPS)
 
     def values(self, seen: Seen) -> Tensor:

@@ -40,7 +40,7 @@ class TfSelf(Method, name="tf_self"):
     }
 
     def check(self) -> None:
-        """The temperature is finite and above 0."""
+        """The temperature is in range."""
         check_temperatures(self, "temperature")
 
     def values(self, seen: Seen) -> Tensor:
@@ -77,7 +77,7 @@ class TfReg(Method, name="tf_reg"):
     }
 
     def check(self) -> None:
-        """The virtual teacher's probability is in (0, 1), its temperature finite and above 0."""
+        """The virtual teacher's probability is in (0, 1), its temperature in range."""
         check_number(
             "tf_reg.correct_probability", self.correct_probability, "a number > 0 and < 1", lambda v: 0 < v < 1
         )
