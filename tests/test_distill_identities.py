@@ -181,10 +181,11 @@ def test_temperature_is_a_power_of_the_probabilities(batch, temperature):
 @given(batches())
 def test_a_high_temperature_matches_centred_logits(batch):
     """T -> inf: the gradient of T² KL tends to (centred s - centred t) / K (Hinton et al. 2015 §2.1)."""
-    s, t, _ = batch
+    s, t = (batch[0] / 20).detach().requires_grad_(), batch[1] / 20
     centred = (s - s.mean(-1, keepdim=True) - t + t.mean(-1, keepdim=True)).detach() / s.shape[-1]
-    limit = gradient(kd(s, t, 1e6), s)
-    torch.testing.assert_close(limit, centred, rtol=1e-3, atol=1e-3)
+    # What is missing at T falls as 1/T: at 1,000 and 500 it is the same, once and twice.
+    limit = 2 * gradient(kd(s, t, 1000.0), s) - gradient(kd(s, t, 500.0), s)
+    torch.testing.assert_close(limit, centred, rtol=1e-3, atol=1e-6)
 
 
 @given(batches(), TEMPERATURE)

@@ -150,7 +150,7 @@ def test_the_sides_of_a_contrast_are_points_in_the_order_of_the_seeds():
         ({"grid": {"how": {"x": {"seed": 3}}}}, "seed is no axis; type study.seeds=N"),
         ({"grid": {"how": {"x": {"output": "y"}}}}, "output is no axis"),
         ({"grid": {"loss": ["dsit"]}}, "did you mean loss=dist?"),
-        ({"grid": {"loss.temperature": [0.0]}}, "loss.temperature=0.0: must be finite and > 0"),
+        ({"grid": {"loss.temperature": [0.0]}}, "loss.temperature=0.0: must be ≥ 0.001 and ≤ 1000"),
         ({"grid": {"loss.kd_weight": [0.0], "loss.ce_weight": [1.0]}}, "is the control `hard`"),
     ],
 )
