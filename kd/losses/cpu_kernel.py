@@ -25,7 +25,8 @@ from numba.np.arrayobj import populate_array
 
 BLOCK = 1024  # 4 KiB of float32: two stored blocks and what is read fit the first-level cache of 32 KiB
 LOG2_E = math.log2(math.e)
-LOWEST32, LOWEST64 = -3.4028234663852886e38, -1.7976931348623157e308  # the lowest finite numbers
+LOWEST32 = -3.4028234663852886e38  # the lowest finite number
+LOWEST64 = -1e300  # over the lowest temperature still finite
 
 # Nothing may be assumed about nan or inf, and nothing reordered: that may fold away the rounding in exp2.
 EXACT = {"error_model": "numpy", "fastmath": {"contract"}}
@@ -232,7 +233,7 @@ def _wide(address, kind, out):
 
 @njit(**INNER)
 def _maximum(values, integer):
-    """The maximum, at least the lowest finite number.
+    """The maximum, at least the lowest number.
 
     Maxima of floats do not vectorise while nan is possible, maxima of integers do: as an integer a float ≥ 0 grows with
     its value and a float < 0 falls. What comes out for a row with nan does not matter: its exponentials are nan.
