@@ -159,7 +159,21 @@ LARGEST = [
 
 @pytest.mark.parametrize(("dtype", "m", "temperature"), LARGEST)
 def test_the_largest_logits(kernel, dtype, m, temperature):  # noqa: F811
-    loss_extremes.largest_logits("triton", dtype, m, temperature, repeats=(5,))
+    loss_extremes.largest_logits("triton", dtype, m, temperature, repeats=(1, 5))
+
+
+def test_a_step_from_one_end_of_float32_to_the_other_leaves_classes_without_a_share_alone(kernel):  # noqa: F811
+    s = torch.full((1, 20), -loss_extremes.LARGEST)
+    s[:, 16:] = loss_extremes.LARGEST  # the second block of the sweeps
+    q = torch.nn.functional.one_hot(torch.tensor([17]), 20).float()
+    loss = DistillLoss(kd_weight=0.0, ce_weight=1.0, backend="triton")
+    assert loss(s, None, q).item() == pytest.approx(torch.tensor(4.0).log().item(), rel=1e-6)
+
+
+def test_a_label_at_the_lowest_number_counts_once(kernel):  # noqa: F811
+    s = torch.tensor([[-loss_extremes.LARGEST, 0.0, 1.0, 2.0]])
+    loss = DistillLoss(kd_weight=0.0, ce_weight=1.0, label_smoothing=0.1, backend="triton")
+    assert loss(s, None, torch.tensor([0])).item() == pytest.approx((0.9 + 0.1 / 4) * loss_extremes.LARGEST, rel=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.001, 4.0])
