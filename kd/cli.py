@@ -15,12 +15,17 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kd import methods, strict
-from kd.kinds import check_kind, check_kinds, given, settings, wrong_type
+from kd import methods
 from kd.recipe import PACKAGE, ConfigError, Recipe, allowed
-from kd.words import check_word, check_words, plain
 
 USAGE = 2  # exit code of a command line that cannot work
+try:
+    from kd import strict
+    from kd.kinds import check_kind, check_kinds, given, settings, wrong_type
+    from kd.words import check_word, check_words, plain
+except ModuleNotFoundError as error:  # PyYAML, which Hydra brings: without it no command can say anything
+    print(f"error: kd's commands need {error.name}: pip install 'kd-torch[train]'", file=sys.stderr)
+    raise SystemExit(USAGE) from error
 STUDIES = "studies"  # the folder of the recipes that are studies
 INTERRUPTED = 130  # exit code of a run stopped by ctrl-C, as shells have it
 

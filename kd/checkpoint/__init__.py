@@ -8,34 +8,51 @@ A stage's folder while it trains, and when it is done:
 ``python -m kd.checkpoint verify PATH`` says what a folder or file is and whether it is whole.
 """
 
-from kd.checkpoint.files import (
-    CheckpointError,
-    digest,
-    laid_out,
-    open_in_place,
-    read_json,
-    regular,
-    write_atomically,
-    write_json,
-    writing,
-)
-from kd.checkpoint.manifest import SCHEMA, seal, verified
-from kd.checkpoint.stage import FOLDER as CHECKPOINTS
-from kd.checkpoint.stage import (
-    NEWEST,
-    Checkpoint,
-    advice,
-    clean,
-    finish,
-    finished,
-    load,
-    read_sealed,
-    retire,
-    save,
-    save_sealed,
-    write_manifest,
-)
-from kd.checkpoint.tensors import METADATA, load_state, read_weights, save_weights, weights_header
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kd.checkpoint.files import (
+        CheckpointError,
+        digest,
+        laid_out,
+        open_in_place,
+        read_json,
+        regular,
+        write_atomically,
+        write_json,
+        writing,
+    )
+    from kd.checkpoint.manifest import SCHEMA, seal, verified
+    from kd.checkpoint.stage import (
+        CHECKPOINTS,
+        NEWEST,
+        Checkpoint,
+        advice,
+        clean,
+        finish,
+        finished,
+        load,
+        read_sealed,
+        retire,
+        save,
+        save_sealed,
+        write_manifest,
+    )
+    from kd.checkpoint.tensors import METADATA, load_state, read_weights, save_weights, weights_header
+
+# Names load on first use: help, and what is missing of the libraries, is said without them.
+_HOME = {
+    name: module
+    for module, names in {
+        "files": "CheckpointError digest laid_out open_in_place read_json regular write_atomically write_json writing",
+        "manifest": "SCHEMA seal verified",
+        "stage": "CHECKPOINTS NEWEST Checkpoint advice clean finish finished load read_sealed retire save save_sealed "
+        "write_manifest",
+        "tensors": "METADATA load_state read_weights save_weights weights_header",
+    }.items()
+    for name in names.split()
+}
 
 __all__ = [
     "CHECKPOINTS",
@@ -69,3 +86,9 @@ __all__ = [
     "write_manifest",
     "writing",
 ]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(import_module(f"kd.checkpoint.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'kd.checkpoint' has no attribute {name!r}")

@@ -101,10 +101,10 @@ def _weights(path: Path) -> Row:
     from kd.checkpoint import CheckpointError, read_weights, regular, weights_header
     from kd.checkpoint.files import digest
     from kd.checkpoint.manifest import DONE, MANIFEST, check_file, read_manifest
-    from kd.checkpoint.stage import FOLDER
+    from kd.checkpoint.stage import CHECKPOINTS
 
     try:
-        ours = MANIFEST if path.absolute().parents[1].name == FOLDER else DONE
+        ours = MANIFEST if path.absolute().parents[1].name == CHECKPOINTS else DONE
         about, beside = "", [path.with_name(ours)] if path.with_name(ours).exists() else []
         if beside:
             manifest = read_manifest(beside[0])

@@ -18,7 +18,7 @@ from kd.checkpoint.manifest import DONE, MANIFEST, NewerSchema, check_file, read
 from kd.checkpoint.tensors import header_of, load_state, read_weights, save_weights, size_of, split
 
 NEWEST = 2  # checkpoints that are kept: where the newest is damaged there is another
-FOLDER, STATE, SELECTED = "checkpoints", "state.safetensors", "selected.safetensors"
+CHECKPOINTS, STATE, SELECTED = "checkpoints", "state.safetensors", "selected.safetensors"
 _NAME = re.compile(r"update-(\d{8,18})(?:-(\d{1,9}))?")
 _ABOUT = ("model", "num_classes", "label_smoothing", "smoothing")  # what a manifest repeats of the weights' metadata
 
@@ -38,11 +38,11 @@ class Checkpoint:
 def found_in(folder: Path) -> list[Path]:
     """The checkpoints of a stage's folder, the newest first, whole or not."""
     try:
-        named = [path for path in (folder / FOLDER).iterdir() if _NAME.fullmatch(path.name)]
+        named = [path for path in (folder / CHECKPOINTS).iterdir() if _NAME.fullmatch(path.name)]
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise CheckpointError(f"{folder / FOLDER}: {error.strerror}") from error
+        raise CheckpointError(f"{folder / CHECKPOINTS}: {error.strerror}") from error
     return sorted(named, key=_order, reverse=True)
 
 
@@ -57,12 +57,12 @@ def _free_name(folder: Path, update: int) -> Path:
     """Where the next checkpoint of an update goes; never where one is."""
     name = f"update-{update:08d}"
     again = [_order(path)[1] for path in found_in(folder) if _order(path)[0] == update]
-    return folder / FOLDER / (f"{name}-{max(again) + 1}" if again else name)
+    return folder / CHECKPOINTS / (f"{name}-{max(again) + 1}" if again else name)
 
 
 def clean(folder: Path) -> None:
     """Remove what dead processes left half written in a stage's folder."""
-    for path in (*folder.glob(".*.tmp"), *(folder / FOLDER).glob(".*.tmp")):
+    for path in (*folder.glob(".*.tmp"), *(folder / CHECKPOINTS).glob(".*.tmp")):
         _remove(path)
 
 
@@ -167,7 +167,9 @@ def load(folder: Path, warn: Callable[[str], None], advice: str) -> Checkpoint |
             warn(f"warning: {'; '.join(wrong.values())}; the checkpoint before it is taken, {path}")
         return Checkpoint(path, state, selected, list(wrong))
     if wrong:
-        raise CheckpointError(f"no checkpoint in {folder / FOLDER} is whole: {'; '.join(wrong.values())}; {advice}")
+        raise CheckpointError(
+            f"no checkpoint in {folder / CHECKPOINTS} is whole: {'; '.join(wrong.values())}; {advice}"
+        )
     return None
 
 
@@ -198,7 +200,7 @@ def finish(
     for name, tensors in weights.items():
         save_weights(folder / f"{name}.safetensors", tensors, metadata)
     write_manifest(folder / DONE, [f"{name}.safetensors" for name in weights], about | {"about": _about(metadata)})
-    retire([folder / FOLDER])
+    retire([folder / CHECKPOINTS])
 
 
 def write_manifest(path: Path, names: list[str], about: dict[str, Any]) -> None:
