@@ -27,6 +27,8 @@ except ModuleNotFoundError as error:  # PyYAML, which Hydra brings: without it n
     print(f"error: kd's commands need {error.name}: pip install 'kd-torch[train]'", file=sys.stderr)
     raise SystemExit(USAGE) from error
 STUDIES = "studies"  # the folder of the recipes that are studies
+# The extra that brings a launcher of Hydra's.
+LAUNCHERS = {"joblib": "study", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
 INTERRUPTED = 130  # exit code of a run stopped by ctrl-C, as shells have it
 
 
@@ -259,6 +261,10 @@ def explain(error: Exception, schema: type = Recipe, folder: str = "") -> str:
     text, cause = str(error), str(error.__cause__ or "")
     if found := re.search(r"Could not (?:override|append|delete).*?'([\w./@-]+)'", text):
         return no_such_setting(found[1], schema)
+    if found := re.search(r"Could not find 'hydra/launcher/(\w+)'", text):
+        if found[1] in LAUNCHERS:
+            return f"hydra/launcher={found[1]}: needs pip install 'kd-torch[{LAUNCHERS[found[1]]}]'"
+        return f"hydra/launcher={found[1]}: must be one of basic, {', '.join(LAUNCHERS)}"
     if "must specify 'recipe'" in text:
         options = ", ".join(option.partition("/")[2] for option in _options("recipe", folder))
         return f"recipe: not given; type recipe=NAME with one of {options}"

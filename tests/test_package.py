@@ -70,6 +70,25 @@ def test_a_command_without_the_extras_says_what_to_install(tmp_path, program, th
     assert "pip install 'kd-torch[" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("hydra/launcher=joblib", "hydra/launcher=joblib: needs pip install 'kd-torch[study]'"),
+        ("hydra/launcher=ray", "hydra/launcher=ray: needs pip install 'kd-torch[ray]'"),
+        (
+            "hydra/launcher=slurm",
+            "hydra/launcher=slurm: must be one of basic, joblib, submitit_local, submitit_slurm, ray",
+        ),
+    ],
+)
+def test_a_launcher_that_is_not_installed_says_what_to_install(tmp_path, word, says):
+    done = blocked("hydra_plugins", "-m", "kd.study", "recipe=studies/mnist1d_grid", word, folder=tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2,
+        f"error: {says}",
+    )  # before it Hydra warns of the block
+
+
 def test_training_needs_nothing_that_only_other_extras_bring(tmp_path):
     done = blocked("submitit ray", "-m", "kd.train", "recipe=smoke", "dry_run=true", folder=tmp_path)
     assert done.returncode == 0, done.stderr
