@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import math
 import os
 import re
@@ -15,7 +16,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kd import methods
+from kd import methods, surroundings
 from kd.recipe import PACKAGE, ConfigError, Recipe, allowed
 
 USAGE = 2  # exit code of a command line that cannot work
@@ -29,6 +30,7 @@ except ModuleNotFoundError as error:  # PyYAML, which Hydra brings: without it n
 STUDIES = "studies"  # the folder of the recipes that are studies
 # The extra that brings a launcher of Hydra's.
 LAUNCHERS = {"joblib": "study", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
+NO_MEMORY = "out of memory; lower train.batch_size, or raise train.accumulation, which leaves the result as it is"
 INTERRUPTED = 130  # exit code of a run stopped by ctrl-C, as shells have it
 
 
@@ -292,20 +294,33 @@ def explain(error: Exception, schema: type = Recipe, folder: str = "") -> str:
 def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> Iterator[None]:
     """Turn what a user can mend into one line on stderr and an exit code; let our own mistakes keep their traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing several lines and exiting
+    surroundings.ready_streams()
     try:
+        surroundings.check()
         yield
+        sys.stdout.flush()  # here, or Python would complain at its end
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "kd":
             raise
         fail(f"{program} needs {error.name}: pip install 'kd-torch[train]'")
     except KeyboardInterrupt:
         fail("stopped; the same command goes on from what was saved", INTERRUPTED)
+    except MemoryError:
+        fail(NO_MEMORY, 1, everyone=True)
     except Exception as error:
         package = type(error).__module__.partition(".")[0]
         if package in ("hydra", "omegaconf", "yaml", "antlr4"):
             fail(explain(error, schema, folder))
+        if isinstance(error, BrokenPipeError) and not error.filename:  # who read has enough, as after | head
+            surroundings.drop_output()
+            raise SystemExit(1) from error
         if isinstance(error, OSError) and error.filename:
             fail(f"{error.filename}: {error.strerror}", everyone=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            surroundings.drop_output()
+            fail(f"standard output: {error.strerror}; the same command goes on from what was saved", 1)
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's own
+            fail(NO_MEMORY, 1, everyone=True)
         if str(error).startswith("DataLoader worker"):  # raised by a signal, wherever this process then is
             said = " ".join(str(error).split()).removesuffix(".")
             fail(f"{said}; the same command goes on from what was saved; without memory, lower data.workers", 1, True)
@@ -345,10 +360,10 @@ def override(config: Any, words: list[str]) -> None:
 
 def command(program: str, run: Callable[..., int]) -> None:
     """Compose the recipe that the command line names, or take that of a run to replay, and run it."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text(program))
-        return
     with one_line_errors(program):
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(help_text(program))
+            return
         words = own_methods(sys.argv[1:])
         check_words(words)
         if any(word.startswith("replay=") for word in words):

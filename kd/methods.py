@@ -76,7 +76,7 @@ def import_own(given: str) -> None:
         assert spec.loader is not None
         sys.modules[name] = module = importlib.util.module_from_spec(spec)  # a dataclass looks its module up there
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's code raises
+    except (Exception, SystemExit) as error:  # whatever a user's code raises
         where = traceback.extract_tb(error.__traceback__)[-1]
         line = f" (line {where.lineno} of {where.filename})" if is_file else ""
         raise ConfigError(f"--import {given}: {type(error).__name__}: {error}{line}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,20 @@ _PACKAGES = ("kd-torch", "torch", "torchvision", "timm", "accelerate", "hydra-co
 
 
 def _git(*arguments: str) -> str | None:
-    """The answer of git about kd's own checkout; None where kd is installed without one."""
+    """The answer of git about kd's own checkout; None where kd is installed without one, or git cannot be run."""
     if not (PACKAGE.parent / ".git").exists():
         return None
-    done = subprocess.run(["git", "-C", str(PACKAGE.parent), *arguments], capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(PACKAGE.parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git here, or no more files may be opened: no reason to lose a finished run
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
+    with suppress(OSError):
         for line in info.read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()

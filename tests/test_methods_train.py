@@ -351,6 +351,12 @@ def test_an_error_in_ones_own_file_names_its_line(kd_train, tmp_path):
     )
 
 
+def test_ones_own_file_cannot_end_the_command(kd_train, tmp_path):
+    (tmp_path / "mine.py").write_text("raise SystemExit(7)\n")
+    done = kd_train("recipe=smoke", "--import=mine.py")
+    assert (done.code, done.err.startswith("error: --import mine.py: SystemExit: 7 (line 1 ")) == (2, True)
+
+
 def test_a_recipe_cannot_name_code(kd_train, tmp_path):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "own.yaml").write_text("# @package _global_\nname: own\nimport: mine.py\n")

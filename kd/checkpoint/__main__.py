@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd import cli
-from kd.words import check_text
+from kd.words import check_text, shown
 
 HELP = """usage: python -m kd.checkpoint verify PATH [PATH ...]
 
@@ -128,11 +128,10 @@ def verify(paths: list[Path]) -> int:
             cli.fail(f"{path}: " + ("holds no run, stage or checkpoint" if path.exists() else "no such file or folder"))
     for row in (row for listed in found.values() for row in listed):
         if row.wrong:
-            print(f"damaged  {row.wrong}")
+            print(f"damaged  {shown(row.wrong)}")
         else:
-            print(
-                f"whole    {row.path}  {row.size:,} bytes  {f'sha256 {row.sha256}  ' if row.sha256 else ''}{row.what}"
-            )
+            digest = f"sha256 {row.sha256}  " if row.sha256 else ""
+            print(f"whole    {shown(row.path)}  {row.size:,} bytes  {digest}{row.what}")
     return DAMAGED if any(row.wrong for listed in found.values() for row in listed) else 0
 
 
