@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from importlib.metadata import version
 
 import pytest
 
@@ -23,4 +24,4 @@ def test_without_git_or_files_to_open_the_rest_is_still_known(monkeypatch, error
 
     monkeypatch.setattr(provenance.subprocess, "run", fails)
     found = provenance.provenance(1)
-    assert (found["git_sha"], found["versions"]["torch"]) == (None, provenance.torch.__version__)
+    assert (found["git_sha"], found["versions"]["torch"]) == (None, version("torch"))
