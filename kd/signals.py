@@ -140,7 +140,7 @@ os.register_at_fork(after_in_child=_deaf)
 
 def _together() -> bool:
     """Whether torchrun's processes have met, from when on none may leave alone: the others would wait for it."""
-    distributed = sys.modules.get("torch.distributed")
+    distributed: Any = sys.modules.get("torch.distributed")
     met = getattr(distributed, "is_initialized", None)  # none in the middle of its import
     return bool(met and met() and distributed.get_world_size() > 1)
 
