@@ -17,6 +17,7 @@ from kd.losses.ranges import HIGHEST_TEMPERATURE, LARGEST_WEIGHT, LOWEST_TEMPERA
 PACKAGE = Path(__file__).resolve().parent
 TEMPERATURES = {"ge": LOWEST_TEMPERATURE, "le": HIGHEST_TEMPERATURE}
 WEIGHTS = {"ge": 0, "le": LARGEST_WEIGHT}
+MOST_EPOCHS = 1_000_000
 
 
 class ConfigError(ValueError):
@@ -128,7 +129,9 @@ class TeacherConfig(Checked):
     finetune: bool = setting(
         False, "train pretrained or checkpoint weights further; a head that does not fit is replaced"
     )
-    epochs: int = setting(10, "passes over the training images, where the teacher is trained here", ge=1)
+    epochs: int = setting(
+        10, "passes over the training images, where the teacher is trained here", ge=1, le=MOST_EPOCHS
+    )
     label_smoothing: float = setting(0.0, "smoothing mass of the teacher's own training targets", ge=0, lt=1)
     smoothing: str = setting("uniform", "convention of that mass", among=("uniform", "others"))
     ce_weight: float = setting(1.0, "weight of the cross entropy in the teacher's own training", **WEIGHTS)
@@ -164,7 +167,9 @@ class StudentConfig(Checked):
 
     model: str = setting("resnet18.tv_in1k", "timm model name")
     pretrained: bool = setting(False, "start from timm's weights")
-    epochs: int = setting(10, "passes over the training images, for the student and for its control", ge=1)
+    epochs: int = setting(
+        10, "passes over the training images, for the student and for its control", ge=1, le=MOST_EPOCHS
+    )
     model_kwargs: dict[str, Any] = setting({}, "further arguments of timm.create_model")
     layers: list[str] = setting([], "the student's, as many; list_layers=true prints those of both")
 

@@ -3,11 +3,15 @@
 Within `held`, which is the loop's, the answer comes between two updates, where nothing is half done, with the state
 saved. Elsewhere nothing needs saving, and the process leaves at once. Nothing here imports torch: the handlers must
 be there before the imports that take seconds.
+
+Python runs a handler only when the interpreter has control, and what waits in C++, as for another process's first
+word, may never give it back. So a thread hears of every signal too, and answers where the handler does not.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -23,6 +27,7 @@ GO_ON = "run the same command to go on"
 PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)
 CTRL_C = 130  # exit code of a run stopped by ctrl-C, as shells have it; one stopped by the others has done its part: 0
 SAME = 1.0  # seconds within which a second signal is the first: a launcher passes on what its group was sent as well
+GRACE = 0.5  # seconds that the handler has, before the thread answers in its place
 
 
 class Interrupted(BaseException):
@@ -38,11 +43,13 @@ def leave() -> None:
     os.write(2, f"stopped by {signal.Signals(_asked).name}; {GO_ON}\n".encode())
     with suppress(Exception):  # it may be in the middle of a print
         sys.stdout.flush()
-    os._exit(0)
+    os._exit(exit_code())
 
 
 _asked = 0  # the signal; 0: none
 _asked_at = 0.0
+_answered = threading.Event()  # by the handler
+_ears: tuple[int, int] | None = None  # the pipe into which the interpreter writes the number of every signal
 _owner: int | None = None  # the process that listens
 _held = False
 _leave: Callable[[], None] = leave
@@ -54,6 +61,8 @@ def listen(*signals: signal.Signals, leaving: Callable[[], None] = leave) -> Non
     _asked, _owner, _leave = 0, os.getpid(), leaving
     for each in signals or (signal.SIGINT, *PREEMPTION):
         signal.signal(each, _request)
+    if leaving is leave:  # others do what only the main thread can
+        _listen_beside()
 
 
 @contextmanager
@@ -77,22 +86,63 @@ def listening() -> Iterator[None]:
 
 
 def _request(signum: int, frame: Any) -> None:
-    global _asked, _asked_at
     if os.getpid() != _owner:  # a data worker, forked with this handler: when it ends is its parent's affair
         return
-    now = time.monotonic()
-    again = _asked and now - _asked_at > SAME
-    if not _asked:
-        _asked, _asked_at = signum, now
+    _answered.set()
+    again = _note(signum)
     if signum == signal.SIGINT and (again or not _held):
         raise KeyboardInterrupt
-    if again or not (_held or _several()):
+    if again or not (_held or _together()):
         _leave()
 
 
-def _several() -> bool:
-    """Whether torchrun started several processes, of which none may leave alone: the others would wait for it."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def _note(signum: int) -> bool:
+    """Remember the first request; whether this is another."""
+    global _asked, _asked_at
+    now = time.monotonic()
+    if not _asked:
+        _asked, _asked_at = signum, now
+    return now - _asked_at > SAME
+
+
+def _listen_beside() -> None:
+    """Have a thread hear of signals from now on, whatever the main one waits in."""
+    global _ears
+    if _ears is None:
+        _ears = os.pipe()
+        os.set_blocking(_ears[1], False)
+        threading.Thread(target=_answer_beside, args=(_ears[0],), daemon=True).start()
+    signal.set_wakeup_fd(_ears[1], warn_on_full_buffer=False)
+
+
+def _answer_beside(heard: int) -> None:
+    """The handler's answer, from a thread, to a signal that the handler has not answered in time."""
+    while True:
+        select.select([heard], [], [])
+        in_time = _answered.wait(GRACE)
+        _answered.clear()
+        signums = {*os.read(heard, 64)} & {signal.SIGINT, *PREEMPTION}
+        # A handler that raises KeyboardInterrupt is unwinding now. What is left to do here is what it would have done.
+        if signums and not in_time and (_note(min(signums)) or not (_held or _together())):
+            leave()
+
+
+def _deaf() -> None:
+    """In a forked data worker: its signals would be taken for its parent's, whose pipe it has."""
+    global _ears
+    if _ears is not None:
+        signal.set_wakeup_fd(-1)
+        _ears = None
+
+
+os.register_at_fork(after_in_child=_deaf)
+
+
+def _together() -> bool:
+    """Whether torchrun's processes have met, from when on none may leave alone: the others would wait for it."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    met = getattr(distributed, "is_initialized", None)  # none in the middle of its import
+    return bool(met and met() and distributed.get_world_size() > 1)
 
 
 @contextmanager
@@ -104,7 +154,7 @@ def held() -> Iterator[None]:
         yield
     finally:
         _held = False
-    if _asked and not _several():  # asked after its last look
+    if _asked and not _together():  # asked after its last look
         if _asked == signal.SIGINT:
             raise KeyboardInterrupt
         _leave()

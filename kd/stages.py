@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import sys
+import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from timm.optim import list_optimizers
-from torch import nn
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import Tensor, nn
 
 from kd import methods
 from kd.assembled import Ensemble, load_exactly
@@ -68,6 +69,7 @@ def prepare(recipe: Recipe) -> Run:
         data = load_data(recipe.data, recipe.seed)
     data = replace(data, **{name: getattr(data, name).to(accelerator.device) for name in ("train", "val", "test")})
     check_batch(recipe, data, accelerator.num_processes)
+    check_validation(recipe, data)
     console = Console(width=None if sys.stdout.isatty() else 120)  # a log file has no width of its own
     journal = Journal(folder / "metrics.jsonl", accelerator, console)
     run = Run(recipe, data, accelerator, folder, teacher_folder(recipe, data.hash), journal)
@@ -85,6 +87,7 @@ def check_environment(recipe: Recipe) -> None:
     if recipe.optimizer.name not in (known := [str(name) for name in list_optimizers()]):
         near = difflib.get_close_matches(recipe.optimizer.name, known, n=3, cutoff=0.5) or ["adamw", "sgd", "lamb"]
         raise ConfigError(f"optimizer.name={recipe.optimizer.name}: timm has no such optimizer; try {', '.join(near)}")
+    _check_optimizer(recipe)
     trained = [recipe.student] + ([recipe.teacher] if teacher_is_trained(recipe) else [])
     for section in trained:
         if recipe.scheduler.warmup_epochs >= section.epochs:
@@ -102,6 +105,22 @@ def check_environment(recipe: Recipe) -> None:
         check_file(Path(checkpoint), f"teacher.checkpoint={checkpoint}")
 
 
+def _check_optimizer(recipe: Recipe) -> None:
+    """Raise ConfigError unless the optimizer can be made here and take a step: some need a package, others the graph
+    of the gradient, which the loop does not keep.
+    """
+    o = recipe.optimizer
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    parameters = [nn.Parameter(torch.ones(size, device=device)) for size in ((2, 2), (2,))]
+    try:
+        optimizer = create_optimizer_v2(parameters, o.name, o.lr, o.weight_decay, o.momentum)
+        torch.stack([p.square().sum() for p in parameters]).sum().backward()
+        optimizer.step()
+    except Exception as error:  # whatever a package that is not there, or half there, leads timm to
+        said = textwrap.shorten(str(error), 160) or f"{type(error).__name__}, a package that it needs is not installed"
+        raise ConfigError(f"optimizer.name={o.name}: cannot train here ({said}); try adamw, sgd, lamb") from error
+
+
 def check_batch(recipe: Recipe, data: Data, processes: int) -> None:
     """Raise ConfigError for a batch that the training images cannot fill, or that cannot be shared out."""
     batch, pieces = recipe.train.batch_size, recipe.train.accumulation * processes
@@ -112,6 +131,22 @@ def check_batch(recipe: Recipe, data: Data, processes: int) -> None:
             f"train.batch_size={batch}: must be ≥ {pieces}, one image for each of {processes} processes "
             f"x train.accumulation={recipe.train.accumulation}"
         )
+
+
+def check_validation(recipe: Recipe, data: Data) -> None:
+    """Raise ConfigError for so few validation images that not even a perfect teacher could be told from chance."""
+    _, bound = _chance(targets := data.val.targets)
+    if bound >= 1:
+        raise ConfigError(
+            f"data.val_fraction={recipe.data.val_fraction}: gives {len(targets)} validation images, on which no "
+            f"teacher could be told from chance (its top-1 must be > {bound:.2%}): raise it, or add images"
+        )
+
+
+def _chance(targets: Tensor) -> tuple[float, float]:
+    """The accuracy of always guessing one class, and what a teacher must exceed to be better: one-sided, 1 %."""
+    chance = float(targets.bincount().max()) / len(targets)
+    return chance, chance + 2.33 * math.sqrt(chance * (1 - chance) / len(targets))
 
 
 def network(run: Run, role: str, weights: Path | None = None, seed: int | None = None) -> nn.Module:
@@ -286,15 +321,13 @@ def check_teacher(run: Run, teacher: Teacher) -> None:
     targets = run.data.val.targets
     logits = predict(teacher, run.data.val, run.recipe.train.batch_size, run.accelerator)
     top1 = top_k_accuracy(logits, targets, 1).item()
-    chance = float(targets.bincount().max()) / len(targets)
-    bound = chance + 2.33 * math.sqrt(chance * (1 - chance) / len(targets))  # one-sided, 1 %
+    chance, bound = _chance(targets)
     run.journal.say(f"teacher  validation top-1 {top1:.2%}   (chance {chance:.2%}, {len(targets)} images)")
     if top1 <= bound:
-        hint = "train it longer (teacher.epochs), or check that its classes are in this data set's order"
         raise ConfigError(
             f"teacher.model={run.recipe.teacher.model}: validation top-1 {top1:.2%} is no better than chance "
-            f"(must be > {bound:.2%} on {len(targets)} images): "
-            + (hint if bound < 1 else "so few cannot tell, raise data.val_fraction or add images")
+            f"(must be > {bound:.2%} on {len(targets)} images): train it longer (teacher.epochs), or check that its "
+            f"classes are in this data set's order"
         )
 
 

@@ -93,6 +93,9 @@ WRONG = {
     "loss.kd_weight=0 loss.ce_weight=0": "loss.kd_weight=0 with loss.ce_weight=0 leaves nothing to learn",
     "data=mnist1d data.mixup=0.2": "data.mixup",
     "optimizer.name=adamww": "optimizer.name=adamww",
+    "optimizer.name=adahessian": "optimizer.name=adahessian: cannot train here (",  # it needs the gradient's graph
+    "optimizer.name=fusedsgd": "optimizer.name=fusedsgd: cannot train here (",  # a package that is not installed
+    "student.epochs=99999999999999999999999 dry_run=true": "student.epochs=99999999999999999999999: must be ≥ 1 and ≤",
 }
 
 

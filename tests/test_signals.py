@@ -82,6 +82,84 @@ raise SystemExit("still here")
     assert (done.returncode, done.stderr) == (0, "stopped by SIGUSR1; run the same command to go on\n")
 
 
+BLOCKED = """
+import ctypes, sys, types
+from contextlib import nullcontext
+from kd import signals
+signals.listen()
+sys.modules["torch.distributed"] = types.SimpleNamespace(is_initialized=lambda: {met}, get_world_size=lambda: 2)
+c, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+with signals.held() if {held} else nullcontext():
+    c.pthread_mutex_lock(mutex)
+    print("now", flush=True)
+    c.pthread_mutex_lock(mutex)  # for good, whatever signals come, and no Python code runs
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("met", "held", "asked"), [(False, False, 1), (True, False, 2), (False, True, 2)])
+def test_what_gives_back_no_control_is_left_all_the_same(signum, met, held, asked):
+    """Once where nothing is lost and nobody waits for this process, else when asked again."""
+    command = [sys.executable, "-c", BLOCKED.format(met=met, held=held)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "now\n"
+        for left in reversed(range(asked)):
+            time.sleep(0.2)
+            assert process.poll() is None
+            process.send_signal(signum)
+            time.sleep(1.2 if left else 0)
+        try:
+            said = process.communicate(timeout=10)[1]
+        finally:
+            process.kill()
+    assert said == f"stopped by {signum.name}; run the same command to go on\n"
+    assert process.returncode == (0 if signum == signal.SIGTERM else 130)
+
+
+def test_a_signal_to_a_data_worker_is_not_its_parents():
+    code = """
+import os, signal, time
+from kd import signals
+signals.listen()
+child = os.fork()
+if child == 0:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+time.sleep(3 * signals.GRACE)
+print("goes on")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "goes on\n", "")
+
+
+def test_waiting_for_the_other_processes_ends_when_asked(tmp_path):
+    """Torch looks for them in C++."""
+    (process,) = forked.start(*WORDS, folder=tmp_path, hook=alone_of_two)
+    until = time.monotonic() + 60
+    while not (tmp_path / "waits").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert process.exitcode is None
+    forked.kill(process, signal.SIGTERM)
+    assert forked.finish([process], 30) == [0]
+    assert (tmp_path / "log.txt").read_text() == "stopped by SIGTERM; run the same command to go on\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "waits"]
+
+
+def alone_of_two() -> None:
+    """Be the first of two processes; the other never comes."""
+    from torch.distributed import distributed_c10d
+
+    def waits(*args, **kwargs):
+        Path("waits").touch()
+        return rendezvous(*args, **kwargs)
+
+    port = str(forked._free_port())
+    os.environ |= {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    rendezvous, distributed_c10d.rendezvous = distributed_c10d.rendezvous, waits
+
+
 def test_the_handlers_are_there_before_the_heavy_imports():
     code = "import sys; import kd.signals, kd.cli; assert not {'torch', 'hydra', 'accelerate'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
