@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from kd.checkpoint import advice, finished, write_json
-from kd.claim import checkpoint_hash, teacher_is_trained
+from kd.claim import checkpoint_hash, owner, teacher_is_trained
 from kd.metrics import agreement, classification, predictive_kl
 from kd.models import Teacher
 from kd.provenance import provenance
@@ -43,7 +43,7 @@ def networks(run: Run) -> dict[str, dict[str, Teacher]]:
         teacher = found["teacher"]["last"] if found else None
         paths = {which: weights_of(run, name, which) for which in WEIGHTS}
         for path in filter(None, paths.values()):
-            finished(path, advice(name, path.parent))
+            finished(path, advice(name, path.parent), owner(run, name))
         built = {
             path: Teacher(scored(run, name, path, teacher)).to(run.accelerator.device) for path in set(paths.values())
         }
