@@ -99,6 +99,17 @@ def claim(run: Run) -> None:
         accelerator.init_trackers(run.recipe.name)
 
 
+def owner(run: Run, stage: str) -> dict[str, str]:
+    """Which stage of which run files are of, as their manifests say it. A run is what run.json says; a teacher that is
+    shared is what its folder's name says. Neither changes with the place of the output folder.
+
+    Raises CheckpointError where a run's folder has no run.json: `claim` writes it.
+    """
+    if stage == "teacher" and run.teacher_folder.parent != run.folder:
+        return {"stage": stage, "run": run.teacher_folder.name}
+    return {"stage": stage, "run": content_hash(read_json(run.folder / "run.json"))}
+
+
 def _compare(found: dict, card: dict, folder: Path) -> None:
     for key, setting in (("data_hash", "data.root"), ("teacher_checkpoint_hash", "teacher.checkpoint")):
         if found[key] != card[key]:

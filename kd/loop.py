@@ -111,7 +111,7 @@ class Trainer:
             self.journal.flush()
             done = {"updates": self.updates, "seconds": self.progress.seconds, "selected": self.progress.selected}
             done["skipped"] = self.progress.skipped
-            checkpoint.finish(self.stage.folder, weights, self.stage.metadata, done)
+            checkpoint.finish(self.stage.folder, weights, self.stage.metadata, done, self.stage.of)
         self.accelerator.wait_for_everyone()
 
     def measure(self, updates: int = 2) -> float:
@@ -292,8 +292,8 @@ class Trainer:
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
-            state = self._state()
-            checkpoint.save(self.stage.folder, self.progress.update, state, self.selected_weights, self.stage.metadata)
+            stage, state = self.stage, self._state()
+            checkpoint.save(stage.folder, self.progress.update, state, self.selected_weights, stage.metadata, stage.of)
         self.saved_at = time.monotonic()
 
     def _state(self) -> dict[str, Any]:
@@ -312,9 +312,8 @@ class Trainer:
         }
 
     def _load(self) -> None:
-        found = checkpoint.load(
-            self.stage.folder, self.journal.say, checkpoint.advice(self.stage.name, self.stage.folder)
-        )
+        stage = self.stage
+        found = checkpoint.load(stage.folder, self.journal.say, checkpoint.advice(stage.name, stage.folder), stage.of)
         if self.accelerator.is_main_process:
             checkpoint.clean(self.stage.folder)
             checkpoint.retire(found.damaged if found else [])

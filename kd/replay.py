@@ -50,7 +50,10 @@ def main(words: list[str], run: Callable[..., int]) -> int:
         raise ConfigError(f"output={recipe.output}: is the old run's, whose teacher would be found there; name another")
     recipe.run, recipe.resume, recipe.dry_run, recipe.list_layers = past.folder.name, True, False, False
 
+    runs: list[Run] = []
+
     def check(run: Run) -> None:
+        runs.append(run)
         found = list(differences(past, run))
         if found and given.get("allow_differences") != "true":
             raise ConfigError(
@@ -58,10 +61,26 @@ def main(words: list[str], run: Callable[..., int]) -> int:
             )
         for line in found:
             run.journal.say(plain(f"differs  {line}"))
+        if (run.folder / "result.json").exists():
+            run.journal.say(f"an earlier replay is found in {run.folder}, its weights are compared")
 
     if code := run(recipe, check):
         return code
-    return report(past.result, read_result(Path(recipe.output) / recipe.name / recipe.run / "result.json"))
+    return report(past.result, outcome(runs[0]))
+
+
+def outcome(run: Run) -> dict[str, Any]:
+    """The result of a replay with the sha256 of the weights that are there now. Raises CheckpointError."""
+    from kd.results import verified
+
+    result = read_result(run.folder / "result.json")
+    for name, sha256 in verified(run, _advice).items():
+        result.setdefault(name, {})["sha256"] = sha256
+    return result
+
+
+def _advice(name: str, folder: Path) -> str:
+    return f"move {folder if name == 'teacher' else folder.parent} away and it is trained again"
 
 
 def _given(words: list[str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from kd.checkpoint import advice, finished, write_json
-from kd.claim import checkpoint_hash, teacher_is_trained
+from kd.claim import checkpoint_hash, owner, teacher_is_trained
 from kd.metrics import agreement, classification, predictive_kl
 from kd.models import Teacher
 from kd.provenance import provenance
@@ -35,15 +36,27 @@ def weights_of(run: Run, name: str, which: str) -> Path | None:
     return run.teacher_folder / f"{which}.safetensors" if teacher_is_trained(run.recipe) else None
 
 
+def verified(run: Run, advise: Callable[[str, Path], str] = advice) -> dict[str, str]:
+    """The sha256 of every network's last weights that were trained, once all files are seen to be the run's own.
+
+    Raises CheckpointError, ending in what `advise` says of a network and its folder.
+    """
+    found = {}
+    for name in NETWORKS if run.recipe.control else NETWORKS[:2]:
+        for path in filter(None, (weights_of(run, name, which) for which in reversed(WEIGHTS))):
+            stage = finished(path, advise(name, path.parent), owner(run, name))
+            found[name] = stage["files"][path.name]["sha256"]
+    return found
+
+
 def networks(run: Run) -> dict[str, dict[str, Teacher]]:
     """Every network of the run, frozen, by name and weights; a teacher taken as it is has one set of weights."""
+    verified(run)
     names = NETWORKS if run.recipe.control else NETWORKS[:2]
     found: dict[str, dict[str, Teacher]] = {}
     for name in names:
         teacher = found["teacher"]["last"] if found else None
         paths = {which: weights_of(run, name, which) for which in WEIGHTS}
-        for path in filter(None, paths.values()):
-            finished(path, advice(name, path.parent))
         built = {
             path: Teacher(scored(run, name, path, teacher)).to(run.accelerator.device) for path in set(paths.values())
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ class Stage:
     metadata: dict[str, Any]
     teacher: Teacher | None = None
     taps: tuple[Taps, Taps] | None = None  # student's and teacher's, where the objective looks at more than logits
+    of: dict[str, str] = field(default_factory=dict)  # which stage of which run its files are
 
     def place(self, device: torch.device, channels_last: bool) -> list[Student | Teacher]:
         """Move everything to a device; returns the networks."""

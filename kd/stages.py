@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from kd import methods
 from kd.assembled import Ensemble, load_exactly
-from kd.checkpoint import CHECKPOINTS, advice, finish, finished, read_weights
-from kd.claim import check_own, check_places, run_name, teacher_folder, teacher_is_trained
+from kd.checkpoint import CHECKPOINTS, advice, belongs, finish, finished, read_weights
+from kd.claim import check_own, check_places, owner, run_name, teacher_folder, teacher_is_trained
 from kd.data import Data, load_data
 from kd.journal import Journal
 from kd.lock import alone_on_teacher
@@ -264,6 +264,7 @@ def train(run: Run, stage: Stage) -> None:
     # A trained teacher serves many runs, so its curve stands beside it; the others' stand in the run.
     path = (stage.folder if stage.name == "teacher" else run.folder) / "metrics.jsonl"
     journal = Journal(path, run.accelerator, run.journal.console)
+    stage.of = owner(run, stage.name)
     trainer = Trainer(stage, run.recipe, data_of(run, stage.name), run.accelerator, journal)
     with held():
         trainer.fit()
@@ -277,7 +278,7 @@ def find_teacher(run: Run) -> Teacher:
         weights = folder / "last.safetensors"
         with alone_on_teacher(run) as done:
             if done:
-                finished(weights, advice("teacher", folder))
+                finished(weights, advice("teacher", folder), owner(run, "teacher"))
                 run.journal.say(f"teacher  found in {folder}")
             elif run.recipe.teacher.members > 1:
                 _train_members(run)
@@ -312,7 +313,7 @@ def _train_members(run: Run) -> None:
             }
         about: dict[str, Any] = {key: sum(each[key] for each in done) for key in ("updates", "seconds", "skipped")}
         about["selected"] = {"epoch": [each["selected"]["epoch"] for each in done]}
-        finish(run.teacher_folder, weights, metadata(run.recipe, "teacher", run.data), about)
+        finish(run.teacher_folder, weights, metadata(run.recipe, "teacher", run.data), about, owner(run, "teacher"))
     run.accelerator.wait_for_everyone()
 
 
@@ -342,10 +343,18 @@ def recorded_smoothing(recipe: Recipe) -> tuple[float, str] | None:
 
 def execute(run: Run) -> None:
     """All stages up to their weights on disk."""
+    left = [name for name in ("student", "control")[: 1 + run.recipe.control] if not _is_done(run, name)]
     teacher = find_teacher(run)
     check_teacher(run, teacher)
     tell_smoothing(run, teacher, recorded_smoothing(run.recipe))
-    if not (run.folder / "student" / "stage.json").exists():
-        train(run, stage(run, "student", teacher))
-    if run.recipe.control and not (run.folder / "control" / "stage.json").exists():
-        train(run, stage(run, "control"))
+    for name in left:
+        train(run, stage(run, name, teacher if name == "student" else None))
+
+
+def _is_done(run: Run, name: str) -> bool:
+    """Whether a stage of the run is finished. Raises CheckpointError for another's, or one that is not whole."""
+    folder = run.folder / name
+    belongs(folder, advice(name, folder), owner(run, name))
+    if done := (folder / "stage.json").exists():
+        finished(folder / "last.safetensors", advice(name, folder))
+    return done

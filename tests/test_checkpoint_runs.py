@@ -78,6 +78,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops_and_says_what_to_do(kd_tr
     done = kd_train(*RUN, "output=runs")
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "student/last.safetensors: has sha256" in done.err
+    shutil.rmtree(student)
     spoil(next((tmp_path / "runs/teachers").glob("*/last.safetensors")))
     done = kd_train(*RUN, "output=runs")
     assert (done.code, done.err.count("\n")) == (2, 1)
@@ -89,6 +90,7 @@ def test_a_state_that_does_not_fit_names_what_does_not(kd_train, monkeypatch, tm
     student = tmp_path / "runs/smoke/one/student"
     found = checkpoint.load(student, pytest.fail, "")
     whole, selected = found.state, found.selected
+    of = {key: json.loads(manifest(student, 7).read_text())[key] for key in ("stage", "run")}
     key, value = next(iter(whole["model"].items()))
     states = whole["optimizer"]["state"]
     other = states[0] | {"exp_avg": torch.zeros(7)}  # of a bias
@@ -107,13 +109,13 @@ def test_a_state_that_does_not_fit_names_what_does_not(kd_train, monkeypatch, tm
     }  # fmt: skip
     for said, change in changes.items():
         shutil.rmtree(student / "checkpoints")
-        checkpoint.save(student, 7, whole | change, selected)
+        checkpoint.save(student, 7, whole | change, selected, of=of)
         done = kd_train(*RUN, "output=runs")
         assert (done.code, done.err.count("\n")) == (2, 1), done.err
         assert f"does not fit this run ({said}" in done.err
     for each, said in ((None, "is a NoneType"), ({"w": value}, "missing"), ({**selected, key: value[:1]}, "must be")):
         shutil.rmtree(student / "checkpoints")
-        checkpoint.save(student, 7, whole, each)
+        checkpoint.save(student, 7, whole, each, of=of)
         assert re.search(f"does not fit this run .selected weights.* {said}", kd_train(*RUN, "output=runs").err)
 
 

@@ -53,3 +53,30 @@ def test_what_came_out_otherwise_is_said(capsys, change, code, said):
     old = {"student": {"sha256": "a", "last": {"test": {"top1": 0.5}}}}
     assert report(old, {"student": old["student"] | change}) == code
     assert said in capsys.readouterr().out
+
+
+def test_an_earlier_replay_is_said_to_be_one_and_its_weights_are_looked_at(kd_train, tmp_path):
+    run = (*RUN, "control=false")
+    assert kd_train(*run).code == 0
+    assert "earlier replay" not in kd_train("replay=runs/smoke/one", "output=again").out
+    done = kd_train("replay=runs/smoke/one", "output=again")
+    assert done.code == 0
+    assert "an earlier replay is found in again/smoke/one, its weights are compared" in done.out
+    assert "weights  identical\n" in done.out
+
+    stage = tmp_path / "again/smoke/one/student/stage.json"
+    result = stage.parents[1] / "result.json"
+    whole = result.read_text()
+    sha = json.loads(whole)["student"]["sha256"]
+    result.write_text(whole.replace(sha, "0" * 64))  # what it says of the weights is not what is compared
+    past = tmp_path / "runs/smoke/one/result.json"
+    past.write_text(past.read_text().replace(sha, "0" * 64))
+    done = kd_train("replay=runs/smoke/one", "output=again")
+    assert (done.code, f"student's sha256: {'0' * 64}, now {sha}" in done.out) == (1, True)
+    for name in ("last", "selected"):
+        (weights := stage.with_name(f"{name}.safetensors")).rename(tmp_path / name)
+        done = kd_train("replay=runs/smoke/one", "output=again")
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert f"{name}.safetensors: no such file; move again/smoke/one away and it is trained again" in done.err
+        assert "weights  " not in done.out
+        (tmp_path / name).rename(weights)

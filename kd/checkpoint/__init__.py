@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         NEWEST,
         Checkpoint,
         advice,
+        belongs,
         clean,
         finish,
         finished,
@@ -47,8 +48,8 @@ _HOME = {
     for module, names in {
         "files": "CheckpointError digest laid_out open_in_place read_json regular write_atomically write_json writing",
         "manifest": "SCHEMA seal verified",
-        "stage": "CHECKPOINTS NEWEST Checkpoint advice clean finish finished load read_sealed retire save save_sealed "
-        "write_manifest",
+        "stage": "CHECKPOINTS NEWEST Checkpoint advice belongs clean finish finished load read_sealed retire save "
+        "save_sealed write_manifest",
         "tensors": "METADATA load_state read_weights save_weights weights_header",
     }.items()
     for name in names.split()
@@ -62,6 +63,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "advice",
+    "belongs",
     "clean",
     "digest",
     "finish",

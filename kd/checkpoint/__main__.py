@@ -34,7 +34,7 @@ def rows(path: Path) -> list[Row]:
     if not path.is_dir():
         return [_weights(path)]
     if (path / "manifest.json").exists() or path.parent.name == "checkpoints":
-        return list(_listed(path / "manifest.json"))
+        return list(_listed(path / "manifest.json", _owner(path.absolute().parents[1])))
     if not any((path / name).exists() for name in ("run.json", "result.json")):
         return list(_stage(path))
     found = [_json(path / name) for name in ("run.json", "result.json") if (path / name).exists()]
@@ -56,19 +56,39 @@ def _stage(folder: Path) -> Iterator[Row]:
     """The finished weights and the checkpoints of a stage; nothing for any other folder."""
     from kd.checkpoint.stage import found_in
 
+    of = _owner(folder)
     if (folder / "stage.json").exists():
-        yield from _listed(folder / "stage.json")
+        yield from _listed(folder / "stage.json", of)
     for path in found_in(folder):
-        yield from _listed(path / "manifest.json")
+        yield from _listed(path / "manifest.json", of)
 
 
-def _listed(path: Path) -> Iterator[Row]:
+def _owner(folder: Path) -> dict[str, str]:
+    """Whose a stage's files must be, as far as its place tells: its name, and the run.json or the teachers around."""
+    from kd.checkpoint import CheckpointError, read_json
+    from kd.claim import STAGES
+    from kd.recipe import content_hash
+
+    folder = folder.absolute()
+    if folder.parent.name == "teachers":
+        return {"stage": "teacher", "run": folder.name}
+    card = folder.with_name("run.json")
+    if folder.name not in STAGES or not card.exists():
+        return {}
+    try:
+        return {"stage": folder.name, "run": content_hash(read_json(card))}
+    except CheckpointError:  # its own row says so
+        return {"stage": folder.name}
+
+
+def _listed(path: Path, of: dict[str, str]) -> Iterator[Row]:
     """A manifest and the files that it lists."""
     from kd.checkpoint import CheckpointError, regular
-    from kd.checkpoint.manifest import check_file, read_manifest
+    from kd.checkpoint.manifest import check_file, check_owner, read_manifest
 
     try:
         values = read_manifest(path)
+        check_owner(path, values, of)
         yield Row(path, _about(values), regular(path), str(values["sha256"]))
     except CheckpointError as error:
         yield Row(path, wrong=str(error))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ _LARGEST = 2**24
 
 class NewerSchema(CheckpointError):
     """Whole, but written by a later kd."""
+
+
+class Foreign(CheckpointError):
+    """Whole, but of another stage or of another run."""
 
 
 def _canonical(values: dict[str, Any]) -> bytes:
@@ -66,6 +71,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not _is_list_of_files(values.get("files")):
         raise CheckpointError(f"{path}: is not laid out as kd writes it")
     return values
+
+
+def check_owner(path: Path, values: Mapping[str, Any], of: Mapping[str, str]) -> None:
+    """Raise Foreign unless a manifest says `of` which stage and of which run it is."""
+    found = {key: values.get(key) for key in of}
+    if found != of:
+        raise Foreign(f"{path}: is of {_named(found)}, must be of {_named(of)}; restore the files that were here")
+
+
+def _named(of: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {brief(ValueError(value))}" for key, value in of.items())
 
 
 def _is_list_of_files(files: Any) -> bool:

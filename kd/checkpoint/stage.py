@@ -14,12 +14,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kd.checkpoint.files import CheckpointError, make_folder, sync, write_atomically, writing
-from kd.checkpoint.manifest import DONE, MANIFEST, NewerSchema, check_file, read_manifest, seal, verified
+from kd.checkpoint.manifest import (
+    DONE,
+    MANIFEST,
+    Foreign,
+    NewerSchema,
+    check_file,
+    check_owner,
+    read_manifest,
+    seal,
+    verified,
+)
 from kd.checkpoint.tensors import header_of, load_state, read_weights, save_weights, size_of, split
 
 NEWEST = 2  # checkpoints that are kept: where the newest is damaged there is another
 CHECKPOINTS, STATE, SELECTED = "checkpoints", "state.safetensors", "selected.safetensors"
 _NAME = re.compile(r"update-(\d{8,18})(?:-(\d{1,9}))?")
+UNBOUND: Mapping[str, str] = {}  # files of which nobody asks whose they are
 _ABOUT = ("model", "num_classes", "label_smoothing", "smoothing")  # what a manifest repeats of the weights' metadata
 
 
@@ -89,9 +100,10 @@ def save(
     state: dict[str, Any],
     selected: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    of: Mapping[str, str] = UNBOUND,
 ) -> Path:
     """Write the checkpoint of an update into a stage's folder, verify it there, and only then remove those that are
-    older than the newest two that are whole.
+    older than the newest two that are whole. Its manifest says `of` which stage and run it is.
 
     It is written beside its place, flushed to the disk, and renamed. Takes the memory of one copy of the state.
     Raises CheckpointError: an earlier checkpoint is then as it was.
@@ -111,7 +123,7 @@ def save(
             temporary.mkdir()
             for name, (content, head) in files.items():
                 save_file(content, temporary / name, head)
-            text = seal(temporary, list(files), {"update": update, "about": _about(metadata)})
+            text = seal(temporary, list(files), {**of, "update": update, "about": _about(metadata)})
             (temporary / MANIFEST).write_text(text)
             for name in (*files, MANIFEST):
                 sync(temporary / name)
@@ -146,19 +158,19 @@ def _about(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {key: metadata[key] for key in _ABOUT if key in metadata}
 
 
-def load(folder: Path, warn: Callable[[str], None], advice: str) -> Checkpoint | None:
+def load(folder: Path, warn: Callable[[str], None], advice: str, of: Mapping[str, str] = UNBOUND) -> Checkpoint | None:
     """The newest whole checkpoint of a stage's folder; None where it has none at all.
 
     `warn` gets one line where a newer one is damaged, `advice` ends the message where all are. Raises CheckpointError
-    when no checkpoint is whole, and when a later kd wrote the newest whole one.
+    when no checkpoint is whole, and when the newest whole one is of a later kd, or not `of` this stage of this run.
     """
     if (old := folder / STATE).exists():
         raise CheckpointError(f"{old}: was saved by an earlier kd, which this one cannot read; {advice}")
     wrong: dict[Path, str] = {}
     for path in found_in(folder):
         try:
-            state, selected = _read(path)
-        except NewerSchema:
+            state, selected = _read(path, of)
+        except (NewerSchema, Foreign):
             raise
         except CheckpointError as error:
             wrong[path] = str(error)
@@ -173,14 +185,26 @@ def load(folder: Path, warn: Callable[[str], None], advice: str) -> Checkpoint |
     return None
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+def _read(path: Path, of: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
     manifest = verified(path / MANIFEST)
+    check_owner(path / MANIFEST, manifest, of)
     if manifest.get("update") != _order(path)[0]:
         raise CheckpointError(f"{path / MANIFEST}: is of another update than its folder")
     if STATE not in manifest["files"]:
         raise CheckpointError(f"{path / MANIFEST}: lists no {STATE}")
     selected = read_weights(path / SELECTED) if SELECTED in manifest["files"] else None
     return load_state(path / STATE), selected
+
+
+def belongs(folder: Path, advice: str, of: Mapping[str, str]) -> None:
+    """Raise CheckpointError, ending in `advice`, where something whole in a stage's folder is not `of` it."""
+    for path in (folder / DONE, *(path / MANIFEST for path in found_in(folder))):
+        try:
+            check_owner(path, read_manifest(path), of)
+        except Foreign as error:
+            raise CheckpointError(f"{error}; {advice}") from error
+        except CheckpointError:  # torn or missing: `load` and `finished` say what of it
+            continue
 
 
 def advice(name: str, folder: Path) -> str:
@@ -191,15 +215,21 @@ def advice(name: str, folder: Path) -> str:
 
 
 def finish(
-    folder: Path, weights: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any], about: dict[str, Any]
+    folder: Path,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    metadata: Mapping[str, Any],
+    about: dict[str, Any],
+    of: Mapping[str, str] = UNBOUND,
 ) -> None:
     """Write a finished stage's weights, by name, and stage.json, their manifest; then remove its checkpoints.
 
-    `about` is what else stage.json says. Raises CheckpointError.
+    `about` is what else stage.json says, `of` whose they are. Raises CheckpointError.
     """
     for name, tensors in weights.items():
         save_weights(folder / f"{name}.safetensors", tensors, metadata)
-    write_manifest(folder / DONE, [f"{name}.safetensors" for name in weights], about | {"about": _about(metadata)})
+    write_manifest(
+        folder / DONE, [f"{name}.safetensors" for name in weights], {**about, **of, "about": _about(metadata)}
+    )
     retire([folder / CHECKPOINTS])
 
 
@@ -224,13 +254,15 @@ def read_sealed(path: Path, advice: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{error}; {advice}") from error
 
 
-def finished(path: Path, advice: str = "") -> dict[str, Any]:
-    """What stage.json says of a stage, once it and the weights at `path` beside it are seen to be as written.
+def finished(path: Path, advice: str = "", of: Mapping[str, str] = UNBOUND) -> dict[str, Any]:
+    """What stage.json says of a stage, once it and the weights at `path` beside it are seen to be as written, and to
+    be `of` the stage and run that they should be.
 
     Raises CheckpointError, ending in `advice`.
     """
     try:
         manifest = read_manifest(path.with_name(DONE))
+        check_owner(path.with_name(DONE), manifest, of)
         check_file(path.with_name(DONE), manifest, path.name)
         if not isinstance(manifest.get("seconds"), int | float) or not isinstance(manifest.get("selected"), dict):
             raise CheckpointError(f"{path.with_name(DONE)}: is not laid out as kd writes it")

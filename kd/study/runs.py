@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 
 from kd import stages
 from kd.checkpoint import advice, finished, read_sealed, read_weights, save_sealed, weights_header
-from kd.claim import claim
+from kd.claim import claim, owner
 from kd.models import Teacher
 from kd.recipe import Recipe
 from kd.stage import Stage, predict
@@ -53,7 +53,7 @@ def _train(folder: Folder, point: Point) -> Outcome:
         stage = stages.stage(run, "student" if teacher else "control", teacher)
     if not (stage.folder / "stage.json").exists():
         stages.train(run, stage)
-    finished(_weights(stage), advice("teacher", stage.folder))
+    finished(_weights(stage), advice("teacher", stage.folder), owner(run, stage.name))
     own = Teacher(stages.network(run, "teacher" if point.role == "teacher" else "student", _weights(stage)))
     if point.role == "teacher":
         save_sealed(folder.weights(point.id), read_weights(_weights(stage)), weights_header(_weights(stage)))
