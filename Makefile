@@ -18,7 +18,8 @@ torture: .venv/test
 
 # A stamp for each extra: pip runs again only when pyproject.toml changes.
 .venv/train .venv/test: .venv/%: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@echo "installing into .venv; PyTorch is large, this takes a minute or more"
+	@$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@
 
 .venv/bin/python:

@@ -53,7 +53,7 @@ def evaluate(folder: Path, picture: str | None, overrides: list[str]) -> int:
     worst, name = max((abs(value - was[name]), name) for name, value in found.items())
     if picture:
         save_picture(console, Path(picture), f"python -m kd.train recipe={recipe.name}")
-    print(f"largest difference to result.json: {worst:.2g} ({name})")
+    print(f"largest difference to result.json: {worst:.2g}{f' ({name})' if worst else ''}")
     return int(worst > TOLERANCE)
 
 
