@@ -45,7 +45,7 @@ def paired(differences: Sequence[float]) -> Paired:
     if len(d) < 2:
         return Paired(tuple(d.tolist()), d.item() if len(d) else None, None, None, None, None, None)
     mean, sd = d.mean().item(), d.std(ddof=1).item()
-    if np.ptp(d) <= 1e-9 * np.abs(d).max():  # 0.9 - 0.8 and 0.7 - 0.6 are not the same float
+    if np.ptp(d) <= 1e-9 * np.abs(d).max():  # 0.9 - 0.8 and 0.4 - 0.3 are not the same float
         return Paired(tuple(d.tolist()), mean, 0.0, None, None, None, p_signs(d))
     return Paired(tuple(d.tolist()), mean, sd, t_interval(d), bootstrap_interval(d), p_t(d), p_signs(d))
 
