@@ -100,6 +100,10 @@ def check_environment(recipe: Recipe) -> None:
         )
     if checkpoint := recipe.teacher.checkpoint:
         check_file(Path(checkpoint), f"teacher.checkpoint={checkpoint}")
+        try:
+            weights_metadata(checkpoint)
+        except ConfigError as error:
+            raise ConfigError(f"teacher.checkpoint={error}") from error
 
 
 def check_batch(recipe: Recipe, data: Data, processes: int) -> None:
