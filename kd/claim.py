@@ -111,7 +111,7 @@ def claim(run: Run) -> None:
         )
     elif accelerator.is_main_process:
         text = OmegaConf.to_yaml(OmegaConf.structured(run.recipe))
-        write_atomically(folder / "recipe.yaml", lambda temporary: temporary.write_text(text))
+        write_atomically(folder / "recipe.yaml", lambda temporary: temporary.write_text(text), len(text))
         write_json(folder / "run.json", card)
     accelerator.wait_for_everyone()
     if run.recipe.tracker != "none" and not (folder / "result.json").exists():
