@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ def teacher_folder(recipe: Recipe, data_hash: str) -> Path:
 
 
 def check_places(recipe: Recipe) -> None:
-    """Names that stay inside the output folder, and an output folder that can be made."""
+    """Names that stay inside the output folder, and an output that is a folder where it is anything."""
     for key, part in (("name", recipe.name), ("run", run_name(recipe))):
         if not part or part.startswith(".") or Path(part).name != part or len(os.fsencode(part)) > 200:
             raise ConfigError(
@@ -47,19 +48,37 @@ def check_places(recipe: Recipe) -> None:
             )
         if not part.isprintable():
             raise ConfigError(f"{key}={part!r}: must be a plain folder name of printable characters")
+    check_output(recipe.output, write=False)
     folder = Path(recipe.output, recipe.name, run_name(recipe))
     check_own("name", folder.parent)
     check_own("run", folder, *(folder / stage / inner for stage in STAGES for inner in ("", CHECKPOINTS)))
     if recipe.name == "teachers":
         raise ConfigError("name=teachers: is the folder of trained teachers; choose another name")
-    check_output(recipe.output)
 
 
-def check_output(output: str) -> None:
-    """Raise ConfigError for an output folder that is none and cannot be made."""
-    existing = next(path for path in (Path(output), *Path(output).resolve().parents) if path.exists())
-    if not output or not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"output={output}: must be a folder that exists or can be made")
+def check_output(output: str, write: bool) -> None:
+    """Raise ConfigError for an output that is no folder and cannot be one; to `write`, where nothing can be made."""
+    wrong = f"output={output}: must be a folder that exists or can be made"
+    if not output:
+        raise ConfigError(wrong)
+    for path in (Path(output), Path(output, "teachers")):
+        try:
+            nearest = next(each for each in (path, *path.parents) if _is_there(each))
+            if not nearest.is_dir():
+                raise ConfigError(f"{wrong} ({nearest}: is no folder)")
+            if write and path == Path(output):  # only trying tells; teachers that are there may be read-only
+                tempfile.TemporaryFile(dir=nearest).close()
+        except OSError as error:
+            raise ConfigError(f"{wrong} ({path}: {error.strerror})") from error
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is anything, a link to nothing too. Raises OSError where that cannot be told."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return path.is_symlink()
+    return True
 
 
 def check_own(key: str, *folders: Path) -> None:
@@ -92,7 +111,7 @@ def claim(run: Run) -> None:
         )
     elif accelerator.is_main_process:
         text = OmegaConf.to_yaml(OmegaConf.structured(run.recipe))
-        write_atomically(folder / "recipe.yaml", lambda temporary: temporary.write_text(text))
+        write_atomically(folder / "recipe.yaml", lambda temporary: temporary.write_text(text), len(text))
         write_json(folder / "run.json", card)
     accelerator.wait_for_everyone()
     if run.recipe.tracker != "none" and not (folder / "result.json").exists():

@@ -36,7 +36,8 @@ class Journal:
         regular(self.path, 0, follow=False)
         lines = self.path.read_text(errors="replace").splitlines()
         kept = [line for line in lines if _kept(line, stage, update, epochs)]
-        write_atomically(self.path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in kept)))
+        text = "".join(f"{line}\n" for line in kept)
+        write_atomically(self.path, lambda temporary: temporary.write_text(text), len(text))
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; a value that is not finite is written as null, since JSON has no NaN.

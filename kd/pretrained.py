@@ -80,6 +80,9 @@ def check_file(path: Path, setting: str) -> None:
 
     try:
         regular(path)
+        path.open("rb").close()
+    except OSError as error:
+        raise ConfigError(f"{setting}: cannot be read ({error.strerror})") from error
     except CheckpointError as error:
         said = str(error).removeprefix(f"{path}: ").removesuffix(", must be a file")
         raise ConfigError(f"{setting}: {said}; give the path of a .safetensors or .pth file") from error

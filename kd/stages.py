@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kd import methods
 from kd.assembled import Ensemble, load_exactly
-from kd.checkpoint import CHECKPOINTS, advice, belongs, finish, finished, read_weights
+from kd.checkpoint import CHECKPOINTS, advice, belongs, finish, finished, read_weights, retire
 from kd.claim import check_own, check_places, owner, run_name, teacher_folder, teacher_is_trained
 from kd.data import Data, load_data
 from kd.journal import Journal
@@ -103,6 +103,10 @@ def check_environment(recipe: Recipe) -> None:
         )
     if checkpoint := recipe.teacher.checkpoint:
         check_file(Path(checkpoint), f"teacher.checkpoint={checkpoint}")
+        try:
+            weights_metadata(checkpoint)
+        except ConfigError as error:
+            raise ConfigError(f"teacher.checkpoint={error}") from error
 
 
 def _check_optimizer(recipe: Recipe) -> None:
@@ -278,7 +282,7 @@ def find_teacher(run: Run) -> Teacher:
         weights = folder / "last.safetensors"
         with alone_on_teacher(run) as done:
             if done:
-                finished(weights, advice("teacher", folder), owner(run, "teacher"))
+                _check_done(run, "teacher", folder)
                 run.journal.say(f"teacher  found in {folder}")
             elif run.recipe.teacher.members > 1:
                 _train_members(run)
@@ -356,5 +360,12 @@ def _is_done(run: Run, name: str) -> bool:
     folder = run.folder / name
     belongs(folder, advice(name, folder), owner(run, name))
     if done := (folder / "stage.json").exists():
-        finished(folder / "last.safetensors", advice(name, folder))
+        _check_done(run, name, folder)
     return done
+
+
+def _check_done(run: Run, name: str, folder: Path) -> None:
+    """Raise CheckpointError unless a stage's weights are whole and its own; remove what a kill left beside them."""
+    finished(folder / "last.safetensors", advice(name, folder), owner(run, name))
+    if run.accelerator.is_main_process:
+        retire([folder / CHECKPOINTS])

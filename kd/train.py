@@ -17,7 +17,7 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
     """Run one recipe to its result, once `check` has seen what is prepared; returns the exit code."""
     # Imported here: --help and a wrong command line must not wait for torch.
     from kd import results, stages
-    from kd.claim import claim
+    from kd.claim import check_output, claim
     from kd.lock import alone_on_run
     from kd.plan import print_layers, print_plan
     from kd.stage import TrainingError
@@ -29,6 +29,8 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
     if check:
         check(run)
     path = run.folder / "result.json"
+    if not (recipe.resume and path.exists()):
+        check_output(recipe.output, write=True)
     try:
         stages.rehearse(run)
         if recipe.dry_run:

@@ -1,6 +1,7 @@
 """Runs on damaged, foreign and unwritable checkpoints: gone on with bit for bit, or stopped with one line."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -59,6 +60,36 @@ def test_a_damaged_checkpoint_goes_once_the_one_before_it_is_taken(kd_train, mon
     spoil(manifest(student, 7).with_name("state.safetensors"))
     stopped(kd_train, monkeypatch, "runs", 1)
     assert updates(student) == ["update-00000003", "update-00000004"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("name", ["state.safetensors", "manifest.json"])
+def test_a_checkpoint_that_merely_cannot_be_read_now_is_left_where_it_is(name, number, kd_train, monkeypatch, tmp_path):
+    stopped(kd_train, monkeypatch, "runs", 3, 7)
+    student = tmp_path / "runs/smoke/one/student"
+    opened = io.open
+
+    def failing(path, *arguments, **options):
+        if str(path).endswith(f"update-00000007/{name}"):
+            raise OSError(number, os.strerror(number))
+        return opened(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("io.open", failing)  # Path.open's
+        stopped(kd_train, patch, "runs", 1)
+    assert updates(student) == ["update-00000003", "update-00000004", "update-00000007"]
+    assert "goes on after update 7 of 10" in kd_train(*RUN, "output=runs").out
+
+
+def test_checkpoints_that_a_kill_left_beside_finished_weights_go(kd_train, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr("kd.checkpoint.stage.retire", lambda paths: None)  # killed before it
+        assert kd_train(*RUN, "output=runs", "train.save_every=0").code == 0
+    left = [next((tmp_path / "runs/teachers").iterdir()), tmp_path / "runs/smoke/one/student"]
+    assert all(updates(folder) for folder in left)
+    (tmp_path / "runs/smoke/one/result.json").unlink()
+    assert kd_train(*RUN, "output=runs").code == 0
+    assert not any((folder / "checkpoints").exists() for folder in left)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_stops_and_says_what_to_do(kd_train, monkeypatch, tmp_path):

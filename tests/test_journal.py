@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+from functools import partial
 
 import pytest
 from accelerate import Accelerator
@@ -84,8 +85,12 @@ def test_a_full_disk_is_one_error_with_the_path(journal, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     journal.write(LINE)
-    for call, act in (("open", lambda: journal.write(LINE)), ("fsync", journal.flush)):
-        said = r"cannot write .*metrics\.jsonl: No space left on device; \d+ bytes needed, [\d,]+ bytes free"
+    text = journal.path.read_text()
+    needed = f" {len(text)} bytes needed,"
+    rewind = partial(journal.rewind, "control", 0, 0)
+    acts = (("open", partial(journal.write, LINE), needed), ("fsync", journal.flush, ""), ("fsync", rewind, needed))
+    for call, act, needed in acts:
+        said = rf"cannot write .*metrics\.jsonl: No space left on device;{needed} [\d,]+ bytes free"
         with monkeypatch.context() as patch:
             patch.setattr(os, call, full)
             with pytest.raises(CheckpointError, match=said):

@@ -21,11 +21,16 @@ from kd.recipe import ConfigError
 JSON_BYTES = 2**26  # no JSON of kd's comes near it
 DEEPEST = 100  # nesting of JSON; kd writes about 6
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link"}
 
 
 class CheckpointError(ValueError):
     """A file that cannot be used: the message names the path and what is wrong with it."""
+
+
+class Unreadable(CheckpointError):
+    """A file that is there and cannot be read now: whether it is whole is not known."""
 
 
 # ---- writing
@@ -58,7 +63,7 @@ def writing(path: Path, needed: int) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
         text = f"cannot write {path}: {os.strerror(number) if number else error}"
         if number in FULL:
-            text += f"; {needed:,} bytes needed, {_free(path):,} bytes free"
+            text += f";{f' {needed:,} bytes needed,' if needed else ''} {_free(path):,} bytes free"
         raise CheckpointError(text) from error
 
 
@@ -114,7 +119,8 @@ def regular(path: Path, least: int = 1, follow: bool = True) -> int:
     try:
         status = os.stat(path, follow_symlinks=follow)
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
-        raise CheckpointError(f"{path}: {_no_such(error)}") from error
+        known = isinstance(error, ValueError) or error.errno in ABSENT
+        raise (CheckpointError if known else Unreadable)(f"{path}: {_no_such(error)}") from error
     kind = stat.S_IFMT(status.st_mode)
     if kind != stat.S_IFREG:
         raise CheckpointError(f"{path}: is {_KINDS.get(kind, 'a device')}, must be a file")
@@ -135,7 +141,7 @@ def read_bytes(path: Path, most: int = JSON_BYTES) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        raise Unreadable(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def parse_json(raw: bytes, path: Path) -> Any:
@@ -183,7 +189,7 @@ def digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        raise Unreadable(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def brief(error: BaseException) -> str:

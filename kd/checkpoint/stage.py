@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kd.checkpoint.files import CheckpointError, make_folder, sync, write_atomically, writing
+from kd.checkpoint.files import CheckpointError, Unreadable, make_folder, sync, write_atomically, writing
 from kd.checkpoint.manifest import (
     DONE,
     MANIFEST,
@@ -36,8 +36,8 @@ _ABOUT = ("model", "num_classes", "label_smoothing", "smoothing")  # what a mani
 
 @dataclass
 class Checkpoint:
-    """What `load` found: the training state, the selected weights where there are any, and newer ones that are not
-    whole.
+    """What `load` found: the training state, the selected weights where there are any, and newer ones that are
+    known not to be whole.
     """
 
     path: Path
@@ -167,6 +167,7 @@ def load(folder: Path, warn: Callable[[str], None], advice: str, of: Mapping[str
     if (old := folder / STATE).exists():
         raise CheckpointError(f"{old}: was saved by an earlier kd, which this one cannot read; {advice}")
     wrong: dict[Path, str] = {}
+    damaged: list[Path] = []
     for path in found_in(folder):
         try:
             state, selected = _read(path, of)
@@ -174,10 +175,11 @@ def load(folder: Path, warn: Callable[[str], None], advice: str, of: Mapping[str
             raise
         except CheckpointError as error:
             wrong[path] = str(error)
+            damaged += [] if isinstance(error, Unreadable) else [path]
             continue
         if wrong:
             warn(f"warning: {'; '.join(wrong.values())}; the checkpoint before it is taken, {path}")
-        return Checkpoint(path, state, selected, list(wrong))
+        return Checkpoint(path, state, selected, damaged)
     if wrong:
         raise CheckpointError(
             f"no checkpoint in {folder / CHECKPOINTS} is whole: {'; '.join(wrong.values())}; {advice}"

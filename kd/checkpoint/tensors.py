@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -149,6 +150,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         weights = load_state_dict(str(path), weights_only=True)
         if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
             raise CheckpointError(f"{path}: holds no state_dict of tensors")
+        if other := [name for name, value in weights.items() if value.layout is not torch.strided]:
+            raise CheckpointError(f"{path}: {other[0]} is a {weights[other[0]].layout} tensor, must be a dense one")
         if size_of(weights) > 2 * size:
             raise CheckpointError(f"{path}: its tensors claim {size_of(weights):,} bytes of a file of {size:,}")
         return weights

@@ -85,7 +85,7 @@ def folder_of(study: StudyRecipe) -> Path:
     """Where a study lives. Raises ConfigError for what would leave the output folder, or cannot be written."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,150}", study.name):
         raise ConfigError(f"name={study.name!r}: must be a plain folder name of letters, digits, '_', '.' and '-'")
-    check_output(study.output)
+    check_output(study.output, write=True)
     folder = Path(study.output) / "studies" / study.name
     for path in (folder.parent, folder):
         if path.is_symlink():  # the study would be written wherever a stranger's link points
