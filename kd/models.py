@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kd.pretrained import check_classes, load
+from kd.pretrained import check_classes, load, load_named
 from kd.recipe import ConfigError
 
 
@@ -91,9 +91,12 @@ class Teacher(nn.Module):
         model: a network, or a timm name.
         features: names of modules, as in `named_modules`, whose outputs to give, or with ":input" behind the name
             their first inputs; of a module that runs more than once, the last.
-        create_kwargs: arguments of timm.create_model, such as pretrained=True, where `model` is a name.
+        create_kwargs: arguments of timm.create_model, such as pretrained=True, where `model` is a name;
+            checkpoint_path is read by kd, without code.
 
     Raises:
+        TypeError: `model` is neither a network nor a name.
+        CheckpointError: the file of checkpoint_path is no weights, or does not fit the network exactly.
         ValueError: a feature's name is unknown, or pretrained weights meet another number of classes, for which timm
             would make a random head.
     """
@@ -147,9 +150,10 @@ class Student(nn.Module):
     Args:
         model: a network, or a timm name.
         features: as the teacher's, with their graph.
-        create_kwargs: arguments of timm.create_model where `model` is a name.
+        create_kwargs: as the teacher's.
 
     Raises:
+        TypeError, CheckpointError: as the teacher does.
         ValueError: a feature's name is unknown.
     """
 
@@ -215,19 +219,18 @@ def weights_metadata(path: str | Path) -> dict[str, Any]:
     """What kd wrote beside the weights: model, num_classes, label_smoothing and smoothing; class_names, input_shape,
     mean and std (of pixels from 0 to 1), with which new images are prepared.
 
-    Empty for a file without them and for other formats. Raises ConfigError when a .safetensors file is not one.
+    Empty for a file without them and for other formats. Raises CheckpointError where there is no file, and when a
+    .safetensors file is not one or says what kd never writes.
     """
-    from kd.checkpoint import CheckpointError, weights_header
+    from kd.checkpoint import CheckpointError, regular, weights_header
 
     if Path(path).suffix != ".safetensors":
+        regular(Path(path))
         return {}
-    try:
-        found = weights_header(Path(path))
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
+    found = weights_header(Path(path))
     known = {key: found[key] for key in ("model", "label_smoothing", "smoothing") if key in found}
     if not _is_record(**known):
-        raise ConfigError(f"{path}: its metadata, {_brief(ValueError(known))}, is not what kd writes")
+        raise CheckpointError(f"{path}: its metadata, {_brief(ValueError(known))}, is not what kd writes")
     return found
 
 
@@ -242,6 +245,9 @@ def _is_record(model: Any = "", label_smoothing: Any = "0", smoothing: Any = "un
 
 
 def _network(model: nn.Module | str, create_kwargs: dict[str, Any]) -> nn.Module:
+    if not isinstance(model, nn.Module | str):
+        found = textwrap.shorten(repr(model), 80)
+        raise TypeError(f"model={found}: must be an nn.Module or the name of a network, is a {type(model).__name__}")
     if not isinstance(model, str):
         if create_kwargs:
             raise ValueError(f"{', '.join(create_kwargs)}: only for networks given by name")
@@ -255,7 +261,12 @@ def _network(model: nn.Module | str, create_kwargs: dict[str, Any]) -> nn.Module
             f"a network by name, {model!r}, needs {error.name}: pip install 'kd-torch[train]'"
         ) from error
     _check_name(model, f"model={model!r}")
-    return timm.create_model(model, **create_kwargs)
+    kwargs = dict(create_kwargs)
+    path = kwargs.pop("checkpoint_path", None)  # timm's reader would say in its own words what is no file of weights
+    network = timm.create_model(model, **kwargs)
+    if path:
+        load_named(network, Path(path))
+    return network
 
 
 def _writes(tensor: Tensor) -> int:

@@ -27,7 +27,24 @@ def load(model: nn.Module, path: Path, num_classes: int, role: str, finetune: bo
     elif other_head:
         for classes in weights[other_head[0]].shape[:1]:  # none of a single number
             check_classes(setting, classes, num_classes, role)
-        _raise_first(setting, other_head, "tensors of another shape")
+    _load_exactly(model, weights, setting)
+
+
+def load_named(model: nn.Module, path: Path) -> None:
+    """Load a file into a network that no recipe names, exactly. Raises CheckpointError."""
+    from kd.checkpoint import CheckpointError, read_weights
+
+    weights = read_weights(path)
+    try:
+        _load_exactly(model, weights, str(path))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _load_exactly(model: nn.Module, weights: dict[str, Tensor], setting: str) -> None:
+    own = model.state_dict()
+    misfits = [key for key in weights if key in own and weights[key].shape != own[key].shape]
+    _raise_first(setting, misfits, "tensors of another shape")
     other_kind = [k for k, v in weights.items() if k in own and _kind(v) != _kind(own[k])]  # torch would convert them
     _raise_first(setting, other_kind, "tensors of another kind of number")
     found = model.load_state_dict(weights, strict=False)

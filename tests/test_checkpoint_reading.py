@@ -237,7 +237,7 @@ def test_weights_that_do_not_fit_name_the_tensor(name, suffix, tmp_path):
 def test_metadata_that_kd_never_writes_is_refused(record, tmp_path):
     path = tmp_path / "w.safetensors"
     save_file(weights(), path, {"kd": json.dumps(record)})
-    with pytest.raises(ConfigError, match=str(path)):
+    with pytest.raises(CheckpointError, match=str(path)):
         weights_metadata(path)
 
 

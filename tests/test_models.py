@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import timm
@@ -17,6 +18,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import kd.networks  # noqa: F401 (registers resnet20_cifar)
+from kd.checkpoint import CheckpointError
 from kd.models import Student, Teacher, build, weights_metadata
 from kd.recipe import ConfigError
 
@@ -151,6 +153,33 @@ def test_features_of_a_timm_network_by_name(wrap, x):
         wrapped = wrap("resnet10t", num_classes=3, features=["layer4"]).eval()
     logits, features = wrapped(x)
     torch.testing.assert_close(wrapped.model.forward_head(features["layer4"]), logits, rtol=0, atol=0)
+
+
+@BOTH
+@pytest.mark.parametrize("model", [3, None, lambda x: x, nn.Linear, b"resnet18"])
+def test_what_is_no_network_is_named(wrap, model):
+    with pytest.raises(TypeError, match=r"must be an nn\.Module or the name of a network") as error:
+        wrap(model)
+    assert one_line(error).startswith(f"model={model!r}"[:60])
+
+
+@BOTH
+def test_a_file_of_weights_by_name_is_read_by_kd(wrap, net, x, tmp_path):
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    made = wrap("resnet20_cifar", num_classes=5, checkpoint_path=str(tmp_path / "w.pth")).eval()
+    torch.testing.assert_close(made(x).logits, net.eval()(x), rtol=0, atol=0)
+    (tmp_path / "text").write_text("root:x:0:0")
+    (tmp_path / "code.pth").write_bytes(pickle.dumps({"a": Path("x")}))
+    save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
+    save_file(net.state_dict() | {"fc.bias": torch.full((5,), torch.nan)}, tmp_path / "nan.safetensors")
+    said = {"none.safetensors": "no such file", "text": "not a file of weights", "code.pth": "or one that holds code"}
+    said |= {"other.safetensors": "does not fit the network", "nan.safetensors": "NaN", ".": "is a folder"}
+    for name, message in said.items():
+        with pytest.raises(CheckpointError, match=message) as error:
+            wrap("resnet20_cifar", num_classes=5, checkpoint_path=tmp_path / name)
+        assert one_line(error).startswith(f"{tmp_path / name}: ")
+    with pytest.raises(CheckpointError, match=r"tensors of another shape, first fc\.weight"):
+        wrap("resnet20_cifar", num_classes=7, checkpoint_path=tmp_path / "w.pth")
 
 
 def test_student_features_keep_their_graph(net, x):
@@ -534,7 +563,8 @@ def test_metadata_is_read_from_the_header(weights, tmp_path):
     (tmp_path / "torn.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:100])
     assert weights_metadata(tmp_path / "w.safetensors") == record
     assert weights_metadata(str(tmp_path / "bare.safetensors")) == weights_metadata(tmp_path / "w.pth") == {}
-    for broken, said in {"torn": "not a readable .safetensors file", "none": "no such file"}.items():
-        with pytest.raises(ConfigError) as error:
-            weights_metadata(tmp_path / f"{broken}.safetensors")
-        assert one_line(error).startswith(f"{tmp_path / broken}.safetensors: {said}")
+    said = {"torn.safetensors": "not a readable .safetensors file", "none.safetensors": "no such file"}
+    for broken, message in (said | {"none.pth": "no such file", "none": "no such file", ".": "is a folder"}).items():
+        with pytest.raises(CheckpointError) as error:
+            weights_metadata(tmp_path / broken)
+        assert one_line(error).startswith(f"{tmp_path / broken}: {message}")
