@@ -10,6 +10,7 @@ word, may never give it back. So a thread hears of every signal too, and answers
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import signal
@@ -86,23 +87,18 @@ def listening() -> Iterator[None]:
 
 
 def _request(signum: int, frame: Any) -> None:
+    global _asked, _asked_at
     if os.getpid() != _owner:  # a data worker, forked with this handler: when it ends is its parent's affair
         return
     _answered.set()
-    again = _note(signum)
+    now = time.monotonic()
+    again = _asked and now - _asked_at > SAME
+    if not _asked:
+        _asked, _asked_at = signum, now
     if signum == signal.SIGINT and (again or not _held):
         raise KeyboardInterrupt
     if again or not (_held or _together()):
         _leave()
-
-
-def _note(signum: int) -> bool:
-    """Remember the first request; whether this is another."""
-    global _asked, _asked_at
-    now = time.monotonic()
-    if not _asked:
-        _asked, _asked_at = signum, now
-    return now - _asked_at > SAME
 
 
 def _listen_beside() -> None:
@@ -117,14 +113,19 @@ def _listen_beside() -> None:
 
 def _answer_beside(heard: int) -> None:
     """The handler's answer, from a thread, to a signal that the handler has not answered in time."""
+    global _asked
+    first = math.inf  # when this thread first heard of one: the handler, in a long update, may be yet to hear of it
     while True:
         select.select([heard], [], [])
         in_time = _answered.wait(GRACE)
         _answered.clear()
-        signums = {*os.read(heard, 64)} & {signal.SIGINT, *PREEMPTION}
+        now, signums = time.monotonic(), {*os.read(heard, 64)} & {signal.SIGINT, *PREEMPTION}
         # A handler that raises KeyboardInterrupt is unwinding now. What is left to do here is what it would have done.
-        if signums and not in_time and (_note(min(signums)) or not (_held or _together())):
+        if signums and not in_time and (now - first > SAME or not (_held or _together())):
+            _asked = _asked or min(signums)
             leave()
+        if signums:
+            first = min(first, now)
 
 
 def _deaf() -> None:

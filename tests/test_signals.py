@@ -116,6 +116,25 @@ def test_what_gives_back_no_control_is_left_all_the_same(signum, met, held, aske
     assert process.returncode == (0 if signum == signal.SIGTERM else 130)
 
 
+def test_one_signal_in_a_long_update_is_one_request():
+    """Heard of by the thread at once and by the handler seconds later: that is not asked twice."""
+    code = """
+import ctypes, os, signal, threading, time
+from kd import signals
+signals.listen()
+c, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+until = (ctypes.c_long * 2)(int(time.time()) + 4, 0)
+with signals.held():
+    c.pthread_mutex_lock(mutex)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    c.pthread_mutex_timedlock(mutex, until)  # an update of 3 s or more in which no Python code runs
+    print("saves", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    said = "stopped by SIGTERM; run the same command to go on\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "saves\n", said)
+
+
 def test_a_signal_to_a_data_worker_is_not_its_parents():
     code = """
 import os, signal, time
