@@ -102,6 +102,7 @@ def test_running_again_trains_nothing_and_changes_no_byte(finished, kd_study, mo
     assert again.code == 0
     assert trained == []
     assert "0 to do; 20 points are finished" in again.out
+    assert "another grid" not in again.out
     assert {path: path.read_bytes() for path in before} == before
     assert (STUDY / "table.csv").read_bytes() == table
 
@@ -124,6 +125,7 @@ def test_a_wider_grid_trains_only_what_is_new(finished, kd_study):
     before = set((STUDY / "points").glob("*.json"))
     done = kd_study("loss.temperature=1,2", "study.seeds=1", "study.contrasts=[]")
     assert done.code == 0, done.err
+    assert "study.json was of another grid, of 20 points, and is now of this one, of 10; the other's" in done.out
     new = [json.loads(path.read_text()) for path in set((STUDY / "points").glob("*.json")) - before]
     assert len(new) == 4  # two teachers x T 2 x two student temperatures
     assert {point["settings"]["loss.temperature"] for point in new} == {2.0}
@@ -411,3 +413,24 @@ def test_asked_to_stop_a_study_ends_with_its_workers_and_resumes_to_the_same_tab
     assert kd_study("output=disturbed", *words).code == 0
     assert {folder: first for folder, first in begun.items() if first} == saved  # all others from the beginning
     assert (study / "table.csv").read_bytes() == Path("undisturbed/studies/tiny/table.csv").read_bytes()
+
+
+def test_workers_do_not_outlive_a_killed_command(kd_study):
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    words = ["study.seeds=2", "study.contrasts=[]", "study.engine=population", "teacher.epochs=1000000"]
+    words += ["hydra.launcher.n_jobs=2"]  # one for each: a worker without work ends after joblib's 300 s
+    command = [sys.executable, "-m", "kd.study", "recipe=studies/tiny", *words]
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    workers: list[psutil.Process] = []
+    try:
+        while process.poll() is None and len(list(Path().rglob("jobs/.teachers-*.lock"))) < 2:
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children()
+        workers = [child for child in children if "popen_loky" in " ".join(child.cmdline())]
+        assert workers
+        process.kill()
+        process.wait()
+        assert not psutil.wait_procs(workers, timeout=30)[1]
+    finally:
+        for each in [process, *psutil.wait_procs(workers, timeout=0)[1]]:
+            each.kill()

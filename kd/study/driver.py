@@ -66,6 +66,8 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
         )
         return 0
     with folder.lock("study", wait=False):
+        if before := folder.replaced(planned.points):
+            console.print(before, soft_wrap=True, highlight=False, markup=False)
         write_json(folder.card, card(study, planned, sets, {engine(point) for point in planned.points.values()}))
         started = time.perf_counter()
         for phase in PHASES:

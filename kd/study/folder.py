@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -59,6 +59,19 @@ class Folder:
         rest = {"seed": point.recipe.seed, "settings": point.settings, "teacher": point.teacher}
         write_json(
             self.point(point.id), {"schema": SCHEMA, **card, **state, **rest, **measured, "provenance": provenance}
+        )
+
+    def replaced(self, points: Iterable[str]) -> str | None:
+        """What to say where the folder's card is of a grid of other points than these, and is about to be replaced."""
+        try:
+            before = set(read_card(self.path)["points"])
+        except ConfigError:  # none, or none that could be read
+            return None
+        if before == (now := set(points)):
+            return None
+        return (
+            f"study.json was of another grid, of {len(before)} points, and is now of this one, of {len(now)}; the "
+            f"other's finished points are kept, and its own command makes it study.json again"
         )
 
     @contextmanager

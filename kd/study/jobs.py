@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +91,29 @@ def work(config: Any) -> None:
     """What Hydra's launchers call, in whatever process: do the job that the config names."""
     folder = Folder(Path(config.study))
     name = str(config.job)
+    _end_with_command()
     with signals.listening(), folder.lock(name, wait=True):  # an orphan of a killed command may still be at it
         job = Job.read(folder, name)
         if all(folder.is_finished(point) for point in job.points):
             return
         _do(folder, job)
+
+
+@cache
+def _end_with_command() -> None:
+    """Have a worker of joblib's stop, as by SIGTERM, once the command that started it is no more, however it ended.
+
+    One that never had a job ends after joblib's own 300 s.
+    """
+    command = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == command:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if multiprocessing.current_process().name.startswith("Loky"):  # others are their launcher's affair
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _do(folder: Folder, job: Job) -> None:
