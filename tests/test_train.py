@@ -20,6 +20,7 @@ from sklearn.metrics import accuracy_score, log_loss
 
 import kd.networks
 from kd import evaluate
+from kd.checkpoint import write_manifest
 from kd.models import weights_metadata
 from tests.torture import forked
 
@@ -129,6 +130,11 @@ def test_evaluate_finds_weights_that_are_not_the_results(finished, tmp_path):
     assert "student/last.safetensors: has sha256" in done.stderr
     shutil.copy(run / "control/stage.json", run / "student/stage.json")
     shutil.copy(run / "control/selected.safetensors", run / "student/selected.safetensors")
+    done = command(tmp_path, "run=runs/smoke/one", program=("-m", "kd.evaluate"))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "student/stage.json: is of stage control" in done.stderr
+    listed = json.loads((run / "student/stage.json").read_text())
+    write_manifest(run / "student/stage.json", list(listed["files"]), listed | {"stage": "student"})
     done = command(tmp_path, "run=runs/smoke/one", program=("-m", "kd.evaluate"))
     assert done.returncode == 1, done.stderr
 
