@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kd import methods
 from kd.assembled import Ensemble, load_exactly
-from kd.checkpoint import CHECKPOINTS, advice, belongs, finish, finished, read_weights, retire
+from kd.checkpoint import CHECKPOINTS, CheckpointError, advice, belongs, finish, finished, read_weights, retire
 from kd.claim import check_own, check_places, owner, run_name, teacher_folder, teacher_is_trained
 from kd.data import Data, load_data
 from kd.journal import Journal
@@ -105,7 +105,7 @@ def check_environment(recipe: Recipe) -> None:
         check_file(Path(checkpoint), f"teacher.checkpoint={checkpoint}")
         try:
             weights_metadata(checkpoint)
-        except ConfigError as error:
+        except CheckpointError as error:
             raise ConfigError(f"teacher.checkpoint={error}") from error
 
 
