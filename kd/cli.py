@@ -22,7 +22,7 @@ from kd.recipe import PACKAGE, ConfigError, Recipe, allowed
 USAGE = 2  # exit code of a command line that cannot work
 try:
     from kd import strict
-    from kd.kinds import check_kind, check_kinds, given, settings, wrong_type
+    from kd.kinds import check_kind, check_kinds, given, no_such_setting, settings, wrong_type
     from kd.words import check_word, check_words, plain
 except ModuleNotFoundError as error:  # PyYAML, which Hydra brings: without it no command can say anything
     print(f"error: kd's commands need {error.name}: pip install 'kd-torch[train]'", file=sys.stderr)
@@ -231,33 +231,6 @@ def typed(config: Any, schema: type = Recipe) -> Any:
     return OmegaConf.to_object(config)
 
 
-def no_such_setting(key: str, schema: type = Recipe) -> str:
-    """What to say of a setting that a schema does not have."""
-    names = list(settings(schema))
-    if found := re.match(r"loss\.methods\.(\w+)(?:\.(\w+))?", key):
-        return _no_such_method_setting(key, found[1], found[2])
-    if section := re.match(r"(teacher|student)\.model_kwargs", key):
-        return f"{key}: type +{section[0]}.NAME=VALUE for each argument of timm.create_model"
-    if key in names:
-        return f"{key}: is a setting; type {key}=VALUE without + before it"
-    same_leaf = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
-    near = same_leaf or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    near = near or [n for n in names if difflib.get_close_matches(key.split(".")[-1], [n.split(".")[-1]], cutoff=0.7)]
-    hint = f"did you mean {' or '.join(near[:3])}?" if near else "--help lists all"
-    return f"{key}: no such setting; {hint}"
-
-
-def _no_such_method_setting(key: str, method: str, setting: str | None) -> str:
-    """The method is not chosen, or has no such setting, or its recipe leaves the setting at its default."""
-    known = [*methods.names(), *methods.library()]
-    if method not in known:
-        near = difflib.get_close_matches(method, known, n=1)
-        return f"{key}: no such method; " + (f"did you mean loss.methods.{near[0]}?" if near else "--help lists them")
-    if setting and methods.has(method, setting):
-        return f"{key}: is not in this recipe; type loss={method} before it, or +{key}=VALUE"
-    return f"{key}: no such setting; {methods.did_you_mean(method, setting or '')}"
-
-
 def explain(error: Exception, schema: type = Recipe, folder: str = "") -> str:
     """One line for an error of Hydra's: the setting, what was typed, what to type."""
     text, cause = str(error), str(error.__cause__ or "")
@@ -286,8 +259,28 @@ def explain(error: Exception, schema: type = Recipe, folder: str = "") -> str:
         return f"{found[1]}={found[2]}: is several values; add -m for a run of each, or type one"
     lines = [line.strip() for line in f"{text}\n{cause}".splitlines()]
     full_key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
+    if known := _explain_value(f"{text}\n{cause}", full_key, schema):
+        file = re.match(r"In '(recipe/[^']+)'", text)
+        return f"{file[1]}: {known}" if file else known
     said = [line for line in lines if line and not re.match(r"(full_key|object_type|reference_type|See https)", line)]
     return f"{full_key}{': ' if full_key else ''}{' '.join(dict.fromkeys(said[:3]))}"
+
+
+def _explain_value(text: str, key: str, schema: type) -> str | None:
+    """What is wrong with a reference, a name or the kind of a value, of an error of OmegaConf's."""
+    at = f"study.contrasts: {key}" if "object_type=Contrast" in text else key
+    if found := re.search(r"Interpolation key '([^']*)' not found", text):
+        return f"{at}=${{{found[1]}}}: {no_such_setting(found[1], schema)}"
+    if "Recursive interpolation" in text:
+        return f"{at}: refers to itself in a circle; ${{...}} must end at a value"
+    if found := re.search(r"Key '.*' not in '(\w+)'", text):
+        own = found[1] == "Contrast"
+        return f"{at}: no such entry; there are name, metric, a, b and minus" if own else no_such_setting(key, schema)
+    if re.search(r"Key .* is incompatible with", text):
+        return f"{at}: a name must be text; put it inside quotes"
+    if "not a subclass of Contrast" in text:
+        return f"{at}: must be {{metric: NAME, a: {{SETTING: VALUE}}, b: {{SETTING: VALUE}}}}"
+    return f"{at}: must be settings by name, such as {{loss.temperature: 4}}" if " to Dict" in text else None
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
 
-from kd import strict
+from kd import methods, strict
 from kd.recipe import ConfigError, Recipe, allowed
 
 KINDS = {"int": int, "float": (int, float), "bool": bool, "str": (str, int, float), "list": list, "dict": dict}
@@ -69,3 +71,30 @@ def wrong_type(key: str, value: Any, cause: str, schema: type = Recipe) -> str:
     kind = next((words for name, words in kinds.items() if str(field.type).startswith(name)), str(field.type))
     limits = allowed(field.metadata)
     return f"{key}={value}: must be {kind}{f' {limits}' if limits else ''} ({field.metadata['doc']})"
+
+
+def no_such_setting(key: str, schema: type = Recipe) -> str:
+    """What to say of a setting that a schema does not have."""
+    names = list(settings(schema))
+    if found := re.match(r"loss\.methods\.(\w+)(?:\.(\w+))?", key):
+        return _no_such_method_setting(key, found[1], found[2])
+    if section := re.match(r"(teacher|student)\.model_kwargs", key):
+        return f"{key}: type +{section[0]}.NAME=VALUE for each argument of timm.create_model"
+    if key in names:
+        return f"{key}: is a setting; type {key}=VALUE without + before it"
+    same_leaf = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
+    near = same_leaf or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    near = near or [n for n in names if difflib.get_close_matches(key.split(".")[-1], [n.split(".")[-1]], cutoff=0.7)]
+    hint = f"did you mean {' or '.join(near[:3])}?" if near else "--help lists all"
+    return f"{key}: no such setting; {hint}"
+
+
+def _no_such_method_setting(key: str, method: str, setting: str | None) -> str:
+    """The method is not chosen, or has no such setting, or its recipe leaves the setting at its default."""
+    known = [*methods.names(), *methods.library()]
+    if method not in known:
+        near = difflib.get_close_matches(method, known, n=1)
+        return f"{key}: no such method; " + (f"did you mean loss.methods.{near[0]}?" if near else "--help lists them")
+    if setting and methods.has(method, setting):
+        return f"{key}: is not in this recipe; type loss={method} before it, or +{key}=VALUE"
+    return f"{key}: no such setting; {methods.did_you_mean(method, setting or '')}"

@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from contextlib import suppress
 from typing import Any
 
-from kd import cli, signals, strict
+from kd import cli, kinds, signals, strict
 from kd.recipe import ConfigError, allowed
 from kd.study.schema import LOSS, StudyRecipe
 
@@ -32,7 +32,7 @@ def help_text() -> str:
         "",
         "the study",
     ]
-    for name, f in cli.settings(StudyRecipe).items():
+    for name, f in kinds.settings(StudyRecipe).items():
         if name.startswith("study."):
             limits = allowed(f.metadata)
             lines.append(f"  {name:26} {f.metadata['doc']}" + (f" [{limits}]" if limits else ""))
@@ -64,7 +64,7 @@ def split_words(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list
     An axis is a setting with several values, or a name that no setting has. Raises ConfigError.
     """
     composed, axes, launched = [], {}, []
-    known = cli.settings(StudyRecipe)
+    known = kinds.settings(StudyRecipe)
     seen: set[str] = set()
     for word in words:
         key, equals, text = word.partition("=")
@@ -108,17 +108,17 @@ def with_axes(config: Any, axes: dict[str, list[Any]], words: list[str]) -> tupl
     for key, values in axes.items():
         if isinstance(own := grid.get(key), dict):
             grid[key] = _labels(key, values, own)
-        elif key in cli.settings() or key == LOSS or key.startswith("loss.methods."):
+        elif key in kinds.settings() or key == LOSS or key.startswith("loss.methods."):
             grid[key] = values
-        elif key in cli.settings(StudyRecipe):
+        elif key in kinds.settings(StudyRecipe):
             raise ConfigError(f"{key}: is no axis; type one value, a list as [A,B]")
         else:
-            raise ConfigError(cli.no_such_setting(key, StudyRecipe))
+            raise ConfigError(kinds.no_such_setting(key, StudyRecipe))
     fixed = {word.partition("=")[0] for word in words} & grid.keys() - axes.keys()
     for key in fixed:  # one value for what is an axis of the recipe: it is the only one
         grid[key] = [OmegaConf.select(config, key)]
     # Such as loss.teacher_smoothing=${teacher.label_smoothing}: that of each point, not the recipe's for all.
-    for key in [key for key in cli.settings() if key not in grid and _follows(config, key)]:
+    for key in [key for key in kinds.settings() if key not in grid and _follows(config, key)]:
         grid[key] = [_raw(config, key).replace("${", "\\${")]
     config.study.grid = grid
     return config, bool(axes or fixed)
@@ -161,7 +161,7 @@ def compose(words: list[str]) -> tuple[StudyRecipe, list[str], bool] | None:
     words = cli.own_methods(words)
     cli.check_words(words)
     composed, axes, launched = split_words(words)
-    cli.check_kinds(composed, StudyRecipe)
+    kinds.check_kinds(composed, StudyRecipe)
     import hydra
 
     found: list[Any] = []

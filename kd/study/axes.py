@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from kd import cli, methods, strict
+from kd import kinds, methods, strict
 from kd.recipe import ConfigError
 from kd.study.schema import FIRST, LOSS, StudyRecipe
 
@@ -19,7 +19,7 @@ Settings = dict[str, Any]
 
 def labelled(grid: Mapping[str, Any]) -> dict[str, dict[Any, Settings]]:
     """Each axis with its values, and the settings that each value stands for. Raises ConfigError."""
-    known = cli.settings()
+    known = kinds.settings()
     found: dict[str, dict[Any, Settings]] = {}
     for axis, values in sorted(grid.items(), key=lambda item: item[0] != LOSS):  # as on a command line, it gives way
         at = f"study.grid.{axis}"
@@ -30,7 +30,7 @@ def labelled(grid: Mapping[str, Any]) -> dict[str, dict[Any, Settings]]:
         elif axis in known or METHODS.fullmatch(axis):
             found[axis] = {value: {axis: value} for value in _several(at, values)}
         else:
-            raise ConfigError(f"study.grid: {cli.no_such_setting(axis)}")
+            raise ConfigError(f"study.grid: {kinds.no_such_setting(axis)}")
         if not found[axis]:
             raise ConfigError(f"{at}={values}: must have at least one value")
         for settings in found[axis].values():
@@ -40,7 +40,7 @@ def labelled(grid: Mapping[str, Any]) -> dict[str, dict[Any, Settings]]:
 
 def _labels(at: str, axis: str, values: Mapping[Any, Any]) -> dict[Any, Settings]:
     """The labels of an axis of the study's own."""
-    if axis in cli.settings() or axis == LOSS:
+    if axis in kinds.settings() or axis == LOSS:
         raise ConfigError(f"{at}: is a setting; give a list of values, or choose another name for the axis")
     if axis in TAKEN or axis.startswith("hydra") or not re.fullmatch(r"[^\W\d]\w*", axis):
         raise ConfigError(f"{at}: must be a name of letters, digits and _, and none of {', '.join(sorted(TAKEN))}")
@@ -77,12 +77,12 @@ def _method(value: Any) -> Settings:
 
 def _check_keys(at: str, settings: Mapping[Any, Any]) -> None:
     for key, value in settings.items():
-        if not isinstance(key, str) or not (key in cli.settings() or METHODS.fullmatch(key)):
-            raise ConfigError(f"{at}: {cli.no_such_setting(str(key))}")
+        if not isinstance(key, str) or not (key in kinds.settings() or METHODS.fullmatch(key)):
+            raise ConfigError(f"{at}: {kinds.no_such_setting(str(key))}")
         if key == "seed" or "." not in key:
             raise ConfigError(f"{at}: {key} is no axis; {'type study.seeds=N' if key == 'seed' else 'it changes none'}")
         strict.check_text_keys(value, f"{at}: {key}")
-        cli.check_kind(key, value)
+        kinds.check_kind(key, value)
 
 
 class NotInGrid(ConfigError):
@@ -93,7 +93,7 @@ def expand(settings: Settings, axes: Mapping[str, Mapping[Any, Settings]]) -> Se
     """Settings in which an axis of labels may appear by name, with what the label stands for in its place."""
     found: Settings = {}
     for key, value in settings.items():
-        if key in axes and (key == LOSS or key not in cli.settings()):
+        if key in axes and (key == LOSS or key not in kinds.settings()):
             if not any(value == label for label in axes[key]):  # a list cannot be looked up
                 raise NotInGrid(f"{key}={value}: must be one of {', '.join(map(str, axes[key]))}")
             found |= axes[key][value]
