@@ -198,9 +198,13 @@ def _leave() -> None:
         with suppress(psutil.Error):
             children = psutil.Process().children()
             workers = [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+            if loky := sys.modules.get("joblib.externals.loky.process_executor"):
+                # It kills all others as soon as one worker has ended, also those that are saving.
+                loky.kill_process_tree = lambda process: None  # type: ignore[attr-defined]
             for worker in workers:
                 worker.terminate()
-            psutil.wait_procs(workers, timeout=20)
+            for late in psutil.wait_procs(workers, timeout=20)[1]:
+                late.kill()
             if workers:  # joblib has something to put away
                 raise signals.Interrupted("stopped")
     signals.leave()

@@ -92,11 +92,19 @@ def work(config: Any) -> None:
     folder = Folder(Path(config.study))
     name = str(config.job)
     _end_with_command()
-    with signals.listening(), folder.lock(name, wait=True):  # an orphan of a killed command may still be at it
-        job = Job.read(folder, name)
-        if all(folder.is_finished(point) for point in job.points):
-            return
-        _do(folder, job)
+    try:
+        with signals.listening(), folder.lock(name, wait=True):  # an orphan of a killed command may still be at it
+            job = Job.read(folder, name)
+            if not all(folder.is_finished(point) for point in job.points):
+                _do(folder, job)
+    except signals.Interrupted:  # its state is saved
+        if _is_of_joblib():  # who would keep it idle, while the command waits for its end
+            os._exit(0)
+        raise
+
+
+def _is_of_joblib() -> bool:
+    return multiprocessing.current_process().name.startswith("Loky")  # others are their launcher's affair
 
 
 @cache
@@ -112,7 +120,7 @@ def _end_with_command() -> None:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    if multiprocessing.current_process().name.startswith("Loky"):  # others are their launcher's affair
+    if _is_of_joblib():
         threading.Thread(target=watch, daemon=True).start()
 
 
