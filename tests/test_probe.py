@@ -248,7 +248,7 @@ def test_the_split_it_reads_is_a_sample_of_at_most_2000(monkeypatch, weights):
         (["mixture"], "mixture: cannot be read; type data=, model=, checkpoint=, split= or data.KEY=VALUE"),
         (["modle=x"], "modle=x: cannot be read; "),
         (["data=mixture", "split=all", "model=x"], "split=all: must be one of train, val, test"),
-        (["data=mixture", "data.nose=1", "checkpoint=FILE"], "data.nose: Key 'nose' not in 'DataConfig'"),
+        (["data=mixture", "data.nose=1", "checkpoint=FILE"], "data.nose: no such setting; did you mean data.noise?"),
         (["data=mixture", "data.train_size=0", "checkpoint=FILE"], "data.train_size=0: must be ≥ 1"),
         (["data=mixture", "checkpoint=BARE"], "model: not given, nor recorded in checkpoint=BARE; type model=NAME"),
     ],

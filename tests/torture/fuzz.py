@@ -177,6 +177,8 @@ def _prepare(folder: Path) -> None:
     )
     methods.library()  # torch is imported once, at the first method that is named
     attempt(["recipe=smoke"])
+    with contextlib.chdir(folder):
+        attempt(["recipe=studies/small"], _study)  # the first study has imports too
 
 
 def _trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
