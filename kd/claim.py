@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from kd.checkpoint import CHECKPOINTS, digest, laid_out, read_json, write_atomically, write_json
+from kd.checkpoint import CHECKPOINTS, digest, read_json, write_atomically, write_json
 from kd.recipe import ConfigError, Recipe, content_hash, identity
+from kd.stored import read_card
 
 STAGES = ("teacher", "student", "control")  # folders in a run's; a teacher's own is a study's
 
@@ -102,8 +103,7 @@ def claim(run: Run) -> None:
         run.journal.say(f"the earlier run is kept in {aside}")
     accelerator.wait_for_everyone()
     if (folder / "run.json").exists():
-        with laid_out(folder / "run.json"):
-            _compare(read_json(folder / "run.json"), card, folder)
+        _compare(read_card(folder / "run.json"), card, folder)
     elif found := [name for name in (*STAGES, "result.json") if (folder / name).exists()]:
         raise ConfigError(
             f"run={folder.name}: {folder} has {found[0]} and no run.json that says of which recipe; restore it, or "
@@ -155,6 +155,4 @@ def _flat(values: dict, prefix: str = "") -> dict:
 
 def checkpoint_hash(recipe: Recipe) -> str:
     """The sha256 of the teacher's own file, '' where there is none: a path may come to hold another teacher."""
-    if not recipe.teacher.checkpoint:
-        return ""
-    return digest(Path(recipe.teacher.checkpoint))
+    return digest(Path(recipe.teacher.checkpoint)) if recipe.teacher.checkpoint else ""

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from kd import methods, surroundings
 from kd.recipe import PACKAGE, ConfigError, Recipe, allowed
+from kd.signals import CTRL_C
 
 USAGE = 2  # exit code of a command line that cannot work
 try:
@@ -31,7 +32,6 @@ STUDIES = "studies"  # the folder of the recipes that are studies
 # The extra that brings a launcher of Hydra's.
 LAUNCHERS = {"joblib": "study", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
 NO_MEMORY = "out of memory; lower train.batch_size, or raise train.accumulation, which leaves the result as it is"
-INTERRUPTED = 130  # exit code of a run stopped by ctrl-C, as shells have it
 
 
 def recipe_folders() -> list[Path]:
@@ -297,7 +297,7 @@ def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> It
             raise
         fail(f"{program} needs {error.name}: pip install 'kd-torch[train]'")
     except KeyboardInterrupt:
-        fail("stopped; the same command goes on from what was saved", INTERRUPTED)
+        fail("stopped; the same command goes on from what was saved", CTRL_C)
     except MemoryError:
         fail(NO_MEMORY, 1, everyone=True)
     except Exception as error:
@@ -324,7 +324,8 @@ def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> It
 
 def fail(message: str, code: int = USAGE, everyone: bool = False) -> NoReturn:
     """Print one line and exit; from every process where the error may be one process's own, else once."""
-    if everyone or int(os.environ.get("RANK", "0")) == 0:
+    rank = os.environ.get("RANK", "0")
+    if everyone or not rank.isdecimal() or int(rank) == 0:
         print(f"error: {plain(message)}", file=sys.stderr)
     raise SystemExit(code)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from kd import cli
 from kd.recipe import ConfigError
-from kd.stored import leaves, read_result
+from kd.stored import numbers, read_result
 
 HELP = """usage: python -m kd.evaluate run=DIR [picture=FILE.svg] [data.root=PATH]
 
@@ -44,7 +44,7 @@ def evaluate(folder: Path, picture: str | None, overrides: list[str]) -> int:
     run.folder = folder
     run.teacher_folder = folder.parents[1] / "teachers" / Path(stored["teacher"]["weights"]).parent.name
     scores = results.score(run, results.networks(run))
-    was, found = dict(leaves(stored)), dict(leaves(scores))
+    was, found = numbers(stored), numbers(scores)
     for name in found:
         if name not in was:
             raise CheckpointError(f"{path}: {name} is missing; give the result of a finished run")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd import cli
 from kd.recipe import ConfigError, Recipe, content_hash, identity
-from kd.stored import leaves, read_result
+from kd.stored import numbers, read_result
 from kd.words import plain
 
 if TYPE_CHECKING:
@@ -153,16 +153,14 @@ def report(old: dict[str, Any], new: dict[str, Any]) -> int:
         was, now = (side.get(name, {}).get("sha256", "not recorded") for side in (old, new))
         changed += _differs(f"{name}'s sha256", was, now)
     print(f"weights  {'; '.join(changed) or 'identical'}")
-    scores = dict(_scores(new))
-    was = dict(_scores(old))
+    scores, was = _scores(new), _scores(old)
     gaps = {name: abs(value - was[name]) if name in was else math.inf for name, value in scores.items()}
     worst = max(gaps, key=gaps.__getitem__)
     print(f"scores   {f'largest difference {gaps[worst]:.2g} ({worst})' if gaps[worst] else 'identical'}")
     return int(bool(changed) or gaps[worst] > 0)
 
 
-def _scores(result: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    for name in (*NETWORKS, "difference"):
-        if isinstance(found := result.get(name), dict):
-            kept = {which: found[which] for which in ("last", "selected") if isinstance(found.get(which), dict)}
-            yield from leaves(kept, f"{name}.")
+def _scores(result: dict[str, Any]) -> dict[str, float]:
+    scored = {name: result[name] for name in (*NETWORKS, "difference") if isinstance(result.get(name), dict)}
+    kept = {name: {which: of[which] for which in ("last", "selected") if which in of} for name, of in scored.items()}
+    return numbers(kept)

@@ -1,13 +1,15 @@
-"""A run's result.json as it is read again. It may be a stranger's: every entry that anything reads is checked first."""
+"""A run's run.json and result.json as they are read again. They may be a stranger's: every entry that anything reads is
+checked first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kd.layout import ANY, NUMBER, Each, check
 from kd.recipe import ConfigError
+from kd.strict import leaves
 
 SCORE = {**dict.fromkeys(("top1", "nll", "ece", "brier"), NUMBER), "agreement?": NUMBER}
 SPLITS = {"val": SCORE, "test": SCORE}
@@ -22,22 +24,30 @@ RESULT = {
 }
 
 
+CARD = {"identity": Each(ANY), "data_hash": str, "teacher_checkpoint_hash": str}
+
+
 def read_result(path: Path) -> dict[str, Any]:
     """A result.json. Raises CheckpointError, which names file and entry, where it is not laid out as kd writes it."""
+    return _read(path, RESULT, "; give the result of a finished run")
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """A run.json. Raises CheckpointError as `read_result` does."""
+    return _read(path, CARD, "; restore it, or resume=false to set that run aside")
+
+
+def _read(path: Path, layout: Any, hint: str) -> dict[str, Any]:
     from kd.checkpoint import CheckpointError, read_json  # and with it torch
 
     values = read_json(path)
     try:
-        check(path, values, RESULT, "; give the result of a finished run")
+        check(path, values, layout, hint)
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     return values
 
 
-def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of nested dicts with its dotted name."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"{prefix}{key}", value
+def numbers(tree: dict[str, Any]) -> dict[str, float]:
+    """Every number of nested dicts by its dotted name."""
+    return {name: v for name, v in leaves(tree) if isinstance(v, int | float) and not isinstance(v, bool)}

@@ -29,7 +29,6 @@ def check() -> None:
     """Raise ConfigError where the current folder is gone, or a launcher's variables are not what torchrun sets."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         if not re.fullmatch(r"\d{1,9}", value := os.environ.get(name, "0")):
-            os.environ["RANK"] = "0"  # so that it is said
             raise ConfigError(f"{name}={value}: must be a whole number; torchrun sets it, one process needs none")
     try:
         os.getcwd()

@@ -10,7 +10,7 @@ from kd.recipe import ConfigError
 
 OPTIONS = ("--cfg", "-c", "--multirun", "-m", "--resolve")  # Hydra's others read folders or print pages of its own
 LONGEST = 2000  # bytes of a word; Hydra's grammar takes a second for twenty times as many
-LAUNCHERS = r"hydra/launcher|\+?hydra\.launcher\.[\w.]+"
+OF_HYDRA = r"hydra/launcher|\+?hydra\.launcher\.[\w.]+"
 
 
 def check_text(word: str) -> None:
@@ -41,7 +41,7 @@ def check_word(word: str) -> None:
         raise ConfigError(f"{word[:60]}...: too many digits; numbers have fewer than 100")
     if "_target_" in word:
         raise ConfigError(f"{word}: _target_ names code to run, which no setting can")
-    if key.startswith(("hydra", "+hydra")) and not re.fullmatch(LAUNCHERS, key):
+    if key.startswith(("hydra", "+hydra")) and not re.fullmatch(OF_HYDRA, key):
         raise ConfigError(
             f"{word}: Hydra's own settings are fixed, but hydra/launcher=NAME and hydra.launcher.KEY=VALUE"
         )

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from kd import checkpoint
-from kd.checkpoint import CheckpointError, laid_out, load_state, read_json, read_weights, weights_header, write_json
+from kd.checkpoint import CheckpointError, load_state, read_json, read_weights, weights_header, write_json
 from kd.checkpoint.manifest import read_manifest
 from kd.cli import read_recipe
 from kd.models import build, weights_metadata
 from kd.recipe import ConfigError
+from kd.stored import read_card
 
 READERS = [load_state, read_weights, weights_header, read_json, read_manifest]
 
@@ -98,10 +99,18 @@ def test_json_that_is_too_large_is_not_read(tmp_path):
         read_json(path)
 
 
-def test_values_of_another_layout_are_the_files_fault():
-    for value in ({}, {"a": 1}, [], None):
-        with pytest.raises(CheckpointError, match=r"x\.json: is not laid out as kd writes it"), laid_out("x.json"):
-            value["a"]["b"] + 1
+@pytest.mark.parametrize(
+    ("card", "wrong"),
+    [
+        ([], "all of it: must be an object"),
+        ({"data_hash": "", "teacher_checkpoint_hash": ""}, "identity: is missing"),
+        ({"identity": {}, "data_hash": 3, "teacher_checkpoint_hash": ""}, "data_hash: must be text, is 3"),
+    ],
+)
+def test_a_card_of_another_layout_is_the_files_fault(tmp_path, card, wrong):
+    write_json(tmp_path / "run.json", card)
+    with pytest.raises(CheckpointError, match=rf"run\.json: {wrong}.*; restore it, or resume=false"):
+        read_card(tmp_path / "run.json")
 
 
 # ---- .pth

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from kd import evaluate, replay, results
 from kd.checkpoint import CheckpointError
-from kd.stored import leaves, read_result
+from kd.stored import numbers, read_result
 from tests.torture.cards import WRONG, mutated, places
 
 SCORE = {"top1": 0.5, "top5": 0.9, "nll": 1.0, "ece": 0.1, "brier": 0.2, "agreement": 0.7, "kl_to_teacher": 0.1}
@@ -50,7 +50,7 @@ def test_every_entry_in_turn_taken_away_or_made_something_else(tmp_path, capsys)
                 results.print_result(found, Console(file=said, width=150))
                 assert "\x1b" not in said.getvalue()
                 replay.report(found, RESULT)
-                dict(leaves(found))
+                numbers(found)
     assert 150 < outcomes.count(None) < len(outcomes) - 150
     assert [read(path, text) for text in TEXTS] == [None] * len(TEXTS)
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from kd.checkpoint.files import (
         CheckpointError,
         digest,
-        laid_out,
         open_in_place,
         read_json,
         regular,
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
 _HOME = {
     name: module
     for module, names in {
-        "files": "CheckpointError digest laid_out open_in_place read_json regular write_atomically write_json writing",
+        "files": "CheckpointError digest open_in_place read_json regular write_atomically write_json writing",
         "manifest": "SCHEMA seal verified",
         "stage": "CHECKPOINTS NEWEST Checkpoint advice belongs clean finish finished load read_sealed retire save "
         "save_sealed write_manifest",
@@ -68,7 +67,6 @@ __all__ = [
     "digest",
     "finish",
     "finished",
-    "laid_out",
     "load",
     "load_state",
     "open_in_place",

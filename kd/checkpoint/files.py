@@ -16,8 +16,6 @@ from typing import IO, Any, NoReturn
 
 from safetensors import SafetensorError
 
-from kd.recipe import ConfigError
-
 JSON_BYTES = 2**26  # no JSON of kd's comes near it
 DEEPEST = 100  # nesting of JSON; kd writes about 6
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -167,19 +165,6 @@ def _no_constant(name: str) -> NoReturn:
 def read_json(path: Path) -> Any:
     """Plain values from a JSON file. Raises CheckpointError when it is missing, torn or no file."""
     return parse_json(read_bytes(path), path)
-
-
-@contextmanager
-def laid_out(path: Path) -> Iterator[None]:
-    """Turn what the values of a file lead our code to into a CheckpointError: they are not laid out as kd writes."""
-    try:
-        yield
-    except (CheckpointError, ConfigError):
-        raise
-    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: is not laid out as kd writes it ({type(error).__name__}: {brief(error)})"
-        ) from error
 
 
 def digest(path: Path) -> str:

@@ -93,14 +93,14 @@ def _control(kind: str) -> str:
 
 def _lines(ax: Axes, panel: Panel, ordered: bool, handles: dict[str, Any]) -> None:
     scale = 100 if panel.percent else 1
-    alpha = 0.14 if len(panel.lines) <= 4 else 0.06
+    opacity = 0.14 if len(panel.lines) <= 4 else 0.06
     for i, line in enumerate(panel.lines):
         colour = step(i, len(panel.lines)) if ordered else category(i)
         places = [place for place in range(len(panel.ticks)) if len(line.values.get(place, ()))]
         values = [scale * np.asarray(line.values[place]) for place in places]
         mean = np.array([v.mean() for v in values])
         sd = np.array([v.std(ddof=1) if len(v) > 1 else 0.0 for v in values])
-        ax.fill_between(places, mean - sd, mean + sd, color=colour, alpha=alpha, linewidth=0)
+        ax.fill_between(places, mean - sd, mean + sd, color=colour, alpha=opacity, linewidth=0)
         (drawn_line,) = ax.plot(
             places, mean, color=colour, marker=MARKERS[i % len(MARKERS)], markeredgecolor=PAGE, markeredgewidth=0.7
         )
