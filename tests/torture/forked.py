@@ -37,6 +37,7 @@ def _run(words: tuple[str, ...], folder: Path, environment: dict[str, str], log:
     os.dup2(file, 2)
     from kd import cli, signals, train
 
+    multiprocessing.set_start_method(None, force=True)  # data workers are then forked, as where a user runs kd
     sys.argv = ["kd.train", *words]
     hook()
     signals.listen()
