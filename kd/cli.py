@@ -290,8 +290,13 @@ def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> It
     surroundings.ready_streams()
     try:
         surroundings.check()
-        yield
-        sys.stdout.flush()  # here, or Python would complain at its end
+    except ConfigError as error:
+        fail(str(error), everyone=True)  # who is the first of all is what is wrong
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # here, or Python would complain at its end
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "kd":
             raise
@@ -305,12 +310,14 @@ def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> It
         if package in ("hydra", "omegaconf", "yaml", "antlr4"):
             fail(explain(error, schema, folder))
         if isinstance(error, BrokenPipeError) and not error.filename:  # who read has enough, as after | head
-            surroundings.drop_output()
+            surroundings.drop(1)
+            if program in ("kd.train", "kd.study") and not {"-h", "--help"} & set(sys.argv[1:]):
+                fail("standard output: nobody reads it any more; the same command goes on from what was saved", 1)
             raise SystemExit(1) from error
         if isinstance(error, OSError) and error.filename:
             fail(f"{error.filename}: {error.strerror}", everyone=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            surroundings.drop_output()
+            surroundings.drop(1)
             fail(f"standard output: {error.strerror}; the same command goes on from what was saved", 1)
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's own
             fail(NO_MEMORY, 1, everyone=True)
@@ -324,9 +331,11 @@ def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> It
 
 def fail(message: str, code: int = USAGE, everyone: bool = False) -> NoReturn:
     """Print one line and exit; from every process where the error may be one process's own, else once."""
-    rank = os.environ.get("RANK", "0")
-    if everyone or not rank.isdecimal() or int(rank) == 0:
-        print(f"error: {plain(message)}", file=sys.stderr)
+    if everyone or int(os.environ.get("RANK", "0")) == 0:
+        try:
+            print(f"error: {plain(message)}", file=sys.stderr, flush=True)
+        except OSError:  # the exit code still says it
+            surroundings.drop(2)
     raise SystemExit(code)
 
 

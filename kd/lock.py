@@ -142,7 +142,7 @@ def _take(path: Path) -> tuple[IO[str] | None, str | None]:
                 break
         file.close()  # its holder removed it in between: what we hold has no name any more
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    with suppress(OSError):  # only who waits reads it; a full disk is told of by what must be written
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     _held.add(file)
     return file, None

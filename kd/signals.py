@@ -41,7 +41,8 @@ class Interrupted(BaseException):
 def leave() -> None:
     """Say that the same command goes on, and end this process now, whatever it is doing."""
     # Not an exception: half of a signal's moments are imports, and somewhere in them is an `except:` that takes it.
-    os.write(2, f"stopped by {signal.Signals(_asked).name}; {GO_ON}\n".encode())
+    with suppress(OSError):  # nobody may be left to read it
+        os.write(2, f"stopped by {signal.Signals(_asked).name}; {GO_ON}\n".encode())
     with suppress(Exception):  # it may be in the middle of a print
         sys.stdout.flush()
     os._exit(exit_code())

@@ -9,9 +9,15 @@ import sys
 
 from kd.recipe import ConfigError
 
+NUMBERS = ("LOCAL_RANK", "MASTER_PORT", "RANK", "WORLD_SIZE")
+LAUNCHER = "torchrun sets it, one process needs none"
+
 
 def ready_streams() -> None:
     """Have stdout and stderr take whatever is printed: closed ones nothing, one of ASCII an escape for all else."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # or the next file that is opened would be printed into
+        os.set_inheritable(number, True)
+    os.close(number)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -20,16 +26,25 @@ def ready_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def drop_output() -> None:
-    """Print no more: what is left would fail again when Python ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def drop(stream: int) -> None:
+    """Print no more to 1, stdout, or 2, stderr: what is left would fail again when Python ends."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, stream)
+    os.close(nothing)
 
 
 def check() -> None:
     """Raise ConfigError where the current folder is gone, or a launcher's variables are not what torchrun sets."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        if not re.fullmatch(r"\d{1,9}", value := os.environ.get(name, "0")):
-            raise ConfigError(f"{name}={value}: must be a whole number; torchrun sets it, one process needs none")
+    found = {name: os.environ[name] for name in (*NUMBERS, "MASTER_ADDR") if name in os.environ}
+    for name in found.keys() & {*NUMBERS}:
+        if not re.fullmatch(r"[0-9]{1,9}", found[name]):
+            raise ConfigError(f"{name}={found[name]}: must be a whole number; {LAUNCHER}")
+    rank, world = (int(found.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if not 0 <= rank < world:
+        raise ConfigError(f"RANK={rank}: must be < WORLD_SIZE={world}, which must be > 0; {LAUNCHER}")
+    if "LOCAL_RANK" in found or world > 1:
+        for name in {*NUMBERS, "MASTER_ADDR"} - found.keys():
+            raise ConfigError(f"{name}: is not set, but {', '.join(sorted(found))}; {LAUNCHER}")
     try:
         os.getcwd()
     except FileNotFoundError as error:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kd import cli, signals
+from kd import cli, signals, surroundings
 from kd.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -74,5 +74,6 @@ def lost(error: RuntimeError) -> str | None:
 
 
 if __name__ == "__main__":
+    surroundings.ready_streams()  # before anything is opened
     signals.listen()  # before the imports that take seconds
     cli.command("kd.train", run)

@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from contextlib import suppress
 from typing import Any
 
-from kd import cli, kinds, signals, strict
+from kd import cli, kinds, signals, strict, surroundings
 from kd.recipe import ConfigError, allowed
 from kd.study.schema import LOSS, StudyRecipe
 
@@ -211,6 +211,7 @@ def _leave() -> None:
 
 
 if __name__ == "__main__":
+    surroundings.ready_streams()  # before anything is opened
     signals.listen(*signals.PREEMPTION, leaving=_leave)  # before the imports that take seconds
     with cli.one_line_errors(PROGRAM, StudyRecipe, FOLDER):
         try:
