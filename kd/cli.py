@@ -235,6 +235,8 @@ def explain(error: Exception, schema: type = Recipe, folder: str = "") -> str:
     """One line for an error of Hydra's: the setting, what was typed, what to type."""
     text, cause = str(error), str(error.__cause__ or "")
     if found := re.search(r"Could not (?:override|append|delete).*?'([\w./@-]+)'", text):
+        if "object_type=Contrast" in cause:
+            return _explain_value(cause, found[1], schema) or cause
         return no_such_setting(found[1], schema)
     if found := re.search(r"Could not find 'hydra/launcher/(\w+)'", text):
         if found[1] in LAUNCHERS:
@@ -244,11 +246,13 @@ def explain(error: Exception, schema: type = Recipe, folder: str = "") -> str:
         options = ", ".join(option.partition("/")[2] for option in _options("recipe", folder))
         return f"recipe: not given; type recipe=NAME with one of {options}"
     if found := re.search(r"Error merging override ([^\s=]+)=?(.*)", text):
-        return wrong_type(found[1].lstrip("+"), found[2], cause, schema)
+        key = found[1].lstrip("+")
+        return _explain_value(f"{text}\n{cause}", key, schema) or wrong_type(key, found[2], cause, schema)
     if found := re.search(r"Error parsing override '(.*)'|Error when parsing index: \d+, string: (.*) out of", text):
         word = found[1] or found[2]
         if "=" not in word:
-            return f"{word}: cannot be read; settings are typed key=value, such as {word.strip()}=true"
+            value = "true" if getattr(settings(schema).get(word), "type", "") == "bool" else "VALUE"
+            return f"{word}: cannot be read; settings are typed key=value, such as {word.strip()}={value}"
         if re.match(r"\S+\s+=|\S+=\s", word):
             return f"{word}: cannot be read; no space before or after ="
         return (
@@ -268,7 +272,7 @@ def explain(error: Exception, schema: type = Recipe, folder: str = "") -> str:
 
 def _explain_value(text: str, key: str, schema: type) -> str | None:
     """What is wrong with a reference, a name or the kind of a value, of an error of OmegaConf's."""
-    at = f"study.contrasts: {key}" if "object_type=Contrast" in text else key
+    at = f"study.contrasts: {key}" if "object_type=Contrast" in text and key != "study.contrasts" else key
     if found := re.search(r"Interpolation key '([^']*)' not found", text):
         return f"{at}=${{{found[1]}}}: {no_such_setting(found[1], schema)}"
     if "Recursive interpolation" in text:
@@ -356,7 +360,7 @@ def override(config: Any, words: list[str]) -> None:
 
     for word in words:
         check_word(word)
-        key, _, text = word.partition("=")
+        key, _, text = check_kinds([word])[0].partition("=")
         check_kind(key, value := strict.value(text, word))
         OmegaConf.update(config, key, value)
 
@@ -387,7 +391,7 @@ def command(program: str, run: Callable[..., int]) -> None:
             if code:
                 raise SystemExit(code)
 
-        check_kinds(words)
+        words = check_kinds(words)
         register(words)
         spelled = {word: f"loss={','.join(losses(word))}" for word in words if word.startswith("loss=")}
         sys.argv[1:] = [spelled.get(word, word) for word in words]

@@ -12,8 +12,9 @@ from typing import Any
 from kd import methods, strict
 from kd.recipe import ConfigError, Recipe, allowed
 
-KINDS = {"int": int, "float": (int, float), "bool": bool, "str": (str, int, float), "list": list, "dict": dict}
+KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str, "list": list, "dict": dict}
 UNBOUNDED = ("nan", "inf", "-inf", "+inf")  # their range refuses them
+NUMBER_LIKE = re.compile(r"[-+]?[\d.][\w.+-]*|(?i:true|false|[-+]?inf|nan)")  # what Hydra may take for no text
 
 
 @cache
@@ -41,18 +42,37 @@ def check_kind(key: str, value: Any, schema: type = Recipe, at: str = "") -> Non
     """
     if key not in settings(schema) or (isinstance(value, str) and ("${" in value or value.lower() in UNBOUNDED)):
         return
-    kind, *rest = str(settings(schema)[key].type).replace("[", " ").split()
-    fits = isinstance(value, KINDS[kind]) and (kind in ("bool", "str") or not isinstance(value, bool))
+    kind, *rest = re.findall(r"\w+", str(settings(schema)[key].type))
+    fits = _is(value, kind)
+    if fits and kind == "list" and rest[0] in KINDS:
+        fits = all(_is(each, rest[0]) for each in value)
     if not (fits or (value is None and "None" in rest)):
         raise ConfigError(f"{at}{wrong_type(key, value, '', schema)}")
 
 
-def check_kinds(words: list[str], schema: type = Recipe) -> None:
-    """`check_kind` for every value in the words of a command line, of which -m and studies may have several."""
+def _is(value: Any, kind: str) -> bool:
+    return isinstance(value, KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
+
+
+def check_kinds(words: list[str], schema: type = Recipe) -> list[str]:
+    """`check_kind` for every value in the words of a command line, of which -m and studies may have several.
+
+    Gives the words with what is text inside quotes: Hydra would make 1234e567 infinite and 1_0 ten.
+    """
+    found = []
     for word in words:
         key, equals, text = word.partition("=")
-        for value in strict.values(text) or () if equals and "(" not in text else ():  # Hydra answers to the others
-            check_kind(key, value, schema)
+        field = settings(schema).get(key)
+        if field and str(field.type).startswith("str") and re.fullmatch(r"[\w.+,-]+", text):
+            several = [repr(each) if NUMBER_LIKE.fullmatch(each) else each for each in text.split(",")]
+            word = f"{key}={','.join(several)}"
+        elif field is None and "." in key and re.search(r"(?<![\w.])\d+_[\d_]+(?![\w.])", text):
+            raise ConfigError(f"{word}: is no number with _; type {text.replace('_', '')}, or text inside quotes")
+        else:
+            for value in strict.values(text) or () if equals and "(" not in text else ():  # Hydra answers to the others
+                check_kind(key, value, schema)
+        found.append(word)
+    return found
 
 
 def wrong_type(key: str, value: Any, cause: str, schema: type = Recipe) -> str:
@@ -70,7 +90,9 @@ def wrong_type(key: str, value: Any, cause: str, schema: type = Recipe) -> str:
     kinds |= {"list": "a list", "dict": "settings by name; on a command line +NAME.KEY=VALUE for each"}
     kind = next((words for name, words in kinds.items() if str(field.type).startswith(name)), str(field.type))
     limits = allowed(field.metadata)
-    return f"{key}={value}: must be {kind}{f' {limits}' if limits else ''} ({field.metadata['doc']})"
+    quotes = ", numbers inside quotes" if "str" in str(field.type) and cause == "" else ""
+    value = str(value).lower().replace("none", "null") if isinstance(value, bool | None) else value
+    return f"{key}={value}: must be {kind}{quotes}{f' {limits}' if limits else ''} ({field.metadata['doc']})"
 
 
 def no_such_setting(key: str, schema: type = Recipe) -> str:
@@ -80,6 +102,10 @@ def no_such_setting(key: str, schema: type = Recipe) -> str:
         return _no_such_method_setting(key, found[1], found[2])
     if section := re.match(r"(teacher|student)\.model_kwargs", key):
         return f"{key}: type +{section[0]}.NAME=VALUE for each argument of timm.create_model"
+    if key == "loss.methods":
+        return f"{key}: type loss=NAME, or loss=[A,B] for both together"
+    if key in names and str(settings(schema)[key].type).startswith("dict"):
+        return f"{key}: is settings by name; type +{key}.NAME=VALUE for each"
     if key in names:
         return f"{key}: is a setting; type {key}=VALUE without + before it"
     same_leaf = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]

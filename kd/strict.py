@@ -125,6 +125,8 @@ def value(text: str, at: str) -> Any:
     """One value as a recipe has it; `at` names it in the ConfigError that is raised."""
     if not text or "\n" in text:
         return text
+    if text[0] not in "'\"" and re.search(r"[\s\]}]#", text):  # the rest would be a comment
+        raise ConfigError(f"{at}: cannot be read; type a plain value, or one inside quotes")
     try:
         return parse(f"x: {text}".encode(), at)["x"]
     except ConfigError as error:
@@ -133,8 +135,6 @@ def value(text: str, at: str) -> Any:
 
 def values(text: str) -> list[Any] | None:
     """The values in A,B as a recipe has them in [A,B]; None where they cannot be read so."""
-    if " #" in text:  # the rest would be a comment, bracket and all
-        return None
     try:
         return value(f"[{text}]", text)
     except ConfigError:

@@ -36,14 +36,14 @@ def drop(stream: int) -> None:
 def check() -> None:
     """Raise ConfigError where the current folder is gone, or a launcher's variables are not what torchrun sets."""
     found = {name: os.environ[name] for name in (*NUMBERS, "MASTER_ADDR") if name in os.environ}
-    for name in found.keys() & {*NUMBERS}:
+    for name in sorted(found.keys() & {*NUMBERS}):
         if not re.fullmatch(r"[0-9]{1,9}", found[name]):
             raise ConfigError(f"{name}={found[name]}: must be a whole number; {LAUNCHER}")
     rank, world = (int(found.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if not 0 <= rank < world:
         raise ConfigError(f"RANK={rank}: must be < WORLD_SIZE={world}, which must be > 0; {LAUNCHER}")
     if "LOCAL_RANK" in found or world > 1:
-        for name in {*NUMBERS, "MASTER_ADDR"} - found.keys():
+        for name in sorted({*NUMBERS, "MASTER_ADDR"} - found.keys()):
             raise ConfigError(f"{name}: is not set, but {', '.join(sorted(found))}; {LAUNCHER}")
     try:
         os.getcwd()

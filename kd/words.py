@@ -68,6 +68,8 @@ def check_words(words: list[str]) -> None:
                 asked = ""
             continue
         check_word(word)
+    if "--resolve" in words and not any(word.partition("=")[0] in ("--cfg", "-c") for word in words):
+        raise ConfigError("--resolve: goes with --cfg job; type both")
     if asked:
         raise ConfigError("--cfg: type --cfg job to print the resolved recipe")
     if {"-m", "--multirun"} & set(words) and int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from kd import cli
-from kd.recipe import PACKAGE
+from kd import cli, strict
+from kd.recipe import PACKAGE, ConfigError
 
 
 def test_help_lists_every_recipe_with_its_claim_without_importing_torch_or_hydra():
@@ -41,6 +42,17 @@ def test_data_brings_its_schedule_and_the_recipe_has_the_last_word(kd_train):
 
 
 WRONG = {
+    "seed": "seed: cannot be read; settings are typed key=value, such as seed=VALUE",
+    "seed=null": "seed=null: must be a whole number",
+    "train.compile=null": "train.compile=null: must be true or false",
+    "--resolve": "--resolve: goes with --cfg job",
+    "student.layers=[[a]]": "student.layers=[['a']]: must be a list of names",
+    "student.layers=[true]": "student.layers=[True]: must be a list of names such as [A,B], numbers inside quotes",
+    "scheduler.milestones=[[1]]": "scheduler.milestones=[[1]]: must be a list of whole numbers",
+    "scheduler.milestones=[1_0]": "scheduler.milestones=['1_0']: must be a list of whole numbers",
+    "scheduler.milestones=['1']": "scheduler.milestones=['1']: must be a list of whole numbers",
+    "+teacher.model_kwargs.x=1_0": "+teacher.model_kwargs.x=1_0: is no number with _; type 10, or text inside quotes",
+    "loss.methods={dkd:{weight:1}}": "loss.methods: type loss=NAME, or loss=[A,B] for both together",
     "loss.temprature=2": "loss.temprature: no such setting; did you mean loss.temperature?",
     "lr=0.1": "lr: no such setting; did you mean optimizer.lr?",
     "+learning=1": "learning: no such setting; --help lists all",
@@ -109,6 +121,36 @@ def test_a_wrong_command_line_gets_one_line_that_says_what_to_type(kd_train, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("text", ["1234e567", "1e5", "1_000", "1.50", "007", "true", "inf", "2026-11-25", "a"])
+def test_text_that_looks_like_a_number_is_text(kd_train, text):
+    """A short git hash such as 1234e567 was the run `inf`."""
+    printed = kd_train("recipe=smoke", f"run={text}", f"data.root={text}", "--cfg", "job").out
+    values = strict.parse(printed.encode(), "printed")
+    assert (values["run"], values["data"]["root"]) == (text, text)
+
+
+def test_a_number_for_a_text_in_a_recipe_wants_quotes(kd_train, tmp_path):
+    own = tmp_path / "recipes"
+    own.mkdir()
+    (own / "mine.yaml").write_text("name: mine\nrun: 1e5\n")
+    done = kd_train("recipe=mine")
+    assert done.code == 2
+    assert "mine.yaml: run=100000.0: must be text, numbers inside quotes" in done.err
+
+
+@pytest.mark.parametrize(("text", "root"), [("1e5", "1e5"), ('"/a #1"', "/a #1"), ("/a#1", "/a#1")])
+def test_a_path_that_is_put_in_place_is_the_one_that_was_typed(text, root):
+    config = OmegaConf.create({"data": {"root": None}})
+    cli.override(config, [f"data.root={text}"])
+    assert config.data.root == root
+
+
+@pytest.mark.parametrize("text", ["/a #1", "[1]#3"])
+def test_a_comment_in_a_value_is_refused(text):
+    with pytest.raises(ConfigError, match=r"cannot be read; type a plain value, or one inside quotes"):
+        cli.override(OmegaConf.create({"data": {"root": None}}), [f"data.root={text}"])
+
+
 def test_no_recipe_lists_them(kd_train):
     done = kd_train()
     assert done.code == cli.USAGE
@@ -163,6 +205,8 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
 
 
 def test_several_runs_at_once_are_refused_under_torchrun(kd_train, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = kd_train("recipe=smoke", "-m", "seed=0,1")
     assert done.code == cli.USAGE

@@ -161,7 +161,7 @@ def compose(words: list[str]) -> tuple[StudyRecipe, list[str], bool] | None:
     words = cli.own_methods(words)
     cli.check_words(words)
     composed, axes, launched = split_words(words)
-    kinds.check_kinds(composed, StudyRecipe)
+    composed = kinds.check_kinds(composed, StudyRecipe)
     import hydra
 
     found: list[Any] = []
