@@ -189,3 +189,16 @@ def test_a_run_that_waits_can_be_stopped(tmp_path):
     assert (tmp_path / "second.txt").read_text().endswith("\nstopped; run the same command to go on\n")
     forked.kill(first[0], signal.SIGKILL)
     forked.finish(first)
+
+
+def test_a_full_disk_is_no_reason_to_be_refused_a_lock(tmp_path, monkeypatch):
+    """Its file says who holds it to those who wait, and no more: what must be written is told of by whoever writes."""
+
+    def full(number, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    folder = tmp_path / "run"
+    with alone(folder, refuse), pytest.raises(Busy, match="another process"), alone(folder, refuse):
+        pass
+    assert not list(tmp_path.iterdir())
