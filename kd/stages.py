@@ -6,7 +6,6 @@ import difflib
 import importlib.util
 import math
 import os
-import sys
 import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
 
@@ -22,6 +20,7 @@ from kd import methods
 from kd.assembled import Ensemble, load_exactly
 from kd.checkpoint import CHECKPOINTS, CheckpointError, advice, belongs, finish, finished, read_weights, retire
 from kd.claim import check_own, check_places, owner, run_name, teacher_folder, teacher_is_trained
+from kd.console import terminal
 from kd.data import Data, load_data
 from kd.journal import Journal
 from kd.lock import alone_on_teacher
@@ -70,8 +69,7 @@ def prepare(recipe: Recipe) -> Run:
     data = replace(data, **{name: getattr(data, name).to(accelerator.device) for name in ("train", "val", "test")})
     check_batch(recipe, data, accelerator.num_processes)
     check_validation(recipe, data)
-    console = Console(width=None if sys.stdout.isatty() else 120)  # a log file has no width of its own
-    journal = Journal(folder / "metrics.jsonl", accelerator, console)
+    journal = Journal(folder / "metrics.jsonl", accelerator, terminal())
     run = Run(recipe, data, accelerator, folder, teacher_folder(recipe, data.hash), journal)
     for role in ("teacher", "student"):  # a student that cannot be built must not wait for its teacher
         network(run, role)

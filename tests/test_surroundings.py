@@ -47,6 +47,10 @@ def test_a_reader_that_goes_away_early_is_no_error(tmp_path):
     said = "error: standard output: nobody reads it any more; the same command goes on from what was saved\n"
     program = program.replace("report", "train")  # which is not finished
     assert shell(f'{sys.executable} -c "$PROGRAM" | head -1', tmp_path, PROGRAM=program) == (1, said, "line\n")
+    program = program.replace(
+        "print('line", "from kd.console import terminal; terminal().print('line"
+    )  # rich's, of runs
+    assert shell(f'{sys.executable} -c "$PROGRAM" | head -1', tmp_path, PROGRAM=program) == (1, said, "line\n")
 
 
 def test_nothing_that_is_opened_takes_the_place_of_a_closed_stream(tmp_path):

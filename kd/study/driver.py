@@ -24,6 +24,7 @@ from rich.table import Table
 from kd import cli, methods
 from kd.checkpoint import write_json
 from kd.claim import check_output
+from kd.console import terminal
 from kd.data import Data
 from kd.metrics import MISLEADING
 from kd.plan import duration
@@ -47,7 +48,7 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
 
     `narrowed`: the grid is not the recipe's own, and may lack what its contrasts compare.
     """
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = terminal()
     folder = Folder(folder_of(study))
     sets = _Sets(base_recipe(study))
     planned = plan(study, sets.hash, sets.knows_posterior, narrowed)
