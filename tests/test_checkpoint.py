@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -181,6 +182,43 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, nam
     assert (found.state["update"], len(said), [p.name for p in found.damaged]) == (1, 1, ["update-00000002"])
     assert said[0].startswith(f"warning: {manifest(tmp_path, 2).with_name(name)}: ")
     assert said[0].endswith(f"taken, {manifest(tmp_path, 1).parent}")
+
+
+FAILURES = {
+    "files of the library": ("kd.checkpoint.tensors.safe_open", OSError(errno.EMFILE, os.strerror(errno.EMFILE))),
+    "files of torch": ("kd.checkpoint.tensors.safe_open", RuntimeError("unable to open file <a>: Too many open files")),
+    "memory": ("kd.checkpoint.tensors.safe_open", MemoryError("Cannot allocate memory (os error 12)")),
+    "memory for the sum": ("hashlib.file_digest", MemoryError()),
+    "memory for the manifest": ("pathlib.Path.read_bytes", MemoryError()),
+}  # what the libraries say when a process is at its limits, except for the last two
+
+
+@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.parametrize("every", [False, True])
+def test_a_checkpoint_that_fails_to_be_read_once_is_not_called_damaged(name, every, tmp_path, monkeypatch):
+    for update in (1, 2):
+        save(tmp_path, update)
+    what, failure = FAILURES[name]
+    left, called = [failure] * (99 if every else 1), resolve_name(what)
+
+    def failing(*arguments, **options):
+        if left:
+            raise left.pop()
+        return called(*arguments, **options)
+
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(what, failing)
+        if every:
+            with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read now: .* the same command goes"):
+                checkpoint.load(tmp_path, said.append, "remove it")
+        else:
+            found = checkpoint.load(tmp_path, said.append, "")
+            assert (found.state["update"], found.damaged, len(said)) == (1, [], 1)
+            assert "update-00000002/" in said[0]
+            assert str(failure).removeprefix("[Errno 24] ") in said[0]
+            assert "code" not in said[0]
+    assert loaded(tmp_path) == 2
 
 
 def test_a_cut_file_says_how_long_it_was(tmp_path):

@@ -18,10 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kd.checkpoint.files import CheckpointError, brief, parse_json, regular, write_atomically
+from kd.checkpoint.files import CheckpointError, brief, parse_json, reading, regular, write_atomically
 
 METADATA = "kd"  # the entry of a safetensors header that is ours
 HEADER_BYTES = 2**25  # the library would read 100 MB of JSON; a network of 10,000 tensors has 1 MB
+_SAFETENSORS = "a readable .safetensors file"
 _TENSOR, _ITEMS = "__tensor__", "__items__"
 
 
@@ -78,9 +79,12 @@ def _split(tree: Any, at: str, tensors: dict[str, Tensor]) -> Any:
 
 @contextmanager
 def _readable(path: Path, what: str) -> Iterator[None]:
-    """The bytes of a broken file lead a library to raise whatever they do: all of it is the file's fault."""
+    """The bytes of a broken file lead a library to raise whatever they do: all of it is the file's fault, but for
+    what the machine could not do.
+    """
     try:
-        yield
+        with reading(path):
+            yield
     except CheckpointError:
         raise
     except Exception as error:
@@ -124,7 +128,7 @@ def _join(tree: Any, tensors: dict[str, Tensor]) -> Any:
 
 def weights_header(path: Path) -> dict[str, Any]:
     """What kd wrote beside the weights in a safetensors file, {} where nothing. Raises CheckpointError."""
-    with _opened(path, "a readable .safetensors file") as file:
+    with _opened(path, _SAFETENSORS) as file:
         found = parse_json((file.metadata() or {}).get(METADATA, "{}").encode(), path)
         if not isinstance(found, dict):
             raise TypeError(f"its metadata is a {type(found).__name__}")
@@ -140,10 +144,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     from timm.models import load_state_dict
 
     size = regular(path)
-    what = "a file of weights, or one that holds code, which kd never runs; save the state_dict as .safetensors"
     if path.suffix == ".safetensors":
-        with _opened(path, what) as file:
+        with _opened(path, _SAFETENSORS) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    what = "a file of weights, or one that holds code, which kd never runs; save the state_dict as .safetensors"
     with _readable(path, what), warnings.catch_warnings(action="ignore"):
         if zipfile.is_zipfile(path):
             _check_zip(path, size)
