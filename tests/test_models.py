@@ -501,17 +501,17 @@ def without(weights, *names):
         (
             lambda w: w | {"bn1.bias": torch.full((16,), torch.nan)},
             {},
-            "1 tensors with NaN or infinite values, first bn1",
+            "1 tensors with NaN or infinite values as float32, first bn1",
         ),
         (
             lambda w: w | {"bn1.bias": torch.full((16,), torch.inf)},
             {},
-            "1 tensors with NaN or infinite values, first bn1",
+            "1 tensors with NaN or infinite values as float32, first bn1",
         ),
         (
             lambda w: w | {"bn1.running_mean": torch.full((16,), torch.nan)},
             {},
-            "infinite values, first bn1.running_mean",
+            "infinite values as float32, first bn1.running_mean",
         ),
     ],
 )
@@ -535,7 +535,7 @@ class Trap:
         ("none.pth", lambda path: None, "no such file; give the path of a .safetensors or .pth file"),
         ("folder", lambda path: path.mkdir(), "is a folder; give the path of a .safetensors or .pth file"),
         ("empty.safetensors", lambda path: path.touch(), ": is empty"),
-        ("text.safetensors", lambda path: path.write_text("hello\n" * 9), "not a file of weights"),
+        ("text.safetensors", lambda path: path.write_text("hello\n" * 9), "not a readable .safetensors file"),
         ("text.pth", lambda path: path.write_text("hello\n" * 9), "not a file of weights"),
         ("half.pth", lambda path: path.write_bytes(b"PK\x03\x04" + bytes(99)), "not a file of weights"),
         ("list.pth", lambda path: torch.save([torch.ones(1)], path), "not a file of weights"),

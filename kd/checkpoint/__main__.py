@@ -5,17 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kd import cli
 from kd.words import check_text, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HELP = """usage: python -m kd.checkpoint verify PATH [PATH ...]
 
 PATH is the folder of a run or a stage, one checkpoint of a stage, or a file of weights. Prints what each holds, and
 whether its bytes are those that were written. A run's teacher has a folder of its own, in teachers/. A file of weights
-without kd's manifest beside it has no checksum to be held against: it is whole where it can be read and has no NaN.
-Exit code 0 when all is whole, 1 when something is not, 2 when there is no such thing."""
+without kd's manifest beside it has no checksum to be held against: it is whole where it can be read, has no NaN, and
+float32 can hold its values. Exit code 0 when all is whole, 1 when something is not, 2 when there is no such thing."""
 DAMAGED = 1  # exit code; 2, for what is not there, is cli's
 
 
@@ -122,6 +125,7 @@ def _weights(path: Path) -> Row:
     from kd.checkpoint.files import digest
     from kd.checkpoint.manifest import DONE, MANIFEST, check_file, read_manifest
     from kd.checkpoint.stage import CHECKPOINTS
+    from kd.checkpoint.tensors import spoilt
 
     try:
         ours = MANIFEST if path.absolute().parents[1].name == CHECKPOINTS else DONE
@@ -133,11 +137,17 @@ def _weights(path: Path) -> Row:
         elif path.suffix == ".safetensors":
             about = _about(weights_header(path))
         weights = read_weights(path)
-        wrong = next((f"{path}: {name} has NaN" for name, value in weights.items() if value.isnan().any()), "")
+        wrong = next((name for name, value in weights.items() if spoilt(_held(value), value)), "")
         said = f"{about or f'{len(weights)} tensors'}{'' if beside else ', no manifest beside it'}"
+        wrong = wrong and f"{path}: {wrong} has NaN, or values beyond float32"
         return Row(path, said, regular(path), digest(path), wrong)
     except CheckpointError as error:
         return Row(path, wrong=str(error))
+
+
+def _held(value: Tensor) -> Tensor:
+    """The tensor as a network holds it."""
+    return value.float() if value.is_floating_point() else value
 
 
 def verify(paths: list[Path]) -> int:
