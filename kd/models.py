@@ -229,8 +229,9 @@ def weights_metadata(path: str | Path) -> dict[str, Any]:
         return {}
     found = weights_header(Path(path))
     known = {key: found[key] for key in ("model", "label_smoothing", "smoothing") if key in found}
-    if not _is_record(**known):
-        raise CheckpointError(f"{path}: its metadata, {_brief(ValueError(known))}, is not what kd writes")
+    if not _is_record(**known) or ("label_smoothing" in known) != ("smoothing" in known):
+        allowed = "a model's name, label_smoothing >= 0 and < 1 with smoothing=uniform or others"
+        raise CheckpointError(f"{path}: its metadata, {_brief(ValueError(known))}, is not what kd writes: {allowed}")
     return found
 
 

@@ -297,6 +297,8 @@ def test_no_tensors_are_no_weights(suffix, tmp_path):
         {"label_smoothing": "much"},
         {"label_smoothing": [1]},
         {"label_smoothing": 2},
+        {"label_smoothing": "0.1"},
+        {"smoothing": "others"},
         {"smoothing": "os.system", "label_smoothing": "0.1"},
         {"model": ["mlp_nano"]},
         [],
@@ -308,6 +310,7 @@ def test_metadata_that_kd_never_writes_is_refused(record, tmp_path):
     save_file(weights(), path, {"kd": json.dumps(record)})
     with pytest.raises(CheckpointError, match=str(path)):
         weights_metadata(path)
+    assert main(["verify", str(path)]) == 1
 
 
 def test_a_file_cannot_choose_what_is_fetched(tmp_path):

@@ -121,11 +121,12 @@ def _schema(values: dict[str, Any]) -> str:
 
 def _weights(path: Path) -> Row:
     """One file of weights, held against the manifest beside it where there is one."""
-    from kd.checkpoint import CheckpointError, read_weights, regular, weights_header
+    from kd.checkpoint import CheckpointError, read_weights, regular
     from kd.checkpoint.files import digest
     from kd.checkpoint.manifest import DONE, MANIFEST, check_file, read_manifest
     from kd.checkpoint.stage import CHECKPOINTS
     from kd.checkpoint.tensors import spoilt
+    from kd.models import weights_metadata
 
     try:
         ours = MANIFEST if path.absolute().parents[1].name == CHECKPOINTS else DONE
@@ -135,7 +136,7 @@ def _weights(path: Path) -> Row:
             check_file(beside[0], manifest, path.name)
             about = _about(manifest)
         elif path.suffix == ".safetensors":
-            about = _about(weights_header(path))
+            about = _about(weights_metadata(path))
         weights = read_weights(path)
         wrong = next((name for name, value in weights.items() if spoilt(_held(value), value)), "")
         said = f"{about or f'{len(weights)} tensors'}{'' if beside else ', no manifest beside it'}"
