@@ -12,7 +12,7 @@ import torch
 
 from kd import checkpoint
 from kd.checkpoint import CheckpointError, read_json, save_weights, write_atomically, write_json
-from kd.checkpoint.__main__ import main
+from kd.checkpoint.__main__ import main, rows
 from kd.checkpoint.manifest import _canonical
 from tests.torture.faults import finish, loaded, save
 
@@ -328,6 +328,13 @@ def test_verify_of_no_such_thing_is_one_line(words, tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert (stop.value.code, capsys.readouterr().err.count("\n")) == (2, 1)
+
+
+def test_verify_of_what_stands_at_the_root_looks_no_further_up(tmp_path, monkeypatch):
+    assert "no such file" in rows(Path("/none.safetensors"))[0].wrong
+    save(tmp_path, 5)
+    monkeypatch.setattr("kd.checkpoint.__main__._place", lambda path: Path("/here"))
+    assert [row.wrong for row in rows(manifest(tmp_path, 5).parent)] == ["", "", ""]
 
 
 def test_verify_helps(capsys):

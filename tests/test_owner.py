@@ -30,7 +30,9 @@ def refused(kd_train, monkeypatch, tmp_path):
     return call
 
 
-def test_weights_of_another_stage_or_run_are_refused_and_found_by_verify(kd_train, refused, tmp_path, capsys):
+def test_weights_of_another_stage_or_run_are_refused_and_found_by_verify(
+    kd_train, refused, monkeypatch, tmp_path, capsys
+):
     for seed in (0, 5):
         assert kd_train(*RUN, f"run=s{seed}", f"seed={seed}").code == 0
     (tmp_path / "runs").rename(tmp_path / "moved")  # a whole output folder may move
@@ -49,6 +51,11 @@ def test_weights_of_another_stage_or_run_are_refused_and_found_by_verify(kd_trai
     capsys.readouterr()
     assert main(["verify", str(run)]) == 1
     assert "stage.json: is of stage control" in capsys.readouterr().out
+    assert main(["verify", str(student / "last.safetensors")]) == 1
+    assert "stage.json: is of stage control" in capsys.readouterr().out
+    monkeypatch.chdir(student)
+    assert main(["verify", "../student/../student/."]) == main(["verify", "last.safetensors"]) == 1
+    monkeypatch.chdir(tmp_path)
 
     shutil.rmtree(student)
     shutil.copytree(other / "student", student)
@@ -76,6 +83,10 @@ def test_an_unfinished_stage_of_another_run_is_not_gone_on_with(kd_train, refuse
         patch.setattr("tests.test_checkpoint_runs.RUN", ("recipe=smoke", "control=false", "run=nine", "seed=9", *words))
         stopped(kd_train, patch, "runs", 3)
     shutil.copytree(tmp_path / "runs/smoke/nine/student", student)
+    state = next(student.glob("checkpoints/update-00000003/state.safetensors"))
+    monkeypatch.chdir(state.parent)
+    assert main(["verify", str(state)]) == main(["verify", "../.."]) == main(["verify", "."]) == 1
+    monkeypatch.chdir(tmp_path)
     said = refused(*RUN, "control=false", "run=one", *words)
     assert "update-00000003/manifest.json: is of stage student, run " in said
     with monkeypatch.context() as patch:  # the loop looks for itself

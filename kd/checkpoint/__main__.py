@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,13 +37,19 @@ def rows(path: Path) -> list[Row]:
     """Everything at a path, [] where there is nothing of kd's."""
     if not path.is_dir():
         return [_weights(path)]
-    if (path / "manifest.json").exists() or path.parent.name == "checkpoints":
-        return list(_listed(path / "manifest.json", _owner(path.absolute().parents[1])))
+    parent = _place(path).parent
+    if (path / "manifest.json").exists() or parent.name == "checkpoints":
+        return list(_listed(path / "manifest.json", _owner(parent.parent)))
     if not any((path / name).exists() for name in ("run.json", "result.json")):
         return list(_stage(path))
     found = [_json(path / name) for name in ("run.json", "result.json") if (path / name).exists()]
     stages = [row for folder in sorted(path.iterdir()) if folder.is_dir() for row in _stage(folder)]
     return found + stages
+
+
+def _place(path: Path) -> Path:
+    """The path from the root, without "..": its names and its parents say what stands there."""
+    return Path(os.path.abspath(path))
 
 
 def _json(path: Path) -> Row:
@@ -72,7 +79,7 @@ def _owner(folder: Path) -> dict[str, str]:
     from kd.claim import STAGES
     from kd.recipe import content_hash
 
-    folder = folder.absolute()
+    folder = _place(folder)
     if folder.parent.name == "teachers":
         return {"stage": "teacher", "run": folder.name}
     card = folder.with_name("run.json")
@@ -123,16 +130,19 @@ def _weights(path: Path) -> Row:
     """One file of weights, held against the manifest beside it where there is one."""
     from kd.checkpoint import CheckpointError, read_weights, regular
     from kd.checkpoint.files import digest
-    from kd.checkpoint.manifest import DONE, MANIFEST, check_file, read_manifest
+    from kd.checkpoint.manifest import DONE, MANIFEST, check_file, check_owner, read_manifest
     from kd.checkpoint.stage import CHECKPOINTS
     from kd.checkpoint.tensors import spoilt
     from kd.models import weights_metadata
 
     try:
-        ours = MANIFEST if path.absolute().parents[1].name == CHECKPOINTS else DONE
+        folder = _place(path).parent
+        of_checkpoint = folder.parent.name == CHECKPOINTS
+        ours = MANIFEST if of_checkpoint else DONE
         about, beside = "", [path.with_name(ours)] if path.with_name(ours).exists() else []
         if beside:
             manifest = read_manifest(beside[0])
+            check_owner(beside[0], manifest, _owner(folder.parent.parent if of_checkpoint else folder))
             check_file(beside[0], manifest, path.name)
             about = _about(manifest)
         elif path.suffix == ".safetensors":
