@@ -7,6 +7,7 @@ import pytest
 
 from kd import stages
 from kd.checkpoint.__main__ import main
+from kd.checkpoint.manifest import seal
 from tests.test_checkpoint_runs import stopped
 from tests.test_train import files
 
@@ -91,4 +92,31 @@ def test_an_unfinished_stage_of_another_run_is_not_gone_on_with(kd_train, refuse
     assert "update-00000003/manifest.json: is of stage student, run " in said
     with monkeypatch.context() as patch:  # the loop looks for itself
         patch.setattr(stages, "belongs", lambda *_: None)
-        assert "update-00000003/manifest.json: is of" in kd_train(*RUN, "control=false", "run=one", *words).err
+        said = kd_train(*RUN, "control=false", "run=one", *words).err
+        assert "update-00000003/manifest.json: is of" in said
+        assert said.endswith("; resume=false sets the run aside and trains again\n")
+
+
+def of_nobody(path):
+    """A manifest as kd wrote them before they said whose they are."""
+    values = json.loads(path.read_text())
+    about = {key: value for key, value in values.items() if key not in ("stage", "run", "files", "schema")}
+    path.write_text(seal(path.parent, list(values["files"]), about))
+
+
+def test_files_of_a_kd_that_did_not_say_whose_they_are_are_not_called_anothers(kd_train, refused, tmp_path):
+    words = (*RUN, "control=false", "run=one")
+    assert kd_train(*words).code == 0
+    (tmp_path / "runs/smoke/one/result.json").unlink()
+    of_nobody(done := tmp_path / "runs/smoke/one/student/stage.json")
+    said = "was written by an earlier kd, which did not say of which stage and run it is; "
+    assert f"{done.relative_to(tmp_path)}: {said}resume=false sets the run aside" in refused(*words)
+    assert main(["verify", str(done.parent)]) == 1
+    assert kd_train(*words, "resume=false").code == 0
+    (teacher,) = (tmp_path / "runs/teachers").iterdir()
+    of_nobody(teacher / "stage.json")
+    done = kd_train(*words, "resume=false")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert f"stage.json: {said}move runs/teachers/{teacher.name} away" in done.err
+    teacher.rename(tmp_path / "away")
+    assert kd_train(*words, "resume=false").code == 0

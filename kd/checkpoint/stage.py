@@ -171,8 +171,10 @@ def load(folder: Path, warn: Callable[[str], None], advice: str, of: Mapping[str
     for path in found_in(folder):
         try:
             state, selected = _read(path, of)
-        except (NewerSchema, Foreign):
+        except NewerSchema:
             raise
+        except Foreign as error:
+            raise CheckpointError(f"{error}; {advice}") from error
         except CheckpointError as error:
             wrong[path] = str(error)
             damaged += [] if isinstance(error, Unreadable) else [path]
