@@ -97,13 +97,17 @@ class Teacher(nn.Module):
     Raises:
         TypeError: `model` is neither a network nor a name.
         CheckpointError: the file of checkpoint_path is no weights, or does not fit the network exactly.
-        ValueError: a feature's name is unknown, or pretrained weights meet another number of classes, for which timm
-            would make a random head.
+        ValueError: a feature's name is unknown, checkpoint_path is no path, or pretrained weights meet another number
+            of classes, for which timm would make a random head.
     """
 
     def __init__(self, model: nn.Module | str, *, features: Sequence[str] = (), **create_kwargs: Any):
         super().__init__()
-        if isinstance(model, str) and not create_kwargs.keys() & {"pretrained", "checkpoint_path"}:
+        if (
+            isinstance(model, str)
+            and "pretrained" not in create_kwargs
+            and create_kwargs.get("checkpoint_path") is None
+        ):
             warnings.warn(
                 f"Teacher({model!r}) has random weights: pretrained=True or checkpoint_path=...", stacklevel=2
             )
@@ -154,7 +158,7 @@ class Student(nn.Module):
 
     Raises:
         TypeError, CheckpointError: as the teacher does.
-        ValueError: a feature's name is unknown.
+        ValueError: a feature's name is unknown, or checkpoint_path is no path.
     """
 
     def __init__(self, model: nn.Module | str, *, features: Sequence[str] = (), **create_kwargs: Any):
@@ -202,13 +206,15 @@ def build(
     shape, kwargs = tuple(input_shape), dict(model_kwargs or {})
     setting = f"{role}.model={name}" + (f" {role}.model_kwargs={kwargs}" if kwargs else "")
     _check_name(name, setting)
-    fetches = pretrained and not checkpoint
+    if checkpoint == "":
+        raise ConfigError(f"{role}.checkpoint=: must be the path of a .safetensors or .pth file")
+    fetches = pretrained and checkpoint is None
     with _translated(setting, shape, role), _bounded_hub() if fetches or name.startswith("hf") else nullcontext():
         arguments = _arguments(name, shape, kwargs, num_classes)
         if fetches:
             _check_published(setting, arguments["pretrained_cfg"], num_classes, shape[0], role, finetune)
         model = timm.create_model(**arguments, pretrained=fetches, checkpoint_path=None)
-    if checkpoint:
+    if checkpoint is not None:
         load(model, Path(checkpoint), num_classes, role, finetune)
     with _translated(setting, shape, role):
         _try_out(model, shape, num_classes)
@@ -229,8 +235,9 @@ def weights_metadata(path: str | Path) -> dict[str, Any]:
         return {}
     found = weights_header(Path(path))
     known = {key: found[key] for key in ("model", "label_smoothing", "smoothing") if key in found}
-    if not _is_record(**known):
-        raise CheckpointError(f"{path}: its metadata, {_brief(ValueError(known))}, is not what kd writes")
+    if not _is_record(**known) or ("label_smoothing" in known) != ("smoothing" in known):
+        allowed = "a model's name, label_smoothing >= 0 and < 1 with smoothing=uniform or others"
+        raise CheckpointError(f"{path}: its metadata, {_brief(ValueError(known))}, is not what kd writes: {allowed}")
     return found
 
 
@@ -263,8 +270,10 @@ def _network(model: nn.Module | str, create_kwargs: dict[str, Any]) -> nn.Module
     _check_name(model, f"model={model!r}")
     kwargs = dict(create_kwargs)
     path = kwargs.pop("checkpoint_path", None)  # timm's reader would say in its own words what is no file of weights
+    if path is not None and (not isinstance(path, str | Path) or path == ""):
+        raise ValueError(f"checkpoint_path={path!r}: must be the path of a .safetensors or .pth file")
     network = timm.create_model(model, **kwargs)
-    if path:
+    if path is not None:
         load_named(network, Path(path))
     return network
 

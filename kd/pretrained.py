@@ -42,6 +42,8 @@ def load_named(model: nn.Module, path: Path) -> None:
 
 
 def _load_exactly(model: nn.Module, weights: dict[str, Tensor], setting: str) -> None:
+    from kd.checkpoint.tensors import spoilt
+
     own = model.state_dict()
     misfits = [key for key in weights if key in own and weights[key].shape != own[key].shape]
     _raise_first(setting, misfits, "tensors of another shape")
@@ -50,10 +52,15 @@ def _load_exactly(model: nn.Module, weights: dict[str, Tensor], setting: str) ->
     found = model.load_state_dict(weights, strict=False)
     _raise_first(setting, found.missing_keys, "tensors missing")
     _raise_first(setting, found.unexpected_keys, "tensors that the network does not have")
-    parameters = dict(model.named_parameters())  # a buffer may hold infinities, as attention masks do
-    wrong = [key for key, v in weights.items() if not bool((v.isfinite() if key in parameters else ~v.isnan()).all())]
+    parameters, held = dict(model.named_parameters()), model.state_dict()
+    wrong = [
+        key
+        for key, value in weights.items()  # a buffer may hold infinities, as attention masks do
+        if spoilt(held[key], value) or (key in parameters and not bool(held[key].isfinite().all()))
+    ]
     if wrong:
-        raise ConfigError(f"{setting}: {len(wrong)} tensors with NaN or infinite values, first {wrong[0]}")
+        dtype = str(held[wrong[0]].dtype).removeprefix("torch.")
+        raise ConfigError(f"{setting}: {len(wrong)} tensors with NaN or infinite values as {dtype}, first {wrong[0]}")
 
 
 def _read(path: Path, setting: str) -> dict[str, Tensor]:
@@ -62,13 +69,10 @@ def _read(path: Path, setting: str) -> dict[str, Tensor]:
 
     check_file(path, setting)
     try:
-        weights = read_weights(path)
+        return read_weights(path)
     except CheckpointError as error:
         said = str(error).removeprefix(f"{path}: ")
         raise ConfigError(f"{setting}: {said}") from error
-    if not weights:
-        raise ConfigError(f"{setting}: holds no state_dict of tensors")
-    return weights
 
 
 def _kind(tensor: Tensor) -> tuple[bool, bool]:

@@ -5,13 +5,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
 
 from kd import checkpoint
 from kd.checkpoint import CheckpointError, read_json, save_weights, write_atomically, write_json
-from kd.checkpoint.__main__ import main
+from kd.checkpoint.__main__ import main, rows
 from kd.checkpoint.manifest import _canonical
 from tests.torture.faults import finish, loaded, save
 
@@ -183,6 +184,43 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, nam
     assert said[0].endswith(f"taken, {manifest(tmp_path, 1).parent}")
 
 
+FAILURES = {
+    "files of the library": ("kd.checkpoint.tensors.safe_open", OSError(errno.EMFILE, os.strerror(errno.EMFILE))),
+    "files of torch": ("kd.checkpoint.tensors.safe_open", RuntimeError("unable to open file <a>: Too many open files")),
+    "memory": ("kd.checkpoint.tensors.safe_open", MemoryError("Cannot allocate memory (os error 12)")),
+    "memory for the sum": ("hashlib.file_digest", MemoryError()),
+    "memory for the manifest": ("pathlib.Path.read_bytes", MemoryError()),
+}  # what the libraries say when a process is at its limits, except for the last two
+
+
+@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.parametrize("every", [False, True])
+def test_a_checkpoint_that_fails_to_be_read_once_is_not_called_damaged(name, every, tmp_path, monkeypatch):
+    for update in (1, 2):
+        save(tmp_path, update)
+    what, failure = FAILURES[name]
+    left, called = [failure] * (99 if every else 1), resolve_name(what)
+
+    def failing(*arguments, **options):
+        if left:
+            raise left.pop()
+        return called(*arguments, **options)
+
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(what, failing)
+        if every:
+            with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read now: .* the same command goes"):
+                checkpoint.load(tmp_path, said.append, "remove it")
+        else:
+            found = checkpoint.load(tmp_path, said.append, "")
+            assert (found.state["update"], found.damaged, len(said)) == (1, [], 1)
+            assert "update-00000002/" in said[0]
+            assert str(failure).removeprefix("[Errno 24] ") in said[0]
+            assert "code" not in said[0]
+    assert loaded(tmp_path) == 2
+
+
 def test_a_cut_file_says_how_long_it_was(tmp_path):
     save(tmp_path, 1)
     path = manifest(tmp_path, 1).with_name("state.safetensors")
@@ -290,6 +328,13 @@ def test_verify_of_no_such_thing_is_one_line(words, tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert (stop.value.code, capsys.readouterr().err.count("\n")) == (2, 1)
+
+
+def test_verify_of_what_stands_at_the_root_looks_no_further_up(tmp_path, monkeypatch):
+    assert "no such file" in rows(Path("/none.safetensors"))[0].wrong
+    save(tmp_path, 5)
+    monkeypatch.setattr("kd.checkpoint.__main__._place", lambda path: Path("/here"))
+    assert [row.wrong for row in rows(manifest(tmp_path, 5).parent)] == ["", "", ""]
 
 
 def test_verify_helps(capsys):

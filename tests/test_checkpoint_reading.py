@@ -10,9 +10,11 @@ from safetensors.torch import save_file
 
 from kd import checkpoint
 from kd.checkpoint import CheckpointError, load_state, read_json, read_weights, weights_header, write_json
+from kd.checkpoint.__main__ import main
 from kd.checkpoint.manifest import read_manifest
 from kd.cli import read_recipe
 from kd.models import build, weights_metadata
+from kd.pretrained import load_named
 from kd.recipe import ConfigError
 from kd.stored import read_card
 
@@ -211,8 +213,10 @@ CHANGES = {
     "misshapen": (change(FIRST, lambda v: v[:1].clone()), f"tensors of another shape, first {FIRST}"),
     "whole numbers": (change(FIRST, lambda v: v.int()), f"another kind of number, first {FIRST}"),
     "complex": (change(FIRST, lambda v: v.to(torch.complex64)), f"another kind of number, first {FIRST}"),
-    "nan": (change(FIRST, lambda v: v * float("nan")), f"NaN or infinite values, first {FIRST}"),
-    "infinite": (change(FIRST, lambda v: v / 0), f"NaN or infinite values, first {FIRST}"),
+    "nan": (change(FIRST, lambda v: v * float("nan")), f"NaN or infinite values as float32, first {FIRST}"),
+    "infinite": (change(FIRST, lambda v: v / 0), f"NaN or infinite values as float32, first {FIRST}"),
+    "beyond float32": (change(FIRST, lambda v: v.double() - 1e300), f"infinite values as float32, first {FIRST}"),
+    "nan of 8 bits": (change(FIRST, lambda v: (v / 0 * 0).to(torch.float8_e4m3fn)), f"as float32, first {FIRST}"),
     "single number": (change(HEAD, lambda v: v.sum()), f"tensors of another shape, first {HEAD}"),
     "classes": (lambda w: {k: v[:7].clone() if len(v) == 10 else v for k, v in w.items()}, "its head has 7 classes"),
 }
@@ -231,12 +235,70 @@ def test_weights_that_do_not_fit_name_the_tensor(name, suffix, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_weights_of_8_bits_are_loaded_and_found_whole(tmp_path, capsys):
+    """Some of torch's comparisons do not know these numbers."""
+    given = {key: value.to(torch.float8_e4m3fn) for key, value in weights().items()}
+    for name, save in (("w.safetensors", save_file), ("w.pth", torch.save)):
+        save(given, tmp_path / name)
+        found = build("mlp_nano", num_classes=10, input_shape=(1, 8, 8), checkpoint=tmp_path / name).state_dict()
+        assert all(torch.equal(found[key], value.float()) for key, value in given.items())
+        assert main(["verify", str(tmp_path / name)]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantize|nested|Nested)")
+@pytest.mark.parametrize(
+    ("alter", "said"),
+    [
+        (lambda v: v.to("meta"), "meta"),
+        (lambda v: v.to_sparse(), "torch.sparse_coo"),
+        (lambda v: torch.nested.nested_tensor([v, v[:1]]), "torch.nested"),
+        (lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), "torch.qint8"),
+        (lambda v: v.half().view(torch.bits16), "torch.bits16"),
+        (lambda v: v.to(torch.uint8).view(torch.float4_e2m1fn_x2), "torch.float4_e2m1fn_x2"),
+    ],
+)
+def test_tensors_that_nothing_computes_with_are_named_by_training_and_by_verify(alter, said, tmp_path, capsys):
+    path = tmp_path / "w.pth"
+    torch.save(change(FIRST, alter)(weights()), path)
+    said = f"{FIRST} is a {said} tensor, must be a dense one"
+    with pytest.raises(ConfigError, match=f"w.pth: {said}"):
+        build("mlp_nano", num_classes=10, input_shape=(1, 8, 8), checkpoint=path)
+    assert main(["verify", str(path)]) == 1
+    assert f"{path}: {said}" in capsys.readouterr().out
+
+
+def test_infinities_of_the_file_are_a_buffers_own_and_those_of_the_conversion_are_not(tmp_path):
+    net = torch.nn.Linear(2, 2)
+    net.register_buffer("mask", torch.zeros(2))
+    for value, fits in ((float("-inf"), True), (-1e300, False), (float("nan"), False)):
+        path = tmp_path / "w.safetensors"
+        save_file(net.state_dict() | {"mask": torch.tensor([0.0, value], dtype=torch.float64)}, path)
+        assert main(["verify", str(path)]) == (0 if fits else 1)
+        if fits:
+            load_named(net, path)
+            assert net.mask[1] == value
+        else:
+            with pytest.raises(CheckpointError, match="infinite values as float32, first mask"):
+                load_named(net, path)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_no_tensors_are_no_weights(suffix, tmp_path):
+    path = tmp_path / f"w.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)({}, path)
+    with pytest.raises(CheckpointError, match="holds no state_dict of tensors"):
+        read_weights(path)
+    assert main(["verify", str(path)]) == 1
+
+
 @pytest.mark.parametrize(
     "record",
     [
         {"label_smoothing": "much"},
         {"label_smoothing": [1]},
         {"label_smoothing": 2},
+        {"label_smoothing": "0.1"},
+        {"smoothing": "others"},
         {"smoothing": "os.system", "label_smoothing": "0.1"},
         {"model": ["mlp_nano"]},
         [],
@@ -248,6 +310,7 @@ def test_metadata_that_kd_never_writes_is_refused(record, tmp_path):
     save_file(weights(), path, {"kd": json.dumps(record)})
     with pytest.raises(CheckpointError, match=str(path)):
         weights_metadata(path)
+    assert main(["verify", str(path)]) == 1
 
 
 def test_a_file_cannot_choose_what_is_fetched(tmp_path):

@@ -681,6 +681,10 @@ def test_dkd_and_its_kin_are_exact_at_margins_where_probabilities_round_to_one(m
         (lambda: MLKD((4.0, -2.0)), r"mlkd.temperatures=-2.0: must be a number from 0.001 to 1000"),
         (lambda: MLKD(confidence_mask="half"), r"mlkd.confidence_mask='half': must be one of examples, share, none"),
         (lambda: LogitStandardization(correction=2), r"lskd.correction=2: must be 0 .* or 1"),
+        (
+            lambda: CTKD(lowest_temperature=999.0, temperature_range=1.5),
+            r"ctkd.lowest_temperature=999.0 with temperature_range=1.5: their sum must be at most 1000",
+        ),
         (lambda: CTKD(curriculum_epochs=0.0), r"ctkd.curriculum_epochs=0.0: must be a finite number > 0"),
     ],
 )

@@ -164,6 +164,24 @@ def test_what_is_no_network_is_named(wrap, model):
 
 
 @BOTH
+@pytest.mark.parametrize("path", ["", False, 5, b"w.pth"])
+def test_what_is_no_path_of_weights_is_no_random_network(wrap, path):
+    with pytest.raises(ValueError, match=r"^checkpoint_path=.*: must be the path of a \.safetensors or \.pth file$"):
+        wrap("mlp_nano", checkpoint_path=path)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_an_empty_checkpoint_is_no_random_network(role):
+    with pytest.raises(ConfigError, match=rf"^{role}\.checkpoint=: must be the path of a \.safetensors or"):
+        build("mlp_nano", num_classes=10, input_shape=(64,), role=role, checkpoint="")
+
+
+def test_a_teacher_without_a_path_is_said_to_be_random():
+    with pytest.warns(UserWarning, match="random weights"):
+        Teacher("mlp_nano", checkpoint_path=None)
+
+
+@BOTH
 def test_a_file_of_weights_by_name_is_read_by_kd(wrap, net, x, tmp_path):
     torch.save(net.state_dict(), tmp_path / "w.pth")
     made = wrap("resnet20_cifar", num_classes=5, checkpoint_path=str(tmp_path / "w.pth")).eval()
@@ -501,17 +519,17 @@ def without(weights, *names):
         (
             lambda w: w | {"bn1.bias": torch.full((16,), torch.nan)},
             {},
-            "1 tensors with NaN or infinite values, first bn1",
+            "1 tensors with NaN or infinite values as float32, first bn1",
         ),
         (
             lambda w: w | {"bn1.bias": torch.full((16,), torch.inf)},
             {},
-            "1 tensors with NaN or infinite values, first bn1",
+            "1 tensors with NaN or infinite values as float32, first bn1",
         ),
         (
             lambda w: w | {"bn1.running_mean": torch.full((16,), torch.nan)},
             {},
-            "infinite values, first bn1.running_mean",
+            "infinite values as float32, first bn1.running_mean",
         ),
     ],
 )
@@ -535,7 +553,7 @@ class Trap:
         ("none.pth", lambda path: None, "no such file; give the path of a .safetensors or .pth file"),
         ("folder", lambda path: path.mkdir(), "is a folder; give the path of a .safetensors or .pth file"),
         ("empty.safetensors", lambda path: path.touch(), ": is empty"),
-        ("text.safetensors", lambda path: path.write_text("hello\n" * 9), "not a file of weights"),
+        ("text.safetensors", lambda path: path.write_text("hello\n" * 9), "not a readable .safetensors file"),
         ("text.pth", lambda path: path.write_text("hello\n" * 9), "not a file of weights"),
         ("half.pth", lambda path: path.write_bytes(b"PK\x03\x04" + bytes(99)), "not a file of weights"),
         ("list.pth", lambda path: torch.save([torch.ones(1)], path), "not a file of weights"),

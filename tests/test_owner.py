@@ -7,6 +7,7 @@ import pytest
 
 from kd import stages
 from kd.checkpoint.__main__ import main
+from kd.checkpoint.manifest import seal
 from tests.test_checkpoint_runs import stopped
 from tests.test_train import files
 
@@ -30,7 +31,9 @@ def refused(kd_train, monkeypatch, tmp_path):
     return call
 
 
-def test_weights_of_another_stage_or_run_are_refused_and_found_by_verify(kd_train, refused, tmp_path, capsys):
+def test_weights_of_another_stage_or_run_are_refused_and_found_by_verify(
+    kd_train, refused, monkeypatch, tmp_path, capsys
+):
     for seed in (0, 5):
         assert kd_train(*RUN, f"run=s{seed}", f"seed={seed}").code == 0
     (tmp_path / "runs").rename(tmp_path / "moved")  # a whole output folder may move
@@ -49,6 +52,11 @@ def test_weights_of_another_stage_or_run_are_refused_and_found_by_verify(kd_trai
     capsys.readouterr()
     assert main(["verify", str(run)]) == 1
     assert "stage.json: is of stage control" in capsys.readouterr().out
+    assert main(["verify", str(student / "last.safetensors")]) == 1
+    assert "stage.json: is of stage control" in capsys.readouterr().out
+    monkeypatch.chdir(student)
+    assert main(["verify", "../student/../student/."]) == main(["verify", "last.safetensors"]) == 1
+    monkeypatch.chdir(tmp_path)
 
     shutil.rmtree(student)
     shutil.copytree(other / "student", student)
@@ -76,8 +84,39 @@ def test_an_unfinished_stage_of_another_run_is_not_gone_on_with(kd_train, refuse
         patch.setattr("tests.test_checkpoint_runs.RUN", ("recipe=smoke", "control=false", "run=nine", "seed=9", *words))
         stopped(kd_train, patch, "runs", 3)
     shutil.copytree(tmp_path / "runs/smoke/nine/student", student)
+    state = next(student.glob("checkpoints/update-00000003/state.safetensors"))
+    monkeypatch.chdir(state.parent)
+    assert main(["verify", str(state)]) == main(["verify", "../.."]) == main(["verify", "."]) == 1
+    monkeypatch.chdir(tmp_path)
     said = refused(*RUN, "control=false", "run=one", *words)
     assert "update-00000003/manifest.json: is of stage student, run " in said
     with monkeypatch.context() as patch:  # the loop looks for itself
         patch.setattr(stages, "belongs", lambda *_: None)
-        assert "update-00000003/manifest.json: is of" in kd_train(*RUN, "control=false", "run=one", *words).err
+        said = kd_train(*RUN, "control=false", "run=one", *words).err
+        assert "update-00000003/manifest.json: is of" in said
+        assert said.endswith("; resume=false sets the run aside and trains again\n")
+
+
+def of_nobody(path):
+    """A manifest as kd wrote them before they said whose they are."""
+    values = json.loads(path.read_text())
+    about = {key: value for key, value in values.items() if key not in ("stage", "run", "files", "schema")}
+    path.write_text(seal(path.parent, list(values["files"]), about))
+
+
+def test_files_of_a_kd_that_did_not_say_whose_they_are_are_not_called_anothers(kd_train, refused, tmp_path):
+    words = (*RUN, "control=false", "run=one")
+    assert kd_train(*words).code == 0
+    (tmp_path / "runs/smoke/one/result.json").unlink()
+    of_nobody(done := tmp_path / "runs/smoke/one/student/stage.json")
+    said = "was written by an earlier kd, which did not say of which stage and run it is; "
+    assert f"{done.relative_to(tmp_path)}: {said}resume=false sets the run aside" in refused(*words)
+    assert main(["verify", str(done.parent)]) == 1
+    assert kd_train(*words, "resume=false").code == 0
+    (teacher,) = (tmp_path / "runs/teachers").iterdir()
+    of_nobody(teacher / "stage.json")
+    done = kd_train(*words, "resume=false")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert f"stage.json: {said}move runs/teachers/{teacher.name} away" in done.err
+    teacher.rename(tmp_path / "away")
+    assert kd_train(*words, "resume=false").code == 0

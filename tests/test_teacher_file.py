@@ -28,7 +28,10 @@ def refused(kd_train, path: str) -> str:
     return done.err
 
 
-@pytest.mark.parametrize("record", ["[1]", json.dumps({"label_smoothing": "-5", "smoothing": "uniform"})])
+@pytest.mark.parametrize(
+    "record",
+    ["[1]", json.dumps({"label_smoothing": "-5", "smoothing": "uniform"}), json.dumps({"label_smoothing": "0.1"})],
+)
 def test_metadata_that_kd_never_writes_is_found_before_the_teacher_is_tried(record, weights, kd_train, monkeypatch):
     save_file(weights, "w.safetensors", {"kd": record})
     monkeypatch.setattr(stages, "predict", lambda *_: pytest.fail("worked before it looked"))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kd import cli
 from kd.words import check_text, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HELP = """usage: python -m kd.checkpoint verify PATH [PATH ...]
 
 PATH is the folder of a run or a stage, one checkpoint of a stage, or a file of weights. Prints what each holds, and
 whether its bytes are those that were written. A run's teacher has a folder of its own, in teachers/. A file of weights
-without kd's manifest beside it has no checksum to be held against: it is whole where it can be read and has no NaN.
-Exit code 0 when all is whole, 1 when something is not, 2 when there is no such thing."""
+without kd's manifest beside it has no checksum to be held against: it is whole where it can be read, has no NaN, and
+float32 can hold its values. Exit code 0 when all is whole, 1 when something is not, 2 when there is no such thing."""
 DAMAGED = 1  # exit code; 2, for what is not there, is cli's
 
 
@@ -33,13 +37,19 @@ def rows(path: Path) -> list[Row]:
     """Everything at a path, [] where there is nothing of kd's."""
     if not path.is_dir():
         return [_weights(path)]
-    if (path / "manifest.json").exists() or path.parent.name == "checkpoints":
-        return list(_listed(path / "manifest.json", _owner(path.absolute().parents[1])))
+    parent = _place(path).parent
+    if (path / "manifest.json").exists() or parent.name == "checkpoints":
+        return list(_listed(path / "manifest.json", _owner(parent.parent)))
     if not any((path / name).exists() for name in ("run.json", "result.json")):
         return list(_stage(path))
     found = [_json(path / name) for name in ("run.json", "result.json") if (path / name).exists()]
     stages = [row for folder in sorted(path.iterdir()) if folder.is_dir() for row in _stage(folder)]
     return found + stages
+
+
+def _place(path: Path) -> Path:
+    """The path from the root, without "..": its names and its parents say what stands there."""
+    return Path(os.path.abspath(path))
 
 
 def _json(path: Path) -> Row:
@@ -69,7 +79,7 @@ def _owner(folder: Path) -> dict[str, str]:
     from kd.claim import STAGES
     from kd.recipe import content_hash
 
-    folder = folder.absolute()
+    folder = _place(folder)
     if folder.parent.name == "teachers":
         return {"stage": "teacher", "run": folder.name}
     card = folder.with_name("run.json")
@@ -118,26 +128,37 @@ def _schema(values: dict[str, Any]) -> str:
 
 def _weights(path: Path) -> Row:
     """One file of weights, held against the manifest beside it where there is one."""
-    from kd.checkpoint import CheckpointError, read_weights, regular, weights_header
+    from kd.checkpoint import CheckpointError, read_weights, regular
     from kd.checkpoint.files import digest
-    from kd.checkpoint.manifest import DONE, MANIFEST, check_file, read_manifest
+    from kd.checkpoint.manifest import DONE, MANIFEST, check_file, check_owner, read_manifest
     from kd.checkpoint.stage import CHECKPOINTS
+    from kd.checkpoint.tensors import spoilt
+    from kd.models import weights_metadata
 
     try:
-        ours = MANIFEST if path.absolute().parents[1].name == CHECKPOINTS else DONE
+        folder = _place(path).parent
+        of_checkpoint = folder.parent.name == CHECKPOINTS
+        ours = MANIFEST if of_checkpoint else DONE
         about, beside = "", [path.with_name(ours)] if path.with_name(ours).exists() else []
         if beside:
             manifest = read_manifest(beside[0])
+            check_owner(beside[0], manifest, _owner(folder.parent.parent if of_checkpoint else folder))
             check_file(beside[0], manifest, path.name)
             about = _about(manifest)
         elif path.suffix == ".safetensors":
-            about = _about(weights_header(path))
+            about = _about(weights_metadata(path))
         weights = read_weights(path)
-        wrong = next((f"{path}: {name} has NaN" for name, value in weights.items() if value.isnan().any()), "")
+        wrong = next((name for name, value in weights.items() if spoilt(_held(value), value)), "")
         said = f"{about or f'{len(weights)} tensors'}{'' if beside else ', no manifest beside it'}"
+        wrong = wrong and f"{path}: {wrong} has NaN, or values beyond float32"
         return Row(path, said, regular(path), digest(path), wrong)
     except CheckpointError as error:
         return Row(path, wrong=str(error))
+
+
+def _held(value: Tensor) -> Tensor:
+    """The tensor as a network holds it."""
+    return value.float() if value.is_floating_point() else value
 
 
 def verify(paths: list[Path]) -> int:

@@ -131,15 +131,22 @@ def _no_such(error: Exception) -> str:
     return "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or str(error)
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn a failing read into an Unreadable: of the machine it says something, of the file nothing."""
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        raise Unreadable(f"{path}: cannot be read ({getattr(error, 'strerror', None) or brief(error)})") from error
+
+
 def read_bytes(path: Path, most: int = JSON_BYTES) -> bytes:
     """The whole of a small file. Raises CheckpointError."""
     size = regular(path)
     if size > most:
         raise CheckpointError(f"{path}: has {size:,} bytes, more than the {most:,} that kd ever writes there")
-    try:
+    with reading(path):
         return path.read_bytes()
-    except OSError as error:
-        raise Unreadable(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def parse_json(raw: bytes, path: Path) -> Any:
@@ -170,11 +177,8 @@ def read_json(path: Path) -> Any:
 def digest(path: Path) -> str:
     """The sha256 of a file, in hex. Raises CheckpointError."""
     regular(path)
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise Unreadable(f"{path}: cannot be read ({error.strerror})") from error
+    with reading(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def brief(error: BaseException) -> str:

@@ -24,7 +24,7 @@ class NewerSchema(CheckpointError):
 
 
 class Foreign(CheckpointError):
-    """Whole, but of another stage or of another run."""
+    """Whole, but of another stage or of another run, or of nobody knows which."""
 
 
 def _canonical(values: dict[str, Any]) -> bytes:
@@ -75,6 +75,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def check_owner(path: Path, values: Mapping[str, Any], of: Mapping[str, str]) -> None:
     """Raise Foreign unless a manifest says `of` which stage and of which run it is."""
+    if of and not of.keys() & values.keys():
+        raise Foreign(f"{path}: was written by an earlier kd, which did not say of which stage and run it is")
     found = {key: values.get(key) for key in of}
     if found != of:
         raise Foreign(f"{path}: is of {_named(found)}, must be of {_named(of)}; restore the files that were here")

@@ -171,8 +171,10 @@ def load(folder: Path, warn: Callable[[str], None], advice: str, of: Mapping[str
     for path in found_in(folder):
         try:
             state, selected = _read(path, of)
-        except (NewerSchema, Foreign):
+        except NewerSchema:
             raise
+        except Foreign as error:
+            raise CheckpointError(f"{error}; {advice}") from error
         except CheckpointError as error:
             wrong[path] = str(error)
             damaged += [] if isinstance(error, Unreadable) else [path]
@@ -181,9 +183,9 @@ def load(folder: Path, warn: Callable[[str], None], advice: str, of: Mapping[str
             warn(f"warning: {'; '.join(wrong.values())}; the checkpoint before it is taken, {path}")
         return Checkpoint(path, state, selected, damaged)
     if wrong:
-        raise CheckpointError(
-            f"no checkpoint in {folder / CHECKPOINTS} is whole: {'; '.join(wrong.values())}; {advice}"
-        )
+        said = "is whole" if damaged else "can be read now"
+        advice = advice if damaged else "once they can be, the same command goes on"
+        raise CheckpointError(f"no checkpoint in {folder / CHECKPOINTS} {said}: {'; '.join(wrong.values())}; {advice}")
     return None
 
 
@@ -194,8 +196,11 @@ def _read(path: Path, of: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, 
         raise CheckpointError(f"{path / MANIFEST}: is of another update than its folder")
     if STATE not in manifest["files"]:
         raise CheckpointError(f"{path / MANIFEST}: lists no {STATE}")
-    selected = read_weights(path / SELECTED) if SELECTED in manifest["files"] else None
-    return load_state(path / STATE), selected
+    try:
+        selected = read_weights(path / SELECTED) if SELECTED in manifest["files"] else None
+        return load_state(path / STATE), selected
+    except CheckpointError as error:  # the bytes are those that were written: libraries run out of files or memory too
+        raise Unreadable(str(error)) from error
 
 
 def belongs(folder: Path, advice: str, of: Mapping[str, str]) -> None:

@@ -18,10 +18,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kd.checkpoint.files import CheckpointError, brief, parse_json, regular, write_atomically
+from kd.checkpoint.files import CheckpointError, brief, parse_json, reading, regular, write_atomically
 
 METADATA = "kd"  # the entry of a safetensors header that is ours
 HEADER_BYTES = 2**25  # the library would read 100 MB of JSON; a network of 10,000 tensors has 1 MB
+_SAFETENSORS = "a readable .safetensors file"
+_NUMBERS = {  # and not 4 bits in half a byte, quantized ones, or bits without a meaning
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
+    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+}
 _TENSOR, _ITEMS = "__tensor__", "__items__"
 
 
@@ -78,9 +85,12 @@ def _split(tree: Any, at: str, tensors: dict[str, Tensor]) -> Any:
 
 @contextmanager
 def _readable(path: Path, what: str) -> Iterator[None]:
-    """The bytes of a broken file lead a library to raise whatever they do: all of it is the file's fault."""
+    """The bytes of a broken file lead a library to raise whatever they do: all of it is the file's fault, but for
+    what the machine could not do.
+    """
     try:
-        yield
+        with reading(path):
+            yield
     except CheckpointError:
         raise
     except Exception as error:
@@ -124,7 +134,7 @@ def _join(tree: Any, tensors: dict[str, Tensor]) -> Any:
 
 def weights_header(path: Path) -> dict[str, Any]:
     """What kd wrote beside the weights in a safetensors file, {} where nothing. Raises CheckpointError."""
-    with _opened(path, "a readable .safetensors file") as file:
+    with _opened(path, _SAFETENSORS) as file:
         found = parse_json((file.metadata() or {}).get(METADATA, "{}").encode(), path)
         if not isinstance(found, dict):
             raise TypeError(f"its metadata is a {type(found).__name__}")
@@ -140,21 +150,45 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     from timm.models import load_state_dict
 
     size = regular(path)
-    what = "a file of weights, or one that holds code, which kd never runs; save the state_dict as .safetensors"
     if path.suffix == ".safetensors":
-        with _opened(path, what) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        with _opened(path, _SAFETENSORS) as file:
+            return _usual(path, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+    what = "a file of weights, or one that holds code, which kd never runs; save the state_dict as .safetensors"
     with _readable(path, what), warnings.catch_warnings(action="ignore"):
         if zipfile.is_zipfile(path):
             _check_zip(path, size)
-        weights = load_state_dict(str(path), weights_only=True)
-        if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-            raise CheckpointError(f"{path}: holds no state_dict of tensors")
-        if other := [name for name, value in weights.items() if value.layout is not torch.strided]:
-            raise CheckpointError(f"{path}: {other[0]} is a {weights[other[0]].layout} tensor, must be a dense one")
+        weights = _usual(path, load_state_dict(str(path), weights_only=True))
         if size_of(weights) > 2 * size:
             raise CheckpointError(f"{path}: its tensors claim {size_of(weights):,} bytes of a file of {size:,}")
         return weights
+
+
+def _usual(path: Path, weights: Any) -> dict[str, Tensor]:
+    """Raise CheckpointError unless this is a state dict of dense tensors with values that torch can compute with."""
+    if not isinstance(weights, dict) or not weights or not all(isinstance(each, Tensor) for each in weights.values()):
+        raise CheckpointError(f"{path}: holds no state_dict of tensors")
+    for name, value in weights.items():
+        other = [
+            *(["torch.nested"] if value.is_nested else [] if value.layout is torch.strided else [value.layout]),
+            *(["meta"] if value.is_meta else []),
+            *([] if value.dtype in _NUMBERS else [value.dtype]),
+        ]
+        if other:
+            raise CheckpointError(f"{path}: {name} is a {other[0]} tensor, must be a dense one of common numbers")
+    return weights
+
+
+def spoilt(held: Tensor, given: Tensor) -> bool:
+    """Whether what a network holds of a tensor of a file has NaN, or infinities that the file does not have.
+
+    A network's float32 has none for 1e300; of the float8 in a file torch does not say what is finite.
+    """
+    if not held.is_floating_point() and not held.is_complex():
+        return False
+    if held.isnan().any():
+        return True
+    infinite = held.isinf()
+    return bool(infinite.any()) and bool((infinite & ~given.isinf()).any())
 
 
 def _check_zip(path: Path, size: int) -> None:

@@ -125,6 +125,11 @@ class CTKD(Method, name="ctkd"):
             lambda v: 0 <= v <= HIGHEST_TEMPERATURE,
             "temperature_range",
         )
+        if self.lowest_temperature + self.temperature_range > HIGHEST_TEMPERATURE:
+            raise ValueError(
+                f"{self.name}.lowest_temperature={self.lowest_temperature!r} with temperature_range="
+                f"{self.temperature_range!r}: their sum must be at most {HIGHEST_TEMPERATURE}"
+            )
         check_fields(self, "a finite number > 0", lambda value: 0 < value < math.inf, "curriculum_epochs")
         check_weights(self, "final_strength")
         check_fields(self, "a finite number", math.isfinite, "initial_logit")
