@@ -1,11 +1,13 @@
 """From a recipe to points: which networks there are, which of them are one, and what a contrast compares."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from kd.recipe import ConfigError, DataConfig, LossConfig, OptimizerConfig, Recipe, TeacherConfig
 from kd.study import grid
+from kd.study.__main__ import compose
 from kd.study.axes import labelled
 from kd.study.grid import flat, plan, sides_of
 from kd.study.jobs import CHUNK, Job, jobs
@@ -167,6 +169,43 @@ def test_what_cannot_be_is_said(changes, said):
     with pytest.raises(ConfigError) as caught:
         planned(**changes)
     assert said.replace("finite and ", "") in str(caught.value).replace("finite and ", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["taught='T 4'", "loss.temperature=2"], "loss.temperature: taught=T 4 sets it too"),  # the label would win
+        (["loss.temperature=1,2"], "loss.temperature: taught=T 4 sets it too"),  # the label would lose
+        (["taught='T 4','T 4, unsmoothed'", "loss.teacher_smoothing=.1"], "taught=T 4, unsmoothed sets it too"),
+        (
+            ["data.train_size=300"],
+            "data.train_size: points=20000 sets it too; leave data.train_size out, or type points=",
+        ),
+        (["loss=kd,dist"], "loss: taught=T 1, exactly smoothed by .4 sets it too"),
+        (["loss.ce_weight=.5", "taught='T 4, exactly smoothed by .4'"], "loss.ce_weight: taught=T 4, exactly"),
+        (
+            ["+loss.methods.smoothed_teacher.taken_out=.1", "taught='T 4, exactly smoothed by .4'"],
+            ".taken_out: taught=T",
+        ),
+        # what no label sets that is left, and what changes what a label set
+        (["data.train_size=300", "points=600", "loss.temperature=1,2", "taught='T 1'"], None),
+        (["loss.methods.smoothed_teacher.taken_out=.1,.2", "taught='T 4, exactly smoothed by .4'"], None),
+        (["loss.kd_weight=.5", "teacher.label_smoothing=0,.1", "taught='T 4'"], None),
+    ],
+)
+def test_what_is_typed_and_what_a_label_sets_are_not_at_odds(words, said, monkeypatch):
+    """Of the two one would not be so: the label hides what was typed, or its cell is not what it says."""
+    monkeypatch.setattr("sys.argv", ["kd.study"])
+    words = ["recipe=studies/mixture_bayes", *words]
+    if said:
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            compose(words)
+        return
+    study, *_ = compose(words)
+    made = plan(study, lambda data: data.name, lambda data: True, narrowed=True)
+    for cell in made.cells:
+        typed = {k: v for k, v in cell["axes"].items() if k in made.points[cell["point"]].settings}
+        assert typed.items() <= made.points[cell["point"]].settings.items()
 
 
 def test_a_product_without_end_is_refused_before_it_is_made(monkeypatch):

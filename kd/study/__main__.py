@@ -11,6 +11,7 @@ from typing import Any
 
 from kd import cli, kinds, signals, strict
 from kd.recipe import ConfigError, allowed
+from kd.study.axes import check_typed
 from kd.study.schema import LOSS, StudyRecipe
 
 PROGRAM, FOLDER = "kd.study", cli.STUDIES
@@ -175,7 +176,9 @@ def compose(words: list[str]) -> tuple[StudyRecipe, list[str], bool] | None:
     if not found:
         return None
     config, narrowed = with_axes(found[0], axes, composed)
-    return cli.typed(config, StudyRecipe), launched, narrowed
+    study = cli.typed(config, StudyRecipe)
+    check_typed(study.study.grid, axes.keys(), {word.partition("=")[0].lstrip("+") for word in composed})
+    return study, launched, narrowed
 
 
 def main(words: list[str]) -> int:
