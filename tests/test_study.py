@@ -266,6 +266,34 @@ def test_a_command_line_that_cannot_work_is_one_line(words, said, kd_study, tmp_
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda p: p.write_text('{"schema": 2, "points": [], "more": 1}'), "schema 2, this kd reads 1; move it away"),
+        (lambda p: p.write_text('{"mine": 1}'), "schema None, this kd reads 1; move it away"),
+        (lambda p: p.write_text("[1]"), "must be an object, is a list; move it away"),
+        (lambda p: p.write_text('{"schema": 1, "na'), "; move it away"),
+        (os.mkfifo, "is a pipe, must be a file; move it away"),
+        (Path.mkdir, "is a folder, must be a file; move it away"),
+    ],
+)
+@pytest.mark.parametrize("dry", ["true", "false"])
+def test_a_study_json_that_is_somebody_elses_is_not_written_over(make, said, dry, kd_study):
+    STUDY.mkdir(parents=True)
+    make(STUDY / "study.json")
+    before = inodes(STUDY.parent)
+    done = kd_study(f"dry_run={dry}")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert "study.json: " in done.err
+    assert said in done.err
+    assert inodes(STUDY.parent) == before
+
+
+def inodes(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Everything inside, with what changes when it is written."""
+    return {path: (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in folder.rglob("*")}
+
+
 def test_the_values_of_an_axis_are_read_as_in_a_recipe(monkeypatch, tiny_study, tmp_path):
     """OmegaConf's YAML reads 010 as eight, no as false and 1e-3 as text."""
     from kd.study.__main__ import compose

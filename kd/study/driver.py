@@ -49,6 +49,7 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
     """
     console = Console(width=None if sys.stdout.isatty() else 120)
     folder = Folder(folder_of(study))
+    folder.replaced(())  # whose study.json it is, before any work
     sets = _Sets(base_recipe(study))
     planned = plan(study, sets.hash, sets.knows_posterior, narrowed)
     engine = _engines(study, sets)
