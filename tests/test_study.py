@@ -267,6 +267,48 @@ def test_a_command_line_that_cannot_work_is_one_line(words, said, kd_study, tmp_
 
 
 @pytest.mark.parametrize(
+    "where",
+    [
+        *("..", ".", "points", "teachers", "jobs", "jobs/hydra", "runs", "runs/0123456789ab"),
+        *("runs/0123456789ab/teacher", "runs/0123456789ab/student/checkpoints", "runs/0123456789ab/control"),
+    ],
+)
+def test_no_link_inside_is_followed(where, kd_study, tmp_path):
+    elsewhere, link = tmp_path / "elsewhere", Path(os.path.normpath(STUDY / where))
+    elsewhere.mkdir()
+    link.parent.mkdir(parents=True)
+    link.symlink_to(elsewhere)
+    before = inodes(tmp_path / "checkpoints")
+    done = kd_study()
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        f"error: name=tiny: {link} is a link; must be a folder of its own, output= may be one elsewhere\n"
+    )
+    assert not list(elsewhere.iterdir())
+    assert inodes(tmp_path / "checkpoints") == before
+
+
+def test_hydras_own_file_is_not_written_through_a_link(kd_study, tmp_path):
+    mine, link = tmp_path / "mine", STUDY / "jobs" / "hydra" / "multirun.yaml"
+    mine.write_text("mine")
+    link.parent.mkdir(parents=True)
+    link.symlink_to(mine)
+    words = ["study.seeds=1", "loss.temperature=4", "loss.student_temperature=1", "teacher.label_smoothing=0"]
+    assert kd_study(*words, "study.contrasts=[]", "study.controls=[]").code == 0
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("where", [".", "points", "jobs", "runs"])
+def test_a_file_where_a_folder_belongs_is_said_before_any_work(where, kd_study):
+    path = Path(os.path.normpath(STUDY / where))
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    done = kd_study()
+    assert (done.code, done.out) == (2, "")
+    assert done.err == f"error: name=tiny: {path} is a file; choose another name or output=FOLDER\n"
+
+
+@pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda p: p.write_text('{"schema": 2, "points": [], "more": 1}'), "schema 2, this kd reads 1; move it away"),
