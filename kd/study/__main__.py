@@ -77,6 +77,8 @@ def split_words(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list
         if key in seen:
             raise ConfigError(f"{word}: {key} is given twice; keep one")
         seen.add(key)
+        if equals and str(getattr(known.get(key.lstrip("+")), "type", "")).startswith("dict"):
+            _check_mapping(word)
         if key.lstrip("+").startswith("hydra"):
             pattern, wanted = LAUNCHER.get(key.rpartition(".")[2], ("", ""))
             if pattern and not re.fullmatch(pattern, text):
@@ -93,6 +95,17 @@ def split_words(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list
         else:
             axes[key] = [_escaped(value) for value in several or ()]
     return composed, axes, launched
+
+
+def _check_mapping(word: str) -> None:
+    """Refuse settings by name that Hydra would merge with the recipe's, which stay. Raises ConfigError."""
+    key, _, text = word.lstrip("+").partition("=")
+    if key == "study.grid":
+        raise ConfigError(
+            f"{word}: is not typed; an axis is typed SETTING=A,B, or as NAME=LABEL,LABEL of the recipe's own"
+        )
+    if re.fullmatch(r"\{\s*\}", text):
+        raise ConfigError(f"{word}: takes nothing away from the recipe's; type +{key}.NAME=VALUE for each")
 
 
 def _escaped(value: Any) -> Any:

@@ -217,9 +217,8 @@ def _launch(
         sys.argv = [before[0], "--multirun", "job=" + ",".join(job.name for job in pending), *words]
         with _progress(phase, wanted, console):
             _register_job(folder)
-            (folder.path / "jobs" / "hydra" / "multirun.yaml").unlink(
-                missing_ok=True
-            )  # written through, were it a link
+            # Hydra would write through a link.
+            (folder.path / "jobs" / "hydra" / "multirun.yaml").unlink(missing_ok=True)
             import hydra
 
             hydra.main(config_path=None, config_name="kd_job")(work)()
