@@ -9,7 +9,7 @@ from kd.recipe import ConfigError, DataConfig, LossConfig, OptimizerConfig, Reci
 from kd.study import grid
 from kd.study.__main__ import compose
 from kd.study.axes import labelled
-from kd.study.grid import flat, plan, sides_of
+from kd.study.grid import difference, flat, plan, sides_of
 from kd.study.jobs import CHUNK, Job, jobs
 from kd.study.schema import Contrast, Sides, StudyConfig, StudyRecipe
 
@@ -246,6 +246,19 @@ def test_a_job_survives_its_file(tmp_path):
     job = jobs(planned(grid=grid, controls=["hard"]), lambda point: "population")[-1]
     job.write(Folder(tmp_path))
     assert Job.read(Folder(tmp_path), job.name) == job
+
+
+def test_equal_counts_make_no_difference_and_the_smallest_other_one_does():
+    counts = [(230, 202, 272, 244), (289, 264, 173, 148), (198, 197, 158, 157), (300, 299, 1, 0)]
+    shares = [[count / 300 for count in each] for each in counts]
+    assert all(a - b - c + d for a, b, c, d in shares[:3])  # what floats make of it
+    assert [difference(each) for each in shares] == [0.0] * 4
+    assert difference([0.9 - 0.8, 0.4 - 0.3]) == 0
+    assert difference([0.0, 0.0]) == 0
+    million = [0.5, 0.5 - 1e-6, 0.25, 0.25]
+    assert difference(million) == pytest.approx(1e-6)
+    assert difference([0.3, 0.5]) == pytest.approx(-0.2)
+    assert difference([1e-9, 2e-9]) == pytest.approx(-1e-9)  # small metrics keep theirs
 
 
 def test_flat_settings_keep_methods_whole():

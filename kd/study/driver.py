@@ -34,7 +34,7 @@ from kd.study.axes import labelled
 from kd.study.cohorts import augments, data_of, network
 from kd.study.estimate import seconds_of
 from kd.study.folder import SCHEMA, Folder
-from kd.study.grid import Plan, Point, base_recipe, plan, sides_of
+from kd.study.grid import Plan, Point, base_recipe, difference, plan, sides_of
 from kd.study.jobs import PHASES, Job, jobs, work
 from kd.study.population import why_not
 from kd.study.schema import StudyRecipe
@@ -298,7 +298,7 @@ def differences(contrast: dict[str, Any], folder: Folder) -> list[float]:
         points = [folder.found(identifier) for identifier in ids]
         values = [(p or {"metrics": {}})["metrics"].get(split, {}).get(name) for p in points]
         if all(value is not None for value in values):
-            found.append(sum(sign * value for sign, value in zip((1, -1, -1, 1), values, strict=False)))
+            found.append(difference(values))
     return found
 
 
