@@ -15,7 +15,6 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from report_folder import EPS, METHOD, Maker, T
 
-from kd import cli
 from kd.report import __main__ as command
 from kd.report import reading, words
 
@@ -34,22 +33,6 @@ def maker(folder, **more):
     study.contrast("nothing", NULL, NULL | {"eps": 0.0})
     study.contrast("interaction", NEGATIVE, NEGATIVE | {"eps": 0.0}, (POSITIVE, POSITIVE | {"eps": 0.0}))
     return study.contrast("likelihood", NEGATIVE, NEGATIVE | {"eps": 0.0}, metric="test.nll")
-
-
-@pytest.fixture
-def kd_report(capsys):
-    """Call ``kd.report`` as the command line does; returns exit code, stdout and stderr."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        try:
-            with cli.one_line_errors("kd.report"):
-                code = command.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")

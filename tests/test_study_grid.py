@@ -258,7 +258,7 @@ def test_equal_counts_make_no_difference_and_the_smallest_other_one_does():
     million = [0.5, 0.5 - 1e-6, 0.25, 0.25]
     assert difference(million) == pytest.approx(1e-6)
     assert difference([0.3, 0.5]) == pytest.approx(-0.2)
-    assert difference([1e-9, 2e-9]) == pytest.approx(-1e-9)  # small metrics keep theirs
+    assert difference([1e-13, 2e-13]) == pytest.approx(-1e-13)  # small metrics keep theirs
 
 
 def test_flat_settings_keep_methods_whole():
