@@ -253,6 +253,7 @@ def test_equal_counts_make_no_difference_and_the_smallest_other_one_does():
     shares = [[count / 300 for count in each] for each in counts]
     assert all(a - b - c + d for a, b, c, d in shares[:3])  # what floats make of it
     assert [difference(each) for each in shares] == [0.0] * 4
+    assert difference([1e6 * share for share in shares[0]]) == 0  # whatever the metric's size
     assert difference([0.9 - 0.8, 0.4 - 0.3]) == 0
     assert difference([0.0, 0.0]) == 0
     million = [0.5, 0.5 - 1e-6, 0.25, 0.25]
