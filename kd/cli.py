@@ -28,6 +28,7 @@ try:
 except ModuleNotFoundError as error:  # PyYAML, which Hydra brings: without it no command can say anything
     print(f"error: kd's commands need {error.name}: pip install 'kd-torch[train]'", file=sys.stderr)
     raise SystemExit(USAGE) from error
+LONGEST_NAME = 240  # bytes of a file's name: file systems take 255, and a temporary one is named .NAME.tmp
 STUDIES = "studies"  # the folder of the recipes that are studies
 # The extra that brings a launcher of Hydra's.
 LAUNCHERS = {"joblib": "study", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
@@ -348,6 +349,8 @@ def check_target(word: str) -> None:
     path = Path(word.partition("=")[2])
     if not path.parent.is_dir():
         raise ConfigError(f"{word}: no such folder {path.parent}")
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise ConfigError(f"{word}: its name must be ≤ {LONGEST_NAME} bytes; choose a shorter one")
     if path.exists() and not path.is_file():
         raise ConfigError(f"{word}: is there and no file; name another")
     if not os.access(path.parent, os.W_OK):

@@ -109,3 +109,21 @@ def kd_study(monkeypatch, capsys, tmp_path, tiny_study):
         return done
 
     return call
+
+
+@pytest.fixture
+def kd_report(capsys):
+    """Call ``kd.report`` as the command line does; returns exit code, stdout and stderr."""
+
+    def call(*arguments):
+        from kd.report import __main__ as command
+
+        capsys.readouterr()
+        try:
+            with cli.one_line_errors("kd.report"):
+                code = command.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call

@@ -15,7 +15,6 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from report_folder import EPS, METHOD, Maker, T
 
-from kd import cli
 from kd.report import __main__ as command
 from kd.report import reading, words
 
@@ -34,22 +33,6 @@ def maker(folder, **more):
     study.contrast("nothing", NULL, NULL | {"eps": 0.0})
     study.contrast("interaction", NEGATIVE, NEGATIVE | {"eps": 0.0}, (POSITIVE, POSITIVE | {"eps": 0.0}))
     return study.contrast("likelihood", NEGATIVE, NEGATIVE | {"eps": 0.0}, metric="test.nll")
-
-
-@pytest.fixture
-def kd_report(capsys):
-    """Call ``kd.report`` as the command line does; returns exit code, stdout and stderr."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        try:
-            with cli.one_line_errors("kd.report"):
-                code = command.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +145,22 @@ def test_pairs_are_made_by_the_seeds_of_points_and_not_by_their_places(tmp_path)
     wrong_order = reading.read(study.write())
     assert wrong_order.differences(wrong_order.card["contrasts"][0]) == right
     assert len(right) == 5
+
+
+def test_equal_counts_of_right_answers_are_no_effect(tmp_path, kd_report):
+    """(a - b) - (c - d) of three seeds is 0 in counts of 300 and positive in floats: p .038 of nothing."""
+    study = Maker(tmp_path / "study", seeds=3, few=True)
+    sides = [{"eps": eps, "temperature": t} for t in (4.0, 1.0) for eps in (0.4, 0.0)]
+    study.contrast("nothing", *sides[:2], minus=tuple(sides[2:]))
+    counts = zip((230, 202, 272, 244), (198, 197, 158, 157), (289, 264, 173, 148), strict=True)
+    for side, of_seeds in zip(sides, counts, strict=True):
+        for point, count in zip(study.side(**side)["points"], of_seeds, strict=True):
+            study.points[point]["metrics"]["test"]["top1"] = count / 300
+    code, out, _ = kd_report(study.write())
+    assert code == 0
+    assert "nothing: 0.00, n = 3, all seeds the same: no interval, nothing can be said" in out
+    row = verdicts(browsed((tmp_path / "study" / "report.md").read_text()).rows)["nothing"]
+    assert row[8] == "0 / 3 / 0"
 
 
 def test_a_mean_over_fewer_seeds_than_finished_says_so(tmp_path, kd_report):

@@ -1,13 +1,15 @@
 """From a recipe to points: which networks there are, which of them are one, and what a contrast compares."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from kd.recipe import ConfigError, DataConfig, LossConfig, OptimizerConfig, Recipe, TeacherConfig
 from kd.study import grid
+from kd.study.__main__ import compose
 from kd.study.axes import labelled
-from kd.study.grid import flat, plan, sides_of
+from kd.study.grid import difference, flat, plan, sides_of
 from kd.study.jobs import CHUNK, Job, jobs
 from kd.study.schema import Contrast, Sides, StudyConfig, StudyRecipe
 
@@ -169,6 +171,43 @@ def test_what_cannot_be_is_said(changes, said):
     assert said.replace("finite and ", "") in str(caught.value).replace("finite and ", "")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["taught='T 4'", "loss.temperature=2"], "loss.temperature: taught=T 4 sets it too"),  # the label would win
+        (["loss.temperature=1,2"], "loss.temperature: taught=T 4 sets it too"),  # the label would lose
+        (["taught='T 4','T 4, unsmoothed'", "loss.teacher_smoothing=.1"], "taught=T 4, unsmoothed sets it too"),
+        (
+            ["data.train_size=300"],
+            "data.train_size: points=20000 sets it too; leave data.train_size out, or type points=",
+        ),
+        (["loss=kd,dist"], "loss: taught=T 1, exactly smoothed by .4 sets it too"),
+        (["loss.ce_weight=.5", "taught='T 4, exactly smoothed by .4'"], "loss.ce_weight: taught=T 4, exactly"),
+        (
+            ["+loss.methods.smoothed_teacher.taken_out=.1", "taught='T 4, exactly smoothed by .4'"],
+            ".taken_out: taught=T",
+        ),
+        # what no label sets that is left, and what changes what a label set
+        (["data.train_size=300", "points=600", "loss.temperature=1,2", "taught='T 1'"], None),
+        (["loss.methods.smoothed_teacher.taken_out=.1,.2", "taught='T 4, exactly smoothed by .4'"], None),
+        (["loss.kd_weight=.5", "teacher.label_smoothing=0,.1", "taught='T 4'"], None),
+    ],
+)
+def test_what_is_typed_and_what_a_label_sets_are_not_at_odds(words, said, monkeypatch):
+    """Of the two one would not be so: the label hides what was typed, or its cell is not what it says."""
+    monkeypatch.setattr("sys.argv", ["kd.study"])
+    words = ["recipe=studies/mixture_bayes", *words]
+    if said:
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            compose(words)
+        return
+    study, *_ = compose(words)
+    made = plan(study, lambda data: data.name, lambda data: True, narrowed=True)
+    for cell in made.cells:
+        typed = {k: v for k, v in cell["axes"].items() if k in made.points[cell["point"]].settings}
+        assert typed.items() <= made.points[cell["point"]].settings.items()
+
+
 def test_a_product_without_end_is_refused_before_it_is_made(monkeypatch):
     monkeypatch.setattr(grid, "MOST", 17)
     with pytest.raises(ConfigError, match=r"study\.grid: 3 x 2 x 3 \(seeds\) are 18 cells; must be ≤ 17"):
@@ -207,6 +246,20 @@ def test_a_job_survives_its_file(tmp_path):
     job = jobs(planned(grid=grid, controls=["hard"]), lambda point: "population")[-1]
     job.write(Folder(tmp_path))
     assert Job.read(Folder(tmp_path), job.name) == job
+
+
+def test_equal_counts_make_no_difference_and_the_smallest_other_one_does():
+    counts = [(230, 202, 272, 244), (289, 264, 173, 148), (198, 197, 158, 157), (300, 299, 1, 0)]
+    shares = [[count / 300 for count in each] for each in counts]
+    assert all(a - b - c + d for a, b, c, d in shares[:3])  # what floats make of it
+    assert [difference(each) for each in shares] == [0.0] * 4
+    assert difference([1e6 * share for share in shares[0]]) == 0  # whatever the metric's size
+    assert difference([0.9 - 0.8, 0.4 - 0.3]) == 0
+    assert difference([0.0, 0.0]) == 0
+    million = [0.5, 0.5 - 1e-6, 0.25, 0.25]
+    assert difference(million) == pytest.approx(1e-6)
+    assert difference([0.3, 0.5]) == pytest.approx(-0.2)
+    assert difference([1e-13, 2e-13]) == pytest.approx(-1e-13)  # small metrics keep theirs
 
 
 def test_flat_settings_keep_methods_whole():

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kd import cli
 from kd.recipe import ConfigError
 from kd.words import check_text
+
+if TYPE_CHECKING:
+    from kd.report.blocks import Figure
 
 HELP = """usage: python -m kd.report DIR [html=FILE.html] [markdown=FILE.md] [figures=FOLDER]
 
@@ -29,12 +34,14 @@ def report(folder: Path, html: Path, markdown: Path, drawings: Path | None) -> i
 
     study = reading.read(folder)
     made = page.page(study)
-    if drawings:
-        for figure in page.figures(made.sections):
-            _write(drawings / f"{figure.name}.svg", drawing.alone(figure.svg))
+    drawn = {drawings / _file(f): drawing.alone(f.svg) for f in page.figures(made.sections)} if drawings else {}
     near = os.path.relpath(drawings, markdown.parent).replace(os.sep, "/") if drawings else None
-    _write(html, page.to_html(made))
-    _write(markdown, page.to_markdown(made, (lambda figure: f"<{near}/{figure.name}.svg>") if near else None))
+    text = page.to_markdown(made, (lambda figure: f"<{near}/{_file(figure)}>") if near else None)
+    for path in drawn:
+        if os.path.lexists(path) and not path.is_file():
+            raise ConfigError(f"figures={drawings}: {path} is there and no file; name another folder")
+    for path, content in {**drawn, html: page.to_html(made), markdown: text}.items():
+        _write(path, content)
     print(made.warning or f"{words.clean(study.card['name'])}: {len(study.points)} points, all finished")
     for contrast, pair, *_, shows in contrasts.results(study):
         value = words.difference(pair.mean, contrast["metric"])
@@ -43,10 +50,26 @@ def report(folder: Path, html: Path, markdown: Path, drawings: Path | None) -> i
     return 0
 
 
+def _file(figure: Figure) -> str:
+    """The name of a drawing's file, in which a stranger's metric is no path."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", figure.name[: cli.LONGEST_NAME]) + ".svg"
+
+
 def _write(path: Path, text: str) -> None:
     from kd.checkpoint import write_atomically
 
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _check_folder(value: str) -> None:
+    """Raise ConfigError where no drawings can be written."""
+    word, path = f"figures={value}", Path(value)
+    if os.path.lexists(path) and not path.is_dir():
+        raise ConfigError(f"{word}: must be a folder; name another")
+    if not path.is_dir():
+        cli.check_target(word)
+    elif not os.access(path, os.W_OK):
+        raise ConfigError(f"{word}: cannot be written to; name another folder")
 
 
 def main(arguments: list[str]) -> int:
@@ -68,15 +91,13 @@ def main(arguments: list[str]) -> int:
     for name, value in given.items():
         if not value or not value.endswith(FILES[name]):
             raise ConfigError(f"{name}={value}: must {f'end in {FILES[name]}' if FILES[name] else 'be a folder'}")
-        if not Path(value).is_dir() or FILES[name]:
-            cli.check_target(f"{name}={value}")
-        if not FILES[name] and Path(value).is_file():
-            raise ConfigError(f"{name}={value}: is a file, must be a folder")
     folder = Path(folders[0])
     html, markdown = (Path(given.get(name, folder / f"report{FILES[name]}")) for name in ("html", "markdown"))
-    if (folder / "study.json").is_file():  # what else there is, the report will say
-        cli.check_target(f"html={html}")
-        cli.check_target(f"markdown={markdown}")
+    if "figures" in given:
+        _check_folder(given["figures"])
+    for name, path in (("html", html), ("markdown", markdown)):
+        if name in given or (folder / "study.json").is_file():  # what else there is, the report will say
+            cli.check_target(f"{name}={path}")
     try:
         return report(folder, html, markdown, Path(given["figures"]) if "figures" in given else None)
     except ModuleNotFoundError as error:

@@ -14,6 +14,7 @@ from kd.recipe import ConfigError
 from kd.report import words
 from kd.study.checks import check_alike
 from kd.study.folder import Folder, read_card
+from kd.study.grid import difference, sides_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -141,12 +142,9 @@ class Study:
 
         By the seed that each point says it had, not by its place among the side's points.
         """
-        minus = contrast.get("minus")
-        signed = [(1, contrast["a"]), (-1, contrast["b"])]
-        signed += [(-1, minus["a"]), (1, minus["b"])] if minus else []
-        terms = [(sign, self._by_seed(side["points"], contrast["metric"])) for sign, side in signed]
-        both = [seed for seed in self.card["seeds"] if all(seed in values for _, values in terms)]
-        return {seed: sum(sign * values[seed] for sign, values in terms) for seed in both}
+        sides = [self._by_seed(side["points"], contrast["metric"]) for side in sides_of(contrast)]
+        both = [seed for seed in self.card["seeds"] if all(seed in values for values in sides)]
+        return {seed: difference([values[seed] for values in sides]) for seed in both}
 
     def _by_seed(self, points: Sequence[str], column: str) -> dict[int, float]:
         return self.values({point["seed"]: i for i in points if (point := self.points.get(i))}, column)

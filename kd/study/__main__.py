@@ -11,6 +11,7 @@ from typing import Any
 
 from kd import cli, kinds, signals, strict, surroundings
 from kd.recipe import ConfigError, allowed
+from kd.study.axes import check_typed
 from kd.study.schema import LOSS, StudyRecipe
 
 PROGRAM, FOLDER = "kd.study", cli.STUDIES
@@ -76,6 +77,8 @@ def split_words(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list
         if key in seen:
             raise ConfigError(f"{word}: {key} is given twice; keep one")
         seen.add(key)
+        if equals and str(getattr(known.get(key.lstrip("+")), "type", "")).startswith("dict"):
+            _check_mapping(word)
         if key.lstrip("+").startswith("hydra"):
             pattern, wanted = LAUNCHER.get(key.rpartition(".")[2], ("", ""))
             if pattern and not re.fullmatch(pattern, text):
@@ -92,6 +95,17 @@ def split_words(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list
         else:
             axes[key] = [_escaped(value) for value in several or ()]
     return composed, axes, launched
+
+
+def _check_mapping(word: str) -> None:
+    """Refuse settings by name that Hydra would merge with the recipe's, which stay. Raises ConfigError."""
+    key, _, text = word.lstrip("+").partition("=")
+    if key == "study.grid":
+        raise ConfigError(
+            f"{word}: is not typed; an axis is typed SETTING=A,B, or as NAME=LABEL,LABEL of the recipe's own"
+        )
+    if re.fullmatch(r"\{\s*\}", text):
+        raise ConfigError(f"{word}: takes nothing away from the recipe's; type +{key}.NAME=VALUE for each")
 
 
 def _escaped(value: Any) -> Any:
@@ -175,7 +189,9 @@ def compose(words: list[str]) -> tuple[StudyRecipe, list[str], bool] | None:
     if not found:
         return None
     config, narrowed = with_axes(found[0], axes, composed)
-    return cli.typed(config, StudyRecipe), launched, narrowed
+    study = cli.typed(config, StudyRecipe)
+    check_typed(study.study.grid, axes.keys(), {word.partition("=")[0].lstrip("+") for word in composed})
+    return study, launched, narrowed
 
 
 def main(words: list[str]) -> int:

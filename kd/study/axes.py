@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import fields
 from typing import Any
 
@@ -83,6 +83,23 @@ def _check_keys(at: str, settings: Mapping[Any, Any]) -> None:
             raise ConfigError(f"{at}: {key} is no axis; {'type study.seeds=N' if key == 'seed' else 'it changes none'}")
         strict.check_text_keys(value, f"{at}: {key}")
         kinds.check_kind(key, value)
+
+
+def check_typed(grid: Mapping[str, Any], axes: Set[str], fixed: Set[str]) -> None:
+    """Raise ConfigError where a label of the grid sets what was typed too: one of them would not be so in its cells.
+
+    `axes` were typed with several values, and change what a label sets in part; `fixed` with one, which a label hides.
+    """
+    for axis, values in labelled(grid).items():
+        if not isinstance(grid[axis], Mapping):
+            continue
+        for label, settings in values.items():
+            own = settings.keys() | grid[axis][label].keys()  # `loss: NAME` itself, and what it stands for
+            inside = {key for key in fixed if any(key.startswith(f"{each}.") for each in own)}
+            for key in sorted((axes | fixed) & own | inside):
+                raise ConfigError(
+                    f"{key}: {axis}={label} sets it too; leave {key} out, or type {axis}= with labels that do not"
+                )
 
 
 class NotInGrid(ConfigError):

@@ -22,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kd import cli, methods
-from kd.checkpoint import write_json
-from kd.claim import check_output
+from kd.checkpoint import CHECKPOINTS, write_json
+from kd.claim import STAGES, check_output, check_own
 from kd.console import terminal
 from kd.data import Data
 from kd.metrics import MISLEADING
@@ -35,12 +35,14 @@ from kd.study.axes import labelled
 from kd.study.cohorts import augments, data_of, network
 from kd.study.estimate import seconds_of
 from kd.study.folder import SCHEMA, Folder
-from kd.study.grid import Plan, Point, base_recipe, plan, sides_of
+from kd.study.grid import Plan, Point, base_recipe, difference, plan, sides_of
 from kd.study.jobs import PHASES, Job, jobs, work
 from kd.study.population import why_not
 from kd.study.schema import StudyRecipe
 from kd.study.table import write_table
 from kd.words import shown
+
+INNER = ("points", "teachers", "runs", "jobs", "jobs/hydra")  # the folders of a study
 
 
 def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int:
@@ -50,6 +52,7 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
     """
     console = terminal()
     folder = Folder(folder_of(study))
+    folder.replaced(())  # whose study.json it is, before any work
     sets = _Sets(base_recipe(study))
     planned = plan(study, sets.hash, sets.knows_posterior, narrowed)
     engine = _engines(study, sets)
@@ -90,11 +93,13 @@ def folder_of(study: StudyRecipe) -> Path:
         raise ConfigError(f"name={study.name!r}: must be a plain folder name of letters, digits, '_', '.' and '-'")
     check_output(study.output, write=True)
     folder = Path(study.output) / "studies" / study.name
-    for path in (folder.parent, folder):
-        if path.is_symlink():  # the study would be written wherever a stranger's link points
-            raise ConfigError(f"name={study.name}: {path} is a link; must be a folder of its own, output= may be one")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"name={study.name}: {folder} is a file; choose another name or output=FOLDER")
+    key, inner = f"name={study.name}", [folder / each for each in INNER]
+    check_own(key, folder.parent, folder, *inner)
+    for pattern in ("*", *(f"*/{stage}" for stage in STAGES), f"*/*/{CHECKPOINTS}"):  # of what kd.train wrote for it
+        check_own(key, *(folder / "runs").glob(pattern))
+    for path in (folder, *inner):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{key}: {path} is a file; choose another name or output=FOLDER")
     return folder
 
 
@@ -213,6 +218,8 @@ def _launch(
         sys.argv = [before[0], "--multirun", "job=" + ",".join(job.name for job in pending), *words]
         with _progress(phase, wanted, console):
             _register_job(folder)
+            # Hydra would write through a link.
+            (folder.path / "jobs" / "hydra" / "multirun.yaml").unlink(missing_ok=True)
             import hydra
 
             hydra.main(config_path=None, config_name="kd_job")(work)()
@@ -292,7 +299,7 @@ def differences(contrast: dict[str, Any], folder: Folder) -> list[float]:
         points = [folder.found(identifier) for identifier in ids]
         values = [(p or {"metrics": {}})["metrics"].get(split, {}).get(name) for p in points]
         if all(value is not None for value in values):
-            found.append(sum(sign * value for sign, value in zip((1, -1, -1, 1), values, strict=False)))
+            found.append(difference(values))
     return found
 
 

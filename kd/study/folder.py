@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,11 +63,17 @@ class Folder:
         )
 
     def replaced(self, points: Iterable[str]) -> str | None:
-        """What to say where the folder's card is of a grid of other points than these, and is about to be replaced."""
-        try:
-            before = set(read_card(self.path)["points"])
-        except ConfigError:  # none, or none that could be read
+        """What to say where the folder's card is of a grid of other points than these, and is about to be replaced.
+
+        Raises ConfigError for a study.json that this kd could not have written: it is somebody's.
+        """
+        if not os.path.lexists(self.card):
             return None
+        try:
+            check_card(self.card, found := _read(self.card))
+        except ConfigError as error:
+            raise ConfigError(f"{error}; move it away, or choose another output=FOLDER") from error
+        before = set(found["points"])
         if before == (now := set(points)):
             return None
         return (
