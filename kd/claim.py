@@ -26,7 +26,8 @@ def run_name(recipe: Recipe) -> str:
 
 def teacher_is_trained(recipe: Recipe) -> bool:
     """Whether the teacher stage trains, or takes weights as they are."""
-    return recipe.teacher.finetune or not (recipe.teacher.pretrained or recipe.teacher.checkpoint)
+    teacher = recipe.teacher
+    return teacher.finetune or not (teacher.pretrained or teacher.checkpoint is not None)
 
 
 def teacher_folder(recipe: Recipe, data_hash: str) -> Path:

@@ -67,6 +67,10 @@ class Checked:
                 raise ConfigError(
                     f"{self.section}{f.name}={value}: must be {finite}{allowed(f.metadata)} ({f.metadata['doc']})"
                 )
+            if value == "" and f.type == "str | None":  # as of a shell variable that is not set
+                raise ConfigError(
+                    f"{self.section}{f.name}=: must not be empty; null, or left out, is none ({f.metadata['doc']})"
+                )
 
 
 @dataclass

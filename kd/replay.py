@@ -86,7 +86,9 @@ def _advice(name: str, folder: Path) -> str:
 def _given(words: list[str]) -> dict[str, str]:
     given: dict[str, str] = {}
     for word in words:
-        key, _, value = word.partition("=")
+        key, equals, value = word.partition("=")
+        if equals and not value:  # as of a shell variable that is not set
+            raise ConfigError(f"{word}: must not be empty")
         if key not in WORDS:
             raise ConfigError(f"{word}: a replay takes the run's own recipe; beside replay= type only "
                               f"{', '.join(f'{name}=' for name in WORDS[1:])}")  # fmt: skip

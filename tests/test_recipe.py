@@ -32,6 +32,9 @@ from kd.recipe import (
         (LossConfig, {"kd_weight": math.nan}, r"loss\.kd_weight=nan: must be finite and ≥ 0"),
         (StudentConfig, {"epochs": 0}, r"student\.epochs=0: must be ≥ 1"),
         (DataConfig, {"val_fraction": 0.5}, r"data\.val_fraction=0\.5: must be > 0 and < 0\.5"),
+        (TeacherConfig, {"checkpoint": ""}, r"^teacher\.checkpoint=: must not be empty; null, or left out, is none \("),
+        (DataConfig, {"root": ""}, r"^data\.root=: must not be empty; null, or left out, is none \(folder on"),
+        (Recipe, {"run": ""}, r"^run=: must not be empty; null, or left out, is none \("),
         (TrainConfig, {"precision": "fp8"}, r"train\.precision=fp8: must be one of fp32, bf16, fp16"),
     ],
 )

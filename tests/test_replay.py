@@ -34,6 +34,9 @@ def test_a_replay_is_identical_and_every_difference_is_named(kd_train, tmp_path)
     assert "torch: 1.0\\x1b, now " in refused.err
     assert "data_hash: 0, now " in refused.err
     assert "is the old run's" in kd_train("replay=runs/smoke/one", "output=runs").err
+    for empty in ("replay=", "output=", "data.root="):  # as of shell variables that are not set
+        words = (empty, *(["replay=runs/smoke/one"] if empty != "replay=" else []))
+        assert kd_train(*words).err == f"error: {empty}: must not be empty\n"
     assert "takes the run's own recipe" in kd_train("replay=runs/smoke/one", "seed=1").err
     saved = path.with_name("recipe.yaml")
     saved.write_text(saved.read_text().replace("seed: 0", "seed: 1", 1))
