@@ -33,7 +33,7 @@ from kd.models import Student
 from kd.numerics import Suspects, describe, first_bad_gradient
 from kd.objective import Objective, Terms
 from kd.recipe import Recipe
-from kd.signals import GO_ON, Interrupted, stop_requested
+from kd.signals import Interrupted, go_on, stop_requested
 from kd.stage import Stage, TrainingError, as_trained, build, epoch_order, mixed_seed, predict, schedule, share
 
 MOST_SKIPPED = 32  # halves fp16's scale from 65,536 to 1.5e-5
@@ -321,7 +321,7 @@ class Trainer:
         if len(set(names)) > 1:  # they would train from different weights, and average their gradients
             raise checkpoint.CheckpointError(
                 f"{self.stage.folder}: not all processes find the same checkpoint ({', '.join(names)}): a file "
-                f"system may lag behind; {GO_ON}"
+                f"system may lag behind; {go_on()}"
             )
         if found is None:
             return

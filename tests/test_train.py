@@ -299,6 +299,19 @@ def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_end(finished, tmp_path):
         assert (tmp_path / "runs" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
+def test_where_the_same_command_starts_again_a_stop_says_what_goes_on(kd_train, monkeypatch, tmp_path):
+    said = "resume=true goes on, the same command starts again\n"
+    words = (*SMOKE, "control=false")
+    with monkeypatch.context() as patch:
+        patch.setattr("kd.stages.execute", lambda run: (_ for _ in ()).throw(RuntimeError("Connection reset by peer")))
+        assert kd_train(*words, "resume=false").err.endswith(f"; the last saved state is kept, {said}")
+        assert kd_train(*words).err.endswith("; the last saved state is kept, run the same command to go on\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("kd.loop.stop_requested", lambda accelerator: True)
+        assert kd_train(*words, "resume=false").err == f"teacher stopped after update 1 of 5; {said}"
+    assert "teacher  goes on after update 1 of 5" in kd_train(*words, "resume=true").out
+
+
 @pytest.mark.parametrize("batch", [256, 255])
 def test_two_processes_end_with_the_parameters_of_one(tmp_path, batch):
     """Five updates, same global batch, even and uneven shares: equal to 2e-5, rounding that Adam amplifies."""
