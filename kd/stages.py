@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import list_optimizers
 from torch import Tensor, nn
 
 from kd import methods
@@ -34,9 +34,11 @@ from kd.pretrained import check_file
 from kd.probe import tell_smoothing
 from kd.recipe import ConfigError, LossConfig, Recipe
 from kd.signals import held
-from kd.stage import Stage, mixed_seed, predict
+from kd.stage import Stage, mixed_seed, not_finite, optimizer, predict
 from kd.stage import build as build_objective
 from kd.taps import needed
+
+USUAL_OPTIMIZERS = ["adamw", "sgd", "lamb"]
 
 
 @dataclass
@@ -85,7 +87,7 @@ def check_environment(recipe: Recipe) -> None:
     if recipe.tracker != "none" and importlib.util.find_spec(recipe.tracker) is None:
         raise ConfigError(f"tracker={recipe.tracker}: not installed; pip install {recipe.tracker}")
     if recipe.optimizer.name not in (known := [str(name) for name in list_optimizers()]):
-        near = difflib.get_close_matches(recipe.optimizer.name, known, n=3, cutoff=0.5) or ["adamw", "sgd", "lamb"]
+        near = difflib.get_close_matches(recipe.optimizer.name, known, n=3, cutoff=0.5) or USUAL_OPTIMIZERS
         raise ConfigError(f"optimizer.name={recipe.optimizer.name}: timm has no such optimizer; try {', '.join(near)}")
     _check_optimizer(recipe)
     trained = [recipe.student] + ([recipe.teacher] if teacher_is_trained(recipe) else [])
@@ -117,12 +119,15 @@ def _check_optimizer(recipe: Recipe) -> None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     parameters = [nn.Parameter(torch.ones(size, device=device)) for size in ((2, 2), (2,))]
     try:
-        optimizer = create_optimizer_v2(parameters, o.name, o.lr, o.weight_decay, o.momentum)
+        made = optimizer(parameters, recipe)
         torch.stack([p.square().sum() for p in parameters]).sum().backward()
-        optimizer.step()
+        made.step()
     except Exception as error:  # whatever a package that is not there, or half there, leads timm to
         said = textwrap.shorten(str(error), 160) or f"{type(error).__name__}, a package that it needs is not installed"
-        raise ConfigError(f"optimizer.name={o.name}: cannot train here ({said}); try adamw, sgd, lamb") from error
+        if o.momentum == 0 and "momentum" in said:
+            raise ConfigError(f"optimizer.momentum=0: must be > 0 for optimizer.name={o.name} ({said})") from error
+        others = ", ".join(name for name in USUAL_OPTIMIZERS if name != o.name)
+        raise ConfigError(f"optimizer.name={o.name}: cannot train here ({said}); try {others}") from error
 
 
 def check_batch(recipe: Recipe, data: Data, processes: int) -> None:
@@ -322,9 +327,17 @@ def _train_members(run: Run) -> None:
 
 
 def check_teacher(run: Run, teacher: Teacher) -> None:
-    """Print the teacher's validation accuracy; stop when it is no better than always guessing one class."""
+    """Print the teacher's validation accuracy. Raises ConfigError when it is no better than always guessing one class,
+    or cannot be told.
+    """
     targets = run.data.val.targets
     logits = predict(teacher, run.data.val, run.recipe.train.batch_size, run.accelerator)
+    if wrong := not_finite(logits):
+        key = "model" if run.recipe.teacher.checkpoint is None else "checkpoint"
+        raise ConfigError(
+            f"teacher.{key}={getattr(run.recipe.teacher, key)}: {wrong} (must all be): take other weights, or "
+            f"train.precision=fp32 where it is not"
+        )
     top1 = top_k_accuracy(logits, targets, 1).item()
     chance, bound = _chance(targets)
     run.journal.say(f"teacher  validation top-1 {top1:.2%}   (chance {chance:.2%}, {len(targets)} images)")

@@ -149,13 +149,18 @@ def test_training_learns_and_the_selected_weights_are_the_best_validated(tmp_pat
     assert done["updates"] == 40
 
 
-def test_nan_never_becomes_best(tmp_path, monkeypatch):
-    t = trainer(tmp_path, recipe())
-    t.progress.selected = {"epoch": 1, "val_top1": 0.5, "val_nll": 1.0}
-    monkeypatch.setattr("kd.loop.nll", lambda *a: torch.tensor(math.nan))
-    monkeypatch.setattr("kd.loop.top_k_accuracy", lambda *a: torch.tensor(0.5))
-    t._validate(1)
-    assert t.progress.selected["epoch"] == 1
+def test_what_diverges_in_the_last_update_of_an_epoch_stops_at_its_validation(tmp_path):
+    t = trainer(tmp_path, recipe(batch_size=1293))
+    t._save()
+    last = t.stage.model.model.inner[-1].bias
+    t.optimizer.register_step_post_hook(lambda *_: last.data.fill_(math.inf))
+    with pytest.raises(TrainingError) as error:
+        t.fit()
+    assert str(error.value) == (
+        "student: logits of 144 of 144 validation images are not finite after update 1 of 2; the last saved state is "
+        "kept. Try a lower optimizer.lr, or train.clip_grad=1"
+    )
+    assert [p.name for p in (tmp_path / "student/checkpoints").iterdir()] == ["update-00000000"]
 
 
 def test_predictions_come_back_in_the_order_of_the_split(tmp_path):

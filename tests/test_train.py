@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, log_loss
 
 import kd.networks
@@ -240,6 +240,16 @@ def test_a_teacher_of_ones_own_is_used_as_it_is(finished, kd_train, tmp_path):
     assert mine["student"]["last"] == result["student"]["last"]
     assert "control" not in mine
     assert "nothing says whether distillation helped" in done.out
+
+
+def test_a_teacher_whose_logits_overflow_is_named(finished, kd_train, tmp_path):
+    """Finite weights whose products are not: nothing but the logits tells."""
+    (teacher,) = (finished[0] / "runs/teachers").iterdir()
+    weights = load_file(teacher / "last.safetensors")
+    save_file({name: value * 1e18 for name, value in weights.items()}, tmp_path / "own.safetensors")
+    done = kd_train(*SMOKE, "teacher.checkpoint=own.safetensors")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "error: teacher.checkpoint=own.safetensors: logits of 144 of 144 validation images are not" in done.err
 
 
 def test_a_head_that_does_not_fit_is_refused(finished, kd_train, tmp_path):
