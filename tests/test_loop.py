@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from kd import stages
 from kd.losses.distill import DistillLoss
 from kd.models import Teacher
-from kd.recipe import DataConfig
+from kd.recipe import ConfigError, DataConfig
 from kd.stage import TrainingError, epoch_order, mixed_seed, predict, share
 from tests.tiny_loop import Tiny, lines, recipe, trainer, weights
 
@@ -59,6 +60,29 @@ def test_one_update_is_the_optimizers_step_on_the_mean_loss_of_the_batch(tmp_pat
     t._update([batch])
     expected = torch.cat([p.detach().flatten() for p in by_hand.parameters()])
     torch.testing.assert_close(weights(t), expected, rtol=0, atol=1e-7)
+
+
+def test_sgd_without_momentum_is_plain(tmp_path):
+    """timm's sgd is Nesterov's, which cannot be without a momentum."""
+    r = recipe()
+    r.optimizer.name, r.optimizer.momentum, r.optimizer.lr, r.optimizer.weight_decay = "sgd", 0.0, 0.5, 0.0
+    stages.check_environment(r)
+    t = trainer(tmp_path, r)
+    torch.manual_seed(0)
+    by_hand = Tiny()
+    batch = next(t._batches(0, 0))
+    F.cross_entropy(by_hand(batch.images), batch.targets).backward()
+    t._update([batch])
+    expected = torch.cat([(p - 0.5 * p.grad).flatten() for p in by_hand.parameters()])
+    torch.testing.assert_close(weights(t), expected, rtol=0, atol=1e-6)
+
+
+def test_an_optimizer_that_cannot_train_is_not_suggested(monkeypatch):
+    r = recipe()
+    r.optimizer.name, r.optimizer.momentum = "lamb", 0.0
+    monkeypatch.setattr(stages, "optimizer", lambda *_: 1 / 0)
+    with pytest.raises(ConfigError, match=r"optimizer\.name=lamb: cannot train here \(.*\); try adamw, sgd$"):
+        stages.check_environment(r)
 
 
 @pytest.mark.parametrize("accumulation", [4, 3])
