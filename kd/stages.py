@@ -379,6 +379,7 @@ def _is_done(run: Run, name: str) -> bool:
 
 def _check_done(run: Run, name: str, folder: Path) -> None:
     """Raise CheckpointError unless a stage's weights are whole and its own; remove what a kill left beside them."""
-    finished(folder / "last.safetensors", advice(name, folder), owner(run, name))
+    for which in ("last", "selected"):  # both are scored, once everything is trained
+        finished(folder / f"{which}.safetensors", advice(name, folder), owner(run, name))
     if run.accelerator.is_main_process:
         retire([folder / CHECKPOINTS])

@@ -1,9 +1,14 @@
 """Replay: a finished run trained again comes out equal; what differs is named before any work."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
+from kd import replay
+from kd.journal import Journal
+from kd.recipe import Recipe
 from kd.replay import report
 
 RUN = ("recipe=smoke", "output=runs", "run=one")
@@ -56,6 +61,18 @@ def test_what_came_out_otherwise_is_said(capsys, change, code, said):
     old = {"student": {"sha256": "a", "last": {"test": {"top1": 0.5}}}}
     assert report(old, {"student": old["student"] | change}) == code
     assert said in capsys.readouterr().out
+
+
+def test_one_process_of_several_says_what_came_out(monkeypatch, capsys, tmp_path):
+    network = {"student": {"sha256": "a", "last": {"test": {"top1": 0.5}}}}
+    monkeypatch.setattr(replay, "read", lambda path: replay.Past(tmp_path / "one/two", Recipe(name="t"), network))
+    monkeypatch.setattr(replay, "differences", lambda past, run: ())
+    monkeypatch.setattr(replay, "outcome", lambda run: network)
+    for main, said in ((True, "weights  identical\nscores   identical\n"), (False, "")):
+        accelerator = SimpleNamespace(is_main_process=main)
+        run = SimpleNamespace(folder=tmp_path, journal=Journal(tmp_path, accelerator, Console()))
+        assert replay.main(["replay=x"], lambda recipe, check, run=run: check(run) or 0) == 0
+        assert capsys.readouterr().out == said
 
 
 def test_an_earlier_replay_is_said_to_be_one_and_its_weights_are_looked_at(kd_train, tmp_path):

@@ -14,12 +14,13 @@ import psutil
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, log_loss
 
 import kd.networks
-from kd import evaluate
+from kd import evaluate, results
 from kd.checkpoint import write_manifest
 from kd.models import weights_metadata
 from tests.torture import forked
@@ -183,6 +184,36 @@ def test_finished_stages_are_skipped_and_the_teacher_is_shared(finished, kd_trai
     other = kd_train("recipe=smoke", "output=runs", "loss.temperature=2")
     assert "teacher  found in" in other.out
     assert len(list((tmp_path / "runs/teachers").iterdir())) == 1
+
+
+def test_selected_weights_that_are_damaged_are_told_of_before_anything_is_trained(
+    finished, kd_train, monkeypatch, tmp_path
+):
+    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    run, (teacher,) = tmp_path / "runs/smoke/one", (tmp_path / "runs/teachers").iterdir()
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "control")
+    monkeypatch.setattr("kd.stages.train", lambda *_: pytest.fail("trained before it looked"))
+    for stage in (run / "student", teacher):
+        whole = (path := stage / "selected.safetensors").read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        done = kd_train(*SMOKE)
+        assert (done.code, done.err.count("\n")) == (2, 1), done.err
+        assert f"{stage.name}/selected.safetensors: has sha256" in done.err
+        path.write_bytes(whole)
+
+
+def test_no_process_reads_a_result_that_is_not_written(finished, kd_train, monkeypatch, tmp_path):
+    """What comes next, such as a replay's comparison, waits for the process that writes."""
+    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    (tmp_path / "runs/smoke/one/result.json").unlink()
+    done = []
+    write_json, write_result = results.write_json, results.write_result
+    monkeypatch.setattr(results, "write_json", lambda path, value: (done.append(path.name), write_json(path, value)))
+    monkeypatch.setattr(results, "write_result", lambda run: (write_result(run), done.append("next"))[0])
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda self: done.append("all wait"))
+    assert kd_train(*SMOKE).code == 0
+    assert done[done.index("result.json") : done.index("next")] == ["result.json", "all wait"]
 
 
 def test_a_run_folder_with_another_recipe_is_refused_and_kept(finished, kd_train, tmp_path):
