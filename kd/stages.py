@@ -144,12 +144,13 @@ def check_batch(recipe: Recipe, data: Data, processes: int) -> None:
 
 def check_validation(recipe: Recipe, data: Data) -> None:
     """Raise ConfigError for so few validation images that not even a perfect teacher could be told from chance."""
-    _, bound = _chance(targets := data.val.targets)
-    if bound >= 1:
-        raise ConfigError(
-            f"data.val_fraction={recipe.data.val_fraction}: gives {len(targets)} validation images, on which no "
-            f"teacher could be told from chance (its top-1 must be > {bound:.2%}): raise it, or add images"
-        )
+    chance, bound = _chance(targets := data.val.targets)
+    if bound < 1:
+        return
+    few = f"{len(targets)} validation images, on which no teacher could be told from chance ({chance:.2%})"
+    if data.val_is_given:
+        raise ConfigError(f"data.name={data.name}: comes with {few}: add images to its validation split")
+    raise ConfigError(f"data.val_fraction={recipe.data.val_fraction}: gives {few}: raise it, or add images")
 
 
 def _chance(targets: Tensor) -> tuple[float, float]:
