@@ -50,7 +50,7 @@ def claim(path: Path) -> str:
     """The claim on top of a recipe."""
     if not path.is_file():  # a FIFO would wait for somebody to write
         return ""
-    with path.open(errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         found = re.search(r"^# claim:\s*(.+)$", file.read(strict.MAX_BYTES), re.MULTILINE)
     return plain(found[1]) if found else ""
 

@@ -23,6 +23,7 @@ import kd.networks
 from kd import evaluate, results
 from kd.checkpoint import write_manifest
 from kd.models import weights_metadata
+from kd.recipe import PACKAGE
 from tests.torture import forked
 
 SMOKE = ("recipe=smoke", "output=runs", "run=one")
@@ -147,6 +148,8 @@ def test_evaluate_finds_weights_that_are_not_the_results(finished, tmp_path):
         (["run=."], "run=.*: holds no recipe.yaml"),
         (["runs/x"], "runs/x: type run=DIR"),
         (["run=a", "seed=1"], "run=a seed=1: type run=DIR"),
+        (["run=a", "data.val_fraction=0.3"], "run=a data.val_fraction=0.3: type run=DIR"),
+        (["run=a", "data.root.x=1"], "run=a data.root.x=1: type run=DIR.* data.root=PATH"),
         (["run=a", "picture=x.png"], "picture=x.png: must end in .svg"),
     ],
 )
@@ -531,6 +534,28 @@ def test_a_process_that_is_alone_says_so(tmp_path):
         "error: another process of this run has ended; the last saved state is kept, run the same command to go on"
     )
     assert "Traceback" not in said
+
+
+IN_ASCII = """
+import sys
+from accelerate.state import AcceleratorState
+from kd import cli, evaluate, train
+cli.command("kd.train", train.run)
+AcceleratorState._reset_state(reset_partial_state=True)
+sys.exit(evaluate.main(["run=runs/smoke/one", "picture=table.svg"]))
+"""
+
+
+def test_files_are_of_utf8_whatever_the_locale(tmp_path):
+    smoke = (PACKAGE.parent / "recipes/smoke.yaml").read_text(encoding="utf-8")
+    (tmp_path / "recipes").mkdir()
+    text = smoke.replace("data:\n", "data:\n  root: /données\n")
+    (tmp_path / "recipes/smoke.yaml").write_text(text, encoding="utf-8")
+    ascii_only = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    done = command(tmp_path, *SMOKE, program=("-c", IN_ASCII), env=ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert "root: /données\n" in (tmp_path / "runs/smoke/one/recipe.yaml").read_text(encoding="utf-8")
+    assert "±" in (tmp_path / "table.svg").read_text(encoding="utf-8")
 
 
 def test_tensorboard_gets_the_curves(kd_train, tmp_path):
