@@ -285,7 +285,7 @@ class Trainer:
         if wrong := not_finite(logits):  # no gradient tells of what an epoch's last update did
             raise TrainingError(
                 f"{self.stage.name}: {wrong} after update {self.progress.update} of {self.updates}; the last saved "
-                f"state is kept. Try a lower optimizer.lr, or train.clip_grad=1"
+                f"state is kept. Try a smaller optimizer.lr, or train.clip_grad=1"
             )
         targets = self.data.val.targets
         top1, val_nll = top_k_accuracy(logits, targets, 1).item(), nll(logits, targets).item()

@@ -182,7 +182,7 @@ def test_what_diverges_in_the_last_update_of_an_epoch_stops_at_its_validation(tm
         t.fit()
     assert str(error.value) == (
         "student: logits of 144 of 144 validation images are not finite after update 1 of 2; the last saved state is "
-        "kept. Try a lower optimizer.lr, or train.clip_grad=1"
+        "kept. Try a smaller optimizer.lr, or train.clip_grad=1"
     )
     assert [p.name for p in (tmp_path / "student/checkpoints").iterdir()] == ["update-00000000"]
 
