@@ -44,12 +44,14 @@ def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch)))
 
 
-def optimizer(parameters: nn.Module | list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+def optimizer(parameters: nn.Module | list[Any], recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer, with its rule for weight decay where it is given a network."""
     o = recipe.optimizer
     return create_optimizer_v2(
         parameters,
-        opt="momentum" if o.name == "sgd" and o.momentum == 0 else o.name,  # Nesterov's cannot be without one
+        opt="momentum"
+        if o.name in ("sgd", "nesterov") and o.momentum == 0
+        else o.name,  # Nesterov's cannot be without one
         lr=o.lr,
         weight_decay=o.weight_decay,
         momentum=o.momentum,

@@ -149,7 +149,8 @@ def check_validation(recipe: Recipe, data: Data) -> None:
         return
     few = f"{len(targets)} validation images, on which no teacher could be told from chance ({chance:.2%})"
     if data.val_is_given:
-        raise ConfigError(f"data.name={data.name}: comes with {few}: add images to its validation split")
+        where = f"name={data.name}" if recipe.data.root is None else f"root={recipe.data.root}"
+        raise ConfigError(f"data.{where}: comes with {few}: add images to its validation split")
     raise ConfigError(f"data.val_fraction={recipe.data.val_fraction}: gives {few}: raise it, or add images")
 
 

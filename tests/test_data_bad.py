@@ -257,7 +257,7 @@ def test_too_few_validation_images_to_tell_a_teacher_from_chance_are_said_to_be_
         for path in sorted((own / "val" / name).iterdir())[1:]:
             path.unlink()
     said = refused(kd_train, tmp_path, *trains(own))  # there is no val_fraction that changes anything
-    assert re.fullmatch(f"data.name=folder: comes with {few}add images to its validation split", said)
+    assert re.fullmatch(f"data.root={own}: comes with {few}add images to its validation split", said)
 
 
 @pytest.fixture
