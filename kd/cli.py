@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from kd import methods, surroundings
 from kd.recipe import PACKAGE, ConfigError, Recipe, allowed
-from kd.signals import CTRL_C
+from kd.signals import CTRL_C, go_on
 
 USAGE = 2  # exit code of a command line that cannot work
 try:
@@ -31,6 +31,7 @@ except ModuleNotFoundError as error:  # PyYAML, which Hydra brings: without it n
 STUDIES = "studies"  # the folder of the recipes that are studies
 # The extra that brings a launcher of Hydra's.
 LAUNCHERS = {"joblib": "study", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
+SAVED = "the same command goes on from what was saved"
 NO_MEMORY = "out of memory; lower train.batch_size, or raise train.accumulation, which leaves the result as it is"
 
 
@@ -297,7 +298,7 @@ def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> It
             raise
         fail(f"{program} needs {error.name}: pip install 'kd-torch[train]'")
     except KeyboardInterrupt:
-        fail("stopped; the same command goes on from what was saved", CTRL_C)
+        fail(f"stopped; {go_on(SAVED)}", CTRL_C)
     except MemoryError:
         fail(NO_MEMORY, 1, everyone=True)
     except Exception as error:
@@ -311,12 +312,12 @@ def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> It
             fail(f"{error.filename}: {error.strerror}", everyone=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             surroundings.drop_output()
-            fail(f"standard output: {error.strerror}; the same command goes on from what was saved", 1)
+            fail(f"standard output: {error.strerror}; {go_on(SAVED)}", 1)
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's own
             fail(NO_MEMORY, 1, everyone=True)
         if str(error).startswith("DataLoader worker"):  # raised by a signal, wherever this process then is
             said = " ".join(str(error).split()).removesuffix(".")
-            fail(f"{said}; the same command goes on from what was saved; without memory, lower data.workers", 1, True)
+            fail(f"{said}; {go_on(SAVED)}; without memory, lower data.workers", 1, True)
         if package == "kd" and isinstance(error, ValueError):  # ConfigError, CheckpointError, ImageError
             fail(str(error), everyone=not isinstance(error, ConfigError))
         raise

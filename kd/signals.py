@@ -39,9 +39,9 @@ class Interrupted(BaseException):
     """
 
 
-def go_on() -> str:
-    """What to type after a stop."""
-    return GO_ON if resumes else "resume=true goes on, the same command starts again"
+def go_on(said: str = GO_ON) -> str:
+    """What to type after a stop: `said` where the same command goes on."""
+    return said if resumes else "resume=true goes on, the same command starts again"
 
 
 def leave() -> None:

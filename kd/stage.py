@@ -47,11 +47,10 @@ def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
 def optimizer(parameters: nn.Module | list[Any], recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer, with its rule for weight decay where it is given a network."""
     o = recipe.optimizer
+    plain = o.name in ("sgd", "nesterov") and o.momentum == 0  # Nesterov's cannot be without a momentum
     return create_optimizer_v2(
         parameters,
-        opt="momentum"
-        if o.name in ("sgd", "nesterov") and o.momentum == 0
-        else o.name,  # Nesterov's cannot be without one
+        opt="momentum" if plain else o.name,
         lr=o.lr,
         weight_decay=o.weight_decay,
         momentum=o.momentum,

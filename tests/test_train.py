@@ -350,6 +350,9 @@ def test_where_the_same_command_starts_again_a_stop_says_what_goes_on(kd_train, 
         patch.setattr("kd.stages.execute", lambda run: (_ for _ in ()).throw(RuntimeError("Connection reset by peer")))
         assert kd_train(*words, "resume=false").err.endswith(f"; the last saved state is kept, {said}")
         assert kd_train(*words).err.endswith("; the last saved state is kept, run the same command to go on\n")
+        patch.setattr("kd.stages.execute", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert kd_train(*words, "resume=false").err == f"error: stopped; {said}"
+        assert kd_train(*words).err == "error: stopped; the same command goes on from what was saved\n"
     with monkeypatch.context() as patch:
         patch.setattr("kd.loop.stop_requested", lambda accelerator: True)
         assert kd_train(*words, "resume=false").err == f"teacher stopped after update 1 of 5; {said}"
