@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from kd.checkpoint import CHECKPOINTS, digest, read_json, write_atomically, write_json
+from kd.checkpoint import CHECKPOINTS, digest, write_atomically, write_json
 from kd.recipe import ConfigError, Recipe, content_hash, identity
 from kd.stored import read_card
 
@@ -26,7 +26,8 @@ def run_name(recipe: Recipe) -> str:
 
 def teacher_is_trained(recipe: Recipe) -> bool:
     """Whether the teacher stage trains, or takes weights as they are."""
-    return recipe.teacher.finetune or not (recipe.teacher.pretrained or recipe.teacher.checkpoint)
+    teacher = recipe.teacher
+    return teacher.finetune or not (teacher.pretrained or teacher.checkpoint is not None)
 
 
 def teacher_folder(recipe: Recipe, data_hash: str) -> Path:
@@ -111,7 +112,9 @@ def claim(run: Run) -> None:
         )
     elif accelerator.is_main_process:
         text = OmegaConf.to_yaml(OmegaConf.structured(run.recipe))
-        write_atomically(folder / "recipe.yaml", lambda temporary: temporary.write_text(text), len(text))
+        write_atomically(
+            folder / "recipe.yaml", lambda temporary: temporary.write_text(text, encoding="utf-8"), len(text)
+        )
         write_json(folder / "run.json", card)
     accelerator.wait_for_everyone()
     if run.recipe.tracker != "none" and not (folder / "result.json").exists():
@@ -122,11 +125,11 @@ def owner(run: Run, stage: str) -> dict[str, str]:
     """Which stage of which run files are of, as their manifests say it. A run is what run.json says; a teacher that is
     shared is what its folder's name says. Neither changes with the place of the output folder.
 
-    Raises CheckpointError where a run's folder has no run.json: `claim` writes it.
+    Raises CheckpointError where a run's folder has no run.json as kd writes it: `claim` does.
     """
     if stage == "teacher" and run.teacher_folder.parent != run.folder:
         return {"stage": stage, "run": run.teacher_folder.name}
-    return {"stage": stage, "run": content_hash(read_json(run.folder / "run.json"))}
+    return {"stage": stage, "run": content_hash(read_card(run.folder / "run.json"))}
 
 
 def _compare(found: dict, card: dict, folder: Path) -> None:

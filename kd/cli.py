@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from kd import methods, surroundings
 from kd.recipe import PACKAGE, ConfigError, Recipe, allowed
-from kd.signals import CTRL_C
+from kd.signals import CTRL_C, go_on
 
 USAGE = 2  # exit code of a command line that cannot work
 try:
@@ -32,6 +32,7 @@ LONGEST_NAME = 240  # bytes of a file's name: file systems take 255, and a tempo
 STUDIES = "studies"  # the folder of the recipes that are studies
 # The extra that brings a launcher of Hydra's.
 LAUNCHERS = {"joblib": "study", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
+SAVED = "the same command goes on from what was saved"
 NO_MEMORY = "out of memory; lower train.batch_size, or raise train.accumulation, which leaves the result as it is"
 
 
@@ -51,7 +52,7 @@ def claim(path: Path) -> str:
     """The claim on top of a recipe."""
     if not path.is_file():  # a FIFO would wait for somebody to write
         return ""
-    with path.open(errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         found = re.search(r"^# claim:\s*(.+)$", file.read(strict.MAX_BYTES), re.MULTILINE)
     return plain(found[1]) if found else ""
 
@@ -307,7 +308,7 @@ def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> It
             raise
         fail(f"{program} needs {error.name}: pip install 'kd-torch[train]'")
     except KeyboardInterrupt:
-        fail("stopped; the same command goes on from what was saved", CTRL_C)
+        fail(f"stopped; {go_on(SAVED)}", CTRL_C)
     except MemoryError:
         fail(NO_MEMORY, 1, everyone=True)
     except Exception as error:
@@ -317,18 +318,18 @@ def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> It
         if isinstance(error, BrokenPipeError) and not error.filename:  # who read has enough, as after | head
             surroundings.drop(1)
             if program in ("kd.train", "kd.study") and not {"-h", "--help"} & set(sys.argv[1:]):
-                fail("standard output: nobody reads it any more; the same command goes on from what was saved", 1)
+                fail(f"standard output: nobody reads it any more; {go_on(SAVED)}", 1)
             raise SystemExit(1) from error
         if isinstance(error, OSError) and error.filename:
             fail(f"{error.filename}: {error.strerror}", everyone=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             surroundings.drop(1)
-            fail(f"standard output: {error.strerror}; the same command goes on from what was saved", 1)
+            fail(f"standard output: {error.strerror}; {go_on(SAVED)}", 1)
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's own
             fail(NO_MEMORY, 1, everyone=True)
         if str(error).startswith("DataLoader worker"):  # raised by a signal, wherever this process then is
             said = " ".join(str(error).split()).removesuffix(".")
-            fail(f"{said}; the same command goes on from what was saved; without memory, lower data.workers", 1, True)
+            fail(f"{said}; {go_on(SAVED)}; without memory, lower data.workers", 1, True)
         if package == "kd" and isinstance(error, ValueError):  # ConfigError, CheckpointError, ImageError
             fail(str(error), everyone=not isinstance(error, ConfigError))
         raise

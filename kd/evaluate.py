@@ -65,7 +65,7 @@ def save_picture(console: Any, path: Path, title: str) -> None:
 
     local = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
     text = console.export_svg(title=title, code_format=local)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def main(arguments: list[str]) -> int:
@@ -76,8 +76,8 @@ def main(arguments: list[str]) -> int:
     for argument in arguments:
         cli.check_word(argument)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    others = [f"{key}={value}" for key, value in given.items() if key.startswith("data.")]
-    if not given.get("run") or len(given) < len(arguments) or len(others) < len(given.keys() - {"run", "picture"}):
+    moved = [f"data.root={given['data.root']}"] if "data.root" in given else []
+    if not given.get("run") or len(given) < len(arguments) or given.keys() - {"run", "picture", "data.root"}:
         raise ConfigError(
             f"{' '.join(arguments)}: type run=DIR, picture=FILE.svg to keep the table, and data.root=PATH where the "
             f"data set has moved"
@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> int:
         if not given["picture"].endswith(".svg"):
             raise ConfigError(f"picture={given['picture']}: must end in .svg")
         cli.check_target(f"picture={given['picture']}")
-    return evaluate(Path(given["run"]).resolve(), given.get("picture"), others)
+    return evaluate(Path(given["run"]).resolve(), given.get("picture"), moved)
 
 
 if __name__ == "__main__":

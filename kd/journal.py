@@ -34,10 +34,10 @@ class Journal:
         if not self.accelerator.is_main_process or not os.path.lexists(self.path):
             return
         regular(self.path, 0, follow=False)
-        lines = self.path.read_text(errors="replace").splitlines()
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in lines if _kept(line, stage, update, epochs)]
         text = "".join(f"{line}\n" for line in kept)
-        write_atomically(self.path, lambda temporary: temporary.write_text(text), len(text))
+        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"), len(text))
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; a value that is not finite is written as null, since JSON has no NaN.

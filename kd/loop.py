@@ -18,7 +18,7 @@ from typing import Any, NoReturn, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -33,8 +33,20 @@ from kd.models import Student
 from kd.numerics import Suspects, describe, first_bad_gradient
 from kd.objective import Objective, Terms
 from kd.recipe import Recipe
-from kd.signals import GO_ON, Interrupted, stop_requested
-from kd.stage import Stage, TrainingError, as_trained, build, epoch_order, mixed_seed, predict, schedule, share
+from kd.signals import Interrupted, go_on, stop_requested
+from kd.stage import (
+    Stage,
+    TrainingError,
+    as_trained,
+    build,
+    epoch_order,
+    mixed_seed,
+    not_finite,
+    optimizer,
+    predict,
+    schedule,
+    share,
+)
 
 MOST_SKIPPED = 32  # halves fp16's scale from 65,536 to 1.5e-5
 
@@ -63,14 +75,7 @@ class Trainer:
         self.selected_weights: dict[str, Tensor] | None = None  # on the CPU: every checkpoint has them
         models = stage.place(accelerator.device, recipe.train.channels_last)
         build(stage, recipe, data, accelerator)
-        self.optimizer = create_optimizer_v2(
-            stage.model.model,
-            opt=recipe.optimizer.name,
-            lr=recipe.optimizer.lr,
-            weight_decay=recipe.optimizer.weight_decay,
-            momentum=recipe.optimizer.momentum,
-            filter_bias_and_bn=not recipe.optimizer.decay_norm_and_bias,
-        )
+        self.optimizer = optimizer(stage.model.model, recipe)
         self._add_learned()
         self.scheduler = schedule(self.optimizer, recipe, stage.epochs, self.updates_per_epoch)
         decay = recipe.train.ema_decay
@@ -277,6 +282,11 @@ class Trainer:
             logits = predict(self._evaluated(), self.data.val, self.recipe.train.batch_size, self.accelerator)
         except Interrupted:
             self._stop()
+        if wrong := not_finite(logits):  # no gradient tells of what an epoch's last update did
+            raise TrainingError(
+                f"{self.stage.name}: {wrong} after update {self.progress.update} of {self.updates}; the last saved "
+                f"state is kept. Try a smaller optimizer.lr, or train.clip_grad=1"
+            )
         targets = self.data.val.targets
         top1, val_nll = top_k_accuracy(logits, targets, 1).item(), nll(logits, targets).item()
         entry = {"stage": self.stage.name, "update": self.progress.update, "epoch": epoch}
@@ -284,7 +294,7 @@ class Trainer:
         self.journal.epoch(self.stage.name, epoch + 1, self.stage.epochs, top1, val_nll, self.progress.skipped)
         self.progress.epochs = epoch + 1
         best = self.progress.selected
-        # Ties in accuracy, common on small sets, go to the lower nll. NaN compares false and never becomes best.
+        # Ties in accuracy, common on small sets, go to the lower nll.
         if not best or (top1, -val_nll) > (best["val_top1"], -best["val_nll"]):
             self.progress.selected = {"epoch": epoch + 1, "val_top1": top1, "val_nll": val_nll}
             weights = self._evaluated().model.state_dict()
@@ -321,7 +331,7 @@ class Trainer:
         if len(set(names)) > 1:  # they would train from different weights, and average their gradients
             raise checkpoint.CheckpointError(
                 f"{self.stage.folder}: not all processes find the same checkpoint ({', '.join(names)}): a file "
-                f"system may lag behind; {GO_ON}"
+                f"system may lag behind; {go_on()}"
             )
         if found is None:
             return

@@ -43,7 +43,7 @@ def names() -> dict[str, str]:
     """The module of every method in kd, by the method's name: read, not imported."""
     found = {}
     for path in sorted((PACKAGE / "losses").glob("*.py")):
-        for name in re.findall(r'^class \w+\(Method, name="(\w+)"', path.read_text(), re.MULTILINE):
+        for name in re.findall(r'^class \w+\(Method, name="(\w+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
             found[name] = f"kd.losses.{path.stem}"
     return found
 

@@ -32,7 +32,7 @@ def _git(*arguments: str) -> str | None:
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     with suppress(OSError):
-        for line in info.read_text().splitlines():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

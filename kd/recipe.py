@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).resolve().parent
 TEMPERATURES = {"ge": LOWEST_TEMPERATURE, "le": HIGHEST_TEMPERATURE}
 WEIGHTS = {"ge": 0, "le": LARGEST_WEIGHT}
 MOST_EPOCHS = 1_000_000
+RATES = {"le": 1_000_000}  # far beyond any that trains, and float32 has room for what optimizers make of it
 
 
 class ConfigError(ValueError):
@@ -66,6 +67,10 @@ class Checked:
                 finite = "finite and " if isinstance(value, float) and not math.isfinite(value) else ""
                 raise ConfigError(
                     f"{self.section}{f.name}={value}: must be {finite}{allowed(f.metadata)} ({f.metadata['doc']})"
+                )
+            if value == "" and f.type == "str | None":  # as of a shell variable that is not set
+                raise ConfigError(
+                    f"{self.section}{f.name}=: must not be empty; null, or left out, is none ({f.metadata['doc']})"
                 )
 
 
@@ -208,8 +213,8 @@ class OptimizerConfig(Checked):
     section: ClassVar[str] = "optimizer."
 
     name: str = setting("adamw", "timm optimizer: sgd (Nesterov), momentum, adamw, lamb, ...")
-    lr: float = setting(1e-3, "learning rate at the given batch size", gt=0)
-    weight_decay: float = setting(0.05, "weight decay", ge=0)
+    lr: float = setting(1e-3, "learning rate at the given batch size", gt=0, **RATES)
+    weight_decay: float = setting(0.05, "weight decay", ge=0, **RATES)
     momentum: float = setting(0.9, "momentum, for the optimizers that have one", ge=0, lt=1)
     decay_norm_and_bias: bool = setting(False, "apply weight decay to normalisation parameters and biases too")
 
@@ -224,8 +229,8 @@ class SchedulerConfig(Checked):
         "cosine", "shape of the decay", among=("cosine", "step", "multistep", "poly", "tanh", "constant")
     )
     warmup_epochs: int = setting(0, "epochs of linear warm-up", ge=0)
-    warmup_lr: float = setting(1e-6, "learning rate at the start of the warm-up", ge=0)
-    min_lr: float = setting(0.0, "learning rate at the end", ge=0)
+    warmup_lr: float = setting(1e-6, "learning rate at the start of the warm-up", ge=0, **RATES)
+    min_lr: float = setting(0.0, "learning rate at the end", ge=0, **RATES)
     decay_epochs: int = setting(30, "epochs between decays (step)", ge=1)
     milestones: list[int] = setting([], "epochs at which to decay (multistep)")
     decay_rate: float = setting(0.1, "factor of each decay (step, multistep)", gt=0, le=1)

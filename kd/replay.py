@@ -66,7 +66,7 @@ def main(words: list[str], run: Callable[..., int]) -> int:
 
     if code := run(recipe, check):
         return code
-    return report(past.result, outcome(runs[0]))
+    return report(past.result, outcome(runs[0]), runs[0].journal.say)
 
 
 def outcome(run: Run) -> dict[str, Any]:
@@ -86,7 +86,9 @@ def _advice(name: str, folder: Path) -> str:
 def _given(words: list[str]) -> dict[str, str]:
     given: dict[str, str] = {}
     for word in words:
-        key, _, value = word.partition("=")
+        key, equals, value = word.partition("=")
+        if equals and not value:  # as of a shell variable that is not set
+            raise ConfigError(f"{word}: must not be empty")
         if key not in WORDS:
             raise ConfigError(f"{word}: a replay takes the run's own recipe; beside replay= type only "
                               f"{', '.join(f'{name}=' for name in WORDS[1:])}")  # fmt: skip
@@ -146,17 +148,17 @@ def _differs(name: str, was: Any, now: Any) -> Iterator[str]:
         yield f"{name}: {plain(str(was), 80)}, now {plain(str(now), 80)}"
 
 
-def report(old: dict[str, Any], new: dict[str, Any]) -> int:
-    """Print whether weights and scores are identical, and the largest difference; returns 0 where both are, else 1."""
+def report(old: dict[str, Any], new: dict[str, Any], say: Callable[[str], None] = print) -> int:
+    """Say whether weights and scores are identical, and the largest difference; returns 0 where both are, else 1."""
     changed = []
     for name in (name for name in NETWORKS if name in new):
         was, now = (side.get(name, {}).get("sha256", "not recorded") for side in (old, new))
         changed += _differs(f"{name}'s sha256", was, now)
-    print(f"weights  {'; '.join(changed) or 'identical'}")
+    say(f"weights  {'; '.join(changed) or 'identical'}")
     scores, was = _scores(new), _scores(old)
     gaps = {name: abs(value - was[name]) if name in was else math.inf for name, value in scores.items()}
     worst = max(gaps, key=gaps.__getitem__)
-    print(f"scores   {f'largest difference {gaps[worst]:.2g} ({worst})' if gaps[worst] else 'identical'}")
+    say(f"scores   {f'largest difference {gaps[worst]:.2g} ({worst})' if gaps[worst] else 'identical'}")
     return int(bool(changed) or gaps[worst] > 0)
 
 

@@ -118,6 +118,7 @@ def write_result(run: Run) -> dict[str, Any]:
     }
     if run.accelerator.is_main_process:
         write_json(run.folder / "result.json", result)
+    run.accelerator.wait_for_everyone()  # others may read it next
     return result
 
 

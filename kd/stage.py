@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -41,6 +42,20 @@ def mixed_seed(*parts: int) -> int:
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
     """The order of the training images in an epoch, the same on every process."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch)))
+
+
+def optimizer(parameters: nn.Module | list[Any], recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer, with its rule for weight decay where it is given a network."""
+    o = recipe.optimizer
+    plain = o.name in ("sgd", "nesterov") and o.momentum == 0  # Nesterov's cannot be without a momentum
+    return create_optimizer_v2(
+        parameters,
+        opt="momentum" if plain else o.name,
+        lr=o.lr,
+        weight_decay=o.weight_decay,
+        momentum=o.momentum,
+        filter_bias_and_bn=not o.decay_norm_and_bias,
+    )
 
 
 def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, epochs: int, updates_per_epoch: int) -> Scheduler:
@@ -86,6 +101,12 @@ def predict(model: Student | Teacher, split: Split, batch_size: int, accelerator
     logits = torch.cat(rows)
     gathered = accelerator.gather(logits).view(world, len(logits), -1)
     return gathered.transpose(0, 1).reshape(world * len(logits), -1)[:size].cpu()
+
+
+def not_finite(logits: Tensor) -> str:
+    """For how many of the validation images (N, K) logits are not finite, in words; '' where all are."""
+    bad = int((~logits.isfinite().all(dim=1)).sum())
+    return f"logits of {bad} of {len(logits)} validation images are not finite" if bad else ""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import list_optimizers
 from torch import Tensor, nn
 
 from kd import methods
@@ -33,9 +33,11 @@ from kd.pretrained import check_file
 from kd.probe import tell_smoothing
 from kd.recipe import ConfigError, LossConfig, Recipe
 from kd.signals import held
-from kd.stage import Stage, mixed_seed, predict
+from kd.stage import Stage, mixed_seed, not_finite, optimizer, predict
 from kd.stage import build as build_objective
 from kd.taps import needed
+
+USUAL_OPTIMIZERS = ["adamw", "sgd", "lamb"]
 
 
 @dataclass
@@ -83,7 +85,7 @@ def check_environment(recipe: Recipe) -> None:
     if recipe.tracker != "none" and importlib.util.find_spec(recipe.tracker) is None:
         raise ConfigError(f"tracker={recipe.tracker}: not installed; pip install {recipe.tracker}")
     if recipe.optimizer.name not in (known := [str(name) for name in list_optimizers()]):
-        near = difflib.get_close_matches(recipe.optimizer.name, known, n=3, cutoff=0.5) or ["adamw", "sgd", "lamb"]
+        near = difflib.get_close_matches(recipe.optimizer.name, known, n=3, cutoff=0.5) or USUAL_OPTIMIZERS
         raise ConfigError(f"optimizer.name={recipe.optimizer.name}: timm has no such optimizer; try {', '.join(near)}")
     _check_optimizer(recipe)
     trained = [recipe.student] + ([recipe.teacher] if teacher_is_trained(recipe) else [])
@@ -115,12 +117,15 @@ def _check_optimizer(recipe: Recipe) -> None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     parameters = [nn.Parameter(torch.ones(size, device=device)) for size in ((2, 2), (2,))]
     try:
-        optimizer = create_optimizer_v2(parameters, o.name, o.lr, o.weight_decay, o.momentum)
+        made = optimizer(parameters, recipe)
         torch.stack([p.square().sum() for p in parameters]).sum().backward()
-        optimizer.step()
+        made.step()
     except Exception as error:  # whatever a package that is not there, or half there, leads timm to
         said = textwrap.shorten(str(error), 160) or f"{type(error).__name__}, a package that it needs is not installed"
-        raise ConfigError(f"optimizer.name={o.name}: cannot train here ({said}); try adamw, sgd, lamb") from error
+        if o.momentum == 0 and "momentum" in said:
+            raise ConfigError(f"optimizer.momentum=0: must be > 0 for optimizer.name={o.name} ({said})") from error
+        others = ", ".join(name for name in USUAL_OPTIMIZERS if name != o.name)
+        raise ConfigError(f"optimizer.name={o.name}: cannot train here ({said}); try {others}") from error
 
 
 def check_batch(recipe: Recipe, data: Data, processes: int) -> None:
@@ -137,12 +142,14 @@ def check_batch(recipe: Recipe, data: Data, processes: int) -> None:
 
 def check_validation(recipe: Recipe, data: Data) -> None:
     """Raise ConfigError for so few validation images that not even a perfect teacher could be told from chance."""
-    _, bound = _chance(targets := data.val.targets)
-    if bound >= 1:
-        raise ConfigError(
-            f"data.val_fraction={recipe.data.val_fraction}: gives {len(targets)} validation images, on which no "
-            f"teacher could be told from chance (its top-1 must be > {bound:.2%}): raise it, or add images"
-        )
+    chance, bound = _chance(targets := data.val.targets)
+    if bound < 1:
+        return
+    few = f"{len(targets)} validation images, on which no teacher could be told from chance ({chance:.2%})"
+    if data.val_is_given:
+        where = f"name={data.name}" if recipe.data.root is None else f"root={recipe.data.root}"
+        raise ConfigError(f"data.{where}: comes with {few}: add images to its validation split")
+    raise ConfigError(f"data.val_fraction={recipe.data.val_fraction}: gives {few}: raise it, or add images")
 
 
 def _chance(targets: Tensor) -> tuple[float, float]:
@@ -320,9 +327,17 @@ def _train_members(run: Run) -> None:
 
 
 def check_teacher(run: Run, teacher: Teacher) -> None:
-    """Print the teacher's validation accuracy; stop when it is no better than always guessing one class."""
+    """Print the teacher's validation accuracy. Raises ConfigError when it is no better than always guessing one class,
+    or cannot be told.
+    """
     targets = run.data.val.targets
     logits = predict(teacher, run.data.val, run.recipe.train.batch_size, run.accelerator)
+    if wrong := not_finite(logits):
+        key = "model" if run.recipe.teacher.checkpoint is None else "checkpoint"
+        raise ConfigError(
+            f"teacher.{key}={getattr(run.recipe.teacher, key)}: {wrong} (must all be): take other weights, or "
+            f"train.precision=fp32 where it is not"
+        )
     top1 = top_k_accuracy(logits, targets, 1).item()
     chance, bound = _chance(targets)
     run.journal.say(f"teacher  validation top-1 {top1:.2%}   (chance {chance:.2%}, {len(targets)} images)")
@@ -364,6 +379,7 @@ def _is_done(run: Run, name: str) -> bool:
 
 def _check_done(run: Run, name: str, folder: Path) -> None:
     """Raise CheckpointError unless a stage's weights are whole and its own; remove what a kill left beside them."""
-    finished(folder / "last.safetensors", advice(name, folder), owner(run, name))
+    for which in ("last", "selected"):  # both are scored, once everything is trained
+        finished(folder / f"{which}.safetensors", advice(name, folder), owner(run, name))
     if run.accelerator.is_main_process:
         retire([folder / CHECKPOINTS])

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kd.layout import ANY, NUMBER, Each, check
+from kd.layout import ANY, NUMBER, Each, check, short
 from kd.recipe import ConfigError
 from kd.strict import leaves
 
@@ -34,13 +34,24 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def read_card(path: Path) -> dict[str, Any]:
     """A run.json. Raises CheckpointError as `read_result` does."""
-    return _read(path, CARD, "; restore it, or resume=false to set that run aside")
+    from kd.checkpoint import CheckpointError
+
+    card = _read(path, CARD, hint := "; restore it, or resume=false to set that run aside")
+    if other := sorted(card.keys() - CARD):  # the stages' files say by the whole card whose they are
+        raise CheckpointError(f"{path}: {short(other[0])}: kd writes no such entry{hint}")
+    return card
 
 
 def _read(path: Path, layout: Any, hint: str) -> dict[str, Any]:
     from kd.checkpoint import CheckpointError, read_json  # and with it torch
+    from kd.checkpoint.files import Unreadable
 
-    values = read_json(path)
+    try:
+        values = read_json(path)
+    except Unreadable:  # it may be whole
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{hint}") from error
     try:
         check(path, values, layout, hint)
     except ConfigError as error:

@@ -22,6 +22,7 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
     from kd.plan import print_layers, print_plan
     from kd.stage import TrainingError
 
+    signals.resumes = recipe.resume
     run = stages.prepare(recipe)
     if recipe.list_layers:
         print_layers(run)
@@ -50,14 +51,14 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
             print(path)
     except signals.Interrupted as stop:
         if run.accelerator.is_main_process:
-            print(f"{stop}; {signals.GO_ON}", file=sys.stderr)
+            print(f"{stop}; {signals.go_on()}", file=sys.stderr)
         raise SystemExit(signals.exit_code()) from stop  # also of several runs, of which the next must not begin
     except TrainingError as error:
         cli.fail(str(error), 1)
     except RuntimeError as error:
         if (said := lost(error)) is None:
             raise
-        cli.fail(f"{said}; the last saved state is kept, {signals.GO_ON}", 1, everyone=True)
+        cli.fail(f"{said}; the last saved state is kept, {signals.go_on()}", 1, everyone=True)
     finally:
         run.accelerator.end_training()
     return 0

@@ -27,6 +27,23 @@ def test_a_run_that_does_not_say_of_which_recipe_it_is_is_not_gone_on_with(left,
     assert f"run=one: runs/smoke/one has {left} and no run.json that says of which recipe; restore it" in said
 
 
+def test_a_card_that_kd_has_not_written_is_named_with_what_to_do(kd_train, tmp_path):
+    assert kd_train(*RUN).code == 0
+    card = tmp_path / "runs/smoke/one/run.json"
+    (card.parent / "result.json").unlink()
+    whole = card.read_text()
+    for text, wrong in {
+        "": "is empty",
+        whole[:50]: "cannot be read (",
+        whole.replace("{", '{"extra": 1,', 1): "extra: kd writes no such entry",
+        whole.replace("data_hash", "date_hash"): "data_hash: is missing",
+    }.items():
+        card.write_text(text)
+        said = refused(kd_train, tmp_path)
+        assert f"run.json: {wrong}" in said
+        assert said.endswith("; restore it, or resume=false to set that run aside\n")
+
+
 @pytest.mark.parametrize("inside", ["", "student", "control", "student/checkpoints"])
 def test_a_link_inside_a_run_is_not_followed(inside, kd_train, tmp_path):
     """Checkpoints would be written where it points, and what looks left over would be removed there."""

@@ -78,7 +78,8 @@ WRONG = {
     "data=cifar10 data.root=/nowhere": "data.root=/nowhere",
     "train.batch_size=5000": "train.batch_size=5000: must be ≤ 1293, the training images of digits",
     "train.batch_size=2 train.accumulation=4": "train.batch_size=2: must be ≥ 4",
-    "run=": "run='': must be a plain folder name",
+    "run=": "run=: must not be empty; null, or left out, is none",
+    "teacher.checkpoint=": "teacher.checkpoint=: must not be empty; null, or left out, is none",
     "--cfg": "--cfg: type --cfg job",
     "run=../elsewhere": "run='../elsewhere': must be a plain folder name",
     "run=" + "x" * 300: "run='xxx",
@@ -107,6 +108,7 @@ WRONG = {
     "optimizer.name=adamww": "optimizer.name=adamww",
     "optimizer.name=adahessian": "optimizer.name=adahessian: cannot train here (",  # it needs the gradient's graph
     "optimizer.name=fusedsgd": "optimizer.name=fusedsgd: cannot train here (",  # a package that is not installed
+    "optimizer.name=sgdw optimizer.momentum=0": "optimizer.momentum=0: must be > 0 for optimizer.name=sgdw (",
     "student.epochs=99999999999999999999999 dry_run=true": "student.epochs=99999999999999999999999: must be ≥ 1 and ≤",
 }
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -247,7 +248,16 @@ def test_no_name_of_an_image_is_left_out_in_silence(kd_train, root, tmp_path, na
 
 def test_too_few_validation_images_to_tell_a_teacher_from_chance_are_said_to_be_so(kd_train, root, tmp_path):
     said = refused(kd_train, tmp_path, *trains(root, **{"data.val_fraction": 0.07}))
-    assert re.search(r"data.val_fraction=0.07: gives \d validation images, .*must be > 1\d\d\.\d\d%\)", said)
+    few = r"\d validation images, on which no teacher could be told from chance \(\d\d\.\d\d%\): "
+    assert re.fullmatch(f"data.val_fraction=0.07: gives {few}raise it, or add images", said)
+    own = tmp_path / "own"
+    for split in ("train", "val", "test"):
+        shutil.copytree(root, own / split)
+    for name in ("one", "two"):
+        for path in sorted((own / "val" / name).iterdir())[1:]:
+            path.unlink()
+    said = refused(kd_train, tmp_path, *trains(own))  # there is no val_fraction that changes anything
+    assert re.fullmatch(f"data.root={own}: comes with {few}add images to its validation split", said)
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from kd import stages
 from kd.losses.distill import DistillLoss
 from kd.models import Teacher
-from kd.recipe import DataConfig
+from kd.recipe import ConfigError, DataConfig
 from kd.stage import TrainingError, epoch_order, mixed_seed, predict, share
 from tests.tiny_loop import Tiny, lines, recipe, trainer, weights
 
@@ -59,6 +60,29 @@ def test_one_update_is_the_optimizers_step_on_the_mean_loss_of_the_batch(tmp_pat
     t._update([batch])
     expected = torch.cat([p.detach().flatten() for p in by_hand.parameters()])
     torch.testing.assert_close(weights(t), expected, rtol=0, atol=1e-7)
+
+
+def test_sgd_without_momentum_is_plain(tmp_path):
+    """timm's sgd is Nesterov's, which cannot be without a momentum."""
+    r = recipe()
+    r.optimizer.name, r.optimizer.momentum, r.optimizer.lr, r.optimizer.weight_decay = "sgd", 0.0, 0.5, 0.0
+    stages.check_environment(r)
+    t = trainer(tmp_path, r)
+    torch.manual_seed(0)
+    by_hand = Tiny()
+    batch = next(t._batches(0, 0))
+    F.cross_entropy(by_hand(batch.images), batch.targets).backward()
+    t._update([batch])
+    expected = torch.cat([(p - 0.5 * p.grad).flatten() for p in by_hand.parameters()])
+    torch.testing.assert_close(weights(t), expected, rtol=0, atol=1e-6)
+
+
+def test_an_optimizer_that_cannot_train_is_not_suggested(monkeypatch):
+    r = recipe()
+    r.optimizer.name, r.optimizer.momentum = "lamb", 0.0
+    monkeypatch.setattr(stages, "optimizer", lambda *_: 1 / 0)
+    with pytest.raises(ConfigError, match=r"optimizer\.name=lamb: cannot train here \(.*\); try adamw, sgd$"):
+        stages.check_environment(r)
 
 
 @pytest.mark.parametrize("accumulation", [4, 3])
@@ -149,13 +173,18 @@ def test_training_learns_and_the_selected_weights_are_the_best_validated(tmp_pat
     assert done["updates"] == 40
 
 
-def test_nan_never_becomes_best(tmp_path, monkeypatch):
-    t = trainer(tmp_path, recipe())
-    t.progress.selected = {"epoch": 1, "val_top1": 0.5, "val_nll": 1.0}
-    monkeypatch.setattr("kd.loop.nll", lambda *a: torch.tensor(math.nan))
-    monkeypatch.setattr("kd.loop.top_k_accuracy", lambda *a: torch.tensor(0.5))
-    t._validate(1)
-    assert t.progress.selected["epoch"] == 1
+def test_what_diverges_in_the_last_update_of_an_epoch_stops_at_its_validation(tmp_path):
+    t = trainer(tmp_path, recipe(batch_size=1293))
+    t._save()
+    last = t.stage.model.model.inner[-1].bias
+    t.optimizer.register_step_post_hook(lambda *_: last.data.fill_(math.inf))
+    with pytest.raises(TrainingError) as error:
+        t.fit()
+    assert str(error.value) == (
+        "student: logits of 144 of 144 validation images are not finite after update 1 of 2; the last saved state is "
+        "kept. Try a smaller optimizer.lr, or train.clip_grad=1"
+    )
+    assert [p.name for p in (tmp_path / "student/checkpoints").iterdir()] == ["update-00000000"]
 
 
 def test_predictions_come_back_in_the_order_of_the_split(tmp_path):

@@ -1,9 +1,14 @@
 """Replay: a finished run trained again comes out equal; what differs is named before any work."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
+from kd import replay
+from kd.journal import Journal
+from kd.recipe import Recipe
 from kd.replay import report
 
 RUN = ("recipe=smoke", "output=runs", "run=one")
@@ -34,6 +39,9 @@ def test_a_replay_is_identical_and_every_difference_is_named(kd_train, tmp_path)
     assert "torch: 1.0\\x1b, now " in refused.err
     assert "data_hash: 0, now " in refused.err
     assert "is the old run's" in kd_train("replay=runs/smoke/one", "output=runs").err
+    for empty in ("replay=", "output=", "data.root="):  # as of shell variables that are not set
+        words = (empty, *(["replay=runs/smoke/one"] if empty != "replay=" else []))
+        assert kd_train(*words).err == f"error: {empty}: must not be empty\n"
     assert "takes the run's own recipe" in kd_train("replay=runs/smoke/one", "seed=1").err
     saved = path.with_name("recipe.yaml")
     saved.write_text(saved.read_text().replace("seed: 0", "seed: 1", 1))
@@ -53,6 +61,18 @@ def test_what_came_out_otherwise_is_said(capsys, change, code, said):
     old = {"student": {"sha256": "a", "last": {"test": {"top1": 0.5}}}}
     assert report(old, {"student": old["student"] | change}) == code
     assert said in capsys.readouterr().out
+
+
+def test_one_process_of_several_says_what_came_out(monkeypatch, capsys, tmp_path):
+    network = {"student": {"sha256": "a", "last": {"test": {"top1": 0.5}}}}
+    monkeypatch.setattr(replay, "read", lambda path: replay.Past(tmp_path / "one/two", Recipe(name="t"), network))
+    monkeypatch.setattr(replay, "differences", lambda past, run: ())
+    monkeypatch.setattr(replay, "outcome", lambda run: network)
+    for main, said in ((True, "weights  identical\nscores   identical\n"), (False, "")):
+        accelerator = SimpleNamespace(is_main_process=main)
+        run = SimpleNamespace(folder=tmp_path, journal=Journal(tmp_path, accelerator, Console()))
+        assert replay.main(["replay=x"], lambda recipe, check, run=run: check(run) or 0) == 0
+        assert capsys.readouterr().out == said
 
 
 def test_an_earlier_replay_is_said_to_be_one_and_its_weights_are_looked_at(kd_train, tmp_path):

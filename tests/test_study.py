@@ -172,7 +172,8 @@ def test_a_launcher_that_breaks_leaves_a_table_that_says_what_is_missing(kd_stud
 
 
 def test_students_of_a_teacher_that_diverged_fail_with_its_name(kd_study):
-    done = kd_study("study.seeds=1", "optimizer.lr=1e30", "study.controls=[hard]", "study.contrasts=[]")
+    rates = ("optimizer.lr=1e6", "optimizer.weight_decay=1e6")
+    done = kd_study("study.seeds=1", *rates, "study.controls=[hard]", "study.contrasts=[]")
     assert done.code == 1
     table = load(STUDY).set_index("point")
     teachers = table[table["role"] == "teacher"]

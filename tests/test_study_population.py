@@ -79,7 +79,7 @@ def ordinary_loop(data, net: nn.Module, criterion, recipe=RECIPE) -> nn.Module:
     kinds = {"decay": [p for p in net.parameters() if p.ndim > 1], "not": [p for p in net.parameters() if p.ndim <= 1]}
     groups = [{"params": kinds["not"], "weight_decay": 0.0}, {"params": kinds["decay"], "weight_decay": o.weight_decay}]
     if o.name == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, nesterov=True)
+        optimizer = torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, nesterov=o.momentum > 0)
     else:
         optimizer = torch.optim.AdamW(groups, lr=o.lr)
     for epoch in range(EPOCHS):
@@ -159,8 +159,9 @@ def test_a_method_of_the_batch_and_one_per_example_equal_the_ordinary_loop(data,
         assert_same(ordinary_loop(data, network("mlp_nano"), criterion), population.member(i), 1e-9)
 
 
-def test_sgd_with_momentum_is_each_members_own(data, teachers):
-    recipe = replace(RECIPE, optimizer=replace(RECIPE.optimizer, name="sgd", lr=0.05, momentum=0.8))
+@pytest.mark.parametrize("momentum", [0.8, 0.0])
+def test_sgd_with_momentum_is_each_members_own(momentum, data, teachers):
+    recipe = replace(RECIPE, optimizer=replace(RECIPE.optimizer, name="sgd", lr=0.05, momentum=momentum))
     population = trained(data, [Member(LOSSES[0], 0), Member(LOSSES[1], 1)], teachers, recipe).population
     assert_same(
         ordinary_loop(data, network("mlp_nano"), criterion_of(LOSSES[1], teachers[1]), recipe), population.member(1)

@@ -14,14 +14,16 @@ import psutil
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, log_loss
 
 import kd.networks
-from kd import evaluate
+from kd import evaluate, results
 from kd.checkpoint import write_manifest
 from kd.models import weights_metadata
+from kd.recipe import PACKAGE
 from tests.torture import forked
 
 SMOKE = ("recipe=smoke", "output=runs", "run=one")
@@ -146,6 +148,8 @@ def test_evaluate_finds_weights_that_are_not_the_results(finished, tmp_path):
         (["run=."], "run=.*: holds no recipe.yaml"),
         (["runs/x"], "runs/x: type run=DIR"),
         (["run=a", "seed=1"], "run=a seed=1: type run=DIR"),
+        (["run=a", "data.val_fraction=0.3"], "run=a data.val_fraction=0.3: type run=DIR"),
+        (["run=a", "data.root.x=1"], "run=a data.root.x=1: type run=DIR.* data.root=PATH"),
         (["run=a", "picture=x.png"], "picture=x.png: must end in .svg"),
     ],
 )
@@ -183,6 +187,36 @@ def test_finished_stages_are_skipped_and_the_teacher_is_shared(finished, kd_trai
     other = kd_train("recipe=smoke", "output=runs", "loss.temperature=2")
     assert "teacher  found in" in other.out
     assert len(list((tmp_path / "runs/teachers").iterdir())) == 1
+
+
+def test_selected_weights_that_are_damaged_are_told_of_before_anything_is_trained(
+    finished, kd_train, monkeypatch, tmp_path
+):
+    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    run, (teacher,) = tmp_path / "runs/smoke/one", (tmp_path / "runs/teachers").iterdir()
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "control")
+    monkeypatch.setattr("kd.stages.train", lambda *_: pytest.fail("trained before it looked"))
+    for stage in (run / "student", teacher):
+        whole = (path := stage / "selected.safetensors").read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        done = kd_train(*SMOKE)
+        assert (done.code, done.err.count("\n")) == (2, 1), done.err
+        assert f"{stage.name}/selected.safetensors: has sha256" in done.err
+        path.write_bytes(whole)
+
+
+def test_no_process_reads_a_result_that_is_not_written(finished, kd_train, monkeypatch, tmp_path):
+    """What comes next, such as a replay's comparison, waits for the process that writes."""
+    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    (tmp_path / "runs/smoke/one/result.json").unlink()
+    done = []
+    write_json, write_result = results.write_json, results.write_result
+    monkeypatch.setattr(results, "write_json", lambda path, value: (done.append(path.name), write_json(path, value)))
+    monkeypatch.setattr(results, "write_result", lambda run: (write_result(run), done.append("next"))[0])
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda self: done.append("all wait"))
+    assert kd_train(*SMOKE).code == 0
+    assert done[done.index("result.json") : done.index("next")] == ["result.json", "all wait"]
 
 
 def test_a_run_folder_with_another_recipe_is_refused_and_kept(finished, kd_train, tmp_path):
@@ -242,6 +276,16 @@ def test_a_teacher_of_ones_own_is_used_as_it_is(finished, kd_train, tmp_path):
     assert "nothing says whether distillation helped" in done.out
 
 
+def test_a_teacher_whose_logits_overflow_is_named(finished, kd_train, tmp_path):
+    """Finite weights whose products are not: nothing but the logits tells."""
+    (teacher,) = (finished[0] / "runs/teachers").iterdir()
+    weights = load_file(teacher / "last.safetensors")
+    save_file({name: value * 1e18 for name, value in weights.items()}, tmp_path / "own.safetensors")
+    done = kd_train(*SMOKE, "teacher.checkpoint=own.safetensors")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "error: teacher.checkpoint=own.safetensors: logits of 144 of 144 validation images are not" in done.err
+
+
 def test_a_head_that_does_not_fit_is_refused(finished, kd_train, tmp_path):
     from safetensors.torch import save_file
 
@@ -297,6 +341,22 @@ def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_end(finished, tmp_path):
     for name in ("student", "control"):
         weights = f"smoke/one/{name}/last.safetensors"
         assert (tmp_path / "runs" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+def test_where_the_same_command_starts_again_a_stop_says_what_goes_on(kd_train, monkeypatch, tmp_path):
+    said = "resume=true goes on, the same command starts again\n"
+    words = (*SMOKE, "control=false")
+    with monkeypatch.context() as patch:
+        patch.setattr("kd.stages.execute", lambda run: (_ for _ in ()).throw(RuntimeError("Connection reset by peer")))
+        assert kd_train(*words, "resume=false").err.endswith(f"; the last saved state is kept, {said}")
+        assert kd_train(*words).err.endswith("; the last saved state is kept, run the same command to go on\n")
+        patch.setattr("kd.stages.execute", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert kd_train(*words, "resume=false").err == f"error: stopped; {said}"
+        assert kd_train(*words).err == "error: stopped; the same command goes on from what was saved\n"
+    with monkeypatch.context() as patch:
+        patch.setattr("kd.loop.stop_requested", lambda accelerator: True)
+        assert kd_train(*words, "resume=false").err == f"teacher stopped after update 1 of 5; {said}"
+    assert "teacher  goes on after update 1 of 5" in kd_train(*words, "resume=true").out
 
 
 @pytest.mark.parametrize("batch", [256, 255])
@@ -477,6 +537,28 @@ def test_a_process_that_is_alone_says_so(tmp_path):
         "error: another process of this run has ended; the last saved state is kept, run the same command to go on"
     )
     assert "Traceback" not in said
+
+
+IN_ASCII = """
+import sys
+from accelerate.state import AcceleratorState
+from kd import cli, evaluate, train
+cli.command("kd.train", train.run)
+AcceleratorState._reset_state(reset_partial_state=True)
+sys.exit(evaluate.main(["run=runs/smoke/one", "picture=table.svg"]))
+"""
+
+
+def test_files_are_of_utf8_whatever_the_locale(tmp_path):
+    smoke = (PACKAGE.parent / "recipes/smoke.yaml").read_text(encoding="utf-8")
+    (tmp_path / "recipes").mkdir()
+    text = smoke.replace("data:\n", "data:\n  root: /données\n")
+    (tmp_path / "recipes/smoke.yaml").write_text(text, encoding="utf-8")
+    ascii_only = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    done = command(tmp_path, *SMOKE, program=("-c", IN_ASCII), env=ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert "root: /données\n" in (tmp_path / "runs/smoke/one/recipe.yaml").read_text(encoding="utf-8")
+    assert "±" in (tmp_path / "table.svg").read_text(encoding="utf-8")
 
 
 def test_tensorboard_gets_the_curves(kd_train, tmp_path):

@@ -91,7 +91,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any], needed: int = 0) 
 def write_json(path: Path, value: Any) -> None:
     """Write plain values as readable JSON, atomically; NaN is refused, since JSON has none."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text), len(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), len(text))
 
 
 def open_in_place(path: Path) -> IO[str]:
@@ -104,7 +104,7 @@ def open_in_place(path: Path) -> IO[str]:
     if os.path.lexists(path):
         regular(path, 0, follow=False)
     flags = os.O_NOFOLLOW | os.O_NONBLOCK
-    return open(path, "a+", opener=lambda name, mode: os.open(name, mode | flags, 0o666))
+    return open(path, "a+", encoding="utf-8", opener=lambda name, mode: os.open(name, mode | flags, 0o666))
 
 
 # ---- reading

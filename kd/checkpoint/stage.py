@@ -124,7 +124,7 @@ def save(
             for name, (content, head) in files.items():
                 save_file(content, temporary / name, head)
             text = seal(temporary, list(files), {**of, "update": update, "about": _about(metadata)})
-            (temporary / MANIFEST).write_text(text)
+            (temporary / MANIFEST).write_text(text, encoding="utf-8")
             for name in (*files, MANIFEST):
                 sync(temporary / name)
             sync(temporary)
@@ -243,7 +243,7 @@ def finish(
 def write_manifest(path: Path, names: list[str], about: dict[str, Any]) -> None:
     """Write a manifest, atomically, over files beside it. Raises CheckpointError."""
     text = seal(path.parent, names, about)
-    write_atomically(path, lambda temporary: temporary.write_text(text), len(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), len(text))
 
 
 def save_sealed(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

@@ -78,6 +78,7 @@ class Data:
     std: tuple[float, ...]
     hash: str
     omit_class: int | None = None  # for `transfer`
+    val_is_given: bool = False  # the set comes with its validation split, and none is held out of train
 
     @property
     def num_classes(self) -> int:

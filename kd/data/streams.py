@@ -177,4 +177,5 @@ def stream_data(
         std=IMAGENET_DEFAULT_STD,
         hash=digest(lines),
         omit_class=config.omit_class,
+        val_is_given=parts["val"].given != "train",
     )

@@ -172,4 +172,5 @@ def tensor_data(
         std=tuple(std.tolist()),
         hash=digest([part for split in splits.values() for part in (split.images.numpy(), split.targets.numpy())]),
         omit_class=config.omit_class,
+        val_is_given=parts["val"].given != "train",
     )

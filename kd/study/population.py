@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from einops import rearrange, repeat
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -29,7 +29,7 @@ from kd.losses.method import Seen, View
 from kd.objective import Objective
 from kd.recipe import LossConfig, Recipe
 from kd.smoothing import to_uniform, unsmooth
-from kd.stage import epoch_order, schedule
+from kd.stage import epoch_order, optimizer, schedule
 
 ELEMENTWISE = ("sgd", "nesterov", "momentum", "adam", "adamw", "nadamw")  # timm's optimizers whose members never mix
 LARGEST = 2_000_000  # parameters of a network from which a batch of members is no cheaper than one after the other
@@ -223,8 +223,7 @@ class Training:
         for p in self.population.parameters.values():
             p.requires_grad_()
         stacked = [{**g, "params": [self.population.parameters[name] for name in g["params"]]} for g in groups]
-        rates = {"lr": o.lr, "weight_decay": o.weight_decay, "momentum": o.momentum}
-        self.optimizer = create_optimizer_v2(stacked, opt=o.name, **rates)
+        self.optimizer = optimizer(stacked, cohort.recipe)
         self.scheduler = schedule(self.optimizer, cohort.recipe, cohort.epochs, cohort.updates_per_epoch)
         self.losses = Losses(cohort.members, cohort.data.num_classes, cohort.dtype)
         self.diverged: dict[int, str] = {}
