@@ -338,10 +338,7 @@ def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> It
 def fail(message: str, code: int = USAGE, everyone: bool = False) -> NoReturn:
     """Print one line and exit; from every process where the error may be one process's own, else once."""
     if everyone or int(os.environ.get("RANK", "0")) == 0:
-        try:
-            print(f"error: {plain(message)}", file=sys.stderr, flush=True)
-        except OSError:  # the exit code still says it
-            surroundings.drop(2)
+        surroundings.complain(f"error: {plain(message)}")
     raise SystemExit(code)
 
 

@@ -33,6 +33,14 @@ def drop(stream: int) -> None:
     os.close(nothing)
 
 
+def complain(text: str) -> None:
+    """Print a line to stderr; where that cannot be, the exit code alone has to say it."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        drop(2)
+
+
 def check() -> None:
     """Raise ConfigError where the current folder is gone, or a launcher's variables are not what torchrun sets."""
     found = {name: os.environ[name] for name in (*NUMBERS, "MASTER_ADDR") if name in os.environ}
