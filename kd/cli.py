@@ -32,6 +32,7 @@ LONGEST_NAME = 240  # bytes of a file's name: file systems take 255, and a tempo
 STUDIES = "studies"  # the folder of the recipes that are studies
 # The extra that brings a launcher of Hydra's.
 LAUNCHERS = {"joblib": "study", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
+PRINTS = {"-h", "--help", "--cfg", "-c", "--cfg=job", "-c=job", "list_layers=true", "dry_run=true"}  # and no more
 SAVED = "the same command goes on from what was saved"
 NO_MEMORY = "out of memory; lower train.batch_size, or raise train.accumulation, which leaves the result as it is"
 
@@ -295,7 +296,7 @@ def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> It
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing several lines and exiting
     surroundings.ready_streams()
     try:
-        surroundings.check()
+        surroundings.check(trains=program == "kd.train")
     except ConfigError as error:
         fail(str(error), everyone=True)  # who is the first of all is what is wrong
     try:
@@ -317,7 +318,7 @@ def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> It
             fail(explain(error, schema, folder))
         if isinstance(error, BrokenPipeError) and not error.filename:  # who read has enough, as after | head
             surroundings.drop(1)
-            if program in ("kd.train", "kd.study") and not {"-h", "--help"} & set(sys.argv[1:]):
+            if program in ("kd.train", "kd.study") and not PRINTS.intersection(sys.argv[1:]):
                 fail(f"standard output: nobody reads it any more; {go_on(SAVED)}", 1)
             raise SystemExit(1) from error
         if isinstance(error, OSError) and error.filename:
@@ -337,7 +338,7 @@ def one_line_errors(program: str, schema: type = Recipe, folder: str = "") -> It
 
 def fail(message: str, code: int = USAGE, everyone: bool = False) -> NoReturn:
     """Print one line and exit; from every process where the error may be one process's own, else once."""
-    if everyone or int(os.environ.get("RANK", "0")) == 0:
+    if everyone or "LOCAL_RANK" not in os.environ or int(os.environ.get("RANK", "0")) == 0:  # a pod has RANK alone
         surroundings.complain(f"error: {plain(message)}")
     raise SystemExit(code)
 

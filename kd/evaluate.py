@@ -11,12 +11,13 @@ from kd import cli
 from kd.recipe import ConfigError
 from kd.stored import numbers, read_result
 
-HELP = """usage: python -m kd.evaluate run=DIR [picture=FILE.svg] [data.root=PATH]
+HELP = """usage: python -m kd.evaluate run=DIR [picture=FILE.svg] [data.root=PATH] [data.workers=N]
 
 Loads the networks of a finished run from their files, scores them on validation and test, prints the table, and
 compares every figure with DIR/result.json. Exit code 1 when one differs by more than 1e-6, 2 when a file is wrong.
 picture=FILE.svg also keeps what was printed as a picture."""
 
+HERE = ("data.root", "data.workers")  # what may be another here than where the run was trained
 TOLERANCE = 1e-6  # scores are float64 sums over float32 logits, which vary with the number of threads
 
 
@@ -76,11 +77,11 @@ def main(arguments: list[str]) -> int:
     for argument in arguments:
         cli.check_word(argument)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    moved = [f"data.root={given['data.root']}"] if "data.root" in given else []
-    if not given.get("run") or len(given) < len(arguments) or given.keys() - {"run", "picture", "data.root"}:
+    moved = [f"{name}={given[name]}" for name in HERE if name in given]
+    if not given.get("run") or len(given) < len(arguments) or given.keys() - {"run", "picture", *HERE}:
         raise ConfigError(
             f"{' '.join(arguments)}: type run=DIR, picture=FILE.svg to keep the table, and data.root=PATH where the "
-            f"data set has moved"
+            f"data set has moved; data.workers=N may be given too"
         )
     if "picture" in given:
         if not given["picture"].endswith(".svg"):

@@ -66,7 +66,7 @@ def check_kinds(words: list[str], schema: type = Recipe) -> list[str]:
         if field and str(field.type).startswith("str") and re.fullmatch(r"[\w.+,-]+", text):
             several = [repr(each) if NUMBER_LIKE.fullmatch(each) else each for each in text.split(",")]
             word = f"{key}={','.join(several)}"
-        elif field is None and "." in key and re.search(r"(?<![\w.])\d+_[\d_]+(?![\w.])", text):
+        elif field is None and "." in key and re.search(r"(?:^|[\[{,:])[-+]?\d+_[\d_]+(?=$|[\]},])", text):
             raise ConfigError(f"{word}: is no number with _; type {text.replace('_', '')}, or text inside quotes")
         else:
             for value in strict.values(text) or () if equals and "(" not in text else ():  # Hydra answers to the others

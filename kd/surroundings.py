@@ -9,7 +9,7 @@ import sys
 
 from kd.recipe import ConfigError
 
-NUMBERS = ("LOCAL_RANK", "MASTER_PORT", "RANK", "WORLD_SIZE")
+GROUP = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 LAUNCHER = "torchrun sets it, one process needs none"
 
 
@@ -41,19 +41,33 @@ def complain(text: str) -> None:
         drop(2)
 
 
-def check() -> None:
-    """Raise ConfigError where the current folder is gone, or a launcher's variables are not what torchrun sets."""
-    found = {name: os.environ[name] for name in (*NUMBERS, "MASTER_ADDR") if name in os.environ}
-    for name in sorted(found.keys() & {*NUMBERS}):
-        if not re.fullmatch(r"[0-9]{1,9}", found[name]):
-            raise ConfigError(f"{name}={found[name]}: must be a whole number; {LAUNCHER}")
-    rank, world = (int(found.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if not 0 <= rank < world:
-        raise ConfigError(f"RANK={rank}: must be < WORLD_SIZE={world}, which must be > 0; {LAUNCHER}")
-    if "LOCAL_RANK" in found or world > 1:
-        for name in sorted({*NUMBERS, "MASTER_ADDR"} - found.keys()):
-            raise ConfigError(f"{name}: is not set, but {', '.join(sorted(found))}; {LAUNCHER}")
+def check(trains: bool = True) -> None:
+    """Raise ConfigError where the current folder is gone, or a launcher's variables are not what torchrun sets.
+
+    A program that does not train takes no part in a group, whatever a job's script has set.
+    """
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        _check_number(name, os.environ.get(name, "0"))
+    if trains:
+        _check_group({name: os.environ[name] for name in GROUP if name in os.environ})
     try:
         os.getcwd()
     except FileNotFoundError as error:
         raise ConfigError("the current folder is no more; must be one that exists") from error
+
+
+def _check_number(name: str, value: str) -> None:
+    if not re.fullmatch(r"[0-9]{1,9}", value):
+        raise ConfigError(f"{name}={value}: must be a whole number; {LAUNCHER}")
+
+
+def _check_group(found: dict[str, str]) -> None:
+    """The variables of one process of several; a process that is alone may have any MASTER_PORT, as in a pod."""
+    rank, world = int(found.get("RANK", "0")), int(found.get("WORLD_SIZE", "1"))
+    if not rank < world:
+        raise ConfigError(f"RANK={rank}: must be < WORLD_SIZE={world}, which must be > 0; {LAUNCHER}")
+    if "LOCAL_RANK" not in found and world == 1:
+        return
+    if missing := [name for name in GROUP if name not in found]:
+        raise ConfigError(f"{missing[0]}: is not set, but {', '.join(found)}; {LAUNCHER}")
+    _check_number("MASTER_PORT", found["MASTER_PORT"])

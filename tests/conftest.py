@@ -11,7 +11,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from hypothesis import settings
 
-from kd import cli
+from kd import cli, signals
 
 # Property tests draw the same 50 examples each time; `--hypothesis-profile=nightly`, or KD_NIGHTLY=1, draws 1,000 new
 # ones. KD_NIGHTLY=1 also takes the whole matrix through DistillLoss on the interpreted kernels.
@@ -32,6 +32,7 @@ def kd_train(monkeypatch, capsys, tmp_path):
 
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["kd.train", *arguments])
+        monkeypatch.setattr(signals, "resumes", True)  # as in a process of its own
         code = 0
         try:
             cli.command("kd.train", train.run)

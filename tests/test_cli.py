@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 from kd import cli, strict
@@ -129,6 +130,17 @@ def test_text_that_looks_like_a_number_is_text(kd_train, text):
     printed = kd_train("recipe=smoke", f"run={text}", f"data.root={text}", "--cfg", "job").out
     values = strict.parse(printed.encode(), "printed")
     assert (values["run"], values["data"]["root"]) == (text, text)
+
+
+@pytest.mark.parametrize("text", ["/data/2024_01/w", '"1_0"', "net-1_0", "a_1", "1.5"])
+def test_what_has_a_line_and_is_no_number_is_let_through(kd_train, text):
+    done = kd_train("recipe=smoke", f"+student.model_kwargs.x={text}", "--cfg", "job")
+    assert strict.parse(done.out.encode(), "printed")["student"]["model_kwargs"] == {"x": yaml.safe_load(text)}
+
+
+@pytest.mark.parametrize("text", ["1_0", "[1_0,20]", "{a:1_0}"])
+def test_a_number_with_a_line_is_refused(kd_train, text):
+    assert "is no number with _" in kd_train("recipe=smoke", f"+student.model_kwargs.x={text}", "--cfg", "job").err
 
 
 def test_a_number_for_a_text_in_a_recipe_wants_quotes(kd_train, tmp_path):

@@ -191,6 +191,7 @@ def test_what_cannot_be_is_said(changes, said):
         (["data.train_size=300", "points=600", "loss.temperature=1,2", "taught='T 1'"], None),
         (["loss.methods.smoothed_teacher.taken_out=.1,.2", "taught='T 4, exactly smoothed by .4'"], None),
         (["loss.kd_weight=.5", "teacher.label_smoothing=0,.1", "taught='T 4'"], None),
+        (["loss.backend=reference", "taught='T 4, exactly smoothed by .4'"], None),  # `loss: NAME` sets no backend
     ],
 )
 def test_what_is_typed_and_what_a_label_sets_are_not_at_odds(words, said, monkeypatch):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from kd import cli
-from kd.recipe import PACKAGE
+from kd.recipe import PACKAGE, ConfigError
 
 HELP = f"{sys.executable} -m kd.train --help"
 
@@ -97,6 +97,7 @@ TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "l
         ({"WORLD_SIZE": None, "LOCAL_RANK": None, "RANK": "3"}, "RANK=3: must be < WORLD_SIZE=1, which must be > 0"),
         ({"WORLD_SIZE": "2", "MASTER_ADDR": None}, "MASTER_ADDR: is not set, but LOCAL_RANK, MASTER_PORT, RANK, WORLD"),
         ({"MASTER_PORT": "abc"}, "MASTER_PORT=abc: must be a whole number"),
+        ({"LOCAL_RANK": None, "WORLD_SIZE": "2"}, "LOCAL_RANK: is not set, but MASTER_ADDR, MASTER_PORT, RANK, WORLD_"),
         ({"RANK": "١"}, "RANK=١: must be a whole number"),
     ],
 )
@@ -110,11 +111,31 @@ def test_a_launchers_variables_that_do_not_go_together(monkeypatch, capsys, chan
     assert capsys.readouterr().err.startswith(f"error: {said}")
 
 
-def test_what_torchrun_sets_is_fine(monkeypatch):
-    for name, value in TORCHRUN.items():
+@pytest.mark.parametrize(
+    ("program", "variables"),
+    [
+        ("kd.train", TORCHRUN),
+        ("kd.train", TORCHRUN | {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}),
+        ("kd.train", {"WORLD_SIZE": "1"}),
+        ("kd.train", {"MASTER_PORT": "tcp://10.0.0.1:1234"}),  # what a pod beside a service named master gets
+        ("kd.report", {"WORLD_SIZE": "2"}),  # a job's script, whose other line is torchrun's
+    ],
+)
+def test_what_launchers_set_is_fine(monkeypatch, program, variables):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with cli.one_line_errors("kd.train"):
+    with cli.one_line_errors(program):
         pass
+
+
+def test_a_command_beside_torchrun_is_not_silent(monkeypatch, capsys):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit), cli.one_line_errors("kd.report"):
+        raise ConfigError("said")
+    assert capsys.readouterr().err == "error: said\n"
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def _check_mapping(word: str) -> None:
             f"{word}: is not typed; an axis is typed SETTING=A,B, or as NAME=LABEL,LABEL of the recipe's own"
         )
     if re.fullmatch(r"\{\s*\}", text):
-        raise ConfigError(f"{word}: takes nothing away from the recipe's; type +{key}.NAME=VALUE for each")
+        raise ConfigError(f"{word}: changes nothing; type +{key}.NAME=VALUE for each")
 
 
 def _escaped(value: Any) -> Any:

@@ -95,7 +95,7 @@ def check_typed(grid: Mapping[str, Any], axes: Set[str], fixed: Set[str]) -> Non
             continue
         for label, settings in values.items():
             own = settings.keys() | grid[axis][label].keys()  # `loss: NAME` itself, and what it stands for
-            inside = {key for key in fixed if any(key.startswith(f"{each}.") for each in own)}
+            inside = {key for key in fixed if any(key.startswith(f"{each}.") for each in settings)}
             for key in sorted((axes | fixed) & own | inside):
                 raise ConfigError(
                     f"{key}: {axis}={label} sets it too; leave {key} out, or type {axis}= with labels that do not"
