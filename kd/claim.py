@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from kd.checkpoint import CHECKPOINTS, digest, write_atomically, write_json
+from kd.checkpoint import CHECKPOINTS, digest, write_json, write_text
 from kd.recipe import ConfigError, Recipe, content_hash, identity
 from kd.stored import read_card
 
@@ -111,10 +111,7 @@ def claim(run: Run) -> None:
             f"resume=false to set that run aside"
         )
     elif accelerator.is_main_process:
-        text = OmegaConf.to_yaml(OmegaConf.structured(run.recipe))
-        write_atomically(
-            folder / "recipe.yaml", lambda temporary: temporary.write_text(text, encoding="utf-8"), len(text)
-        )
+        write_text(folder / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.structured(run.recipe)))
         write_json(folder / "run.json", card)
     accelerator.wait_for_everyone()
     if run.recipe.tracker != "none" and not (folder / "result.json").exists():

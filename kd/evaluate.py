@@ -62,11 +62,10 @@ def save_picture(console: Any, path: Path, title: str) -> None:
     """What a recording console printed, as an SVG without the fonts that rich would fetch."""
     from rich.console import CONSOLE_SVG_FORMAT
 
-    from kd.checkpoint import write_atomically
+    from kd.checkpoint import write_text
 
     local = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
-    text = console.export_svg(title=title, code_format=local)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, console.export_svg(title=title, code_format=local))
 
 
 def main(arguments: list[str]) -> int:

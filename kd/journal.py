@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kd.checkpoint import open_in_place, regular, write_atomically, writing
+from kd.checkpoint import open_in_place, regular, write_text, writing
 from kd.words import shown
 
 
@@ -36,8 +36,7 @@ class Journal:
         regular(self.path, 0, follow=False)
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in lines if _kept(line, stage, update, epochs)]
-        text = "".join(f"{line}\n" for line in kept)
-        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"), len(text))
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; a value that is not finite is written as null, since JSON has no NaN.

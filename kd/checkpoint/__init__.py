@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         regular,
         write_atomically,
         write_json,
+        write_text,
         writing,
     )
     from kd.checkpoint.manifest import SCHEMA, seal, verified
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
 _HOME = {
     name: module
     for module, names in {
-        "files": "CheckpointError digest open_in_place read_json regular write_atomically write_json writing",
+        "files": "CheckpointError digest open_in_place read_json regular write_atomically write_json write_text "
+        "writing",
         "manifest": "SCHEMA seal verified",
         "stage": "CHECKPOINTS NEWEST Checkpoint advice belongs clean finish finished load read_sealed retire save "
         "save_sealed write_manifest",
@@ -84,6 +86,7 @@ __all__ = [
     "write_atomically",
     "write_json",
     "write_manifest",
+    "write_text",
     "writing",
 ]
 

@@ -148,9 +148,9 @@ def _weights(path: Path) -> Row:
         elif path.suffix == ".safetensors":
             about = _about(weights_metadata(path))
         weights = read_weights(path)
-        wrong = next((name for name, value in weights.items() if spoilt(_held(value), value)), "")
+        first = next((name for name, value in weights.items() if spoilt(_held(value), value)), "")
         said = f"{about or f'{len(weights)} tensors'}{'' if beside else ', no manifest beside it'}"
-        wrong = wrong and f"{path}: {wrong} has NaN, or values beyond float32"
+        wrong = f"{path}: {first} has NaN, or values beyond float32" if first else ""
         return Row(path, said, regular(path), digest(path), wrong)
     except CheckpointError as error:
         return Row(path, wrong=str(error))

@@ -88,10 +88,14 @@ def write_atomically(path: Path, write: Callable[[Path], Any], needed: int = 0) 
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write text in UTF-8, atomically, whatever the locale. Raises CheckpointError."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), len(text))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write plain values as readable JSON, atomically; NaN is refused, since JSON has none."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), len(text))
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def open_in_place(path: Path) -> IO[str]:

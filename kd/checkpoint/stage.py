@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kd.checkpoint.files import CheckpointError, Unreadable, make_folder, sync, write_atomically, writing
+from kd.checkpoint.files import CheckpointError, Unreadable, make_folder, sync, write_text, writing
 from kd.checkpoint.manifest import (
     DONE,
     MANIFEST,
@@ -242,8 +242,7 @@ def finish(
 
 def write_manifest(path: Path, names: list[str], about: dict[str, Any]) -> None:
     """Write a manifest, atomically, over files beside it. Raises CheckpointError."""
-    text = seal(path.parent, names, about)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), len(text))
+    write_text(path, seal(path.parent, names, about))
 
 
 def save_sealed(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ FILES = {"html": ".html", "markdown": ".md", "figures": ""}
 
 def report(folder: Path, html: Path, markdown: Path, drawings: Path | None) -> int:
     """Write the report of a study's folder; returns the exit code."""
+    from kd.checkpoint import write_text
     from kd.report import contrasts, drawing, page, reading, words
 
     study = reading.read(folder)
@@ -41,7 +42,7 @@ def report(folder: Path, html: Path, markdown: Path, drawings: Path | None) -> i
         if os.path.lexists(path) and not path.is_file():
             raise ConfigError(f"figures={drawings}: {path} is there and no file; name another folder")
     for path, content in {**drawn, html: page.to_html(made), markdown: text}.items():
-        _write(path, content)
+        write_text(path, content)
     print(made.warning or f"{words.clean(study.card['name'])}: {len(study.points)} points, all finished")
     for contrast, pair, *_, shows in contrasts.results(study):
         value = words.difference(pair.mean, contrast["metric"])
@@ -53,12 +54,6 @@ def report(folder: Path, html: Path, markdown: Path, drawings: Path | None) -> i
 def _file(figure: Figure) -> str:
     """The name of a drawing's file, in which a stranger's metric is no path."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", figure.name[: cli.LONGEST_NAME]) + ".svg"
-
-
-def _write(path: Path, text: str) -> None:
-    from kd.checkpoint import write_atomically
-
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _check_folder(value: str) -> None:
