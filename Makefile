@@ -1,8 +1,8 @@
-# Both targets create .venv and install what they need by themselves.
+# Every target makes its own environment and installs what it needs, in the exact versions of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test torture
+.PHONY: train test test-latest torture lock
 train: .venv/train
 	$(BIN)/python -m kd.train recipe=resnet50_to_18
 
@@ -12,14 +12,29 @@ test: .venv/test
 	$(BIN)/pyrefly check
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov
 
-# Promises tried hard, with the counts: under an hour on 2 cores; the same command goes on where it was stopped.
+# The same tests with the newest release of everything but the tools that judge the code.
+test-latest:
+	$(PYTHON) -m venv --clear .venv-latest
+	.venv-latest/bin/python -m pip install --quiet --upgrade --editable '.[test]'
+	KD_LATEST=1 .venv-latest/bin/python -m pytest -n 2 --dist worksteal
+
+# Kills, full disks, flipped bits, hostile files and fuzzed recipes: under an hour on 2 cores.
 torture: .venv/test
 	$(BIN)/python -m tests.torture
 
-# A stamp for each extra: pip runs again only when pyproject.toml changes.
-.venv/train .venv/test: .venv/%: pyproject.toml | .venv/bin/python
+# Refresh constraints.txt. CUDA's packages are left out: torch pins its own, and other builds of torch need others.
+lock:
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --upgrade pip hatchling editables
+	.venv-lock/bin/python -m pip install --quiet --editable '.[test]'
+	.venv-lock/bin/python -m pip freeze --all --exclude-editable | grep -v -E '^(nvidia|cuda)-' | sed 's/+.*//' > constraints.txt
+	rm -r .venv-lock
+
+# One stamp for each extra: pip runs again when the versions change.
+.venv/train .venv/test: .venv/%: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "installing into .venv; PyTorch is large, this takes a minute or more"
-	@$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt --editable '.[$*]'
 	touch $@
 
 .venv/bin/python:

@@ -122,6 +122,7 @@ class Trainer:
     def measure(self, updates: int = 2) -> float:
         """Seconds that one update takes, after a first one that warms up. Nothing is written."""
         batches = self._batches(0, 0)
+        started = 0.0
         for _ in range(updates):
             started = time.perf_counter()
             self._update(list(islice(batches, self.recipe.train.accumulation)))

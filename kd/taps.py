@@ -109,7 +109,7 @@ def tap_pair(
 
 def classifier_name(model: nn.Module) -> str:
     """The name of the linear module that gives the logits, as timm's get_classifier has it. Raises ValueError."""
-    get = getattr(model, "get_classifier", None)
+    get: Any = getattr(model, "get_classifier", None)
     classifier = get() if get else None
     weight = getattr(classifier, "weight", None)
     if not isinstance(classifier, nn.Module) or not isinstance(weight, Tensor):
