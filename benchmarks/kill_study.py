@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from benchmarks.study import pairs
-from kd import strict
+from kd.config import yaml_reader as strict
 
 GRID = ["set=digits", "study.seeds=4", "teacher.epochs=30", "student.epochs=30"]
 

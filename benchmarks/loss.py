@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kd.recipe import ConfigError
-from kd.strict import whole
+from kd.config.schema import ConfigError
+from kd.config.yaml_reader import whole
 
 SHAPES = "8x10,256x100,1024x1000,128x21841,64x128256"
 LINEAR = "2048x512x32768"
@@ -145,7 +145,7 @@ def _transfers(case: Any) -> int:
     """How often the kernel moves a logit: 3 where rows stay in registers, 5 in two sweeps."""
     import torch
 
-    from kd.losses.triton import shape_for
+    from kd.losses.kernels.triton import shape_for
 
     wide = torch.float64 if case.dtype == "float64" else torch.float32
     return 3 if shape_for(case.k, wide, False, 64 if torch.version.hip else 32).resident else 5

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from benchmarks.contenders import TEMPERATURE, Case, training_step
 from benchmarks.timing import interleaved, quartiles
-from kd import methods
-from kd.losses.method import Method, Seen, View, batch_mean
+from kd.losses.methods import registry as methods
+from kd.losses.methods.base import Method, Seen, View, batch_mean
 
 PLAIN = "plain KD, eager PyTorch"
 

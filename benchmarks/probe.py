@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import OmegaConf
 
-from kd import cli, stages
+from kd.cli import command as cli
+from kd.config.schema import Recipe
 from kd.metrics import SmoothingEstimate
 from kd.probe import probe
-from kd.recipe import Recipe
+from kd.training import pipeline as stages
 
 MASSES = (0.0, 0.05, 0.1, 0.2, 0.4)
 

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from kd.strict import whole
+from kd.config.yaml_reader import whole
 
 
 def pairs(arguments: list[str]) -> dict[str, str]:

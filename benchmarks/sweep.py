@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.methods import pure
-from kd.replay import saved_recipe
-from kd.stored import read_result
+from kd.training.replay import saved_recipe
+from kd.training.stored import read_result
 
 ROOT = Path(__file__).parent.parent
 CONTROL = "labels alone"

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kd import cli
-from kd.recipe import ConfigError
-from kd.stored import numbers, read_result
+from kd.cli import command as cli
+from kd.config.schema import ConfigError
+from kd.training.stored import numbers, read_result
 
 HELP = """usage: python -m kd.evaluate run=DIR [picture=FILE.svg] [data.root=PATH] [data.workers=N]
 
@@ -26,9 +26,10 @@ def evaluate(folder: Path, picture: str | None, overrides: list[str]) -> int:
     from omegaconf import OmegaConf
     from rich.console import Console
 
-    from kd import results, stages
     from kd.checkpoint import CheckpointError
-    from kd.recipe import Recipe
+    from kd.config.schema import Recipe
+    from kd.training import pipeline as stages
+    from kd.training import results
 
     if not folder.is_dir():
         raise ConfigError(f"run={folder}: no such folder; give the folder of a finished run")

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd import cli
-from kd.recipe import ConfigError, LossConfig, Recipe
+from kd.cli import command as cli
+from kd.config.schema import ConfigError, LossConfig, Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from kd.data import Data, Split
     from kd.metrics import SmoothingEstimate
-    from kd.models import Teacher
-    from kd.stages import Run
+    from kd.models.factory import Teacher
+    from kd.training.pipeline import Run
 
 HELP = """usage: python -m kd.probe data=NAME model=NAME [checkpoint=PATH] [split=SPLIT] [data.KEY=VALUE ...]
 
@@ -45,7 +45,7 @@ def probe(teacher: Teacher, split: Split, batch_size: int, accelerator: Accelera
     import torch
 
     from kd.metrics import estimate_smoothing
-    from kd.stage import predict
+    from kd.training.stage import predict
 
     chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:SAMPLES]
     some = split.subset(chosen.sort().values)
@@ -99,7 +99,7 @@ def smoothing_warnings(mass: float, loss: LossConfig, exact: bool) -> list[str]:
 def run(given: dict[str, str], overrides: Sequence[str]) -> int:
     """Load, estimate, print; returns the exit code."""
     from kd.data import load_data
-    from kd.models import weights_metadata
+    from kd.models.factory import weights_metadata
 
     checkpoint = given.get("checkpoint")
     if checkpoint and not Path(checkpoint).is_file():
@@ -127,7 +127,7 @@ def estimate_for(recipe: Recipe, data: Data, split: str) -> SmoothingEstimate:
     import torch
     from accelerate import Accelerator
 
-    from kd.models import Teacher, build
+    from kd.models.factory import Teacher, build
 
     t = recipe.teacher
     shape = {"num_classes": data.num_classes, "input_shape": data.input_shape}

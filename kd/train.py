@@ -6,21 +6,24 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kd import cli, signals, surroundings
-from kd.recipe import Recipe
+from kd.cli import command as cli
+from kd.cli import environment as surroundings
+from kd.config.schema import Recipe
+from kd.runtime import signals
 
 if TYPE_CHECKING:
-    from kd.stages import Run
+    from kd.training.pipeline import Run
 
 
 def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
     """Run one recipe to its result, once `check` has seen what is prepared; returns the exit code."""
     # Imported here: --help and a wrong command line must not wait for torch.
-    from kd import results, stages
-    from kd.claim import check_output, claim
-    from kd.lock import alone_on_run
-    from kd.plan import print_layers, print_plan
-    from kd.stage import TrainingError
+    from kd.runtime.lock import alone_on_run
+    from kd.training import pipeline as stages
+    from kd.training import results
+    from kd.training.dry_run import print_layers, print_plan
+    from kd.training.run import check_output, claim
+    from kd.training.stage import TrainingError
 
     signals.resumes = recipe.resume
     run = stages.prepare(recipe)

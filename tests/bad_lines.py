@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from kd import cli
+from kd.cli import command as cli
 
 
 class Told(NamedTuple):
@@ -94,8 +94,8 @@ OTHERS = {
     ("kd.evaluate", "run=mutant"): "teacher.last.test.top1", ("kd.evaluate", "run=mutant picture=a.png"): ".svg", ("kd.evaluate", "run=mutant picture=no/a.svg"): "no such folder",
     ("kd.evaluate", "run=mutant picture=folder.svg"): "no file", ("kd.evaluate", "run=a\x1bb"): "printable",
     ("kd.report", "a\x1bb"): "printable", ("kd.report", "mutant html=folder.html"): "no file", ("kd.report", "mutant html=no/x.html"): "no such folder", ("kd.report", "x" * 3000): "2000 bytes",
-    ("kd.report", "mutant figures=afile"): "must be a folder", ("kd.report", "mutant mutant"): "one study", ("kd.checkpoint", "verify a\x1bb"): "printable",
-    ("kd.checkpoint", "verify nowhere"): "no such file", ("kd.checkpoint", "verify"): "verify PATH", ("kd.checkpoint", "check ."): "verify PATH", ("kd.checkpoint", "verify " + "x" * 3000): "2000 bytes",
+    ("kd.report", "mutant figures=afile"): "must be a folder", ("kd.report", "mutant mutant"): "one study", ("kd.verify", "verify a\x1bb"): "printable",
+    ("kd.verify", "verify nowhere"): "no such file", ("kd.verify", "verify"): "verify PATH", ("kd.checkpoint", "check ."): "verify PATH", ("kd.verify", "verify " + "x" * 3000): "2000 bytes",
     ("kd.study", "recipe=studies/nosuch"): "no such recipe", ("kd.study", "recipe=studies/mnist1d_grid study.seeds=0"): "≥ 1",
     ("kd.study", "recipe=studies/mnist1d_grid study.controls=[soft]"): "hard", ("kd.study", "recipe=studies/mnist1d_grid nosuch=1,2"): "nosuch",
     ("kd.train", "seed=1"): "recipe=NAME", ("kd.train", "recipe=../smoke"): "recipe=", ("kd.train", "recipe=/etc/passwd"): "recipe=",
@@ -108,7 +108,7 @@ def _typed(program: str, words: list[str]) -> tuple[str, object]:
     from accelerate.state import AcceleratorState
 
     from kd import evaluate, probe, train
-    from kd.checkpoint import __main__ as checkpoint
+    from kd import verify as checkpoint
     from kd.report import __main__ as report
     from kd.study import __main__ as study
     from kd.study.schema import StudyRecipe

@@ -11,7 +11,8 @@ import pytest
 from accelerate.state import AcceleratorState
 from hypothesis import settings
 
-from kd import cli, signals
+from kd.cli import command as cli
+from kd.runtime import signals
 
 # Property tests draw the same 50 examples each time; `--hypothesis-profile=nightly`, or KD_NIGHTLY=1, draws 1,000 new
 # ones. KD_NIGHTLY=1 also takes the whole matrix through DistillLoss on the interpreted kernels.

@@ -120,7 +120,7 @@ def test_plain_kd_of_the_benchmark_is_the_method(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks import methods
     from benchmarks.contenders import Case
-    from kd.losses.method import METHODS
+    from kd.losses.methods.base import METHODS
 
     case = Case(6, 5, "float32", "cpu")
     assert float(methods.plain(case)()) == pytest.approx(float(methods.step(METHODS["kd"](), case)()), rel=1e-5)

@@ -9,8 +9,8 @@ import tomllib
 
 import pytest
 
-from kd import cli
-from kd.recipe import PACKAGE
+from kd.cli import command as cli
+from kd.config.schema import PACKAGE
 from kd.study import __main__ as study
 from kd.study.schema import StudyRecipe
 

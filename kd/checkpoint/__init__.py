@@ -5,7 +5,7 @@ A stage's folder while it trains, and when it is done:
     checkpoints/update-00000120/   state.safetensors, selected.safetensors, manifest.json; the newest two are kept
     last.safetensors  selected.safetensors  stage.json      stage.json is their manifest, written last
 
-``python -m kd.checkpoint verify PATH`` says what a folder or file is and whether it is whole.
+``python -m kd.verify verify PATH`` says what a folder or file is and whether it is whole.
 """
 
 from importlib import import_module
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
         writing,
     )
     from kd.checkpoint.manifest import SCHEMA, seal, verified
-    from kd.checkpoint.stage import (
+    from kd.checkpoint.safetensors_io import METADATA, load_state, read_weights, save_weights, weights_header
+    from kd.checkpoint.store import (
         CHECKPOINTS,
         NEWEST,
         Checkpoint,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
         save_sealed,
         write_manifest,
     )
-    from kd.checkpoint.tensors import METADATA, load_state, read_weights, save_weights, weights_header
 
 # Names load on first use: help, and what is missing of the libraries, is said without them.
 _HOME = {
@@ -49,9 +49,9 @@ _HOME = {
         "files": "CheckpointError digest open_in_place read_json regular write_atomically write_json write_text "
         "writing",
         "manifest": "SCHEMA seal verified",
-        "stage": "CHECKPOINTS NEWEST Checkpoint advice belongs clean finish finished load read_sealed retire save "
+        "store": "CHECKPOINTS NEWEST Checkpoint advice belongs clean finish finished load read_sealed retire save "
         "save_sealed write_manifest",
-        "tensors": "METADATA load_state read_weights save_weights weights_header",
+        "safetensors_io": "METADATA load_state read_weights save_weights weights_header",
     }.items()
     for name in names.split()
 }

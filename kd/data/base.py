@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.recipe import ConfigError, DataConfig
+from kd.config.schema import ConfigError, DataConfig
 
 
 class ImageError(ValueError):

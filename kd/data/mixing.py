@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kd.recipe import DataConfig
+from kd.config.schema import DataConfig
 
 Mixer = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 

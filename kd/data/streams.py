@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kd.data.alterations import draw
+from kd.config.schema import ConfigError, DataConfig
 from kd.data.base import Batch, Data, ImageError, digest
-from kd.data.files import Source, read
-from kd.data.randomness import global_rng, sample_keys
-from kd.recipe import ConfigError, DataConfig
+from kd.data.image_files import Source, read
+from kd.data.sample_rng import global_rng, sample_keys
+from kd.data.subsets import draw
 
 Transform = Callable[[Image.Image], Tensor]
 

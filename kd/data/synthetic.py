@@ -10,10 +10,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from kd.config.schema import DataConfig
 from kd.data.base import Data
-from kd.data.randomness import global_rng
+from kd.data.sample_rng import global_rng
 from kd.data.tensors import tensor_data
-from kd.recipe import DataConfig
 
 
 @cache  # generating takes 3 s

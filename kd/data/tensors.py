@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from kd.data.alterations import draw
+from kd.config.schema import ConfigError, DataConfig
 from kd.data.base import Batch, Data, digest
-from kd.data.randomness import mix, normals, sample_keys, uniforms
-from kd.recipe import ConfigError, DataConfig
+from kd.data.sample_rng import mix, normals, sample_keys, uniforms
+from kd.data.subsets import draw
 
 
 def unit(images: Tensor) -> Tensor:

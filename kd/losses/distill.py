@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kd.losses import fused, reference
+from kd.losses import reference
+from kd.losses.kernels import autograd as fused
 from kd.losses.settings import DistillSettings, check_logits
 from kd.smoothing import unsmooth
 

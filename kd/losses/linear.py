@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from kd.losses.chunks import Inputs, Plan, chunked_loss, linear_dtype
 from kd.losses.distill import DistillTerms
+from kd.losses.kernels.chunked import Inputs, Plan, chunked_loss, linear_dtype
 from kd.losses.reference import wide_dtype
 from kd.losses.settings import DistillSettings
 from kd.smoothing import check_number

@@ -1,4 +1,4 @@
-"""How large and how small the numbers of a loss may be; torch is not imported, for `kd.recipe` reads it.
+"""How large and how small the numbers of a loss may be; torch is not imported, for `kd.config.schema` reads it.
 
 Within these ranges, and for finite logits up to 1e20 in absolute value, everything stays inside float32: a weight of
 1e6 on a class of weight 1e6 makes 1e32 of them, T² = 1e6 likewise. Beyond, float32 fails bit by bit: KL at temperature

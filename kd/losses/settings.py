@@ -10,7 +10,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from kd.losses import fused, reference
+from kd.losses import reference
+from kd.losses.kernels import autograd as fused
 from kd.losses.ranges import LARGEST_WEIGHT, TEMPERATURES, WEIGHTS, is_temperature, is_weight, or_nothing
 from kd.smoothing import (
     check_choice,

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd import cli
-from kd.recipe import ConfigError
-from kd.words import check_text
+from kd.cli import command as cli
+from kd.config.arguments import check_text
+from kd.config.schema import ConfigError
 
 if TYPE_CHECKING:
     from kd.report.blocks import Figure

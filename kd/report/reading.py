@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd.config.schema import ConfigError
 from kd.metrics import MISLEADING
-from kd.recipe import ConfigError
 from kd.report import words
 from kd.study.checks import check_alike
 from kd.study.folder import Folder, read_card

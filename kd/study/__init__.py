@@ -22,7 +22,7 @@
     points      [id, ...] of all teachers, students and controls, sorted
     data        {data hash: {"name", "class_names", "train", "val", "test" (sizes), "posterior": whether p* is known}}
     misleading  {metric: why}, kd.metrics.MISLEADING
-    provenance  kd.provenance of the process that wrote the card
+    provenance  kd.runtime.provenance of the process that wrote the card
 
 ``points/<id>.json``, one for each point, written once, atomically, when it is finished (or has failed)::
 
@@ -38,7 +38,7 @@
     metrics     {"train": {...}, "val": {...}, "test": {...}}, last weights, on views without augmentation. A value is a
                 number, or null where it does not exist. Names are those of kd.metrics; see kd.study.measure
     detail      what is no single number, for figures: see kd.study.measure
-    provenance  kd.provenance with data_hash, engine, seconds (this point's share), job
+    provenance  kd.runtime.provenance with data_hash, engine, seconds (this point's share), job
 
 ``table.csv``: one row for each of the card's points, finished or failed, sorted; no times in it, so that a study that
 was killed and resumed gives the same bytes. Columns: point, role, control, state, error, seed, teacher_point; one for

@@ -9,8 +9,12 @@ from collections.abc import Hashable
 from contextlib import suppress
 from typing import Any
 
-from kd import cli, kinds, signals, strict, surroundings
-from kd.recipe import ConfigError, allowed
+from kd.cli import command as cli
+from kd.cli import environment as surroundings
+from kd.config import types as kinds
+from kd.config import yaml_reader as strict
+from kd.config.schema import ConfigError, allowed
+from kd.runtime import signals
 from kd.study.axes import check_typed
 from kd.study.schema import LOSS, StudyRecipe
 

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Set
 from dataclasses import fields
 from typing import Any
 
-from kd import kinds, methods, strict
-from kd.recipe import ConfigError
+from kd.config import types as kinds
+from kd.config import yaml_reader as strict
+from kd.config.schema import ConfigError
+from kd.losses.methods import registry as methods
 from kd.study.schema import FIRST, LOSS, StudyRecipe
 
 METHODS = re.compile(r"loss\.methods\.\w+(\.\w+)?")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kd.layout import ANY, NUMBER, Each, Maybe, check, short
-from kd.recipe import ConfigError
+from kd.checkpoint.layout import ANY, NUMBER, Each, Maybe, check, short
+from kd.config.schema import ConfigError
 
 SCHEMA = 1
 IDS, AXES = {"points": [str], "settings": Each(ANY)}, Each(ANY)

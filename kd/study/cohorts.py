@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from kd.checkpoint import read_sealed, save_sealed
+from kd.config.schema import ConfigError, DataConfig, Recipe, content_hash
 from kd.data import Data, Split, load_data
-from kd.models import build
-from kd.recipe import ConfigError, DataConfig, Recipe, content_hash
-from kd.stages import metadata
+from kd.models.factory import build
 from kd.study.folder import Folder
 from kd.study.grid import Point
 from kd.study.jobs import Job
 from kd.study.measure import INPUTS, VIEWS, Outputs, Truth, measure
 from kd.study.population import Cohort, Member, Population, Training
+from kd.training.pipeline import metadata
 
 Outcome = dict[str, Any]
 STREAMED = ("torchvision", "folder", "timm")  # families that augment by themselves

@@ -21,16 +21,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kd import cli, methods
 from kd.checkpoint import CHECKPOINTS, write_json
-from kd.claim import STAGES, check_output, check_own
-from kd.console import terminal
+from kd.cli import command as cli
+from kd.cli.console import terminal
+from kd.config.arguments import shown
+from kd.config.schema import ConfigError, DataConfig, Recipe, content_hash
 from kd.data import Data
+from kd.losses.methods import registry as methods
 from kd.metrics import MISLEADING
-from kd.plan import duration
-from kd.provenance import provenance
-from kd.recipe import ConfigError, DataConfig, Recipe, content_hash
-from kd.stages import check_batch, check_environment
+from kd.runtime.provenance import provenance
 from kd.study.axes import labelled
 from kd.study.cohorts import augments, data_of, network
 from kd.study.estimate import seconds_of
@@ -40,7 +39,9 @@ from kd.study.jobs import PHASES, Job, jobs, work
 from kd.study.population import why_not
 from kd.study.schema import StudyRecipe
 from kd.study.table import write_table
-from kd.words import shown
+from kd.training.dry_run import duration
+from kd.training.pipeline import check_batch, check_environment
+from kd.training.run import STAGES, check_output, check_own
 
 INNER = ("points", "teachers", "runs", "jobs", "jobs/hydra")  # the folders of a study
 

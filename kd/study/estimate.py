@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from kd.recipe import LossConfig
+from kd.config.schema import LossConfig
 from kd.study.cohorts import data_of, network
 from kd.study.jobs import Job
 from kd.study.population import Cohort, Member, Population, Training

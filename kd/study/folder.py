@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kd.checkpoint import CheckpointError, read_json, write_json
-from kd.lock import alone
-from kd.recipe import ConfigError, Recipe
+from kd.config.schema import ConfigError, Recipe
+from kd.runtime.lock import alone
 from kd.study.checks import SCHEMA, check_card, check_point
 from kd.study.grid import Point
 
@@ -112,7 +112,7 @@ def unpacked(values: dict[str, Any]) -> Point:
     """The inverse of `packed`."""
     from omegaconf import OmegaConf
 
-    from kd import cli
+    from kd.cli import command as cli
 
     recipe = cli.typed(OmegaConf.merge(OmegaConf.structured(Recipe), values["recipe"]))
     return Point(**{**values, "recipe": recipe})

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from typing import Any
 
-from kd import cli
-from kd.recipe import ConfigError, DataConfig, LossConfig, Recipe, content_hash, identity
+from kd.cli import command as cli
+from kd.config.schema import ConfigError, DataConfig, LossConfig, Recipe, content_hash, identity
 from kd.study.axes import NotInGrid, Settings, expand, labelled
 from kd.study.schema import Contrast, StudyRecipe
 

@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kd import signals
 from kd.checkpoint import read_json, write_json
-from kd.recipe import content_hash
+from kd.config.schema import content_hash
+from kd.runtime import signals
 from kd.study.folder import Folder, packed, unpacked
 from kd.study.grid import Plan, Point
 
@@ -126,7 +126,7 @@ def _end_with_command() -> None:
 
 def _do(folder: Folder, job: Job) -> None:
     """Train the points; whatever goes wrong is written down for each, and nothing else stops."""
-    from kd.provenance import provenance
+    from kd.runtime.provenance import provenance
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     seen = provenance(1) | {"engine": job.engine, "job": job.name}

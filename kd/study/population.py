@@ -22,14 +22,14 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from kd import methods
+from kd.config.schema import LossConfig, Recipe
 from kd.data import Data
 from kd.losses.distill import DistillLoss
-from kd.losses.method import Seen, View
-from kd.objective import Objective
-from kd.recipe import LossConfig, Recipe
+from kd.losses.methods import registry as methods
+from kd.losses.methods.base import Seen, View
 from kd.smoothing import to_uniform, unsmooth
-from kd.stage import epoch_order, optimizer, schedule
+from kd.training.objective import Objective
+from kd.training.stage import epoch_order, optimizer, schedule
 
 ELEMENTWISE = ("sgd", "nesterov", "momentum", "adam", "adamw", "nadamw")  # timm's optimizers whose members never mix
 LARGEST = 2_000_000  # parameters of a network from which a batch of members is no cheaper than one after the other
@@ -197,11 +197,11 @@ class Cohort:
 
     @property
     def updates_per_epoch(self) -> int:
-        """The last incomplete batch is left out, as in `kd.loop`."""
+        """The last incomplete batch is left out, as in `kd.training.loop`."""
         return len(self.data.train) // self.recipe.train.batch_size
 
     def batches(self, epoch: int) -> Iterator:
-        """The batches of an epoch, as `kd.loop` has them on one process."""
+        """The batches of an epoch, as `kd.training.loop` has them on one process."""
         size = self.recipe.train.batch_size
         order = epoch_order(len(self.data.train), self.recipe.seed, epoch)
         plan = list(order[: self.updates_per_epoch * size].split(size))

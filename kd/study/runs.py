@@ -9,17 +9,17 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
-from kd import stages
 from kd.checkpoint import advice, finished, read_sealed, read_weights, save_sealed, weights_header
-from kd.claim import claim, owner
-from kd.models import Teacher
-from kd.recipe import Recipe
-from kd.stage import Stage, predict
+from kd.config.schema import Recipe
+from kd.models.factory import Teacher
 from kd.study.cohorts import Outcome, parts_of, truth_of
 from kd.study.folder import Folder
 from kd.study.grid import Point
 from kd.study.jobs import Job
 from kd.study.measure import Outputs, measure
+from kd.training import pipeline as stages
+from kd.training.run import claim, owner
+from kd.training.stage import Stage, predict
 
 
 def train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:

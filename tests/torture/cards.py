@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kd import cli
-from kd.recipe import ConfigError
+from kd.cli import command as cli
+from kd.config.schema import ConfigError
 from kd.report import __main__ as report
 from kd.study import load
-from tests.report_folder import EPS, Maker, T
+from tests.report.report_folder import EPS, Maker, T
 from tests.torture.harness import Part
 
 DEEP = json.loads("[" * 400 + "]" * 400)

@@ -21,8 +21,8 @@ import timm.models  # noqa: F401 (else each child would)
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-import kd.checkpoint.stage
-import kd.checkpoint.tensors
+import kd.checkpoint.safetensors_io
+import kd.checkpoint.store
 from kd import checkpoint
 from kd.checkpoint import CheckpointError
 from tests.torture.harness import Part
@@ -93,7 +93,7 @@ def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, 
 def watched(hook: Callable[[str, Callable[[], object], tuple], object]) -> Iterator[None]:
     """Have every system call of a save go through `hook(name, call, arguments)`."""
     with ExitStack() as stack:
-        for module in (kd.checkpoint.stage, kd.checkpoint.tensors):
+        for module in (kd.checkpoint.store, kd.checkpoint.safetensors_io):
             stack.enter_context(mock.patch.object(module, "save_file", save_file))
         for owner, name in WATCHED:
             stack.enter_context(mock.patch.object(owner, name, _through(hook, name, getattr(owner, name))))

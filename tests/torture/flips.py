@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kd import checkpoint
 from kd.checkpoint import CheckpointError
-from kd.checkpoint.__main__ import rows
+from kd.verify import rows
 from tests.torture.faults import ABOUT, finish, loaded, save, weights
 from tests.torture.harness import Part
 

@@ -17,7 +17,13 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the server starts: its children do not look again
 _context = multiprocessing.get_context("forkserver")
-OURS = ("kd.train", "kd.stages", "kd.results", "kd.plan", "kd.losses.cpu_kernel")
+OURS = (
+    "kd.train",
+    "kd.training.pipeline",
+    "kd.training.results",
+    "kd.training.dry_run",
+    "kd.losses.kernels.cpu_kernel",
+)
 OTHERS = ("hydra", "sklearn.datasets", "torchvision.transforms.v2", "torchmetrics.functional.classification")
 _context.set_forkserver_preload([*OURS, *OTHERS])
 WALL_CLOCK = ("seconds", "images_per_second")
@@ -35,7 +41,9 @@ def _run(words: tuple[str, ...], folder: Path, environment: dict[str, str], log:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    from kd import cli, signals, train
+    from kd import train
+    from kd.cli import command as cli
+    from kd.runtime import signals
 
     multiprocessing.set_start_method(None, force=True)  # data workers are then forked, as where a user runs kd
     sys.argv = ["kd.train", *words]

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kd import cli, methods
-from kd.recipe import Recipe
+from kd.cli import command as cli
+from kd.config.schema import Recipe
+from kd.losses.methods import registry as methods
 from kd.study import __main__ as command
 from kd.study.grid import plan
 from kd.study.schema import StudyRecipe

@@ -24,15 +24,17 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from safetensors.torch import save as safetensors_bytes
 
-from kd import checkpoint, cli, replay, results
-from kd.assembled import load_exactly
+from kd import checkpoint
 from kd.checkpoint import CheckpointError
-from kd.checkpoint.__main__ import rows
 from kd.checkpoint.manifest import read_manifest
-from kd.journal import Journal
-from kd.models import build, weights_metadata
-from kd.recipe import ConfigError, Recipe, content_hash, identity
+from kd.cli import command as cli
+from kd.config.schema import ConfigError, Recipe, content_hash, identity
+from kd.models.ensemble import load_exactly
+from kd.models.factory import build, weights_metadata
 from kd.study.folder import read_card
+from kd.training import replay, results
+from kd.training.logger import Journal
+from kd.verify import rows
 from tests.torture.faults import ABOUT, finish, save, weights
 from tests.torture.gadget_files import gadgets
 from tests.torture.harness import Part

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from kd.checkpoint.stage import found_in
+from kd.checkpoint.store import found_in
 from tests.torture import forked
 from tests.torture.faults import watched
 from tests.torture.harness import Part

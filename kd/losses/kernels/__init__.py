@@ -1,0 +1,1 @@
+"""The fused loss: numba on a CPU, Triton on a GPU."""

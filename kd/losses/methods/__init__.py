@@ -1,0 +1,1 @@
+"""Published distillation methods, one file per family."""

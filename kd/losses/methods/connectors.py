@@ -1,0 +1,269 @@
+"""Methods whose student maps go through a small network that learns with the student: ofd, reviewkd, simkd.
+
+N examples, C channels, H, W: height and width, c, h, w their indices; s student, t teacher. All three normalise over
+the batch inside that network, so a value is one number for the batch, (), the mean over its examples. Maps pair up by
+position, from shallow to deep.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from kd.losses.methods.base import Method, Seen, View
+from kd.losses.methods.shared import check_at_least, embeddings, needs_several, pairs, pick, placed, resized, same_size
+
+
+@dataclass(eq=False)
+class OverhaulFeature(Method, name="ofd"):
+    """``sum_j layer_decay^(L-1-j) mean_n sum_chw g (r(s) - t')²``, ``t' = max(t, m_c)``.
+
+    t' is the teacher's map through a ReLU whose slope ends at the margin m_c < 0; r is a learned 1x1 convolution and
+    batch normalisation; g is 0 where t ≤ 0 and r(s) ≤ t', else 1: the partial distance asks a student for values as
+    low as the teacher's, not for equal ones. j counts the L pairs of maps from the shallowest.
+    The margin is the mean of the teacher's negative values in a channel, over the first batch; `set_margins` takes it
+    from batch normalisations instead, as the released code does. A channel without any takes -3 of its deviations.
+    Units: squared teacher activations, the sum over a map; the published weights, 1e-3 and 1e-4, are small for that.
+    Shapes: any number of maps (N, C, H, W); gives (). Sizes are equal in the paper; here the larger is averaged down.
+    Name layers in front of their ReLU: behind one nothing is negative, the margin has no effect, and the loss is that
+    of m = 0.
+    Zero, and stationary: where r(s) = t' at every positive t and r(s) ≤ t' elsewhere.
+    Paper: Heo et al. 2019, "A Comprehensive Overhaul of Feature Distillation". The factors 1/2 from layer to layer are
+    the released code's.
+
+    Args:
+        layer_decay: weight of a layer relative to the next deeper one, at least 0.
+    """
+
+    needs = frozenset({"teacher", "maps"})
+    per_example = False
+    presets: ClassVar = {
+        "cifar100": {"weight": 1e-3, "ce_weight": 1.0, "kd_weight": 0.0},
+        "imagenet": {"weight": 1e-4, "ce_weight": 1.0, "kd_weight": 0.0},
+    }
+
+    layer_decay: float = 0.5
+
+    def check(self) -> None:
+        """Weights are not negative."""
+        check_at_least(self.name, layer_decay=(self.layer_decay, 0))
+
+    def build(self, seen: Seen, num_samples: int) -> None:
+        """Make the connectors, and estimate the margins from this batch."""
+        connectors = nn.ModuleList()
+        for i, (s, t) in enumerate(pairs(self.name, seen)):
+            convolution = nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False)
+            nn.init.normal_(convolution.weight, std=math.sqrt(2 / t.shape[1]))
+            connectors.append(nn.Sequential(convolution, nn.BatchNorm2d(t.shape[1])))
+            self.register_buffer(f"margin{i}", _mean_of_negatives(t.detach().float()))
+        self.connectors = connectors
+        placed(self, seen)
+
+    @torch.no_grad()
+    def set_margins(self, normalisations: list[nn.BatchNorm2d]) -> None:
+        """Take the margins from the batch normalisation in front of each of the teacher's maps, after `build`."""
+        for i, norm in enumerate(normalisations):
+            margin = self.get_buffer(f"margin{i}")
+            margin.copy_(rearrange(normal_mean_of_negatives(norm.bias, norm.weight), "c -> c 1 1"))
+
+    def values(self, seen: Seen) -> Tensor:
+        """()."""
+        found = pairs(self.name, seen)
+        total = seen.student.logits.new_zeros(())
+        for i, ((s, t), connector) in enumerate(zip(found, self.connectors, strict=True)):
+            s, t = same_size(connector(s), t)
+            aim = torch.maximum(t, self.get_buffer(f"margin{i}"))
+            squares = (s - aim).square() * ((s > aim) | (t > 0))
+            total = total + self.layer_decay ** (len(found) - 1 - i) * squares.sum() / len(s)
+        return total
+
+
+def _mean_of_negatives(x: Tensor) -> Tensor:
+    """The mean of the values below 0 of every channel, (C, 1, 1); where there are none, -3 standard deviations."""
+    negative = x.clamp(max=0)
+    count = reduce((x < 0).to(x.dtype), "n c h w -> c 1 1", "sum")
+    deviation = rearrange(x, "n c h w -> c (n h w)").std(-1, correction=0)
+    mean = reduce(negative, "n c h w -> c 1 1", "sum") / count.clamp(min=1)
+    return torch.where(count > 0, mean, -3 * rearrange(deviation, "c -> c 1 1"))
+
+
+def normal_mean_of_negatives(mean: Tensor, deviation: Tensor) -> Tensor:
+    """E[x | x < 0] of normal x, elementwise; -3 deviations where x < 0 has a probability of 0.001 or less."""
+    mean, deviation = mean.double(), deviation.double().abs().clamp(min=1e-30)
+    share = torch.special.ndtr(-mean / deviation)
+    density = torch.exp(-((mean / deviation) ** 2) / 2) / math.sqrt(2 * math.pi)
+    return torch.where(share > 1e-3, mean - deviation * density / share.clamp(min=1e-3), -3 * deviation)
+
+
+class _Fusion(nn.Module):
+    """Attention-based fusion (ABF): a level of the student with what came from deeper levels, weighed by position."""
+
+    def __init__(self, width: int, inner: int, out: int, deepest: bool):
+        super().__init__()
+        self.enter = nn.Sequential(nn.Conv2d(width, inner, 1, bias=False), nn.BatchNorm2d(inner))
+        self.leave = nn.Sequential(nn.Conv2d(inner, out, 3, padding=1, bias=False), nn.BatchNorm2d(out))
+        self.weigh = None if deepest else nn.Sequential(nn.Conv2d(2 * inner, 2, 1), nn.Sigmoid())
+        for convolution in (self.enter, self.leave):
+            nn.init.kaiming_uniform_(convolution.get_parameter("0.weight"), a=1)
+
+    def forward(self, x: Tensor, deeper: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """(n, width, h, w) and, but for the deepest, (n, inner, ., .) to (n, out, *size) and (n, inner, *size)."""
+        x = self.enter(x)
+        if self.weigh is not None and deeper is not None:
+            deeper = F.interpolate(deeper, x.shape[-2:], mode="nearest")
+            share = self.weigh(torch.cat([x, deeper], 1))
+            x = x * share[:, :1] + deeper * share[:, 1:]
+        if x.shape[-2:] != size:
+            x = F.interpolate(x, size, mode="nearest")
+        return self.leave(x), x
+
+
+@dataclass(eq=False)
+class ReviewKD(Method, name="reviewkd"):
+    """``sum_j hcl(f_j, t_j)``, f_j the student's maps from the deepest to j, fused (ABF) to the teacher's shape.
+
+    ``hcl(f, t) = sum_l w_l mean (pool_l f - pool_l t)² / sum_l w_l``: the maps as they are (w = 1) and averaged to 4x4,
+    2x2 and 1x1, each level used weighing half of the one before; only sizes below the maps' are used.
+    The embedding is the deepest level, a 1x1 map. The whole rises linearly over the first epochs (``warmup_epochs`` of
+    the presets), which is the caller's part.
+    Units: squared teacher activations, means; about 1 a level.
+    Shapes: any number of maps (N, C, H, W) and embeddings (N, D), all sizes free; gives (). N must be 2 or more, for
+    the batch normalisation of the 1x1 map.
+    Zero, and stationary: where every fused map equals the teacher's.
+    Paper: Chen et al. 2021, "Distilling Knowledge via Knowledge Review". The released code is the same; it takes the
+    teacher's maps, and some students', in front of their ReLU. Its weight differs from pair to pair of networks.
+
+    Args:
+        max_width: channels inside the fusion are those of the student's embedding, at most this.
+    """
+
+    needs = frozenset({"teacher", "maps", "embedding"})
+    per_example = False
+    presets: ClassVar = {
+        "cifar100": {"weight": 5.0, "ce_weight": 1.0, "kd_weight": 0.0, "warmup_epochs": 20},
+        "imagenet": {"weight": 1.0, "ce_weight": 1.0, "kd_weight": 0.0, "warmup_epochs": 1},
+    }
+
+    max_width: int = 512
+
+    def check(self) -> None:
+        """Sizes are positive."""
+        check_at_least(self.name, max_width=(self.max_width, 1))
+
+    def build(self, seen: Seen, num_samples: int) -> None:
+        """Make a fusion for every level, the embedding's last."""
+        levels = self._levels(seen)
+        inner = min(self.max_width, levels[-1][0].shape[1])
+        deepest = len(levels) - 1
+        fusions = [_Fusion(s.shape[1], inner, t.shape[1], i == deepest) for i, (s, t) in enumerate(levels)]
+        self.fusions = placed(nn.ModuleList(fusions), seen)
+
+    def values(self, seen: Seen) -> Tensor:
+        """()."""
+        if self.training:
+            needs_several(self.name, len(seen.student.logits))
+        total, deeper = seen.student.logits.new_zeros(()), None
+        for (s, t), fusion in zip(reversed(self._levels(seen)), reversed(list(self.fusions)), strict=True):
+            fused, deeper = fusion(s, deeper, t.shape[-2:])
+            total = total + _hierarchical_context(fused, t)
+        return total
+
+    def _levels(self, seen: Seen) -> list[tuple[Tensor, Tensor]]:
+        s, t = (rearrange(x, "n d -> n d 1 1") for x in embeddings(seen))
+        return [*pairs(self.name, seen), (s, t)]
+
+
+def _hierarchical_context(a: Tensor, b: Tensor) -> Tensor:
+    total, weight, weights = F.mse_loss(a, b), 1.0, 1.0
+    for side in (4, 2, 1):
+        if side < min(a.shape[-2:]):
+            weight /= 2
+            total = total + weight * F.mse_loss(resized(a, (side, side)), resized(b, (side, side)))
+            weights += weight
+    return total / weights
+
+
+@dataclass(eq=False)
+class ReusedClassifier(Method, name="simkd"):
+    """``mean_nchw (r(s) - t)²`` of the last maps, r a learned bottleneck of a 1x1, a 3x3 and a 1x1 convolution.
+
+    There is no cross entropy (its presets say so): the student's own classifier is not trained. The network to
+    evaluate, and to ship, is student, r and the teacher's classifier: ``classify(view)`` gives its logits, in eval
+    mode. kd.train scores and saves that network (kd.models.ensemble); in a loop of your own call it instead of reading
+    ``view.logits``, and save the method's state_dict, which holds the teacher's classifier, with the student.
+    Units: squared teacher activations; the paper writes the squared norm, C·H·W times this, its code the mean.
+    Shapes: one map of each (N, C, H, W); gives (). A larger student map is averaged down to the teacher's size in
+    front of r, a larger teacher map to the student's.
+    Zero, and stationary in r(s): where r(s) = t; then the student's logits are the teacher's.
+    Paper: Chen et al. 2022, "Knowledge Distillation with the Reused Teacher Classifier"; r with batch normalisation and
+    ReLU behind every convolution.
+
+    Args:
+        layer: position of the map whose average the teacher's classifier reads; negative from the deepest.
+        reduction: factor by which r's inner channels are fewer than the teacher's, at least 1.
+    """
+
+    needs = frozenset({"teacher", "maps", "weight"})
+    per_example = False
+    classifies = True
+    presets: ClassVar = {
+        "cifar100": {"weight": 1.0, "ce_weight": 0.0, "kd_weight": 0.0},
+        "imagenet": {"weight": 1.0, "ce_weight": 0.0, "kd_weight": 0.0},
+    }
+
+    layer: int = -1
+    reduction: int = 2
+
+    def check(self) -> None:
+        """The bottleneck is not wider than the teacher."""
+        check_at_least(self.name, reduction=(self.reduction, 1))
+
+    def build(self, seen: Seen, num_samples: int) -> None:
+        """Make the projector and copy the teacher's classifier, checked to give its logits from its map."""
+        s, t = pick(self.name, seen, self.layer)
+        teacher = seen.teacher
+        assert teacher is not None
+        assert teacher.weight is not None
+        bias = teacher.logits.new_zeros(len(teacher.weight)) if teacher.bias is None else teacher.bias
+        self._check_classifier(t, teacher, bias)
+        inner = max(1, t.shape[1] // self.reduction)
+        layers: list[nn.Module] = []
+        for a, b, kernel in ((s.shape[1], inner, 1), (inner, inner, 3), (inner, t.shape[1], 1)):
+            layers += [nn.Conv2d(a, b, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+        self.projector = nn.Sequential(*layers)
+        self.size = tuple(t.shape[-2:])  # of the teacher's map
+        self.register_buffer("weight", teacher.weight.detach().clone())
+        self.register_buffer("bias", bias.detach().clone())
+        placed(self, seen)
+
+    def _check_classifier(self, t: Tensor, teacher: View, bias: Tensor) -> None:
+        assert teacher.weight is not None
+        wrong = "so its logits cannot come from this map; name the layer whose average the classifier reads"
+        if t.shape[1] != teacher.weight.shape[1]:
+            raise ValueError(
+                f"{self.name}: the teacher's map {self.layer} has {t.shape[1]} channels and its classifier reads "
+                f"{teacher.weight.shape[1]}, {wrong}"
+            )
+        again = F.linear(t.float().mean((2, 3)), teacher.weight.float(), bias.float())
+        logits = teacher.logits.float()
+        if (again - logits).abs().max() > 0.02 * logits.abs().max() + 1e-3:  # half precision differs by about 0.005
+            raise ValueError(
+                f"{self.name}: the teacher's classifier does not read the average of map {self.layer}, {wrong}"
+            )
+
+    def values(self, seen: Seen) -> Tensor:
+        """()."""
+        s, t = pick(self.name, seen, self.layer)
+        s, t = same_size(s, t)
+        return F.mse_loss(self.projector(s), t)
+
+    def classify(self, view: View) -> Tensor:
+        """The logits (N, K) of student, projector and the teacher's classifier, from the student's view."""
+        s = view.maps[self.layer]
+        s = resized(s, (min(s.shape[-2], self.size[0]), min(s.shape[-1], self.size[1])))
+        weight, bias = self.get_buffer("weight"), self.get_buffer("bias")
+        return F.linear(reduce(self.projector(s.to(weight.dtype)), "n c h w -> n c", "mean"), weight, bias)

@@ -1,0 +1,1 @@
+"""Networks: Teacher and Student, building by name, weights from files, feature layers."""

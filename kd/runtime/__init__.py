@@ -1,0 +1,1 @@
+"""The process: signals, the lock of a run directory, provenance."""

@@ -1,0 +1,64 @@
+"""What ran, on what, with which versions: the part of a result that lets somebody else doubt it properly."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kd.config.schema import PACKAGE
+
+_PACKAGES = ("kd-torch", "torch", "torchvision", "timm", "accelerate", "hydra-core", "numpy", "torchmetrics")
+
+
+def _git(*arguments: str) -> str | None:
+    """The answer of git about kd's own checkout; None where kd is installed without one, or git cannot be run."""
+    if not (PACKAGE.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(PACKAGE.parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git here, or no more files may be opened: no reason to lose a finished run
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    with suppress(OSError):
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def provenance(world_size: int) -> dict[str, Any]:
+    """Code, versions, hardware and command line of this process as plain values."""
+    status = _git("status", "--porcelain")
+    return {
+        "git_sha": _git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "hardware": {
+            "cpu": _cpu(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "processes": world_size,
+        },
+        "system": platform.platform(),
+        "command": sys.argv,
+    }

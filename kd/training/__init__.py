@@ -1,0 +1,1 @@
+"""Training one pair: the loop, its stages, run directories and results."""

@@ -1,0 +1,396 @@
+"""The training loop, the only one: teacher, student and control all run through `Trainer.fit`.
+
+Everything random in it is a function of the seed and the position: the order of (seed, epoch), the augmentation of
+(seed, epoch, image), dropout and mixup of (seed, update). So the position is the whole random state of a run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from copy import copy
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any, NoReturn, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from kd import checkpoint
+from kd.checkpoint.fit import check_alike, check_optimizer, number, whole_number
+from kd.config.schema import Recipe
+from kd.data import Batch, Data, mixer
+from kd.losses.distill import DistillLoss
+from kd.losses.methods.base import Seen
+from kd.metrics import nll, top_k_accuracy
+from kd.models.factory import Student
+from kd.runtime.signals import Interrupted, go_on, stop_requested
+from kd.training.logger import Journal
+from kd.training.nonfinite import Suspects, describe, first_bad_gradient
+from kd.training.objective import Objective, Terms
+from kd.training.stage import (
+    Stage,
+    TrainingError,
+    as_trained,
+    build,
+    epoch_order,
+    mixed_seed,
+    not_finite,
+    optimizer,
+    predict,
+    schedule,
+    share,
+)
+
+MOST_SKIPPED = 32  # halves fp16's scale from 65,536 to 1.5e-5
+
+
+@dataclass
+class Progress:
+    """Where a stage stands: with the weights and the optimizer, all that a resumed run needs."""
+
+    update: int = 0
+    seconds: float = 0.0
+    selected: dict[str, float] = field(default_factory=dict)
+    epochs: int = 0  # validated; a run that is stopped while it validates goes on with that
+    skipped: int = 0  # updates that fp16's scaler left out
+
+
+class Trainer:
+    """Trains one stage; `fit` resumes from the stage's folder and leaves its weights there."""
+
+    def __init__(self, stage: Stage, recipe: Recipe, data: Data, accelerator: Accelerator, journal: Journal):
+        self.stage, self.recipe, self.data, self.accelerator, self.journal = stage, recipe, data, accelerator, journal
+        self.updates_per_epoch = len(data.train) // recipe.train.batch_size
+        self.updates = stage.epochs * self.updates_per_epoch
+        self.progress = Progress()
+        self.skipped_in_a_row = 0
+        self.saved_at = time.monotonic()
+        self.selected_weights: dict[str, Tensor] | None = None  # on the CPU: every checkpoint has them
+        models = stage.place(accelerator.device, recipe.train.channels_last)
+        build(stage, recipe, data, accelerator)
+        self.optimizer = optimizer(stage.model.model, recipe)
+        self._add_learned()
+        self.scheduler = schedule(self.optimizer, recipe, stage.epochs, self.updates_per_epoch)
+        decay = recipe.train.ema_decay
+        self.deployed = stage.deployed()
+        self.ema = ModelEmaV3(self.deployed, decay=decay) if decay else None
+        for model in models if recipe.train.compile else ():
+            model.compile()
+        self.model, self.stepper = accelerator.prepare(stage.model, self.optimizer)
+        self.mix = mixer(recipe.data, data.num_classes)
+
+    def _add_learned(self) -> None:
+        """What the objective learns joins the student's optimizer, under the same rule for weight decay."""
+        o = self.recipe.optimizer
+        groups = param_groups_weight_decay(
+            self.stage.objective, o.weight_decay, weight_decay_exclude_1d=not o.decay_norm_and_bias
+        )
+        for group in groups:
+            self.optimizer.add_param_group(group)
+
+    def _learned(self) -> Iterator[nn.Parameter]:
+        return chain(self.model.parameters(), self.stage.objective.parameters())
+
+    def fit(self) -> None:
+        """Train to the last epoch, from the saved state where there is one, and write the weights."""
+        self._load()
+        self.journal.rewind(self.stage.name, self.progress.update, self.progress.epochs)
+        with self.journal.progress(self.stage.name, self.updates, self.progress.update):
+            while (epoch := self.progress.epochs) < self.stage.epochs:
+                if self.progress.update < (epoch + 1) * self.updates_per_epoch:
+                    self._epoch(epoch)
+                    self.stage.objective.end_epoch()
+                self._validate(epoch)
+                self._save_or_stop()
+        if self.accelerator.is_main_process:
+            weights = {"last": self._evaluated().model.state_dict()}
+            if self.selected_weights:
+                weights["selected"] = self.selected_weights
+            self.journal.flush()
+            done = {"updates": self.updates, "seconds": self.progress.seconds, "selected": self.progress.selected}
+            done["skipped"] = self.progress.skipped
+            checkpoint.finish(self.stage.folder, weights, self.stage.metadata, done, self.stage.of)
+        self.accelerator.wait_for_everyone()
+
+    def measure(self, updates: int = 2) -> float:
+        """Seconds that one update takes, after a first one that warms up. Nothing is written."""
+        batches = self._batches(0, 0)
+        started = 0.0
+        for _ in range(updates):
+            started = time.perf_counter()
+            self._update(list(islice(batches, self.recipe.train.accumulation)))
+        return time.perf_counter() - started
+
+    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """The micro-batches of this process from update `first` of an epoch on."""
+        train = self.recipe.train
+        order = epoch_order(len(self.data.train), self.recipe.seed, epoch)
+        # The last incomplete batch is left out, as is usual: batch normalisation needs a full one.
+        batches = order[: self.updates_per_epoch * train.batch_size].view(-1, train.batch_size)[first:]
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        plan = [piece for batch in batches for piece in share(batch, train.accumulation, world, rank)]
+        return iter(self.data.train.batches(plan, epoch))
+
+    def _epoch(self, epoch: int) -> None:
+        first = self.progress.update % self.updates_per_epoch
+        batches = self._batches(epoch, first)
+        for _ in range(first, self.updates_per_epoch):
+            started = time.perf_counter()
+            logged = self._update(list(islice(batches, self.recipe.train.accumulation)))
+            seconds = time.perf_counter() - started
+            self.progress.update += 1
+            self.progress.seconds += seconds
+            self.journal.advance(self.progress.update)
+            if self.progress.update % self.recipe.train.log_every == 0 or self.progress.update == self.updates:
+                self._log(epoch, logged, seconds)
+            if self.progress.update % self.updates_per_epoch:  # after an epoch's last update comes its validation
+                self._save_or_stop()
+
+    def _save_or_stop(self) -> None:
+        """Save when asked to stop, and otherwise from time to time."""
+        if stop_requested(self.accelerator):
+            self._stop()
+        if time.monotonic() - self.saved_at >= self.recipe.train.save_every:
+            self._save_all()
+
+    def _save_all(self) -> None:
+        self.journal.flush()  # no state may tell of updates whose lines are lost
+        self._save()
+
+    def _stop(self) -> NoReturn:
+        self._save_all()
+        self.accelerator.wait_for_everyone()
+        raise Interrupted(f"{self.stage.name} stopped after update {self.progress.update} of {self.updates}")
+
+    def _update(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """One optimizer step over the global batch; returns what there is to log, as sums over this process."""
+        self.model.train()
+        self.stage.objective.train()
+        self.scheduler.step_update(self.progress.update)
+        logged: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                for name, value in self._forward_backward(batch, i).items():
+                    logged[name] = logged.get(name, 0) + value
+        self._average_gradients()
+        limit = self.recipe.train.clip_grad or math.inf
+        norm = cast(Tensor, self.accelerator.clip_grad_norm_(self._learned(), limit))
+        # fp16's scaler looks by itself, and leaves out an update that is not finite.
+        if self.accelerator.scaler is None and not torch.isfinite(norm):
+            self._refuse(f"gradient norm {float(norm)}", batches)
+        self.stepper.step()
+        self._count_skipped(batches)
+        self.stepper.zero_grad()
+        if self.ema and not self.stepper.step_was_skipped:
+            self.ema.update(self.deployed)
+        return {**logged, "grad_norm": norm}
+
+    def _average_gradients(self) -> None:
+        """Of what the objective learns, over the processes: DDP would send its buffers, a memory bank, every time."""
+        if self.accelerator.num_processes > 1:
+            for parameter in self.stage.objective.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = cast(Tensor, self.accelerator.reduce(parameter.grad, reduction="mean"))
+
+    def _forward(self, batch: Batch, i: int) -> tuple[Seen, Terms]:
+        """The i-th piece of the next update; all that is random in it comes from its position."""
+        seed = mixed_seed(self.recipe.seed, self.progress.update, self.accelerator.process_index, i)
+        torch.manual_seed(seed)  # dropout knows no other state
+        epoch = self.progress.update / self.updates_per_epoch
+        batch = as_trained(batch, self.mix, seed, self.recipe.train.channels_last)
+        seen = self.stage.see(batch, epoch, self.model, self.accelerator)
+        return seen, self.stage.objective(seen)
+
+    def _forward_backward(self, batch: Batch, i: int) -> dict[str, Tensor]:
+        seen, terms = self._forward(batch, i)
+        # The loss sums over images; DDP averages over processes. Together: the mean over the global batch, whatever
+        # the number of processes and accumulation steps, also where their shares are uneven.
+        scale = self.accelerator.num_processes / self.recipe.train.batch_size
+        logged = _observe(terms, self.stage.objective, seen) if self._logs_next() else {}
+        # A loss that is not finite makes the gradient so on every process, also where its own derivative is: one look
+        # at the norm, which all share, then sees both. To any other loss this adds 0.
+        self.accelerator.backward(terms.loss * (scale + 0 * terms.loss.detach()))
+        return {**logged, "loss": terms.loss.detach()}
+
+    def _logs_next(self) -> bool:
+        done = self.progress.update + 1
+        return done % self.recipe.train.log_every == 0 or done == self.updates
+
+    def _count_skipped(self, batches: list[Batch]) -> None:
+        """Count what fp16's scaler leaves out: a few while it finds its scale, more are no matter of scale."""
+        if not self.stepper.step_was_skipped:
+            self.skipped_in_a_row = 0
+            return
+        self.progress.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == MOST_SKIPPED:
+            self._refuse(f"{MOST_SKIPPED} updates in a row without a finite gradient in fp16", batches)
+
+    def _refuse(self, what: str, batches: list[Batch]) -> NoReturn:
+        """Stop before the update that would carry NaN into the weights, with what the same update again shows."""
+        self.stepper.zero_grad()
+        found = Suspects()
+        for i, batch in enumerate(batches):
+            with self.accelerator.no_sync(self.model):
+                seen, terms = self._forward(batch, i)
+                terms.loss.backward()
+            found.add(seen, self.stage.objective)
+        found.parameter = first_bad_gradient(self.stage.model.model, self.stage.objective)
+        raise TrainingError(
+            f"{self.stage.name}: {what} in update {self.progress.update + 1} of {self.updates}, which was not made; "
+            f"the last saved state is kept. {describe(gather_object([found]))}"
+        )
+
+    def _log(self, epoch: int, logged: dict[str, Tensor], seconds: float) -> None:
+        norm = logged.pop("grad_norm")
+        reduced = self.accelerator.reduce(torch.stack([value.float() for value in logged.values()]), reduction="sum")
+        sums = dict(zip(logged, reduced.tolist(), strict=True))
+        by_kd, by_ce = sums.pop("grad_kd", 0.0), sums.pop("grad_ce", 0.0)
+        size = self.recipe.train.batch_size
+        values = {name: value / size for name, value in sums.items()}
+        if by_ce:
+            values["grad_ratio"] = by_kd / by_ce
+        values |= {
+            "grad_norm": float(norm),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": size / seconds,
+        }
+        if self.accelerator.scaler:
+            values["skipped"] = self.progress.skipped
+        self.journal.write({"stage": self.stage.name, "update": self.progress.update, "epoch": epoch, **values})
+
+    def _evaluated(self) -> Student:
+        """The weights that count: the averaged ones where there is an average."""
+        return self.ema.module if self.ema else self.deployed
+
+    def _share_buffers(self) -> None:
+        """Every process validates the network that the first one saves: running statistics are each one's own."""
+        if self.accelerator.num_processes > 1:
+            for buffer in self._evaluated().buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def _validate(self, epoch: int) -> None:
+        self._share_buffers()
+        try:
+            logits = predict(self._evaluated(), self.data.val, self.recipe.train.batch_size, self.accelerator)
+        except Interrupted:
+            self._stop()
+        if wrong := not_finite(logits):  # no gradient tells of what an epoch's last update did
+            raise TrainingError(
+                f"{self.stage.name}: {wrong} after update {self.progress.update} of {self.updates}; the last saved "
+                f"state is kept. Try a smaller optimizer.lr, or train.clip_grad=1"
+            )
+        targets = self.data.val.targets
+        top1, val_nll = top_k_accuracy(logits, targets, 1).item(), nll(logits, targets).item()
+        entry = {"stage": self.stage.name, "update": self.progress.update, "epoch": epoch}
+        self.journal.write({**entry, "val_top1": top1, "val_nll": val_nll})
+        self.journal.epoch(self.stage.name, epoch + 1, self.stage.epochs, top1, val_nll, self.progress.skipped)
+        self.progress.epochs = epoch + 1
+        best = self.progress.selected
+        # Ties in accuracy, common on small sets, go to the lower nll.
+        if not best or (top1, -val_nll) > (best["val_top1"], -best["val_nll"]):
+            self.progress.selected = {"epoch": epoch + 1, "val_top1": top1, "val_nll": val_nll}
+            weights = self._evaluated().model.state_dict()
+            self.selected_weights = {name: weight.cpu().contiguous().clone() for name, weight in weights.items()}
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            stage, state = self.stage, self._state()
+            checkpoint.save(stage.folder, self.progress.update, state, self.selected_weights, stage.metadata, stage.of)
+        self.saved_at = time.monotonic()
+
+    def _state(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "model": self.stage.model.model.state_dict(),
+            "objective": self.stage.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "scaler": scaler.state_dict() if scaler else None,
+            "update": self.progress.update,
+            "seconds": self.progress.seconds,
+            "selected": self.progress.selected,
+            "epochs": self.progress.epochs,
+            "skipped": self.progress.skipped,
+        }
+
+    def _load(self) -> None:
+        stage = self.stage
+        found = checkpoint.load(stage.folder, self.journal.say, checkpoint.advice(stage.name, stage.folder), stage.of)
+        if self.accelerator.is_main_process:
+            checkpoint.clean(self.stage.folder)
+            checkpoint.retire(found.damaged if found else [])
+        names = gather_object([found.path.name if found else "none"])
+        if len(set(names)) > 1:  # they would train from different weights, and average their gradients
+            raise checkpoint.CheckpointError(
+                f"{self.stage.folder}: not all processes find the same checkpoint ({', '.join(names)}): a file "
+                f"system may lag behind; {go_on()}"
+            )
+        if found is None:
+            return
+        try:
+            self._restore(found.state, found.selected)
+        except (LookupError, AttributeError, TypeError, RuntimeError, ValueError) as error:
+            said = str(error).partition("\n")[0]
+            raise checkpoint.CheckpointError(f"{found.path}: does not fit this run ({said})") from error
+        self.journal.say(f"{self.stage.name:8} goes on after update {self.progress.update} of {self.updates}")
+
+    def _restore(self, state: dict[str, Any], selected: dict[str, Tensor] | None) -> None:
+        modules = {"model": self.stage.model.model, "objective": self.stage.objective}
+        if self.ema:
+            modules["ema"] = self.ema.module
+        for name, module in modules.items():
+            check_alike(name, state[name], module.state_dict())
+            module.load_state_dict(state[name])
+        check_optimizer(state["optimizer"], self.optimizer)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        best = state["selected"]
+        if best:
+            check_alike("selected weights", selected, self._evaluated().model.state_dict())
+            best = {key: number(f"selected: {key}", best[key]) for key in ("epoch", "val_top1", "val_nll")}
+            self.selected_weights = selected
+        self.progress = Progress(
+            whole_number("update", state["update"], self.updates),
+            number("seconds", state["seconds"]),
+            best,
+            whole_number("epochs", state["epochs"], self.stage.epochs),
+            whole_number("skipped", state["skipped"], self.updates),
+        )
+
+
+def _observe(terms: Terms, objective: Objective, seen: Seen) -> dict[str, Tensor]:
+    """Sums over the batch of what is worth watching; the terms unweighted, their gradients weighted as they act."""
+    logits, values, evaluated = seen.student.logits, terms.values, objective.logits(seen.student)
+    found = {"student_entropy": _entropy(evaluated), **values}
+    if seen.teacher is None:
+        return found
+    teacher_logits = seen.teacher.logits
+    found["teacher_entropy"] = _entropy(teacher_logits)
+    found["agreement"] = (evaluated.argmax(-1) == teacher_logits.argmax(-1)).float().sum()
+    if {"kd", "ce"} <= values.keys():
+        found["grad_kd"] = _gradient_norm(objective.loss, "ce_weight", logits, teacher_logits, seen.target)
+        found["grad_ce"] = _gradient_norm(objective.loss, "kd_weight", logits, teacher_logits, seen.target)
+    return found
+
+
+def _gradient_norm(loss: DistillLoss, without: str, logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum over images of the norm of the gradient at the logits that the loss has without one of its terms."""
+    alone = copy(loss)
+    setattr(alone, without, 0.0)
+    leaf = logits.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(alone(leaf, teacher_logits, targets), leaf)
+    return gradient.float().norm(dim=-1).sum()
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    return torch.special.entr(logits.detach().float().softmax(-1)).sum()

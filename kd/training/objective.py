@@ -1,0 +1,120 @@
+"""What a stage minimises: the fused cross entropy and plain distillation, and any weighted methods beside them.
+
+N examples. Everything is a sum over examples; who divides by how many is the loop's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kd.losses.distill import DistillLoss
+from kd.losses.methods.base import Method, Seen, View
+from kd.losses.methods.registry import Weighted
+
+
+class Terms(NamedTuple):
+    """The loss with its graph; and every term by name, unweighted and detached. All are sums over the examples, ()."""
+
+    loss: Tensor
+    values: dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """``ce_weight CE + kd_weight T² KL + sum_m weight_m min(1, epoch / warmup_epochs_m) method_m``, in sums.
+
+    A method that gives one value for the whole batch counts once for every example of it, so that its weight means the
+    same as that of a mean over examples.
+
+    Args:
+        loss: the first two terms, of reduction "sum".
+        methods: the others by name; they are the objective's submodules, and what they learn its parameters.
+    """
+
+    def __init__(self, loss: DistillLoss, methods: Mapping[str, Weighted] | None = None):
+        super().__init__()
+        methods = methods or {}
+        self.loss = loss
+        self.methods = nn.ModuleDict({name: each.method for name, each in methods.items()})
+        self._weights = {name: (each.weight, each.warmup_epochs) for name, each in methods.items()}
+        if loss.reduction != "sum":
+            raise ValueError(f"reduction={loss.reduction!r}: must be 'sum', the loop divides")
+        own = [name for name, method in self._each() if method.classifies]
+        if len(own) > 1:
+            raise ValueError(f"{' and '.join(own)}: each has a classifier of its own to evaluate; choose one")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the methods need of the loop, as `Method.needs` has it."""
+        return frozenset().union(*(method.needs for _, method in self._each()))
+
+    @property
+    def classifier(self) -> Method | None:
+        """The method that gives the logits to evaluate; None where those are the student's own."""
+        return next((method for _, method in self._each() if method.classifies), None)
+
+    @torch.no_grad()
+    def logits(self, student: View) -> Tensor:
+        """The logits that would be evaluated, of a batch seen in training."""
+        method = self.classifier
+        if method is None:
+            return student.logits.detach()
+        training = method.training
+        logits = method.eval().classify(student)  # in eval mode nothing that it gathers moves
+        method.train(training)
+        return logits
+
+    def _each(self) -> Iterator[tuple[str, Method]]:
+        yield from self.methods.items()  # type: ignore[misc]
+
+    @torch.no_grad()
+    def build(self, seen: Seen, num_samples: int) -> None:
+        """Let every method make what it learns and keeps, from a first batch. Raises ValueError with its name."""
+        for name, method in self._each():
+            with _about(name):
+                method.build(seen, num_samples)
+        self.to(seen.student.logits.device)
+
+    @torch.no_grad()
+    def rehearse(self, seen: Seen) -> None:
+        """Evaluate every method once, as training does: what it keeps moves. Raises ValueError with its name."""
+        self.train()
+        for name, method in self._each():
+            with _about(name):
+                method(seen)
+
+    def end_epoch(self) -> None:
+        """Tell every method that an epoch is over."""
+        for _, method in self._each():
+            method.end_epoch()
+
+    def forward(self, seen: Seen) -> Terms:
+        """The terms of one batch, or of a piece of one."""
+        teacher = None if seen.teacher is None else seen.teacher.logits
+        total, ce, kd = self.loss.terms(seen.student.logits, teacher, seen.target)
+        values = {name: term for name, term in (("ce", ce), ("kd", kd)) if term is not None}
+        for name, method in self._each():
+            value: Any = method(seen)
+            value = value.sum() if method.per_example else value * len(seen.target)
+            total = total + self.weight(name, seen.epoch) * value
+            values[name] = value.detach()
+        return Terms(total, values)
+
+    def weight(self, name: str, epoch: float) -> float:
+        """A method's weight after so many epochs: it rises linearly over its warm-up."""
+        weight, warmup_epochs = self._weights[name]
+        return weight * (min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0)
+
+
+@contextmanager
+def _about(name: str) -> Iterator[None]:
+    """Put the method's name in front of what it raises."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:  # a shape that PyTorch refuses too
+        text = str(error).splitlines()[0].removeprefix(f"{name}: ")
+        raise ValueError(f"{name}: {text}") from error

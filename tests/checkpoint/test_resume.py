@@ -1,0 +1,133 @@
+"""Stopped at any moment and gone on with, a run ends as if nobody had touched it: on one process, on two, on both."""
+
+import json
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.torture import forked
+
+SMALL = ("recipe=smoke", "run=one", "output=runs", "student.epochs=2", "train.save_every=1000")
+ALL_ON = (*SMALL, "data.shift=1", "data.mixup=0.2", "train.ema_decay=0.9", "train.accumulation=2")
+ALL_ON += ("train.clip_grad=1", "scheduler.name=step", "scheduler.decay_epochs=1", "loss=ctkd")
+STOPS = [("teacher", 2), ("student", 3), ("student", 5), ("student", "validation"), ("control", 7), ("result", 0)]
+
+
+def send(stage: str, when: int | str, rank: int, signum: int) -> None:
+    """Have the process send itself a signal: in an update of a stage, while it validates, or while it scores."""
+    from kd.training import loop, results
+
+    def ask() -> None:
+        if int(os.environ.get("RANK", "0")) == rank:
+            os.kill(os.getpid(), signum)
+
+    def updating(self, batches):
+        if (self.stage.name, self.progress.update + 1) == (stage, when):
+            ask()
+        return update(self, batches)
+
+    def validating(self, epoch):
+        if (self.stage.name, "validation") == (stage, when):
+            ask()
+        return validate(self, epoch)
+
+    def scoring(*arguments):
+        if stage == "result":
+            ask()
+        return predict(*arguments)
+
+    update, validate, predict = loop.Trainer._update, loop.Trainer._validate, results.predict
+    loop.Trainer._update, loop.Trainer._validate, results.predict = updating, validating, scoring
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stopped_anywhere_a_run_goes_on_to_the_same_bits(processes, tmp_path):
+    """With augmentation, mixup, averaged weights, accumulation, clipping, a schedule and a method that learns.
+    Of two processes only the second is asked: both must agree.
+    """
+    forked.whole(*ALL_ON, folder=tmp_path / "whole", processes=processes)
+    cut = tmp_path / "cut"
+    for i, (stage, when) in enumerate(STOPS):
+        signum = (signal.SIGTERM, signal.SIGUSR1)[i % 2]
+        hook = partial(send, stage, when, processes - 1, signum)
+        log = f"log{i}.txt"
+        codes = forked.finish(forked.start(*ALL_ON, folder=cut, processes=processes, hook=hook, log=log))
+        said = (cut / log).read_text()
+        assert codes == [0] * processes, said
+        assert said.splitlines()[-1].endswith("; run the same command to go on"), said
+        assert said.splitlines()[-1].startswith("stopped" if stage == "result" else f"{stage} stopped after update")
+        assert not (cut / "runs/smoke/one/result.json").exists()
+    forked.whole(*ALL_ON, folder=cut, processes=processes)
+    assert forked.differences(tmp_path / "whole/runs", cut / "runs") == []
+    assert len(forked.outcome(cut / "runs")) == 12  # three networks of three files each, two curves, the result
+
+
+def lag() -> None:
+    """Have only the first process see a checkpoint, as a file system of several machines may."""
+    from kd import checkpoint
+
+    found = checkpoint.Checkpoint(Path("update-00000003"), {}, None, [])
+    checkpoint.load = lambda *arguments: found if os.environ["RANK"] == "0" else None
+
+
+def test_two_processes_that_find_different_checkpoints_do_not_train(tmp_path):
+    """They would average the gradients of different weights, and nobody would see."""
+    codes = forked.finish(forked.start(*SMALL, folder=tmp_path, hook=lag, processes=2))
+    said = (tmp_path / "log.txt").read_text()
+    assert codes == [2, 2], said
+    assert "not all processes find the same checkpoint (update-00000003, none): a file system may lag" in said
+
+
+def record(path: str) -> None:
+    """Write down which images every update sees."""
+    from kd.training import loop
+
+    def recorded(self, batches):
+        index = torch.cat([batch.index for batch in batches]).tolist()
+        with open(f"{path}.{self.accelerator.process_index}", "a") as file:
+            file.write(json.dumps([self.stage.name, self.progress.update, index]) + "\n")
+        return update(self, batches)
+
+    update = loop.Trainer._update
+    loop.Trainer._update = recorded
+
+
+def record_and_send(path: str, *request) -> None:
+    record(path)
+    send(*request)
+
+
+def seen(path: Path) -> dict[tuple[str, int], list[int]]:
+    """By stage and update, the images that all processes saw."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for part in sorted(path.parent.glob(f"{path.name}.*")):
+        for stage, update, index in map(json.loads, part.read_text().splitlines()):
+            found.setdefault((stage, update), []).extend(index)
+    return {key: sorted(index) for key, index in found.items()}
+
+
+def test_on_two_processes_then_one_then_two_every_image_is_seen_as_on_one(tmp_path):
+    """Same global batch; weights to rounding, since sums over processes are taken in another order."""
+    words = (*SMALL, "data.shift=1", "train.ema_decay=0.9", "train.accumulation=2", "train.batch_size=255")
+    forked.whole(*words, folder=tmp_path / "whole", hook=partial(record, "seen"))
+    cut = tmp_path / "cut"
+    for processes, request in ((2, ("student", 3, 0, signal.SIGTERM)), (1, ("student", 7, 0, signal.SIGUSR1))):
+        hook = partial(record_and_send, "seen", *request)
+        codes = forked.finish(forked.start(*words, folder=cut, processes=processes, hook=hook))
+        assert codes == [0] * processes, (cut / "log.txt").read_text()
+    forked.whole(*words, folder=cut, processes=2, hook=partial(record, "seen"))
+    assert "goes on after update 3 of 10" in (cut / "log.txt").read_text()
+    assert "goes on after update 7 of 10" in (cut / "log.txt").read_text()
+    assert seen(cut / "seen") == seen(tmp_path / "whole/seen")
+    assert {len(index) for index in seen(cut / "seen").values()} == {255}
+    for name in ("student", "control"):
+        weights = [
+            load_file(folder / f"runs/smoke/one/{name}/last.safetensors") for folder in (tmp_path / "whole", cut)
+        ]
+        for key, value in weights[0].items():
+            torch.testing.assert_close(weights[1][key], value, rtol=0, atol=1e-4)

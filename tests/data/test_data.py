@@ -1,0 +1,371 @@
+"""Small sets: splits, augmentation that belongs to the sample, normalisation."""
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+
+from kd.config.schema import ConfigError, DataConfig
+from kd.data import FAMILIES, load_data
+from kd.data.base import assign
+from kd.data.sample_rng import bits, global_rng, normals, sample_keys, uniforms
+from kd.data.tensors import translate
+
+
+def config(**settings):
+    return DataConfig(**{"image_size": 8, **settings})
+
+
+def everything(split, epoch, size=64):
+    """All samples of a split in their own order."""
+    batches = list(split.batches(torch.arange(len(split)).split(size), epoch))
+    return torch.cat([b.images for b in batches]), torch.cat([b.targets for b in batches])
+
+
+def rng_state():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+def test_the_recipe_names_every_family_and_another_is_an_error():
+    field = next(f for f in dataclasses.fields(DataConfig) if f.name == "family")
+    assert all(name in field.metadata["doc"] for name in FAMILIES)
+    with pytest.raises(ConfigError, match=r"data\.family=mine: must be one of digits, mnist5k"):
+        load_data(config(family="mine"), 0)
+
+
+# --- splits
+
+
+def test_the_splits_of_digits_are_a_partition_of_the_published_images():
+    data = load_data(config(), 0)
+    stored = [s.images for s in (data.train, data.val, data.test)]
+    assert [len(s) for s in stored] == [1293, 144, 360]  # 20 % of 1,797, then 10 % of the 1,437 left, rounded up
+    ours = sorted((s * 16).long().flatten().tolist() for part in stored for s in part)
+    assert ours == sorted(image.flatten().astype(int).tolist() for image in load_digits().images)
+    assert data.input_shape == (1, 8, 8)
+    assert data.class_names == list("0123456789")
+    assert data.num_classes == 10
+
+
+def test_labels_stay_with_their_images():
+    found = load_digits()
+    label_of = {tuple(i.flatten().astype(int)): t for i, t in zip(found.images, found.target, strict=True)}
+    assert len(label_of) == 1797  # no image is there twice, so nothing of the test split can be in the training split
+    for split in (lambda d: (d.train, d.val, d.test))(load_data(config(), 0)):
+        for image, target in zip(split.images, split.targets, strict=True):
+            assert label_of[tuple((image * 16).long().flatten().tolist())] == target
+
+
+@pytest.mark.parametrize("family", ["digits", "mnist5k", "mnist1d"])
+def test_splits_are_stratified(family):
+    data = load_data(config(family=family), 0)
+    share = np.bincount(data.train.targets) / len(data.train)
+    for split in (data.val, data.test) if family != "mnist1d" else (data.val,):  # mnist1d's test split is published
+        assert split.targets.dtype == torch.int64
+        assert np.abs(np.bincount(split.targets) - share * len(split)).max() <= 1
+
+
+def test_sizes_and_content_of_the_embedded_sets():
+    mnist, signals = load_data(config(family="mnist5k", image_size=28), 0), load_data(config(family="mnist1d"), 0)
+    assert [len(s) for s in (mnist.train, mnist.val, mnist.test)] == [3600, 400, 1000]
+    assert mnist.train.images.dtype == torch.uint8
+    # the whole MNIST training set has mean 0.1307 and deviation 0.3081
+    assert mnist.mean == pytest.approx([0.1307], abs=2e-3)
+    assert mnist.std == pytest.approx([0.3081], abs=2e-3)
+    assert [len(s) for s in (signals.train, signals.val, signals.test)] == [3600, 400, 1000]
+    assert signals.input_shape == (40,)
+    pooled = torch.cat([s.images for s in (signals.train, signals.val, signals.test)])
+    assert pooled.double().std(correction=0).item() == pytest.approx(1, abs=1e-6)  # as its authors standardise it
+
+
+def test_the_split_follows_the_split_seed_and_not_the_run_seed():
+    first, other_run, other_split = (load_data(config(split_seed=s), seed) for s, seed in ((0, 0), (0, 1), (1, 0)))
+    assert torch.equal(first.train.images, other_run.train.images)
+    assert torch.equal(first.test.images, other_run.test.images)
+    assert first.hash == other_run.hash
+    assert not torch.equal(first.test.images, other_split.test.images)
+    assert first.hash != other_split.hash
+
+
+def test_the_hash_notices_one_changed_pixel_and_one_changed_label():
+    from kd.data.tensors import tensor_data
+
+    images, targets = torch.rand(40, 1, 8, 8), np.arange(40) % 2
+
+    def found():  # all splits given, so that a changed label changes nothing but itself
+        return tensor_data(config(), 0, dict.fromkeys(("train", "val", "test"), (images, targets)), ["a", "b"]).hash
+
+    hashes = [found(), found()]
+    images[7, 0, 3, 3] += 0.5
+    hashes.append(found())
+    targets[7] = 0
+    hashes.append(found())
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
+
+
+def test_loading_leaves_the_global_generators_alone():
+    from kd.data.synthetic import _mnist1d
+
+    _mnist1d.cache_clear()
+    random.seed(123), np.random.seed(123)  # an earlier test may have left what generating again would leave
+    before = rng_state()
+    load_data(config(family="mnist1d"), 0)
+    load_data(config(), 0)
+    assert rng_state() == before
+
+
+@pytest.mark.parametrize(
+    ("counts", "setting"),
+    [
+        ((20, 1), "data.test_fraction=0.2"),  # one image cannot be in two splits
+        ((2, 2), "data.test_fraction=0.2"),  # a test split of one image cannot have both classes
+        ((50, 2), "data.test_fraction=0.2"),  # two of 52 at 20 %: the rare class is not in the test split
+        ((8, 3), "data.val_fraction=0.1"),  # enough to test on, nothing left to select on
+    ],
+)
+def test_a_class_with_too_few_images_is_an_error(counts, setting):
+    targets = np.repeat([0, 1], counts)
+    with pytest.raises(ConfigError) as error:
+        assign(config(), {"train": targets}, ["cat", "dog"])
+    assert str(error.value).startswith(f"{setting}: cannot hold out images of every class of digits")
+    assert "\n" not in str(error.value)
+    assert "'dog'" in str(error.value) or "'cat'" in str(error.value)
+
+
+def test_a_class_without_any_image_is_an_error():
+    with pytest.raises(ConfigError, match="the smallest, 'bird', has 0"):
+        assign(config(), {"train": np.repeat([0, 1], 50)}, ["cat", "dog", "bird"])
+
+
+def test_given_splits_are_kept():
+    labels = np.arange(100) % 2
+    both = assign(config(), {"train": labels, "val": labels[:10]}, ["a", "b"])
+    assert both["test"][0] == "val"  # ImageNet's: what others report on is not selected on
+    assert len(both["test"][1]) == 10
+    assert (both["train"][0], both["val"][0]) == ("train", "train")
+    assert np.sort(np.concatenate([both["train"][1], both["val"][1]])).tolist() == list(range(100))
+    three = assign(config(), {"train": labels, "val": labels[:10], "test": labels[:20]}, ["a", "b"])
+    assert {name: (given, len(index)) for name, (given, index) in three.items()} == {
+        "train": ("train", 100),
+        "val": ("val", 10),
+        "test": ("test", 20),
+    }
+
+
+# --- views
+
+
+def test_training_images_are_normalised_to_mean_0_and_deviation_1():
+    for data in (load_data(config(), 0), load_data(config(family="mnist1d"), 0)):
+        images = everything(data.train, None)[0].double()
+        assert images.mean().item() == pytest.approx(0, abs=1e-6)
+        assert images.std(correction=0).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_channels_are_normalised_apart_and_in_parts():
+    from kd.data.tensors import channel_statistics
+
+    images = torch.randint(0, 256, (5000, 3, 2, 2), dtype=torch.uint8) // torch.tensor([1, 2, 4]).view(3, 1, 1)
+    mean, std = channel_statistics(images.to(torch.uint8))  # 5,000 is more than the 4,096 of one part
+    plain = images.double().div(255).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean, plain.mean(1))
+    torch.testing.assert_close(std, plain.std(1, correction=0))
+
+
+def test_the_evaluation_view_is_the_stored_image_normalised_and_resized():
+    data = load_data(config(image_size=16, shift=2, hflip=0.5, noise=0.3), 0)
+    pixels = (data.test.images.double() - data.mean[0]) / data.std[0]
+    expected = F.interpolate(pixels.float(), size=16, mode="bilinear")  # antialias changes nothing where images grow
+    torch.testing.assert_close(everything(data.test, None)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_shrinking_averages_pixels():
+    data = load_data(config(family="mnist5k", image_size=14), 0)
+    images = everything(data.test, None)[0]
+    full = everything(load_data(config(family="mnist5k", image_size=28), 0).test, None)[0]
+    assert images.shape[1:] == (1, 14, 14)
+    # plain bilinear reads 4 pixels per place here, and is F.avg_pool2d(2); antialiased reads a triangle of 4 x 4
+    one_axis = torch.tensor([1, 3, 3, 1]) / 8
+    kernel = torch.outer(one_axis, one_axis)[None, None]
+    expected = F.conv2d(full, kernel, stride=2, padding=1)
+    torch.testing.assert_close(images[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1], rtol=0, atol=1e-4)
+
+
+def shifted_by_hand(image, dy, dx):
+    """What numpy says a shift is: rows and columns that leave are lost, those that come in are 0."""
+    height, width = image.shape[-2:]
+    out = np.zeros_like(image)
+    for y in range(height):
+        for x in range(width):
+            if 0 <= y - dy < height and 0 <= x - dx < width:
+                out[..., y, x] = image[..., y - dy, x - dx]
+    return out
+
+
+def test_translate_is_a_shift_filled_with_zeros():
+    images = torch.randint(1, 256, (5, 2, 4, 6), dtype=torch.uint8)
+    dy, dx = torch.tensor([-2, -1, 0, 1, 3]), torch.tensor([5, 0, -3, 2, -1])
+    moved = translate(translate(images, dx, -1), dy, -2)
+    assert moved.dtype == torch.uint8
+    for i in range(5):
+        assert moved[i].tolist() == shifted_by_hand(images[i].numpy(), dy[i], dx[i]).tolist()
+
+
+def test_training_images_are_shifted_stored_images_of_every_offset():
+    data = load_data(config(shift=1), 3)
+    images, targets = everything(data.train, 0)
+    assert torch.equal(targets, data.train.targets)
+    offsets = []
+    for stored, seen in zip(data.train.images.numpy()[:300], images.numpy(), strict=False):
+        candidates = {(dy, dx): shifted_by_hand(stored, dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
+        error = {o: np.abs((c - data.mean[0]) / data.std[0] - seen).max() for o, c in candidates.items()}
+        offsets.append(min(error, key=error.get))
+        assert error[offsets[-1]] < 1e-5
+    counts = np.unique(offsets, axis=0, return_counts=True)[1]
+    assert len(counts) == 9
+    assert counts.min() > 300 / 9 / 2
+
+
+def test_signals_shift_along_their_length():
+    data = load_data(config(family="mnist1d", shift=3), 0)
+    images = everything(data.val, 0)[0]
+    offsets = set()
+    for stored, seen in zip(data.val.images, images, strict=True):
+        moved = {d: shifted_by_hand(stored.numpy()[None], 0, d)[0] for d in range(-3, 4)}
+        error = {d: np.abs((m - data.mean[0]) / data.std[0] - seen.numpy()).max() for d, m in moved.items()}
+        offsets.add(min(error, key=error.get))
+        assert min(error.values()) < 1e-5
+    assert offsets == set(range(-3, 4))
+
+
+def test_flips_mirror_the_share_of_images_that_is_asked_for():
+    data = load_data(config(hflip=0.25), 0)
+    plain, seen = everything(data.train, None)[0], everything(data.train, 0)[0]
+    flipped = torch.tensor([torch.equal(s, p.flip(-1)) for s, p in zip(seen, plain, strict=True)])
+    same = torch.tensor([torch.equal(s, p) for s, p in zip(seen, plain, strict=True)])
+    assert (flipped | same).all()
+    assert flipped.double().mean().item() == pytest.approx(0.25, abs=0.05)
+
+
+@pytest.mark.parametrize("family", ["digits", "mnist1d"])
+def test_noise_is_gaussian_of_the_given_size_and_moves_nothing_else(family):
+    data = load_data(config(family=family, shift=2, noise=0.3), 0)
+    clean = load_data(config(family=family, shift=2), 0)
+    noise = (everything(data.train, 5)[0] - everything(clean.train, 5)[0]).double() / 0.3
+    assert noise.mean().item() == pytest.approx(0, abs=0.02)
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
+    assert noise.pow(4).mean().item() == pytest.approx(3, abs=0.1)
+
+
+AUGMENTED = {"shift": 2, "hflip": 0.5, "noise": 0.2}
+
+
+@pytest.mark.parametrize("settings", [AUGMENTED, {"family": "mnist1d", "shift": 4, "noise": 0.2}])
+def test_a_sample_looks_the_same_in_any_batch_order_and_process(settings):
+    split = load_data(config(**settings), 7).train
+    together = everything(split, 4)[0]
+    assert torch.equal(together, everything(split, 4, size=7)[0])
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    shards = [order[rank::3] for rank in range(3)]
+    for shard in shards:  # three processes, each from the middle of the epoch on
+        for batch in split.batches(list(shard.split(50))[2:], 4):
+            assert torch.equal(batch.images, together[batch.index])
+            assert torch.equal(batch.targets, split.targets[batch.index])
+
+
+def test_augmentation_differs_between_epochs_samples_and_seeds():
+    split, other = (load_data(config(**AUGMENTED), seed).train for seed in (0, 1))
+    first = everything(split, 0)[0]
+    for images in (everything(split, 1)[0], everything(other, 0)[0]):
+        assert not (first == images).flatten(1).all(1).any()
+    noise = load_data(config(noise=1.0), 0).train
+    residual = (everything(noise, 0)[0] - everything(noise, None)[0]).flatten(1)
+    correlation = torch.corrcoef(residual[:200]) - torch.eye(200)
+    assert correlation.abs().max() < 0.6  # 64 values each: the largest of 19,900 is near 0.5 by chance
+
+
+def test_augmentation_leaves_the_global_generators_alone():
+    split = load_data(config(**AUGMENTED), 0).train
+    before = rng_state()
+    everything(split, 0)
+    assert rng_state() == before
+
+
+def test_to_returns_a_split_on_the_device_and_leaves_labels_on_the_cpu():
+    split = load_data(config(), 0).val
+    moved = split.to("meta")
+    assert moved.images.is_meta
+    assert moved.targets.device.type == "cpu"
+    assert not split.images.is_meta
+
+
+# --- random numbers of a sample
+
+
+def test_the_hash_is_splitmix64():
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    assert [int(x) % 2**64 for x in bits(torch.tensor([1234567]), 4)[0]] == published
+
+
+def test_no_two_samples_share_a_key():
+    index = torch.arange(2000)
+    keys = torch.cat([sample_keys(seed, epoch, index) for seed in range(5) for epoch in range(5)])
+    assert len(keys.unique()) == 5 * 5 * 2000
+
+
+def test_uniforms_are_uniform_and_normals_normal():
+    from scipy import stats
+
+    keys = sample_keys(0, 0, torch.arange(5000))
+    u = uniforms(keys, 3)
+    assert u.min() >= 0
+    assert u.max() < 1
+    assert stats.kstest(u.flatten().double(), "uniform").pvalue > 1e-3
+    z = normals(keys, 5)
+    assert z.shape == (5000, 5)
+    assert stats.kstest(z.flatten().double(), "norm").pvalue > 1e-3
+    assert torch.corrcoef(z.T).fill_diagonal_(0).abs().max() < 0.06
+
+
+def test_global_rng_seeds_inside_and_restores_outside_even_after_an_error():
+    before = rng_state()
+    draws = []
+    for _ in range(2):
+        with global_rng(2**62):
+            draws.append((random.random(), np.random.rand(), torch.rand(()).item()))
+    with pytest.raises(KeyError), global_rng(-5):
+        raise KeyError
+    assert draws[0] == draws[1]
+    assert rng_state() == before
+
+
+# --- settings that cannot work
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"color_jitter": 0.4},
+            "data.color_jitter=0.4: only for streamed sets, digits is held in memory; leave it out",
+        ),
+        ({"random_erase": 0.5}, "data.random_erase=0.5: only for streamed sets"),
+        ({"auto_augment": "rand-m9"}, "data.auto_augment=rand-m9: only for streamed sets"),
+        ({"shift": 8}, "data.shift=8: must be < 8, the stored size of digits"),
+        (
+            {"family": "mnist1d", "name": "mnist1d", "hflip": 0.5},
+            "data.hflip=0.5: only for images, mnist1d holds signals",
+        ),
+        ({"family": "mnist1d", "mixup": 0.2}, "data.mixup=0.2: only for images"),
+        ({"family": "mnist1d", "cutmix": 1.0}, "data.cutmix=1.0: only for images"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_an_error(settings, message):
+    with pytest.raises(ConfigError) as error:
+        load_data(config(**settings), 0)
+    assert str(error.value).startswith(message)

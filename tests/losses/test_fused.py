@@ -1,0 +1,386 @@
+"""The fused backends under autograd, transforms and compilers: one gradient, handed out once, never silently wrong."""
+
+import copy
+import io
+import math
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kd import DistillLoss, distill_loss
+from kd.losses import settings
+from kd.losses.kernels import autograd as fused
+
+FULL = {"label_smoothing": 0.1, "smoothing": "others", "student_temperature": 2.0}
+WEIGHT = torch.tensor([0.3, 2.0, 0.0, 1.0, 5.0])
+
+
+def batch(shape=(6, 5), dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    s, t = (3 * torch.randn(shape, generator=generator) for _ in range(2))
+    y = torch.randint(shape[-1], shape[:-1], generator=generator)
+    return s.to(dtype).requires_grad_(), t.to(dtype), y
+
+
+def reference(loss):
+    """The same loss in plain PyTorch."""
+    plain = copy.copy(loss)
+    plain.backend = "reference"
+    return plain
+
+
+def gradient(value, leaf, **settings):
+    return torch.autograd.grad(value, leaf, **settings)[0]
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+# ---- which backend runs
+
+
+def test_auto_takes_the_fused_backend_of_the_device_and_says_so():
+    s, t, y = batch()
+    loss = DistillLoss()
+    assert loss.backend_used is None
+    loss(s, t, y)
+    assert loss.backend_used == "cpu"
+    loss.backend = "reference"
+    loss(s, t, y)
+    assert loss.backend_used == "reference"
+
+
+def test_devices_without_a_fused_backend_take_the_reference():
+    s, t, y = (x.to("meta") for x in batch())
+    loss = DistillLoss()
+    value = loss(s.detach().requires_grad_(), t, y)
+    assert loss.backend_used == "reference"
+    assert value.is_meta
+    assert value.shape == ()
+
+
+def test_a_missing_package_is_a_warning_that_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(settings._INSTALLED, "numba", False)
+    s, t, y = batch()
+    loss = DistillLoss()
+    with pytest.warns(UserWarning, match="backend='auto' takes 'reference': pip install numba for 'cpu'"):
+        loss(s, t, y)
+    assert loss.backend_used == "reference"
+    loss.backend = "cpu"
+    with pytest.raises(ModuleNotFoundError, match="backend='cpu': needs numba; pip install numba"):
+        loss(s, t, y)
+
+
+def test_a_backend_for_another_device_is_an_error():
+    with pytest.raises(ValueError, match="backend='triton': needs logits on cuda, student_logits is on cpu"):
+        distill_loss(*batch(), backend="triton")
+    with pytest.raises(ValueError, match="backend='gpu': must be one of auto, reference, cpu, triton"):
+        DistillLoss(backend="gpu")
+
+
+def test_importing_kd_imports_no_compiler():
+    code = "import sys; from kd import DistillLoss; assert not {'numba', 'kd.losses.kernels.cpu'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- the gradient and what is multiplied into it
+
+
+def test_half_precision_survives_a_loss_scale():
+    """fp16 holds nothing below 6e-8: a gradient rounded before it is scaled would be 0 here."""
+    s, t, y = batch((4, 4096), torch.float16)
+    s.data.mul_(0.1)
+    loss = DistillLoss(ce_weight=1.0, reduction="mean")
+    exact = gradient(loss(s64 := s.detach().double().requires_grad_(), t.double(), y) * 2.0**16, s64)
+    scaled = gradient(loss(s, t, y) * 2.0**16, s).double()
+    assert ((scaled - exact).abs() <= torch.finfo(torch.float16).eps / 2 * exact.abs() + 6e-8 + 1e-5).all()
+    assert (scaled != 0).all()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_grad_scaler(autocast):
+    """2^16 scales without rounding: unscaled it is the same gradient, also where autocast makes the logits bfloat16."""
+    s, t, y = batch()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    head = nn.Linear(5, 5)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    loss = DistillLoss(**FULL)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits = head(s.detach())
+        assert logits.dtype == (torch.bfloat16 if autocast else torch.float32)
+        plain = gradient(loss(logits, t, y), head.weight)
+        scaled = loss(head(s.detach()), t, y)
+    scaler.scale(scaled).backward()
+    assert head.weight.grad.abs().max() > 2.0**10 * plain.abs().max()
+    scaler.unscale_(optimizer)
+    assert_close(head.weight.grad, plain)
+
+
+def test_gradients_accumulate_in_the_leaf():
+    s, t, y = batch()
+    loss = DistillLoss()
+    (once,) = torch.autograd.grad(loss(s, t, y), s)
+    for _ in range(2):
+        loss(s, t, y).backward()
+    assert_close(s.grad, 2 * once)
+
+
+def test_gradcheck():
+    s, t, y = batch(dtype=torch.float64)
+    y[3] = -100
+    for target in (y, s.detach().softmax(-1)):
+        loss = DistillLoss(3.0, reduction="none", class_weight=WEIGHT, **FULL)
+        assert torch.autograd.gradcheck(lambda z, target=target, loss=loss: loss(z, t, target), s)
+
+
+def test_without_grad_nothing_is_kept_or_computed():
+    s, t, y = batch()
+    loss = DistillLoss(**FULL)
+    with torch.no_grad():
+        value = loss(s, t, y)
+    assert not value.requires_grad
+    assert torch.equal(value, loss(s.detach(), t, y))
+    assert_close(value, loss(s, t, y).detach(), 1e-6)
+
+
+def test_a_student_that_is_not_a_leaf_may_be_changed_in_place_only_before_the_loss():
+    x, t, y = batch()
+    logits = 3 * x
+    expected = gradient(reference(DistillLoss())(logits, t, y), x)
+    logits = 3 * x
+    assert_close(gradient(DistillLoss()(logits, t, y), x), expected)
+    value = DistillLoss()(logits, t, y)
+    logits.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_no_more_memory_than_one_gradient():
+    """The largest sum of living N x K tensors that the loss makes itself: its gradient, nothing beside it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Made(TorchDispatchMode):
+        shapes: list
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            new = {"empty", "empty_like", "zeros", "clone", "mul", "new_empty", "empty_strided", "_to_copy", "sub"}
+            for tensor in out if isinstance(out, tuple) else (out,):
+                large = isinstance(tensor, torch.Tensor) and tensor.numel() >= 512 * 100
+                if large and function.__name__.split(".")[0] in new:
+                    self.shapes.append((function.__name__, tensor.shape))
+            return out
+
+    s, t, y = batch((512, 100))
+    loss = DistillLoss(label_smoothing=0.1)
+    loss(s, t, y).backward()
+    s.grad = None
+    with Made() as made:
+        made.shapes = []
+        loss(s, t, y).backward()
+    assert len(made.shapes) == 1, made.shapes
+
+
+# ---- compilers and transforms
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_torch_compile_in_one_graph(dynamic):
+    torch.compiler.reset()
+    loss = DistillLoss(3.0, reduction="none", class_weight=WEIGHT, **FULL)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (6, 9):
+        s, t, y = batch((n, 5))
+        y[1] = -100
+        upstream = torch.randn(n)
+        assert_close(
+            gradient(compiled(s, t, y), s, grad_outputs=upstream), gradient(loss(s, t, y), s, grad_outputs=upstream)
+        )
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="Inductor needs a C++ compiler")
+def test_torch_compile_by_its_default_compiler():
+    """A training step's forward and backward pass in one graph, compiled to machine code around the operation."""
+    torch.compiler.reset()
+    model, (x, t, y) = Distilled(), batch()
+    x = x.detach()[:, :4].contiguous()
+    y[1] = -100
+    plain = torch.autograd.grad(model(x, t, y), list(model.parameters()))
+    compiled = torch.compile(model, fullgraph=True)
+    assert_close(torch.autograd.grad(compiled(x, t, y), list(model.parameters())), plain)
+
+
+def test_torch_func():
+    s, t, y = batch(dtype=torch.float64)
+    y[3] = -100
+    s = s.detach()
+    for target in (y, s.softmax(-1)):
+        loss = DistillLoss(3.0, reduction="none", **FULL)
+        rows = torch.func.vmap(torch.func.grad(lambda *row, loss=loss: loss(*row)))(s, t, target)
+        leaf = s.clone().requires_grad_()
+        assert_close(rows, gradient(reference(loss)(leaf, t, target).sum(), leaf), 1e-12)
+        assert_close(torch.func.vmap(loss)(s, t, target), loss(s, t, target), 1e-12)
+        whole = torch.func.grad(lambda z, loss=loss, target=target: loss(z, t, target).sum())(s)
+        assert_close(whole, rows, 1e-12)
+    shared = torch.func.vmap(lambda z: DistillLoss(3.0, **FULL)(z, t, y))(torch.stack([s, 2 * s]))
+    assert_close(shared[1], DistillLoss(3.0, **FULL)(2 * s, t, y), 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own, at its first jvp
+def test_forward_mode_says_which_backend_has_it():
+    s, t, y = batch()
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(lambda z: DistillLoss()(z, t, y), (s.detach(),), (torch.ones_like(s),))
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_operation_is_registered_as_torch_wants_it(soft, with_gradient):
+    s, t, y = batch()
+    s = s.detach()
+    target = s.softmax(-1) if soft else y
+    numbers = (3.0, 2.0, 0.9, 0.1, 0.1, -100, with_gradient)
+    torch.library.opcheck(fused.fused_rows, (s, t, target, WEIGHT, torch.ones(6), "cpu", *numbers))
+    torch.library.opcheck(fused.fused_rows, (s, None, target, None, torch.ones(()).expand(6), "cpu", *numbers))
+
+
+class Distilled(nn.Module):
+    """A module that holds the loss, as a training step does."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.loss = nn.Linear(4, 5), DistillLoss(3.0, **FULL)
+
+    def forward(self, x, t, y):
+        return self.loss(self.head(x), t, y)
+
+
+def test_export():
+    model, (x, t, y) = Distilled(), batch()
+    x = x.detach()[:, :4].contiguous()
+    exported = torch.export.export(
+        model,
+        (x, t, y),
+        dynamic_shapes={
+            "x": {0: torch.export.Dim.AUTO},
+            "t": {0: torch.export.Dim.AUTO},
+            "y": {0: torch.export.Dim.AUTO},
+        },
+    )
+    assert any("fused_rows" in str(node.target) for node in exported.graph.nodes)
+    assert_close(exported.module()(x, t, y), model(x, t, y))
+
+
+def test_autocast_changes_nothing():
+    s, t, y = batch(dtype=torch.bfloat16)
+    loss = DistillLoss(**FULL)
+    plain = loss(s, t, y), gradient(loss(s, t, y), s)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = loss(s, t, y), gradient(loss(s, t, y), s)
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+    assert inside[0].dtype == torch.float32
+
+
+ONE_OF_TWO = """
+import sys, torch
+from kd import DistillLoss
+from torch import distributed, nn
+rank, folder = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+head, loss, x, t, y = torch.load(f"{folder}/work.pt", weights_only=False)
+model = nn.parallel.DistributedDataParallel(head)
+share = slice(3 * rank, 3 * rank + 3)
+loss(model(x[share]), t[share], y[share]).backward()
+torch.save(head.weight.grad, f"{folder}/{rank}.pt")
+distributed.barrier()
+distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_get_the_gradient_of_one(tmp_path):
+    x, t, y = batch()
+    head, loss = nn.Linear(5, 5), DistillLoss(**FULL)
+    torch.save((head, loss, x.detach(), t, y), tmp_path / "work.pt")
+    both = [subprocess.Popen([sys.executable, "-c", ONE_OF_TWO, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    alone = gradient(loss(head(x.detach()), t, y), head.weight)
+    for rank in range(2):
+        assert_close(torch.load(tmp_path / f"{rank}.pt"), alone, 1e-6)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_and_checkpoints(clone):
+    s, t, y = batch()
+    loss = DistillLoss(class_weight=WEIGHT, **FULL)
+    before = loss(s, t, y)
+    assert torch.equal(clone(loss)(s, t, y), before)
+    file = io.BytesIO()
+    torch.save(nn.Sequential(loss).state_dict(), file)
+    assert_close(nn.Sequential(loss).state_dict(), {})
+
+
+def test_activation_checkpointing_runs_it_twice():
+    s, t, y = batch()
+    loss = DistillLoss(**FULL)
+    value = torch.utils.checkpoint.checkpoint(lambda z: loss(z, t, y), s, use_reentrant=False)
+    assert_close(gradient(value, s), gradient(loss(s, t, y), s), 0)
+
+
+# ---- what must not happen on any path
+
+
+def test_a_label_that_nobody_checked_is_nan_not_a_wild_read():
+    """Under a compiler values cannot be read; the kernel must not index with them."""
+    s, t, y = batch()
+    y[1], y[4] = 5, -7
+    with pytest.raises(ValueError, match=r"target has label 5: must be 0\.\.4 or ignore_index=-100"):
+        DistillLoss()(s, t, y)
+    torch.compiler.reset()
+    compiled = torch.compile(DistillLoss(reduction="none"), fullgraph=True, backend="aot_eager")
+    value = compiled(s, t, y)
+    assert value.isnan().tolist() == [False, True, False, False, True, False]
+    rows = gradient(value, s, grad_outputs=torch.ones(6)).isnan().any(-1)
+    assert rows.tolist() == [False, True, False, False, True, False]
+
+
+@pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+def test_a_weight_of_zero_removes_a_term_and_nothing_else(weights):
+    kd_weight, ce_weight = weights
+    s, t, y = batch()
+    loss = DistillLoss(3.0, kd_weight=kd_weight, ce_weight=ce_weight, label_smoothing=0.1)
+    if not kd_weight:
+        t = torch.full_like(t, math.nan)
+    terms, plain = loss.terms(s, t, y), reference(loss).terms(s, t, y)
+    for ours, theirs in zip(terms, plain, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert_close(ours, theirs)
+    assert_close(gradient(terms.loss, s), gradient(plain.loss, s))
+
+
+def test_a_training_step_agrees_with_the_reference_for_fifty_steps():
+    torch.manual_seed(0)
+    x, t, y = torch.randn(64, 20), 3 * torch.randn(64, 5), torch.randint(5, (64,))
+    curves = []
+    for backend in ("auto", "reference"):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 5))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        loss = DistillLoss(backend=backend, label_smoothing=0.1)
+        values = []
+        for _ in range(50):
+            optimizer.zero_grad()
+            value = loss(model(x), t, y)
+            value.backward()
+            optimizer.step()
+            values.append(value.detach())
+        curves.append(torch.stack(values))
+    assert F.l1_loss(curves[0], curves[1]) < 1e-5
+    assert curves[0][-1] < 0.7 * curves[0][0]

@@ -1,0 +1,221 @@
+"""Calibration errors, the post-hoc temperature and selective prediction against golden, library and hand values."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
+from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
+
+from kd.metrics import (
+    aurc,
+    aurc_max_probability,
+    aurc_normalised_logits,
+    classwise_ece,
+    ece,
+    equal_mass_ece,
+    max_probability,
+    mce,
+    nll,
+    normalised_max_logit,
+    post_hoc_temperature,
+)
+
+GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "authors_metrics.json").read_text())
+
+
+def case(key, where="calibration"):
+    (found,) = [c for c in GOLDEN["cases"] if c["key"] == key and c["inputs"] == where]
+    return found["expected"]["value"]
+
+
+def golden_inputs():
+    data = GOLDEN["inputs"]["calibration"]
+    return torch.tensor(data["z"], dtype=torch.float64), torch.tensor(data["y"])
+
+
+def draw(n=300, k=7, seed=0, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(n, k, generator=generator, dtype=torch.float64)
+    keep = torch.rand(n, generator=generator) < 0.6
+    return logits, torch.where(keep, logits.argmax(1), torch.randint(k, (n,), generator=generator))
+
+
+# ---- calibration errors
+
+
+def test_the_authors_errors():
+    logits, targets = golden_inputs()
+    assert ece(logits, targets).item() == pytest.approx(case("ece"), abs=1e-5)  # torchmetrics sums in float32
+    assert ece(logits, targets).item() == pytest.approx(case("ece_dict"), abs=1e-5)
+    assert mce(logits, targets).item() == pytest.approx(case("mce_dict"), rel=1e-9)
+    assert classwise_ece(logits, targets).item() == pytest.approx(case("cwece"), rel=1e-9)
+
+
+def test_the_authors_adaptive_error_has_other_edges_and_loses_a_sample():
+    """Ours puts rank r into bin floor(15 r / N); theirs into ceil(15 r / N) - 1, which is none for r = 0."""
+    logits, targets = golden_inputs()
+    p = logits.softmax(1).numpy()
+    gap = ((p.argmax(1) == targets.numpy()) - p.max(1))[p.max(1).argsort()]
+    rank = np.arange(200)
+    ours = np.abs(np.bincount(rank * 15 // 200, gap)).sum() / 200
+    theirs = np.abs(np.bincount(-(-rank[1:] * 15 // 200) - 1, gap[1:])).sum() / 200
+    assert equal_mass_ece(logits, targets).item() == pytest.approx(ours, rel=1e-12)
+    assert theirs == pytest.approx(case("adaece"), rel=1e-9)
+    assert abs(ours - theirs) < 0.01
+
+
+@pytest.mark.parametrize("n", [1, 14, 300])
+def test_calibration_errors_against_torchmetrics(n):
+    logits, targets = draw(n)
+    p = logits.softmax(1)
+    expected = multiclass_calibration_error(p, targets, num_classes=7, n_bins=15, norm="max")
+    assert mce(logits, targets).item() == pytest.approx(expected.item(), abs=1e-5)
+    by_class = [
+        binary_calibration_error(p[:, c].contiguous(), (targets == c).long(), n_bins=15).item() for c in range(7)
+    ]
+    assert classwise_ece(logits, targets).item() == pytest.approx(np.mean(by_class), abs=1e-5)
+    assert mce(logits, targets) >= ece(logits, targets) - 1e-5
+
+
+def test_equal_mass_bins_by_hand():
+    """30 samples, two a bin by confidence; the binary logit l gives confidence 1 / (1 + exp(-l))."""
+    confidence = torch.linspace(0.52, 0.98, 30, dtype=torch.float64)
+    logits = torch.stack([(confidence / (1 - confidence)).log(), torch.zeros(30)], 1)
+    targets = torch.tensor([0, 1] * 15)
+    shuffled = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    by_hand = sum(abs(0.5 - confidence[2 * b : 2 * b + 2].mean().item()) for b in range(15)) / 15
+    assert equal_mass_ece(logits[shuffled], targets[shuffled]).item() == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_errors_at_their_ends():
+    sure = 1e4 * torch.eye(3, dtype=torch.float64).repeat(5, 1)
+    right, wrong = torch.arange(3).repeat(5), (torch.arange(3).repeat(5) + 1) % 3
+    for metric, worst in ((mce, 1), (equal_mass_ece, 1), (classwise_ece, 2 / 3)):
+        assert metric(sure, right).item() == 0
+        assert metric(sure, wrong).item() == pytest.approx(worst)
+
+
+# ---- the temperature
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0, 300.0])
+def test_the_temperature_minimises_the_likelihood(scale):
+    logits, targets = draw(scale=scale)
+    found = post_hoc_temperature(logits, targets).item()
+
+    def loss(u):
+        return nll(logits / math.exp(u), targets).item()
+
+    expected = math.exp(minimize_scalar(loss, bracket=(math.log(scale), math.log(scale) + 1), tol=1e-12).x)
+    assert found == pytest.approx(expected, rel=1e-5)
+    z = (logits / found).requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(z, targets), z)
+    assert abs((grad * z).sum().item()) < 1e-12  # the slope in log T
+    assert post_hoc_temperature(7 * logits, targets).item() == pytest.approx(7 * found, rel=1e-11)
+
+
+def test_the_temperature_of_calibrated_logits_is_recovered():
+    """Targets in exactly the proportions of the probabilities: 1 for p itself, T for logits multiplied by T."""
+    p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    targets = torch.tensor([0] * 5 + [1] * 3 + [2] * 2)
+    for t in (0.01, 1.0, 4.0):
+        logits = (t * p.log()).repeat(10, 1)
+        assert post_hoc_temperature(logits, targets).item() == pytest.approx(t, rel=1e-12)
+
+
+def test_the_temperature_at_its_ends():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    assert post_hoc_temperature(logits, torch.tensor([0, 1])).item() == 0  # all right: no largest likelihood
+    assert post_hoc_temperature(logits, torch.tensor([1, 0])).item() == math.inf  # worse than knowing nothing
+    assert post_hoc_temperature(torch.zeros(2, 3), torch.tensor([0, 1])).item() == math.inf
+    assert post_hoc_temperature(torch.tensor([[1e4, 0], [1e-4, 0]]), torch.tensor([0, 1])).item() > 0
+
+
+def test_a_smoothed_network_needs_a_temperature_below_one():
+    targets = torch.arange(10).repeat(10)
+    targets[:5] = (targets[:5] + 1) % 10  # 95 % right
+    eps = 0.4
+    smoothed = ((1 - eps) * F.one_hot(torch.arange(10).repeat(10), 10).double() + eps / 10).log()
+    assert 0.1 < post_hoc_temperature(smoothed, targets).item() < 0.9
+
+
+# ---- selective prediction
+
+
+def test_the_authors_scores():
+    for found in (c for c in GOLDEN["cases"] if c["key"] == "xia_score"):
+        data, hyper = GOLDEN["inputs"][found["inputs"]], found["hyper"]
+        logits = torch.tensor(data["z" if "z" in data else "s"], dtype=torch.float64)
+        centre = {"mean": "mean", "min": "min", 0.0: "none"}[hyper["add_unit"]]
+        expected = torch.tensor(found["expected"]["score"], dtype=torch.float64)
+        torch.testing.assert_close(normalised_max_logit(logits, hyper["p"], centre), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_the_authors_area_is_ours_less_half_a_step_of_the_error_rate():
+    logits, targets = golden_inputs()
+    error = (logits.argmax(1) != targets).double().mean().item()
+    ours = aurc_normalised_logits(logits, targets, p=4).item()
+    assert ours - error / 400 == pytest.approx(case("xia_aurc"), rel=1e-9)
+    # and it is the trapezoids from (0, 0)
+    wrong = (logits.argmax(1) != targets).double().numpy()[np.argsort(-normalised_max_logit(logits).numpy())]
+    risk = np.concatenate([[0], np.cumsum(wrong) / np.arange(1, 201)])
+    assert np.trapezoid(risk, np.linspace(0, 1, 201)) == pytest.approx(case("xia_aurc"), rel=1e-9)
+
+
+def test_area_by_hand():
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6])
+    correct = torch.tensor([True, False, True, False])
+    assert aurc(scores, correct).item() == pytest.approx((0 + 1 / 2 + 1 / 3 + 2 / 4) / 4)
+    assert aurc(-scores, correct).item() == pytest.approx((1 + 1 / 2 + 2 / 3 + 2 / 4) / 4)
+    assert aurc(scores, ~torch.zeros(4, dtype=torch.bool)).item() == 0
+
+
+def test_equal_scores_have_no_order():
+    scores = torch.tensor([0.9, 0.5, 0.5, 0.1])
+    correct = torch.tensor([True, False, True, True])
+    by_hand = (0 + 0.5 / 2 + 1 / 3 + 1 / 4) / 4
+    assert aurc(scores, correct).item() == pytest.approx(by_hand)
+    assert aurc(scores, correct[[0, 2, 1, 3]]).item() == pytest.approx(by_hand)
+    assert aurc(torch.zeros(4), correct).item() == pytest.approx(0.25)  # the error rate
+
+
+def test_areas_of_the_two_scores():
+    logits, targets = draw()
+    right = logits.argmax(1) == targets
+    assert aurc_max_probability(logits, targets) == aurc(logits.softmax(1).amax(1), right)
+    torch.testing.assert_close(max_probability(logits), logits.softmax(1).amax(1))
+    centred = logits - logits.mean(1, keepdim=True)
+    score = centred.amax(1) / centred.abs().pow(3).sum(1).pow(1 / 3)
+    torch.testing.assert_close(normalised_max_logit(logits, 3), score)
+    assert aurc_normalised_logits(logits, targets, 3) == aurc(score, right)
+
+
+def test_the_normalised_score_does_not_see_the_scale():
+    logits, _ = draw()
+    for factor in (1e-100, 1e100):
+        torch.testing.assert_close(normalised_max_logit(factor * logits), normalised_max_logit(logits))
+    assert normalised_max_logit(torch.full((2, 3), 5.0)).tolist() == [0, 0]
+    assert normalised_max_logit(torch.tensor([[3.0, 0, 0]]), math.inf).item() == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: aurc(torch.zeros(0), torch.zeros(0, dtype=torch.bool)), r"^scores are torch.float32 of shape \(0,\)"),
+        (lambda: aurc(torch.zeros(3, 1), torch.zeros(3, dtype=torch.bool)), r"^scores are .* of shape \(3, 1\)"),
+        (lambda: aurc(torch.full((2,), math.nan), torch.zeros(2, dtype=torch.bool)), r"finite numbers"),
+        (lambda: aurc(torch.zeros(3), torch.zeros(3)), r"^correct is torch.float32 of shape \(3,\): must be bool"),
+        (lambda: aurc(torch.zeros(3), torch.zeros(2, dtype=torch.bool)), r"^correct is torch.bool of shape \(2,\)"),
+        (lambda: normalised_max_logit(draw()[0], 0.5), r"^p=0.5: must be a number ≥ 1$"),
+        (lambda: normalised_max_logit(draw()[0], math.nan), r"^p=nan: must be"),
+        (lambda: normalised_max_logit(draw()[0], 4, "max"), r"^centre='max': must be one of mean, min, none$"),
+    ],
+)
+def test_misuse_of_the_scores(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,193 @@
+"""Views of real networks: their maps, and an embedding, weight and bias that give the logits back."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kd.models.networks  # noqa: F401 (registers its names)
+from kd.losses.methods import connectors as transforms
+from kd.losses.methods import contrastive as contrast
+from kd.losses.methods import features, relations
+from kd.losses.methods.base import Seen
+from kd.models.factory import Student, Teacher
+from kd.models.layers import Layer, as_map, classifier_name, list_layers, tap, tap_pair
+
+K = 7
+
+# name, input, shapes of the default maps for 2 images, embedding
+NETWORKS = [
+    ("test_resnet", 32, [(32, 16, 16), (32, 8, 8), (48, 4, 4), (192, 2, 2), (96, 1, 1)], 96),
+    ("resnet10t", 32, [(64, 16, 16), (64, 8, 8), (128, 4, 4), (256, 2, 2), (512, 1, 1)], 512),
+    ("mobilenetv3_small_050", 32, [(16, 16, 16), (8, 8, 8), (16, 4, 4), (24, 2, 2), (288, 1, 1)], 1024),
+    ("test_efficientnet", 32, [(16, 16, 16), (24, 8, 8), (32, 4, 4), (48, 2, 2), (64, 1, 1)], 256),
+    ("test_convnext", 32, [(24, 8, 8), (32, 4, 4), (48, 2, 2), (64, 1, 1)], 64),
+    ("test_vit", 160, [(64, 10, 10)] * 6, 64),
+    ("resnet20_cifar", 32, [(16, 32, 32), (32, 16, 16), (64, 8, 8)], 64),
+    ("cnn_small", 32, [(32, 32, 32), (64, 16, 16), (128, 8, 8)], 128),
+    ("mlp_small", 32, [(256, 1, 1), (256, 1, 1)], 256),
+]
+
+
+def made(name):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=K)
+
+
+def seen_by(student, teacher, x):
+    ours, theirs = tap_pair(student, teacher)
+    student, teacher = Student(student, features=ours.names), Teacher(teacher, features=theirs.names)
+    target = torch.zeros(len(x), dtype=torch.int64)
+    views = ours.view(student.model, student(x)), theirs.view(teacher.model, teacher(x))
+    return Seen(*views, target, torch.arange(len(x)))
+
+
+@pytest.mark.parametrize(("name", "side", "shapes", "width"), NETWORKS, ids=[n[0] for n in NETWORKS])
+def test_default_view(name, side, shapes, width):
+    model = made(name).eval()
+    taps, x = tap(model), torch.randn(2, 3, side, side)
+    student = Student(model, features=taps.names)
+    view = taps.view(model, student(x))
+    assert [tuple(m.shape) for m in view.maps] == [(2, *shape) for shape in shapes]
+    assert view.embedding.shape == (2, width)
+    assert torch.equal(view.logits, model(x))
+    torch.testing.assert_close(F.linear(view.embedding, view.weight, view.bias), view.logits)
+    assert all(m.requires_grad for m in [*view.maps, view.embedding])
+
+
+def test_tokens_become_the_grid_of_their_patches():
+    """A patch's token goes where the patch is: what the block gives is read off by hand."""
+    model = made("test_vit").eval()
+    kept = {}
+    model.blocks[2].register_forward_hook(lambda module, inputs, output: kept.update(tokens=output))
+    taps = tap(model, ["blocks.2"])
+    (grid,) = taps.view(model, Student(model, features=taps.names)(torch.randn(1, 3, 160, 160))).maps
+    assert model.num_prefix_tokens == 1
+    assert torch.equal(grid[0, :, 3, 7], kept["tokens"][0, 1 + 3 * 10 + 7])
+
+
+def test_channels_last_networks_are_turned():
+    class Last(nn.Module):
+        output_fmt = "NHWC"
+
+    x = torch.randn(2, 4, 5, 3)
+    assert torch.equal(as_map("a", x, Last())[1, 2], x[1, :, :, 2])
+    assert torch.equal(as_map("a", x, nn.Module()), x)
+
+
+def test_names_that_were_given_come_first():
+    model = made("test_resnet")
+    taps = tap(model, ["layer2", "layer3.0.act1"])
+    view = taps.view(model, Student(model, features=taps.names)(torch.randn(2, 3, 32, 32)))
+    assert [m.shape[1] for m in view.maps] == [48, 48]
+
+
+def test_an_input_is_what_stands_in_front_of_a_relu_in_place():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 3))
+    x = torch.randn(5, 4)
+    output = Student(model, features=["1:input", "2:input"])(x)
+    torch.testing.assert_close(output.features["1:input"], F.linear(x, model[0].weight, model[0].bias))
+    torch.testing.assert_close(output.features["2:input"], output.features["1:input"].relu())
+    output.features["1:input"].sum().backward()
+    assert model[0].weight.grad.any()
+    with pytest.raises(ValueError, match=r"features='3:input': no such module"):
+        Student(model, features=["3:input"])
+
+
+def test_stages_pair_by_position_or_by_reduction():
+    ours, theirs = tap_pair(made("test_resnet"), made("resnet10t"))
+    assert ours.layers == theirs.layers == ("act1", "layer1", "layer2", "layer3", "layer4")
+    ours, theirs = tap_pair(made("test_resnet"), made("test_convnext"))
+    assert ours.layers == ("layer1", "layer2", "layer3", "layer4")
+    assert theirs.layers == ("stages.0", "stages.1", "stages.2", "stages.3")
+    ours, theirs = tap_pair(made("test_resnet"), made("test_vit"))
+    assert (ours.layers, theirs.layers) == (("layer3",), ("blocks.5",))
+    with pytest.raises(ValueError, match=r"by \[1\], the teacher's by \[2, 4, 8, 16, 32\]: none is alike"):
+        tap_pair(made("mlp_small"), made("test_resnet"))
+    with pytest.raises(ValueError, match=r"1 layers of the student \(layer1\) and 5 of the teacher"):
+        tap_pair(made("test_resnet"), made("resnet10t"), ["layer1"])
+
+
+def test_what_cannot_be_read_says_why():
+    with pytest.raises(ValueError, match="Sequential: does not state its stages"):
+        tap(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=r"Sequential: has no single linear classifier .*no get_classifier"):
+        classifier_name(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=r"has no single linear classifier .*\(Identity\)"):
+        tap(timm.create_model("test_resnet", num_classes=0))
+    with pytest.raises(ValueError, match=r"layer a: gives 12 tokens, which are no square"):
+        as_map("a", torch.zeros(2, 12, 3), nn.Module())
+    with pytest.raises(ValueError, match=r"layer a: gives shape \(2, 3, 4, 5, 6\)"):
+        as_map("a", torch.zeros(2, 3, 4, 5, 6), nn.Module())
+
+
+def test_list_layers_shows_names_that_can_be_tapped():
+    model = made("resnet20_cifar")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    found = list_layers(model, (3, 32, 32))
+    assert found[0] == Layer("conv1", "Conv2d", (1, 16, 32, 32))
+    assert found[-1] == Layer("fc", "Linear", (1, K))
+    assert Layer("layer2", "Sequential", (1, 32, 16, 16)) in found
+    assert model.training
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+    Student(model, features=[layer.name for layer in found])(torch.zeros(1, 3, 32, 32))
+
+
+ANY = [
+    relations.SimilarityPreserving,
+    relations.ProbabilisticKnowledge,
+    relations.Relational,
+    relations.CorrelationCongruence,
+    lambda: contrast.ContrastiveRepresentation(num_negatives=8),
+    features.VariationalInformation,
+    transforms.OverhaulFeature,
+    transforms.ReviewKD,
+    transforms.ReusedClassifier,
+]
+SPATIAL = [features.Hint, features.AttentionTransfer, features.NeuronSelectivity]
+
+
+@pytest.mark.parametrize(
+    ("make", "student", "teacher", "side"),
+    [
+        *((make, "resnet20_cifar", "resnet32_cifar", 32) for make in [*ANY, *SPATIAL, features.FlowOfSolution]),
+        *((make, "test_resnet", "resnet10t", 64) for make in [*ANY, *SPATIAL]),
+        *((make, "mlp_small", "mlp_wide", 32) for make in ANY),
+    ],
+)
+def test_every_method_trains_from_the_default_layers(make, student, teacher, side):
+    seen = seen_by(made(student), made(teacher), torch.randn(4, 3, side, side))
+    method = make()
+    method.build(seen, 10)
+    value = method(seen).mean()
+    assert value.isfinite()
+    gradients = torch.autograd.grad(value, [*seen.student.maps, seen.student.embedding], allow_unused=True)
+    assert any(g is not None and bool(g.any()) for g in gradients)
+    assert all(g.isfinite().all() for g in gradients if g is not None)
+
+
+def test_simkd_ships_with_the_teachers_classifier():
+    """The map that the default layers end with is the one the classifier of a ResNet averages."""
+    student, teacher = made("resnet20_cifar"), made("resnet32_cifar").eval()
+    x = torch.randn(8, 3, 32, 32)
+    seen = seen_by(student, teacher, x)
+    method = transforms.ReusedClassifier()
+    method.build(seen, 10)
+    logits = method.eval().classify(seen.student)
+    assert logits.shape == (8, K)
+    assert not torch.equal(logits, seen.student.logits)
+    method.projector = nn.Identity()
+    torch.testing.assert_close(method.classify(seen.teacher), teacher(x))
+
+
+def test_compiled_network_gives_the_same_view():
+    model = made("cnn_small").eval()
+    taps, x = tap(model), torch.randn(2, 3, 32, 32)
+    student = Student(model, features=taps.names)
+    plain = taps.view(model, student(x))
+    student.compile(backend="aot_eager")
+    compiled = taps.view(model, student(x))
+    for a, b in zip([*plain.maps, plain.embedding], [*compiled.maps, compiled.embedding], strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,269 @@
+"""From a recipe to points: which networks there are, which of them are one, and what a contrast compares."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from kd.config.schema import ConfigError, DataConfig, LossConfig, OptimizerConfig, Recipe, TeacherConfig
+from kd.study import grid
+from kd.study.__main__ import compose
+from kd.study.axes import labelled
+from kd.study.grid import difference, flat, plan, sides_of
+from kd.study.jobs import CHUNK, Job, jobs
+from kd.study.schema import Contrast, Sides, StudyConfig, StudyRecipe
+
+BASE = StudyRecipe(
+    name="s",
+    loss=LossConfig(temperature=1.0, kd_weight=1.0, ce_weight=0.0),
+    study=StudyConfig(
+        seeds=3,
+        controls=["hard", "smoothed"],
+        grid={"teacher.label_smoothing": [0.0, 0.1, 0.4], "loss.temperature": [1.0, 4.0]},
+    ),
+)
+
+
+def planned(study=BASE, narrowed=False, **changes):
+    changed = replace(study, study=replace(study.study, **changes))
+    return plan(changed, lambda data: f"hash of {data.name} {data.label_noise}", lambda data: False, narrowed)
+
+
+def roles(made) -> dict[str, int]:
+    kinds = [point.role for point in made.points.values()]
+    return {role: kinds.count(role) for role in sorted(set(kinds))}
+
+
+def test_a_teacher_is_one_for_all_its_students_and_a_control_for_all_teachers():
+    made = planned()
+    assert roles(made) == {"teacher": 9, "student": 18, "control": 6}
+    assert len(made.cells) == 18
+    for cell in made.cells:
+        student = made.points[cell["point"]]
+        teacher = made.points[student.teacher]
+        assert teacher.role == "teacher"
+        assert teacher.recipe.teacher.label_smoothing == cell["axes"]["teacher.label_smoothing"]
+        assert student.recipe.loss.temperature == cell["axes"]["loss.temperature"]
+        assert student.recipe.seed == teacher.recipe.seed == cell["seed"]
+    assert {(c["control"], c["seed"]) for c in made.controls} == {
+        (n, s) for n in ("hard", "smoothed") for s in range(3)
+    }
+    hard = next(p for p in made.points.values() if p.control == "hard").recipe.loss
+    assert (hard.kd_weight, hard.ce_weight, hard.label_smoothing) == (0.0, 1.0, 0.0)
+
+
+def test_the_same_network_by_two_names_is_one_point():
+    """At T 1 a student temperature of 1 and none are the same."""
+    grid = {"loss.temperature": [1.0, 4.0], "loss.student_temperature": [None, 1.0]}
+    made = planned(grid=grid, seeds=1, controls=[])
+    at = {tuple(cell["axes"].values()): cell["point"] for cell in made.cells}
+    assert at[1.0, None] == at[1.0, 1.0]
+    assert len({at[1.0, None], at[4.0, None], at[4.0, 1.0]}) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"output": "elsewhere", "dry_run": True, "run": "x"}, True),
+        ({"loss": replace(BASE.loss, backend="reference")}, True),
+        ({"control": False, "tracker": "trackio", "name": "other"}, True),
+        ({"teacher": TeacherConfig(epochs=11)}, False),
+        ({"optimizer": OptimizerConfig(lr=0.1)}, False),
+        ({"data": DataConfig(shift=1)}, False),
+        ({"data": DataConfig(label_noise=0.3)}, False),
+        ({"seed": 1}, False),
+    ],
+)
+def test_only_what_a_network_depends_on_is_its_identity(change, same):
+    before, after = (set(planned(study, seeds=1, controls=[]).points) for study in (BASE, replace(BASE, **change)))
+    assert (before == after) is same
+    if not same:
+        assert not before & after
+
+
+def test_an_omitted_class_changes_the_student_but_not_its_teacher():
+    made = planned(grid={"data.omit_class": [None, 7]}, seeds=1, controls=["hard"])
+    assert roles(made) == {"teacher": 1, "student": 2, "control": 2}
+
+
+def test_labels_stand_for_settings_and_methods_and_a_later_axis_wins():
+    grid = {
+        "loss.temperature": [1.0, 4.0],
+        "how": {
+            "plain": {},
+            "dist": {"loss": "dist", "loss.methods.dist.temperature": 2.0},
+            "cold": {"loss.temperature": 0.5},
+        },
+    }
+    made = planned(grid=grid, seeds=1, controls=[])
+    at = {tuple(cell["axes"].values()): made.points[cell["point"]].recipe.loss for cell in made.cells}
+    assert at[4.0, "plain"].temperature == 4.0
+    assert not at[4.0, "plain"].methods
+    assert at[1.0, "cold"] == at[4.0, "cold"]
+    assert at[1.0, "cold"].temperature == 0.5
+    assert at[4.0, "dist"].methods["dist"]["temperature"] == 2.0
+    assert (at[4.0, "dist"].kd_weight, at[4.0, "dist"].ce_weight) == (0.0, 1.0)  # as `loss=dist` sets them
+    assert (
+        labelled({"loss": ["dkd", "dist:imagenet"]})["loss"]["dist:imagenet"]["loss.methods"]["dist"]["temperature"]
+        == 1
+    )
+
+
+def test_a_setting_may_follow_another_of_its_point():
+    grid = {
+        "teacher.label_smoothing": [0.0, 0.4],
+        "how": {"plain": {}, "unsmoothed": {"loss.teacher_smoothing": "${teacher.label_smoothing}"}},
+    }
+    made = planned(grid=grid, seeds=1, controls=[])
+    at = {tuple(cell["axes"].values()): cell["point"] for cell in made.cells}
+    assert at[0.0, "plain"] == at[0.0, "unsmoothed"]
+    assert made.points[at[0.4, "unsmoothed"]].recipe.loss.teacher_smoothing == 0.4
+
+
+def test_the_sides_of_a_contrast_are_points_in_the_order_of_the_seeds():
+    contrast = Contrast(
+        name="c",
+        metric="val.nll",
+        a={"teacher.label_smoothing": 0.4, "loss.temperature": 4.0},
+        b={"control": "smoothed"},
+        minus=Sides(a={"role": "teacher", "teacher.label_smoothing": 0.4}, b={"teacher.label_smoothing": 0.0}),
+    )
+    made = planned(contrasts=[contrast])
+    (entry,) = made.contrasts
+    found = [[made.points[i] for i in side["points"]] for side in sides_of(entry)]
+    for side in found:
+        assert [point.recipe.seed for point in side] == [0, 1, 2]
+    a, b, minus_a, minus_b = (side[0] for side in found)
+    assert (a.role, a.recipe.teacher.label_smoothing, a.recipe.loss.temperature) == ("student", 0.4, 4.0)
+    assert b.control == "smoothed"
+    assert (minus_a.role, minus_a.recipe.teacher.label_smoothing) == ("teacher", 0.4)
+    assert (minus_b.role, minus_b.recipe.loss.temperature) == ("student", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"contrasts": [Contrast(a={"loss.temperature": 3.0})]}, '{"loss.temperature": 3.0} is not in the grid'),
+        ({"contrasts": [Contrast(a={"loss.temprature": 1.0})]}, "did you mean loss.temperature"),
+        ({"contrasts": [Contrast(a={"role": "hero"})]}, "role=hero: must be student or teacher"),
+        ({"contrasts": [Contrast(a={"control": "bayes"})]}, '{"control": "bayes"} is not in the grid'),
+        ({"grid": {"loss.temperature": []}}, "must have at least one value"),
+        ({"grid": {"loss.temperature": [[1.0]]}}, "must be plain values"),
+        ({"grid": {"loss.temperature": {"hot": {}}}}, "is a setting; give a list of values"),
+        ({"grid": {"loss.temperature": [1, 1.0]}}, "1.0 is given twice"),
+        ({"grid": {"how": {1: {}, "1": {}}}}, "1 is given twice"),
+        ({"grid": {"point": {"x": {}}}}, "study.grid.point: must be a name"),
+        ({"grid": {"data.verify": ["no"]}}, "data.verify=no: must be true or false"),
+        ({"grid": {"loss.temperature": ["010"]}}, "loss.temperature=010: must be a number"),
+        ({"grid": {"how": {"x": {"loss.methods": 3}}}}, "loss.methods=3: must be"),
+        ({"contrasts": [Contrast(name="it", a={"loss.temperature": 1}, b={})]}, "it: a and b are the same points"),
+        ({"grid": {"how": {"x": 3}}}, "must be {label: {setting: value}}"),
+        ({"grid": {"how": {"x": {"seed": 3}}}}, "seed is no axis; type study.seeds=N"),
+        ({"grid": {"how": {"x": {"output": "y"}}}}, "output is no axis"),
+        ({"grid": {"loss": ["dsit"]}}, "did you mean loss=dist?"),
+        ({"grid": {"loss.temperature": [0.0]}}, "loss.temperature=0.0: must be ≥ 0.001 and ≤ 1000"),
+        ({"grid": {"loss.kd_weight": [0.0], "loss.ce_weight": [1.0]}}, "is the control `hard`"),
+    ],
+)
+def test_what_cannot_be_is_said(changes, said):
+    with pytest.raises(ConfigError) as caught:
+        planned(**changes)
+    assert said.replace("finite and ", "") in str(caught.value).replace("finite and ", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["taught='T 4'", "loss.temperature=2"], "loss.temperature: taught=T 4 sets it too"),  # the label would win
+        (["loss.temperature=1,2"], "loss.temperature: taught=T 4 sets it too"),  # the label would lose
+        (["taught='T 4','T 4, unsmoothed'", "loss.teacher_smoothing=.1"], "taught=T 4, unsmoothed sets it too"),
+        (
+            ["data.train_size=300"],
+            "data.train_size: points=20000 sets it too; leave data.train_size out, or type points=",
+        ),
+        (["loss=kd,dist"], "loss: taught=T 1, exactly smoothed by .4 sets it too"),
+        (["loss.ce_weight=.5", "taught='T 4, exactly smoothed by .4'"], "loss.ce_weight: taught=T 4, exactly"),
+        (
+            ["+loss.methods.smoothed_teacher.taken_out=.1", "taught='T 4, exactly smoothed by .4'"],
+            ".taken_out: taught=T",
+        ),
+        # what no label sets that is left, and what changes what a label set
+        (["data.train_size=300", "points=600", "loss.temperature=1,2", "taught='T 1'"], None),
+        (["loss.methods.smoothed_teacher.taken_out=.1,.2", "taught='T 4, exactly smoothed by .4'"], None),
+        (["loss.kd_weight=.5", "teacher.label_smoothing=0,.1", "taught='T 4'"], None),
+        (["loss.backend=reference", "taught='T 4, exactly smoothed by .4'"], None),  # `loss: NAME` sets no backend
+    ],
+)
+def test_what_is_typed_and_what_a_label_sets_are_not_at_odds(words, said, monkeypatch):
+    """Of the two one would not be so: the label hides what was typed, or its cell is not what it says."""
+    monkeypatch.setattr("sys.argv", ["kd.study"])
+    words = ["recipe=studies/mixture_bayes", *words]
+    if said:
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            compose(words)
+        return
+    study, *_ = compose(words)
+    made = plan(study, lambda data: data.name, lambda data: True, narrowed=True)
+    for cell in made.cells:
+        typed = {k: v for k, v in cell["axes"].items() if k in made.points[cell["point"]].settings}
+        assert typed.items() <= made.points[cell["point"]].settings.items()
+
+
+def test_a_product_without_end_is_refused_before_it_is_made(monkeypatch):
+    monkeypatch.setattr(grid, "MOST", 17)
+    with pytest.raises(ConfigError, match=r"study\.grid: 3 x 2 x 3 \(seeds\) are 18 cells; must be ≤ 17"):
+        planned()
+    assert len(planned(seeds=2).cells) == 12
+
+
+def test_what_cannot_be_in_a_narrower_grid_is_left_out():
+    contrasts = [Contrast(name="gone", a={"loss.temperature": 3.0}), Contrast(name="kept", a={"loss.temperature": 4.0})]
+    made = planned(contrasts=contrasts, narrowed=True)
+    assert [entry["name"] for entry in made.contrasts] == ["kept"]
+    assert made.left_out[0].startswith("gone: ")
+
+
+def test_jobs_hold_each_point_once_in_cohorts_of_one_seed_and_do_not_depend_on_what_is_done():
+    many = {"loss.temperature": [float(t) for t in range(1, 31)], "teacher.label_smoothing": [0.0, 0.1, 0.4]}
+    made = planned(grid=many)
+    found = jobs(made, lambda point: "population")
+    assert sorted(p.id for job in found for p in job.points) == sorted(made.points)
+    assert found == jobs(made, lambda point: "population")
+    for job in found:
+        assert len({point.recipe.seed for point in job.points}) == 1
+        assert len({point.role == "teacher" for point in job.points}) == 1
+        assert len(job.points) <= CHUNK
+    sizes = sorted(len(job.points) for job in found if job.phase == "students")
+    assert sizes == [30, 31, 31] * 3 or (sum(sizes), max(sizes) - min(sizes)) == (3 * 92, 1)
+    alone = jobs(made, lambda point: "runs")
+    assert all(len(job.points) == 1 for job in alone)
+    assert [job.phase for job in alone] == sorted((job.phase for job in alone), reverse=True)  # teachers first
+
+
+def test_a_job_survives_its_file(tmp_path):
+    from kd.study.folder import Folder
+
+    grid = {"how": {"x": {"loss": "dist", "student.model_kwargs": {"a": 1}}}}
+    job = jobs(planned(grid=grid, controls=["hard"]), lambda point: "population")[-1]
+    job.write(Folder(tmp_path))
+    assert Job.read(Folder(tmp_path), job.name) == job
+
+
+def test_equal_counts_make_no_difference_and_the_smallest_other_one_does():
+    counts = [(230, 202, 272, 244), (289, 264, 173, 148), (198, 197, 158, 157), (300, 299, 1, 0)]
+    shares = [[count / 300 for count in each] for each in counts]
+    assert all(a - b - c + d for a, b, c, d in shares[:3])  # what floats make of it
+    assert [difference(each) for each in shares] == [0.0] * 4
+    assert difference([1e6 * share for share in shares[0]]) == 0  # whatever the metric's size
+    assert difference([0.9 - 0.8, 0.4 - 0.3]) == 0
+    assert difference([0.0, 0.0]) == 0
+    million = [0.5, 0.5 - 1e-6, 0.25, 0.25]
+    assert difference(million) == pytest.approx(1e-6)
+    assert difference([0.3, 0.5]) == pytest.approx(-0.2)
+    assert difference([1e-13, 2e-13]) == pytest.approx(-1e-13)  # small metrics keep theirs
+
+
+def test_flat_settings_keep_methods_whole():
+    values = {"loss": {"temperature": 1.0, "methods": {"dist": {"weight": 1.0}}}, "seed": 0}
+    assert flat(values) == {"loss.temperature": 1.0, "loss.methods": {"dist": {"weight": 1.0}}, "seed": 0}
+    assert Recipe().name == ""

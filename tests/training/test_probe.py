@@ -1,0 +1,323 @@
+"""The estimate of a classifier's smoothing: against the optimum, on a network of known smoothing, as a command."""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+
+from kd import probe
+from kd.cli import command as cli
+from kd.config.schema import LossConfig
+from kd.metrics import SmoothingEstimate, estimate_smoothing
+from kd.probe import smoothing_warnings
+from kd.smoothing import from_uniform, smooth_targets
+
+
+def at_optimum(eps, classes, count=400):
+    """Logits whose softmax is the smoothed target itself, in rows shifted at will."""
+    targets = torch.arange(count) % classes
+    q = smooth_targets(targets, classes, eps, dtype=torch.float64)
+    return q.log() + torch.linspace(-9, 9, count, dtype=torch.float64)[:, None], targets
+
+
+# --- the estimate
+
+
+@pytest.mark.parametrize("eps", [0.03, 0.1, 0.4, 0.8])
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_it_is_exact_at_the_optimum(eps, classes):
+    found = estimate_smoothing(*at_optimum(eps, classes))
+    assert (found.label_smoothing, found.low, found.high) == pytest.approx((eps, eps, eps), rel=1e-9)
+    assert found.unevenness == pytest.approx(0, abs=1e-12)
+    assert (found.accuracy, found.count, found.doubts) == (1.0, 400, ())
+
+
+@pytest.mark.parametrize("smoothing", ["uniform", "others"])
+def test_the_optimum_of_pytorchs_own_loss_is_read_as_its_smoothing(smoothing):
+    """Free logits trained with F.cross_entropy; its mass under the other convention is converted."""
+    mass = 0.15 if smoothing == "uniform" else 0.15 * 6 / 5
+    targets = torch.arange(120) % 6
+    logits = torch.zeros(120, 6, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-14)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits, targets, label_smoothing=mass)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    found = estimate_smoothing(logits.detach(), targets)
+    assert from_uniform(found.label_smoothing, 6, smoothing) == pytest.approx(0.15, rel=1e-4)
+    assert found.doubts == ()
+
+
+def test_the_range_is_that_of_the_samples_and_wrong_samples_do_not_count():
+    masses = torch.tensor([0.05, 0.1, 0.2, 0.3, 0.4], dtype=torch.float64).repeat_interleave(100)
+    targets = torch.arange(500) % 10
+    q = (1 - masses[:, None]) * F.one_hot(targets, 10) + masses[:, None] / 10
+    logits = q.log()
+    wrong = -logits[:200]  # the target's is the least
+    found = estimate_smoothing(torch.cat([logits, wrong]), torch.cat([targets, targets[:200]]))
+    assert (found.low, found.label_smoothing, found.high) == pytest.approx((0.1, 0.2, 0.3), rel=1e-9)
+    assert found.accuracy == pytest.approx(500 / 700)
+    assert found.count == 500
+
+
+def test_each_doubt():
+    logits, targets = at_optimum(0.1, 10)
+    assert estimate_smoothing(logits, targets).doubts == ()
+    few = estimate_smoothing(logits[:99], targets[:99]).doubts
+    assert few == ("only 99 samples are classified correctly",)
+    poor = estimate_smoothing(logits, torch.where(torch.arange(400) < 180, (targets + 1) % 10, targets)).doubts
+    assert len(poor) == 1
+    assert poor[0].startswith("only 55% of the samples are classified correctly")
+    sure = estimate_smoothing(*at_optimum(0.019, 10)).doubts
+    assert sure == ("a mass below 0.02 is found without smoothing too",)
+    uneven = logits.clone()
+    for step in (1, 2):
+        uneven[torch.arange(400), (targets + step) % 10] += 4.4  # the target's own exceeds it by 0.11
+    (found,) = estimate_smoothing(uneven, targets).doubts
+    assert "the other classes' logits differ by" in found
+
+
+@pytest.mark.parametrize("logits", [torch.eye(4)[[1, 2, 3, 0]] * 5, torch.zeros(4, 4) + 1e-30])
+def test_degenerate_logits_give_a_doubted_number(logits):
+    found = estimate_smoothing(logits.double(), torch.arange(4))
+    assert found.doubts
+    assert math.isnan(found.label_smoothing) or found.label_smoothing == 1
+
+
+def test_gaps_beyond_float64_are_no_smoothing():
+    found = estimate_smoothing(torch.eye(4, dtype=torch.float64).repeat(50, 1) * 1e6, torch.arange(4).repeat(50))
+    assert found.label_smoothing < 1e-300
+
+
+# --- what a run says
+
+
+@pytest.mark.parametrize(
+    ("mass", "loss", "exact", "said"),
+    [
+        (0.1, {}, True, "loss.temperature=4 > 1 with a teacher trained with label smoothing (0.1, uniform)"),
+        (0.1, {}, False, "try loss.temperature=1, or loss.teacher_smoothing=0.1"),
+        (0.1, {"temperature": 1.0}, True, None),
+        (0.0, {}, True, None),
+        (0.1, {"kd_weight": 0.0}, True, None),
+        (0.1, {"teacher_smoothing": 0.1}, True, None),
+        (
+            0.1,
+            {"teacher_smoothing": 0.3},
+            True,
+            "loss.teacher_smoothing=0.3: the teacher was trained with 0.1 (",
+        ),
+        (0.0, {"teacher_smoothing": 0.3}, True, "loss.teacher_smoothing=0.3: the teacher was trained with 0 ("),
+        (0.12, {"teacher_smoothing": 0.3}, False, None),  # an estimate does not contradict who knows
+    ],
+)
+def test_warnings_about_the_loss(mass, loss, exact, said):
+    found = smoothing_warnings(mass, LossConfig(**loss), exact)
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+    assert all("\n" not in line for line in found)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A teacher of known smoothing, under the other convention so that it has to be converted, by kd.train itself."""
+    from kd.config.schema import DataConfig, OptimizerConfig, Recipe, TeacherConfig, TrainConfig
+    from kd.training import pipeline as stages
+
+    recipe = Recipe(
+        name="t",
+        output=str(tmp_path_factory.mktemp("teacher")),
+        data=DataConfig(name="mixture", family="mixture", train_size=600),
+        teacher=TeacherConfig(model="mlp_mini", epochs=60, label_smoothing=0.2 * 11 / 12, smoothing="others"),
+        optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.0),
+        train=TrainConfig(batch_size=100),
+    )
+    recipe.student.model = "mlp_nano"
+    run = stages.prepare(recipe)
+    stages.train(run, stages.stage(run, "teacher"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return run.teacher_folder / "last.safetensors"
+
+
+def taken(kd_train, weights, *words):
+    """What a run says before it trains a student from this file."""
+    student = ("student.model=mlp_nano", "student.epochs=1", "control=false", "train.batch_size=100")
+    teacher = ("teacher.model=mlp_mini", f"teacher.checkpoint={weights}")
+    done = kd_train("recipe=smoke", "data=mixture", *student, *teacher, *words)
+    assert done.code == 0, done.err
+    return done
+
+
+def test_a_recorded_smoothing_is_told_and_warned_of_at_high_temperature(kd_train, weights):
+    done = taken(kd_train, weights)
+    assert "teacher  its weights record label_smoothing=0.183333 (others)\n" in done.out
+    assert done.out.count("warning  ") == 1
+    assert "warning  loss.temperature=4 > 1 with a teacher trained with label smoothing (0.2, uniform)" in done.out
+    result = json.loads(Path(done.out.splitlines()[-1]).read_text())
+    assert result["teacher"]["label_smoothing"] == pytest.approx(0.2 * 11 / 12)
+    assert result["teacher"]["smoothing"] == "others"
+
+
+def test_the_remedies_of_the_warning_silence_it(kd_train, weights):
+    for remedy in ("loss.temperature=1", "loss.teacher_smoothing=0.2"):
+        assert "warning" not in taken(kd_train, weights, remedy).out
+
+
+def test_without_a_record_the_smoothing_is_estimated(kd_train, weights, tmp_path):
+    save_file(load_file(weights), tmp_path / "bare.safetensors")
+    done = taken(kd_train, tmp_path / "bare.safetensors")
+    line = next(line for line in done.out.splitlines() if "estimate" in line)
+    assert line.startswith("teacher  its weights record no smoothing; estimate: label_smoothing 0.")
+    assert line.endswith("nothing speaks against it")
+    assert "warning  loss.temperature=4 > 1" in done.out
+    result = json.loads(Path(done.out.splitlines()[-1]).read_text())
+    assert "label_smoothing" not in result["teacher"]  # an estimate is no record
+
+
+# --- the command
+
+
+def command(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["kd.probe", *words])
+    code = 0
+    try:
+        with cli.one_line_errors("kd.probe"):
+            code = probe.main([*words])
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_command_finds_the_smoothing_that_the_teacher_was_trained_with(monkeypatch, capsys, weights, split):
+    code, out, err = command(monkeypatch, capsys, "data=mixture", f"checkpoint={weights}", f"split={split}")
+    assert (code, err) == (0, "")
+    first, recorded, estimate = out.splitlines()
+    assert first == f"model     mlp_mini, {weights}"
+    assert recorded.startswith("recorded  0.18333")
+    numbers = [float(word.strip(",);")) for word in estimate.split() if word[0] == "0"]
+    found, low, high, others = numbers
+    assert low < 0.2 < high
+    assert found == pytest.approx(0.2, abs=0.1)
+    assert others == pytest.approx(found * 11 / 12, abs=1e-3)
+
+
+def test_a_doubted_estimate_is_said_to_be_and_exits_with_1(monkeypatch, capsys, weights):
+    code, out, _ = command(monkeypatch, capsys, "data=mixture", f"checkpoint={weights}", "data.train_size=60")
+    assert code == 1
+    assert re.search(r"; not to be trusted: only (60|5\d) samples are classified correctly$", out)
+
+
+def test_the_split_it_reads_is_a_sample_of_at_most_2000(monkeypatch, weights):
+    from kd.config.schema import DataConfig
+    from kd.data import load_data
+    from kd.models.factory import Teacher, build
+
+    seen = []
+    monkeypatch.setattr(
+        "kd.training.stage.predict", lambda teacher, split, *rest: seen.append(split) or split.images[:, :12]
+    )
+    data = load_data(DataConfig(family="mixture"), 0)
+    net = Teacher(build("mlp_mini", num_classes=12, input_shape=(20,), checkpoint=weights))
+    for split in (data.train, data.train, data.val):
+        assert isinstance(probe.probe(net, split, 100, None), SmoothingEstimate)
+    assert [len(s) for s in seen] == [2000, 2000, 2000]
+    assert torch.equal(seen[0].images, seen[1].images)
+    assert (seen[0].targets.bincount(minlength=12) > 100).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data=mnist1", "model=x"], "data=mnist1: no such data set; did you mean data=mnist1d?"),
+        (["model=x"], "data=: no such data set; there are "),
+        (["data=mixture"], "model: not given; type model=NAME"),
+        (["data=mixture", "checkpoint=nowhere.pth"], "checkpoint=nowhere.pth: no such file; give the path"),
+        (["data=mixture", "model=mlp_smal", "checkpoint=FILE"], "teacher.model=mlp_smal: timm and kd know no such"),
+        (["data=digits", "checkpoint=FILE"], "teacher.checkpoint=FILE: does not fit the network"),
+        (["mixture"], "mixture: cannot be read; type data=, model=, checkpoint=, split= or data.KEY=VALUE"),
+        (["modle=x"], "modle=x: cannot be read; "),
+        (["data=mixture", "split=all", "model=x"], "split=all: must be one of train, val, test"),
+        (["data=mixture", "data.nose=1", "checkpoint=FILE"], "data.nose: no such setting; did you mean data.noise?"),
+        (["data=mixture", "data.train_size=0", "checkpoint=FILE"], "data.train_size=0: must be ≥ 1"),
+        (["data=mixture", "checkpoint=BARE"], "model: not given, nor recorded in checkpoint=BARE; type model=NAME"),
+    ],
+)
+def test_a_command_line_that_cannot_work_is_one_line_and_exit_2(monkeypatch, capsys, tmp_path, weights, words, message):
+    save_file(load_file(weights), tmp_path / "bare.safetensors")
+    places = {"FILE": str(weights), "BARE": str(tmp_path / "bare.safetensors")}
+    for name, path in places.items():
+        words = [word.replace(name, path) for word in words]
+        message = message.replace(name, path)
+    code, out, err = command(monkeypatch, capsys, *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_help_needs_no_torch(capsys):
+    import subprocess
+
+    code = "import sys; from kd import probe; probe.main(['--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: python -m kd.probe")
+    assert probe.main([]) == 0
+
+
+# --- the benchmark
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
+    from benchmarks import probe as benchmark
+
+    return benchmark
+
+
+def test_the_table_of_the_benchmark_says_what_the_estimates_say(benchmark, monkeypatch):
+    """Two seeds, of which one has the truth in its range and one is doubted."""
+    found = [
+        SmoothingEstimate(0.2, 0.05, 0.3, 0.1, 0.9, 500, ()),
+        SmoothingEstimate(0.4, 0.15, 0.5, 0.1, 0.7, 500, ("a doubt",)),
+    ]
+    monkeypatch.setattr(
+        benchmark, "estimates", lambda task, mass, seed, output: {"train": found[seed], "val": found[0]}
+    )
+    lines = list(benchmark.rows(benchmark.Task("mixture", "mlp_mini", masses=(0.1,)), 2, "nowhere"))
+    assert lines == [
+        "| mixture | 0.1 | training | 0.300 ± 0.141 | 0.100 .. 0.400 | 1/2 | 1/2 | 80.0% |",
+        "| mixture | 0.1 | held out | 0.200 ± 0.000 | 0.050 .. 0.300 | 2/2 | 0/2 | 90.0% |",
+    ]
+
+
+def test_the_benchmark_trains_what_its_rows_say(benchmark):
+    for task in benchmark.TASKS + benchmark.FAILURES:
+        recipe = benchmark.recipe(task, 0.3, 2, "out")
+        assert (recipe.teacher.model, recipe.teacher.label_smoothing, recipe.seed) == (task.model, 0.3, 2)
+        assert (recipe.data.family, recipe.output) == (task.data, "out")
+    assert recipe.data.mixup == 0.4
+    assert recipe.teacher.epochs == 20
+
+
+def test_the_benchmark_reads_training_and_held_out_samples(benchmark, tmp_path):
+    try:
+        task = benchmark.Task("mixture", "mlp_mini", ("teacher.epochs=8",))
+        found = benchmark.estimates(task, 0.1, 0, str(tmp_path))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert found["train"].count <= 600 < found["val"].count <= 2000

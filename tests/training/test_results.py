@@ -1,0 +1,47 @@
+"""The difference that decides, by hand, and the words that go with it."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from kd.training.results import paired_difference, verdict
+
+
+def logits(classes):
+    return torch.nn.functional.one_hot(torch.tensor(classes), 3).float()
+
+
+def test_paired_difference_by_hand():
+    """Right: a on 4 of 5, b on 2 of 5, both on 2; d = 0, 0, 1, 1, 0."""
+    targets = torch.tensor([0, 1, 2, 0, 1])
+    found = paired_difference(logits([0, 1, 2, 0, 2]), logits([0, 1, 0, 1, 0]), targets)
+    assert found["top1"] == pytest.approx(0.4)
+    assert found["standard_error"] == pytest.approx(math.sqrt((3 * 0.16 + 2 * 0.36) / 4 / 5))
+    assert found["n"] == 5
+
+
+def test_paired_difference_has_the_standard_error_of_a_paired_test():
+    torch.manual_seed(0)
+    a, b, targets = torch.randn(200, 3), torch.randn(200, 3), torch.randint(3, (200,))
+    found = paired_difference(a, b, targets)
+    right = [(x.argmax(-1) == targets).double().numpy() for x in (a, b)]
+    t = stats.ttest_rel(*right).statistic
+    assert found["top1"] / found["standard_error"] == pytest.approx(t)
+
+
+@pytest.mark.parametrize(
+    ("top1", "error", "words"),
+    [(0.05, 0.02, "helped"), (-0.05, 0.02, "hurt"), (0.03, 0.02, "made no difference beyond chance")],
+)
+def test_only_a_difference_of_two_standard_errors_counts(top1, error, words):
+    result = {"difference": {"last": {"test": {"top1": top1, "standard_error": error, "n": 100}}}}
+    said = verdict(result)
+    assert said.endswith(f"\ndistillation {words}")
+    assert f"{100 * top1:+.2f} ± {100 * error:.2f} points" in said
+    assert "100 images, one seed" in said
+
+
+def test_without_a_control_nothing_is_claimed():
+    assert "nothing says whether distillation helped" in verdict({})
