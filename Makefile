@@ -10,6 +10,7 @@ test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov
 
 # The same tests with the newest release of everything but the tools that judge the code.
@@ -21,6 +22,7 @@ test-latest:
 # Kills, full disks, flipped bits, hostile files and fuzzed recipes: under an hour on 2 cores.
 torture: .venv/test
 	$(BIN)/python -m tests.torture
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m torture --timeout=1800
 
 # Refresh constraints.txt. CUDA's packages are left out: torch pins its own, and other builds of torch need others.
 lock:

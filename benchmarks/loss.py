@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kd.config.schema import ConfigError
 from kd.config.yaml_reader import whole
+from kd.errors import ConfigError
 
 SHAPES = "8x10,256x100,1024x1000,128x21841,64x128256"
 LINEAR = "2048x512x32768"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.cli import command as cli
-from kd.config.schema import ConfigError
+from kd.errors import ConfigError
 from kd.training.stored import numbers, read_result
 
 HELP = """usage: python -m kd.evaluate run=DIR [picture=FILE.svg] [data.root=PATH] [data.workers=N]
@@ -26,8 +26,8 @@ def evaluate(folder: Path, picture: str | None, overrides: list[str]) -> int:
     from omegaconf import OmegaConf
     from rich.console import Console
 
-    from kd.checkpoint import CheckpointError
     from kd.config.schema import Recipe
+    from kd.errors import CheckpointError
     from kd.training import pipeline as stages
     from kd.training import results
 

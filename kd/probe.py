@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kd.cli import command as cli
-from kd.config.schema import ConfigError, LossConfig, Recipe
+from kd.config.schema import LossConfig, Recipe
+from kd.errors import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

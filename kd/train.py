@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
     """Run one recipe to its result, once `check` has seen what is prepared; returns the exit code."""
     # Imported here: --help and a wrong command line must not wait for torch.
+    from kd.errors import TrainingError
     from kd.runtime.lock import alone_on_run
     from kd.training import pipeline as stages
     from kd.training import results
     from kd.training.dry_run import print_layers, print_plan
     from kd.training.run import check_output, claim
-    from kd.training.stage import TrainingError
 
     signals.resumes = recipe.resume
     run = stages.prepare(recipe)

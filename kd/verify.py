@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kd.cli import command as cli
-from kd.config.arguments import check_text, shown
+from kd.config.arguments import check_text
+from kd.text import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +54,8 @@ def _place(path: Path) -> Path:
 
 
 def _json(path: Path) -> Row:
-    from kd.checkpoint import CheckpointError, read_json, regular
+    from kd.checkpoint import read_json, regular
+    from kd.errors import CheckpointError
 
     try:
         read_json(path)
@@ -75,8 +77,9 @@ def _stage(folder: Path) -> Iterator[Row]:
 
 def _owner(folder: Path) -> dict[str, str]:
     """Whose a stage's files must be, as far as its place tells: its name, and the run.json or the teachers around."""
-    from kd.checkpoint import CheckpointError, read_json
+    from kd.checkpoint import read_json
     from kd.config.schema import content_hash
+    from kd.errors import CheckpointError
     from kd.training.run import STAGES
 
     folder = _place(folder)
@@ -93,8 +96,9 @@ def _owner(folder: Path) -> dict[str, str]:
 
 def _listed(path: Path, of: dict[str, str]) -> Iterator[Row]:
     """A manifest and the files that it lists."""
-    from kd.checkpoint import CheckpointError, regular
+    from kd.checkpoint import regular
     from kd.checkpoint.manifest import check_file, check_owner, read_manifest
+    from kd.errors import CheckpointError
 
     try:
         values = read_manifest(path)
@@ -128,11 +132,12 @@ def _schema(values: dict[str, Any]) -> str:
 
 def _weights(path: Path) -> Row:
     """One file of weights, held against the manifest beside it where there is one."""
-    from kd.checkpoint import CheckpointError, read_weights, regular
+    from kd.checkpoint import read_weights, regular
     from kd.checkpoint.files import digest
     from kd.checkpoint.manifest import DONE, MANIFEST, check_file, check_owner, read_manifest
     from kd.checkpoint.safetensors_io import spoilt
     from kd.checkpoint.store import CHECKPOINTS
+    from kd.errors import CheckpointError
     from kd.models.factory import weights_metadata
 
     try:

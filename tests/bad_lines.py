@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kd.cli import command as cli
+from kd.text import plain
 
 
 class Told(NamedTuple):
@@ -211,7 +212,7 @@ def main() -> None:
     """Print the table."""
     print("| input | message | exit code |\n|---|---|---|")
     for seen, _ in told():
-        cells = (cli.plain(text, 160).replace("|", "\\|") for text in (seen.line, seen.message.rstrip("\n")))
+        cells = (plain(text, 160).replace("|", "\\|") for text in (seen.line, seen.message.rstrip("\n")))
         print(f"| `{'` | '.join(cells)} | {seen.code} |")
 
 

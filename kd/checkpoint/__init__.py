@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kd.checkpoint.files import (
-        CheckpointError,
         digest,
         open_in_place,
         read_json,
@@ -46,8 +45,7 @@ if TYPE_CHECKING:
 _HOME = {
     name: module
     for module, names in {
-        "files": "CheckpointError digest open_in_place read_json regular write_atomically write_json write_text "
-        "writing",
+        "files": "digest open_in_place read_json regular write_atomically write_json write_text writing",
         "manifest": "SCHEMA seal verified",
         "store": "CHECKPOINTS NEWEST Checkpoint advice belongs clean finish finished load read_sealed retire save "
         "save_sealed write_manifest",
@@ -62,7 +60,6 @@ __all__ = [
     "NEWEST",
     "SCHEMA",
     "Checkpoint",
-    "CheckpointError",
     "advice",
     "belongs",
     "clean",

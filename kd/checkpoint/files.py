@@ -16,15 +16,13 @@ from typing import IO, Any, NoReturn
 
 from safetensors import SafetensorError
 
+from kd.errors import CheckpointError
+
 JSON_BYTES = 2**26  # no JSON of kd's comes near it
 DEEPEST = 100  # nesting of JSON; kd writes about 6
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link"}
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be used: the message names the path and what is wrong with it."""
 
 
 class Unreadable(CheckpointError):

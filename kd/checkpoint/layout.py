@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.config.schema import ConfigError
+from kd.errors import ConfigError
 
 DEEPEST = 32  # nesting; kd writes 6
 LARGEST = 2**63  # of a whole number

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kd.checkpoint.files import CheckpointError, brief, digest, parse_json, read_bytes, regular
+from kd.checkpoint.files import brief, digest, parse_json, read_bytes, regular
+from kd.errors import CheckpointError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"  # of one checkpoint

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kd.checkpoint.files import CheckpointError, brief, parse_json, reading, regular, write_atomically
+from kd.checkpoint.files import brief, parse_json, reading, regular, write_atomically
+from kd.errors import CheckpointError
 
 METADATA = "kd"  # the entry of a safetensors header that is ours
 HEADER_BYTES = 2**25  # the library would read 100 MB of JSON; a network of 10,000 tensors has 1 MB

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kd.checkpoint.files import CheckpointError, Unreadable, make_folder, sync, write_text, writing
+from kd.checkpoint.files import Unreadable, make_folder, sync, write_text, writing
 from kd.checkpoint.manifest import (
     DONE,
     MANIFEST,
@@ -26,6 +26,7 @@ from kd.checkpoint.manifest import (
     verified,
 )
 from kd.checkpoint.safetensors_io import header_of, load_state, read_weights, save_weights, size_of, split
+from kd.errors import CheckpointError
 
 NEWEST = 2  # checkpoints that are kept: where the newest is damaged there is another
 CHECKPOINTS, STATE, SELECTED = "checkpoints", "state.safetensors", "selected.safetensors"

@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kd.cli import environment as surroundings
-from kd.config.schema import PACKAGE, ConfigError, Recipe, allowed
+from kd.config.schema import PACKAGE, Recipe, allowed
+from kd.errors import ConfigError
 from kd.losses.methods import registry as methods
 from kd.runtime.signals import CTRL_C, go_on
 
 USAGE = 2  # exit code of a command line that cannot work
 try:
     from kd.config import yaml_reader as strict
-    from kd.config.arguments import check_word, check_words, plain
+    from kd.config.arguments import check_word, check_words
     from kd.config.types import check_kind, check_kinds, given, no_such_setting, settings, wrong_type
+    from kd.text import plain
 except ModuleNotFoundError as error:  # PyYAML, which Hydra brings: without it no command can say anything
     print(f"error: kd's commands need {error.name}: pip install 'kd-torch[train]'", file=sys.stderr)
     raise SystemExit(USAGE) from error

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 
-from kd.config.schema import ConfigError
+from kd.errors import ConfigError
 
 GROUP = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 LAUNCHER = "torchrun sets it, one process needs none"

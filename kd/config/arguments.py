@@ -6,7 +6,7 @@ import os
 import re
 
 from kd.config import yaml_reader as strict
-from kd.config.schema import ConfigError
+from kd.errors import ConfigError
 
 OPTIONS = ("--cfg", "-c", "--multirun", "-m", "--resolve")  # Hydra's others read folders or print pages of its own
 LONGEST = 2000  # bytes of a word; Hydra's grammar takes a second for twenty times as many
@@ -79,13 +79,3 @@ def check_words(words: list[str]) -> None:
     for group in ("recipe", "data", "loss"):
         if len(given := [word for word in words if word.startswith(f"{group}=")]) > 1:
             raise ConfigError(f"{' '.join(given)}: type one {group}={'[A,B]' if group == 'loss' else ''}")
-
-
-def plain(text: str, longest: int = 800) -> str:
-    """Text that stays on one line and does nothing to a terminal: control characters spelled out, the rest cut."""
-    return shown(text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}")
-
-
-def shown(text: object) -> str:
-    """Text on one line, with an escape for each character that a terminal would act on or cannot show."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))

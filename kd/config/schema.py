@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from kd.errors import ConfigError
 from kd.losses.ranges import HIGHEST_TEMPERATURE, LARGEST_WEIGHT, LOWEST_TEMPERATURE
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -19,10 +20,6 @@ TEMPERATURES = {"ge": LOWEST_TEMPERATURE, "le": HIGHEST_TEMPERATURE}
 WEIGHTS = {"ge": 0, "le": LARGEST_WEIGHT}
 MOST_EPOCHS = 1_000_000
 RATES = {"le": 1_000_000}  # far beyond any that trains, and float32 has room for what optimizers make of it
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work: the message names the setting, the value and what is allowed."""
 
 
 def setting(default: Any, doc: str, *, ge=None, gt=None, le=None, lt=None, among: tuple = ()) -> Any:

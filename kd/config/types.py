@@ -10,7 +10,8 @@ from functools import cache
 from typing import Any
 
 from kd.config import yaml_reader as strict
-from kd.config.schema import ConfigError, Recipe, allowed
+from kd.config.schema import Recipe, allowed
+from kd.errors import ConfigError
 from kd.losses.methods import registry as methods
 
 KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str, "list": list, "dict": dict}

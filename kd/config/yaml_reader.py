@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from kd.config.schema import ConfigError
+from kd.errors import ConfigError
 
 MAX_BYTES = 64 * 1024  # twelve times the longest recipe here; more takes seconds to read
 MAX_DEPTH = 20

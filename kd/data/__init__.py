@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kd.config.schema import ConfigError, DataConfig
-from kd.data.base import Batch, Data, ImageError, Split
+from kd.config.schema import DataConfig
+from kd.data.base import Batch, Data, Split
 from kd.data.embedded import digits, mnist5k
 from kd.data.folder import folder
 from kd.data.mixing import Mixer, mixer
 from kd.data.synthetic import mixture, mnist1d
 from kd.data.timm_sets import timm
 from kd.data.torchvision_sets import torchvision
+from kd.errors import ConfigError, ImageError
 
 __all__ = ["FAMILIES", "Batch", "Data", "ImageError", "Mixer", "Split", "load_data", "mixer"]
 

@@ -12,11 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.config.schema import ConfigError, DataConfig
-
-
-class ImageError(ValueError):
-    """A file that cannot be read as an image: one line with its path and the reason."""
+from kd.config.schema import DataConfig
+from kd.errors import ConfigError
 
 
 class Batch(NamedTuple):

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from kd.config.schema import ConfigError, DataConfig
+from kd.config.schema import DataConfig
 from kd.data.base import Data, digest
 from kd.data.image_files import reason
 from kd.data.tensors import tensor_data
+from kd.errors import ConfigError
 
 DIGITS = [str(digit) for digit in range(10)]
 # sha256 of pixels and labels as uint8: what results were made with, whatever release of the package is installed.

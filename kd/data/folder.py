@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kd.config.schema import ConfigError, DataConfig
+from kd.config.schema import DataConfig
 from kd.data.base import Data
 from kd.data.image_files import Files
 from kd.data.streams import stream_data
+from kd.errors import ConfigError
 
 SPLITS = ("train", "val", "test")
 READ = (".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp")

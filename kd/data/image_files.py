@@ -12,7 +12,7 @@ from typing import IO, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from kd.data.base import ImageError
+from kd.errors import ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # the fewer decoders a file can choose from, the fewer it can attack
 # Of an image, by its header. Decoded it takes 3 bytes a pixel, 201 MB, in each worker and each of verify's 16 threads.

@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kd.config.schema import ConfigError, DataConfig
-from kd.data.base import Batch, Data, ImageError, digest
+from kd.config.schema import DataConfig
+from kd.data.base import Batch, Data, digest
 from kd.data.image_files import Source, read
 from kd.data.sample_rng import global_rng, sample_keys
 from kd.data.subsets import draw
+from kd.errors import ConfigError, ImageError
 
 Transform = Callable[[Image.Image], Tensor]
 

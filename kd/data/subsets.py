@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kd.config.schema import ConfigError, DataConfig
+from kd.config.schema import DataConfig
 from kd.data.base import assign, class_indices
+from kd.errors import ConfigError
 
 
 class Part(NamedTuple):

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from kd.config.schema import ConfigError, DataConfig
+from kd.config.schema import DataConfig
 from kd.data.base import Batch, Data, digest
 from kd.data.sample_rng import mix, normals, sample_keys, uniforms
 from kd.data.subsets import draw
+from kd.errors import ConfigError
 
 
 def unit(images: Tensor) -> Tensor:

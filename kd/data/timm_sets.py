@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kd.config.schema import ConfigError, DataConfig
+from kd.config.schema import DataConfig
 from kd.data.base import Data, class_indices
 from kd.data.image_files import decode, reason
 from kd.data.streams import stream_data
+from kd.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from kd.config.schema import ConfigError, DataConfig
+from kd.config.schema import DataConfig
 from kd.data.base import Data, class_indices
 from kd.data.folder import data_root
 from kd.data.image_files import FORMATS, Files, reason
 from kd.data.streams import stream_data
 from kd.data.tensors import tensor_data
+from kd.errors import ConfigError
 
 BY_TRAIN = {"train": {"train": True}, "test": {"train": False}}
 BY_SPLIT = {"train": {"split": "train"}, "test": {"split": "test"}}

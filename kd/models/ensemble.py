@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd.checkpoint import CheckpointError, read_weights
+from kd.checkpoint import read_weights
 from kd.checkpoint.files import brief
-from kd.config.schema import ConfigError
+from kd.errors import CheckpointError, ConfigError
 from kd.losses.methods.base import Method
 from kd.losses.methods.temperature import arithmetic_mean
 from kd.models.factory import Student

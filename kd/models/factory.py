@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kd.config.schema import ConfigError
+from kd.errors import ConfigError
 from kd.models.weights import check_classes, load, load_named
 
 
@@ -228,7 +228,8 @@ def weights_metadata(path: str | Path) -> dict[str, Any]:
     Empty for a file without them and for other formats. Raises CheckpointError where there is no file, and when a
     .safetensors file is not one or says what kd never writes.
     """
-    from kd.checkpoint import CheckpointError, regular, weights_header
+    from kd.checkpoint import regular, weights_header
+    from kd.errors import CheckpointError
 
     if Path(path).suffix != ".safetensors":
         regular(Path(path))

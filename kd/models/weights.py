@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kd.config.schema import ConfigError
+from kd.errors import ConfigError
 
 
 def load(model: nn.Module, path: Path, num_classes: int, role: str, finetune: bool) -> None:
@@ -32,7 +32,8 @@ def load(model: nn.Module, path: Path, num_classes: int, role: str, finetune: bo
 
 def load_named(model: nn.Module, path: Path) -> None:
     """Load a file into a network that no recipe names, exactly. Raises CheckpointError."""
-    from kd.checkpoint import CheckpointError, read_weights
+    from kd.checkpoint import read_weights
+    from kd.errors import CheckpointError
 
     weights = read_weights(path)
     try:
@@ -65,7 +66,8 @@ def _load_exactly(model: nn.Module, weights: dict[str, Tensor], setting: str) ->
 
 def _read(path: Path, setting: str) -> dict[str, Tensor]:
     """The state dict in a file of weights, with the wrappings of training scripts removed as timm does."""
-    from kd.checkpoint import CheckpointError, read_weights
+    from kd.checkpoint import read_weights
+    from kd.errors import CheckpointError
 
     check_file(path, setting)
     try:
@@ -97,7 +99,8 @@ def _raise_first(setting: str, keys: Sequence[str], what: str) -> None:
 
 def check_file(path: Path, setting: str) -> None:
     """Raise ConfigError, naming the setting, where no file is."""
-    from kd.checkpoint import CheckpointError, regular
+    from kd.checkpoint import regular
+    from kd.errors import CheckpointError
 
     try:
         regular(path)

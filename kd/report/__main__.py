@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kd.cli import command as cli
 from kd.config.arguments import check_text
-from kd.config.schema import ConfigError
+from kd.errors import ConfigError
 
 if TYPE_CHECKING:
     from kd.report.blocks import Figure

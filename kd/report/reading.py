@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd.config.schema import ConfigError
+from kd.errors import ConfigError
 from kd.metrics import MISLEADING
 from kd.report import words
 from kd.study.checks import check_alike

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from kd.checkpoint import open_in_place
-from kd.config.schema import ConfigError
+from kd.errors import ConfigError
 from kd.runtime.signals import check
 
 if TYPE_CHECKING:

@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 
-from kd.config.schema import PACKAGE
-
+_CHECKOUT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("kd-torch", "torch", "torchvision", "timm", "accelerate", "hydra-core", "numpy", "torchmetrics")
 
 
 def _git(*arguments: str) -> str | None:
     """The answer of git about kd's own checkout; None where kd is installed without one, or git cannot be run."""
-    if not (PACKAGE.parent / ".git").exists():
+    if not (_CHECKOUT / ".git").exists():
         return None
-    command = ["git", "-C", str(PACKAGE.parent), *arguments]
+    command = ["git", "-C", str(_CHECKOUT), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:  # no git here, or no more files may be opened: no reason to lose a finished run

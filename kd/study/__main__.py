@@ -13,7 +13,8 @@ from kd.cli import command as cli
 from kd.cli import environment as surroundings
 from kd.config import types as kinds
 from kd.config import yaml_reader as strict
-from kd.config.schema import ConfigError, allowed
+from kd.config.schema import allowed
+from kd.errors import ConfigError
 from kd.runtime import signals
 from kd.study.axes import check_typed
 from kd.study.schema import LOSS, StudyRecipe

@@ -9,7 +9,7 @@ from typing import Any
 
 from kd.config import types as kinds
 from kd.config import yaml_reader as strict
-from kd.config.schema import ConfigError
+from kd.errors import ConfigError
 from kd.losses.methods import registry as methods
 from kd.study.schema import FIRST, LOSS, StudyRecipe
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.checkpoint.layout import ANY, NUMBER, Each, Maybe, check, short
-from kd.config.schema import ConfigError
+from kd.errors import ConfigError
 
 SCHEMA = 1
 IDS, AXES = {"points": [str], "settings": Each(ANY)}, Each(ANY)

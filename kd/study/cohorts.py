@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kd.checkpoint import read_sealed, save_sealed
-from kd.config.schema import ConfigError, DataConfig, Recipe, content_hash
+from kd.config.schema import DataConfig, Recipe, content_hash
 from kd.data import Data, Split, load_data
+from kd.errors import ConfigError
 from kd.models.factory import build
 from kd.study.folder import Folder
 from kd.study.grid import Point

@@ -24,9 +24,9 @@ from rich.table import Table
 from kd.checkpoint import CHECKPOINTS, write_json
 from kd.cli import command as cli
 from kd.cli.console import terminal
-from kd.config.arguments import shown
-from kd.config.schema import ConfigError, DataConfig, Recipe, content_hash
+from kd.config.schema import DataConfig, Recipe, content_hash
 from kd.data import Data
+from kd.errors import ConfigError
 from kd.losses.methods import registry as methods
 from kd.metrics import MISLEADING
 from kd.runtime.provenance import provenance
@@ -39,6 +39,7 @@ from kd.study.jobs import PHASES, Job, jobs, work
 from kd.study.population import why_not
 from kd.study.schema import StudyRecipe
 from kd.study.table import write_table
+from kd.text import shown
 from kd.training.dry_run import duration
 from kd.training.pipeline import check_batch, check_environment
 from kd.training.run import STAGES, check_output, check_own

@@ -10,8 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kd.checkpoint import CheckpointError, read_json, write_json
-from kd.config.schema import ConfigError, Recipe
+from kd.checkpoint import read_json, write_json
+from kd.config.schema import Recipe
+from kd.errors import CheckpointError, ConfigError
 from kd.runtime.lock import alone
 from kd.study.checks import SCHEMA, check_card, check_point
 from kd.study.grid import Point

@@ -14,7 +14,8 @@ from functools import cache
 from typing import Any
 
 from kd.cli import command as cli
-from kd.config.schema import ConfigError, DataConfig, LossConfig, Recipe, content_hash, identity
+from kd.config.schema import DataConfig, LossConfig, Recipe, content_hash, identity
+from kd.errors import ConfigError
 from kd.study.axes import NotInGrid, Settings, expand, labelled
 from kd.study.schema import Contrast, StudyRecipe
 

@@ -6,7 +6,8 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from kd.config.schema import Checked, ConfigError, Recipe, setting
+from kd.config.schema import Checked, Recipe, setting
+from kd.errors import ConfigError
 
 CONTROLS = ("hard", "smoothed", "bayes")
 LOSS = "loss"  # the axis whose values are methods, as in `loss=NAME`

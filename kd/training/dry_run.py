@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from kd.config.arguments import shown
 from kd.models.factory import Teacher
 from kd.models.layers import list_layers, tap
+from kd.text import shown
 from kd.training.loop import Trainer
 from kd.training.pipeline import Run, data_of, network, stage
 from kd.training.run import teacher_is_trained

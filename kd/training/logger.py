@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kd.checkpoint import open_in_place, regular, write_text, writing
-from kd.config.arguments import shown
+from kd.text import shown
 
 
 class Journal:

@@ -26,6 +26,7 @@ from kd import checkpoint
 from kd.checkpoint.fit import check_alike, check_optimizer, number, whole_number
 from kd.config.schema import Recipe
 from kd.data import Batch, Data, mixer
+from kd.errors import CheckpointError, TrainingError
 from kd.losses.distill import DistillLoss
 from kd.losses.methods.base import Seen
 from kd.metrics import nll, top_k_accuracy
@@ -36,7 +37,6 @@ from kd.training.nonfinite import Suspects, describe, first_bad_gradient
 from kd.training.objective import Objective, Terms
 from kd.training.stage import (
     Stage,
-    TrainingError,
     as_trained,
     build,
     epoch_order,
@@ -330,7 +330,7 @@ class Trainer:
             checkpoint.retire(found.damaged if found else [])
         names = gather_object([found.path.name if found else "none"])
         if len(set(names)) > 1:  # they would train from different weights, and average their gradients
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"{self.stage.folder}: not all processes find the same checkpoint ({', '.join(names)}): a file "
                 f"system may lag behind; {go_on()}"
             )
@@ -340,7 +340,7 @@ class Trainer:
             self._restore(found.state, found.selected)
         except (LookupError, AttributeError, TypeError, RuntimeError, ValueError) as error:
             said = str(error).partition("\n")[0]
-            raise checkpoint.CheckpointError(f"{found.path}: does not fit this run ({said})") from error
+            raise CheckpointError(f"{found.path}: does not fit this run ({said})") from error
         self.journal.say(f"{self.stage.name:8} goes on after update {self.progress.update} of {self.updates}")
 
     def _restore(self, state: dict[str, Any], selected: dict[str, Tensor] | None) -> None:

@@ -16,10 +16,11 @@ from accelerate import Accelerator
 from timm.optim import list_optimizers
 from torch import Tensor, nn
 
-from kd.checkpoint import CHECKPOINTS, CheckpointError, advice, belongs, finish, finished, read_weights, retire
+from kd.checkpoint import CHECKPOINTS, advice, belongs, finish, finished, read_weights, retire
 from kd.cli.console import terminal
-from kd.config.schema import ConfigError, LossConfig, Recipe
+from kd.config.schema import LossConfig, Recipe
 from kd.data import Data, load_data
+from kd.errors import CheckpointError, ConfigError
 from kd.losses.distill import DistillLoss
 from kd.losses.methods import registry as methods
 from kd.metrics import top_k_accuracy

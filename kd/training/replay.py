@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.cli import command as cli
-from kd.config.arguments import plain
-from kd.config.schema import ConfigError, Recipe, content_hash, identity
+from kd.config.schema import Recipe, content_hash, identity
+from kd.errors import ConfigError
+from kd.text import plain
 from kd.training.stored import numbers, read_result
 
 if TYPE_CHECKING:

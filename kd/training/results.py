@@ -14,11 +14,11 @@ from rich.table import Table
 from torch import Tensor
 
 from kd.checkpoint import advice, finished, write_json
-from kd.config.arguments import plain
 from kd.config.schema import content_hash, identity
 from kd.metrics import agreement, classification, predictive_kl
 from kd.models.factory import Teacher
 from kd.runtime.provenance import provenance
+from kd.text import plain
 from kd.training.pipeline import Run, recorded_smoothing, scored
 from kd.training.run import checkpoint_hash, owner, teacher_is_trained
 from kd.training.stage import predict

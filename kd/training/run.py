@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from omegaconf import OmegaConf
 
 from kd.checkpoint import CHECKPOINTS, digest, write_json, write_text
-from kd.config.schema import ConfigError, Recipe, content_hash, identity
+from kd.config.schema import Recipe, content_hash, identity
+from kd.errors import ConfigError
 from kd.training.stored import read_card
 
 STAGES = ("teacher", "student", "control")  # folders in a run's; a teacher's own is a study's

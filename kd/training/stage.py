@@ -25,10 +25,6 @@ from kd.runtime.signals import check
 from kd.training.objective import Objective
 
 
-class TrainingError(RuntimeError):
-    """Training that cannot go on: the message says at which update and why."""
-
-
 def mixed_seed(*parts: int) -> int:
     """One 63-bit seed from several small integers; near inputs give unrelated seeds (the generator hashes them)."""
     generator = torch.Generator()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kd.checkpoint.layout import ANY, NUMBER, Each, check, short
-from kd.config.schema import ConfigError
 from kd.config.yaml_reader import leaves
+from kd.errors import ConfigError
 
 SCORE = {**dict.fromkeys(("top1", "nll", "ece", "brier"), NUMBER), "agreement?": NUMBER}
 SPLITS = {"val": SCORE, "test": SCORE}
@@ -34,7 +34,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def read_card(path: Path) -> dict[str, Any]:
     """A run.json. Raises CheckpointError as `read_result` does."""
-    from kd.checkpoint import CheckpointError
+    from kd.errors import CheckpointError
 
     card = _read(path, CARD, hint := "; restore it, or resume=false to set that run aside")
     if other := sorted(card.keys() - CARD):  # the stages' files say by the whole card whose they are
@@ -43,8 +43,9 @@ def read_card(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, layout: Any, hint: str) -> dict[str, Any]:
-    from kd.checkpoint import CheckpointError, read_json  # and with it torch
+    from kd.checkpoint import read_json  # and with it torch
     from kd.checkpoint.files import Unreadable
+    from kd.errors import CheckpointError
 
     try:
         values = read_json(path)

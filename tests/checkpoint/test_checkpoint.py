@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from kd import checkpoint
-from kd.checkpoint import CheckpointError, read_json, save_weights, write_atomically, write_json
+from kd.checkpoint import read_json, save_weights, write_atomically, write_json
 from kd.checkpoint.manifest import _canonical
+from kd.errors import CheckpointError
 from kd.verify import main, rows
 from tests.torture.faults import finish, loaded, save
 

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from kd import checkpoint
-from kd.checkpoint import CheckpointError, load_state, read_json, read_weights, weights_header, write_json
+from kd.checkpoint import load_state, read_json, read_weights, weights_header, write_json
 from kd.checkpoint.manifest import read_manifest
 from kd.cli.command import read_recipe
-from kd.config.schema import ConfigError
+from kd.errors import CheckpointError, ConfigError
 from kd.models.factory import build, weights_metadata
 from kd.models.weights import load_named
 from kd.training.stored import read_card

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kd.checkpoint import CheckpointError
+from kd.errors import CheckpointError
 from kd.runtime.lock import alone, path_of
 from tests.torture import forked
 

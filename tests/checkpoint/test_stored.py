@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from kd import evaluate
-from kd.checkpoint import CheckpointError
+from kd.errors import CheckpointError
 from kd.training import replay, results
 from kd.training.stored import numbers, read_result
 from tests.torture.cards import WRONG, mutated, places

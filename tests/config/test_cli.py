@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from kd.cli import command as cli
 from kd.config import yaml_reader as strict
-from kd.config.schema import PACKAGE, ConfigError
+from kd.config.schema import PACKAGE
+from kd.errors import ConfigError
 
 
 def test_help_lists_every_recipe_with_its_claim_without_importing_torch_or_hydra():

@@ -5,7 +5,6 @@ import math
 import pytest
 
 from kd.config.schema import (
-    ConfigError,
     DataConfig,
     LossConfig,
     OptimizerConfig,
@@ -17,6 +16,7 @@ from kd.config.schema import (
     content_hash,
     identity,
 )
+from kd.errors import ConfigError
 
 
 @pytest.mark.parametrize(

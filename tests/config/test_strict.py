@@ -3,7 +3,7 @@
 import pytest
 
 from kd.config import yaml_reader as strict
-from kd.config.schema import ConfigError
+from kd.errors import ConfigError
 from tests import bad_lines
 from tests.torture import fuzz, harness
 

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from kd.cli import command as cli
-from kd.config.schema import PACKAGE, ConfigError
+from kd.config.schema import PACKAGE
+from kd.errors import ConfigError
 
 HELP = f"{sys.executable} -m kd.train --help"
 

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
-from kd.config.schema import ConfigError, DataConfig
+from kd.config.schema import DataConfig
 from kd.data import FAMILIES, load_data
 from kd.data.base import assign
 from kd.data.sample_rng import bits, global_rng, normals, sample_keys, uniforms
 from kd.data.tensors import translate
+from kd.errors import ConfigError
 
 
 def config(**settings):

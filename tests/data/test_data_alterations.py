@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from kd.config.schema import ConfigError, DataConfig
+from kd.config.schema import DataConfig
 from kd.data import load_data
+from kd.errors import ConfigError
 
 NAMES = ("train", "val", "test")
 

@@ -18,9 +18,10 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from kd.config.schema import DataConfig
-from kd.data import ImageError, embedded, load_data
+from kd.data import embedded, load_data
 from kd.data.image_files import MAX_PIXELS, Files, decode
 from kd.data.torchvision_sets import SETS
+from kd.errors import ImageError
 from kd.models.factory import weights_metadata
 
 CLASSES = ("one", "two")

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from kd.config.schema import ConfigError, DataConfig
-from kd.data import ImageError, load_data
+from kd.config.schema import DataConfig
+from kd.data import load_data
 from kd.data.torchvision_sets import SETS
+from kd.errors import ConfigError, ImageError
 
 
 def load(family, dataset, root, **settings):

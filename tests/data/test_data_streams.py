@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from kd.config.schema import ConfigError, DataConfig
-from kd.data import ImageError, load_data
+from kd.config.schema import DataConfig
+from kd.data import load_data
 from kd.data.image_files import MAX_PIXELS, decode
+from kd.errors import ConfigError, ImageError
 
 CLASSES = ("one", "three", "two words")
 LAYOUT = "; images lie in train/CLASS/*.jpg and val/CLASS/*.jpg, or in CLASS/*.jpg"

@@ -6,7 +6,7 @@ import loss_extremes
 import pytest
 from loss_extremes import BF16, F16, F32, F64, INF, LARGEST, NAN, SETTINGS, TEMPERATURES
 
-from kd.config.schema import ConfigError
+from kd.errors import ConfigError
 from kd.losses.methods import registry as methods
 
 both = pytest.mark.parametrize("backend", ["cpu", "reference"])

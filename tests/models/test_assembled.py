@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kd import evaluate
-from kd.checkpoint import CheckpointError, write_manifest
+from kd.checkpoint import write_manifest
 from kd.config.schema import DataConfig
 from kd.data import load_data
+from kd.errors import CheckpointError
 from kd.losses.distill import DistillLoss
 from kd.losses.methods import registry as methods
 from kd.losses.methods.base import METHODS, Method

@@ -18,8 +18,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import kd.models.networks  # noqa: F401 (registers resnet20_cifar)
-from kd.checkpoint import CheckpointError
-from kd.config.schema import ConfigError
+from kd.errors import CheckpointError, ConfigError
 from kd.models.factory import Student, Teacher, build, weights_metadata
 
 PUBLISHED = "test_resnet.r160_in1k"  # timm's smallest network with weights on the hub

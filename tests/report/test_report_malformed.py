@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kd.config.schema import ConfigError
+from kd.errors import ConfigError
 from kd.report import figures
 from kd.report.reading import read
 from kd.study import load

@@ -15,7 +15,8 @@ import torch
 import yaml
 
 from kd import metrics
-from kd.config.schema import PACKAGE, ConfigError
+from kd.config.schema import PACKAGE
+from kd.errors import ConfigError
 from kd.study import cohorts, load
 from kd.study.folder import Folder
 from kd.study.measure import reliability

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from kd.config.schema import ConfigError, DataConfig, LossConfig, OptimizerConfig, Recipe, TeacherConfig
+from kd.config.schema import DataConfig, LossConfig, OptimizerConfig, Recipe, TeacherConfig
+from kd.errors import ConfigError
 from kd.study import grid
 from kd.study.__main__ import compose
 from kd.study.axes import labelled

@@ -10,7 +10,6 @@ from torch import nn
 
 from kd import DistillLoss
 from kd.config.schema import (
-    ConfigError,
     DataConfig,
     LossConfig,
     OptimizerConfig,
@@ -21,6 +20,7 @@ from kd.config.schema import (
     TrainConfig,
 )
 from kd.data import load_data
+from kd.errors import ConfigError
 from kd.losses.methods.base import Seen, View
 from kd.losses.methods.decoupled import DKD
 from kd.models.factory import build, weights_metadata

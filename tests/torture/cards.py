@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.cli import command as cli
-from kd.config.schema import ConfigError
+from kd.errors import ConfigError
 from kd.report import __main__ as report
 from kd.study import load
 from tests.report.report_folder import EPS, Maker, T

@@ -24,7 +24,7 @@ from safetensors.torch import save as safetensors_bytes
 import kd.checkpoint.safetensors_io
 import kd.checkpoint.store
 from kd import checkpoint
-from kd.checkpoint import CheckpointError
+from kd.errors import CheckpointError
 from tests.torture.harness import Part
 
 NAMES = ("mkdir", "open", "ftruncate", "write", "fsync", "close", "rename", "replace", "unlink", "rmdir")

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from kd import checkpoint
-from kd.checkpoint import CheckpointError
+from kd.errors import CheckpointError
 from kd.verify import rows
 from tests.torture.faults import ABOUT, finish, loaded, save, weights
 from tests.torture.harness import Part

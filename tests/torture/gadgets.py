@@ -25,10 +25,10 @@ from rich.console import Console
 from safetensors.torch import save as safetensors_bytes
 
 from kd import checkpoint
-from kd.checkpoint import CheckpointError
 from kd.checkpoint.manifest import read_manifest
 from kd.cli import command as cli
-from kd.config.schema import ConfigError, Recipe, content_hash, identity
+from kd.config.schema import Recipe, content_hash, identity
+from kd.errors import CheckpointError, ConfigError
 from kd.models.ensemble import load_exactly
 from kd.models.factory import build, weights_metadata
 from kd.study.folder import read_card

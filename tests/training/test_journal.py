@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from rich.console import Console
 
-from kd.checkpoint import CheckpointError
+from kd.errors import CheckpointError
 from kd.training.dry_run import duration
 from kd.training.logger import Journal
 

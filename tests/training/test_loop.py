@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from kd.config.schema import ConfigError, DataConfig
+from kd.config.schema import DataConfig
+from kd.errors import ConfigError, TrainingError
 from kd.losses.distill import DistillLoss
 from kd.models.factory import Teacher
 from kd.training import pipeline as stages
-from kd.training.stage import TrainingError, epoch_order, mixed_seed, predict, share
+from kd.training.stage import epoch_order, mixed_seed, predict, share
 from tests.training.tiny_loop import Tiny, lines, recipe, trainer, weights
 
 

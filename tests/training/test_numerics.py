@@ -8,13 +8,13 @@ import pytest
 import torch
 from test_loop import Tiny, fresh_accelerator, lines, recipe, trainer, weights  # noqa: F401
 
+from kd.errors import TrainingError
 from kd.losses.distill import DistillLoss
 from kd.losses.methods.base import METHODS, Method
 from kd.losses.methods.registry import Weighted
 from kd.models.factory import Teacher
 from kd.training.nonfinite import SHOWN, Suspects, describe
 from kd.training.objective import Objective
-from kd.training.stage import TrainingError
 from tests.torture import forked
 
 

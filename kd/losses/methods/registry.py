@@ -17,7 +17,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from kd.config.schema import PACKAGE, ConfigError
+from kd.errors import ConfigError
 from kd.losses.ranges import WEIGHTS, is_weight
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Weighted(NamedTuple):
 def names() -> dict[str, str]:
     """The module of every method in kd, by the method's name: read, not imported."""
     found = {}
-    for path in sorted((PACKAGE / "losses" / "methods").glob("*.py")):
+    for path in sorted(Path(__file__).parent.glob("*.py")):
         for name in re.findall(r'^class \w+\(Method, name="(\w+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
             found[name] = f"kd.losses.methods.{path.stem}"
     return found
