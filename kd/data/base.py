@@ -41,6 +41,11 @@ class Split(Protocol):
         """The true p(class | sample) where the task's is known: (N, K) float64, on the CPU; never of wrong labels."""
         ...
 
+    @property
+    def augments(self) -> bool:
+        """Whether a sample's training view is drawn at random and differs from epoch to epoch."""
+        ...
+
     def __len__(self) -> int: ...
 
     def to(self, device: torch.device | str) -> Split:

@@ -67,6 +67,11 @@ class StreamSplit:
     device: torch.device
     posterior: None = None  # nobody knows it of photographs
 
+    @property
+    def augments(self) -> bool:
+        """Always: every training view is at least a random crop."""
+        return True
+
     def __len__(self) -> int:
         return len(self.indices)
 

@@ -47,6 +47,11 @@ class TensorSplit:
     seed: int
     posterior: Tensor | None = None  # (N, K) float64, on the CPU
 
+    @property
+    def augments(self) -> bool:
+        """Whether the recipe shifts, flips or adds noise."""
+        return bool(self.config.shift or self.config.hflip or self.config.noise)
+
     def __len__(self) -> int:
         return len(self.targets)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.checkpoint import read_sealed, save_sealed
-from kd.config.schema import DataConfig, Recipe, content_hash
+from kd.config.schema import Recipe, content_hash
 from kd.data import Data, Split, load_data
 from kd.errors import ConfigError
 from kd.models.factory import build
@@ -23,7 +23,6 @@ from kd.study.population import Cohort, Member, Population, Training
 from kd.training.pipeline import metadata
 
 Outcome = dict[str, Any]
-STREAMED = ("torchvision", "folder", "timm")  # families that augment by themselves
 BATCH = 500  # samples scored at once
 
 
@@ -79,11 +78,6 @@ def _train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
 # ---- what a cohort needs
 
 
-def augments(config: DataConfig) -> bool:
-    """Whether training images differ from epoch to epoch."""
-    return bool(config.shift or config.noise or config.hflip or config.family in STREAMED)
-
-
 _KEPT: dict[str, Data] = {}
 
 
@@ -137,7 +131,7 @@ class Teachers:
         split = self.data.transfer.train
         fixed = [log_of(split)[None].float()] if self.bayes else []  # type: ignore[index]
         population = self.population
-        if population is not None and not augments(self.recipe.data):  # what they say of an image is always the same
+        if population is not None and not split.augments:  # what they say of an image is always the same
             plan = list(torch.arange(len(split)).split(BATCH))
             fixed.insert(0, torch.cat([population.logits(batch.images) for batch in split.batches(plan, None)], 1))
             population = None

@@ -31,7 +31,7 @@ from kd.losses.methods import registry as methods
 from kd.metrics import MISLEADING
 from kd.runtime.provenance import provenance
 from kd.study.axes import labelled
-from kd.study.cohorts import augments, data_of, network
+from kd.study.cohorts import data_of, network
 from kd.study.estimate import seconds_of
 from kd.study.folder import SCHEMA, Folder
 from kd.study.grid import Plan, Point, base_recipe, difference, plan, sides_of
@@ -122,7 +122,8 @@ class _Sets:
 
     def knows_posterior(self, config: DataConfig) -> bool:
         """Whether p* of the training views is known: augmentation makes other views."""
-        return self.data(config).train.posterior is not None and not augments(config)
+        train = self.data(config).train
+        return train.posterior is not None and not train.augments
 
 
 def _engines(study: StudyRecipe, sets: _Sets) -> Callable[[Point], str]:
