@@ -31,14 +31,15 @@ from kd.losses.methods import registry as methods
 from kd.metrics import MISLEADING
 from kd.runtime.provenance import provenance
 from kd.study.axes import labelled
-from kd.study.cohorts import data_of, network
 from kd.study.estimate import seconds_of
 from kd.study.folder import SCHEMA, Folder
 from kd.study.grid import Plan, Point, base_recipe, difference, plan, sides_of
-from kd.study.jobs import PHASES, Job, jobs, work
+from kd.study.jobs import PHASES, Job, jobs
 from kd.study.population import why_not
 from kd.study.schema import StudyRecipe
 from kd.study.table import write_table
+from kd.study.train_population import data_of, network
+from kd.study.worker import work
 from kd.text import shown
 from kd.training.dry_run import duration
 from kd.training.pipeline import check_batch, check_environment

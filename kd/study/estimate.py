@@ -7,9 +7,9 @@ import time
 import torch
 
 from kd.config.schema import LossConfig
-from kd.study.cohorts import data_of, network
 from kd.study.jobs import Job
 from kd.study.population import Cohort, Member, Population, Training
+from kd.study.train_population import data_of, network
 
 UPDATES = 3
 _SEEN: dict[tuple, float] = {}  # seconds per update and member

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from kd import metrics as m
+from kd.data import Data, Split
 
 GAMMA_TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 PROJECTED = (0, 1, 2)  # classes
@@ -44,6 +45,9 @@ PER_CLASS = 100  # of Müller et al. 2019
 VIEWS, INPUTS = 5, 600  # of Müller et al. 2019
 SPLITS = ("train", "val", "test")
 BINS = 15
+
+
+Outcome = dict[str, Any]  # `metrics` and `detail` of a point, or `error`
 
 
 @dataclass
@@ -63,6 +67,23 @@ class Truth:
     targets: Mapping[str, Tensor]
     log_posterior: Mapping[str, Tensor] = field(default_factory=dict)
     omitted: int | None = None  # a class that the training set does not have
+
+
+def parts_of(data: Data, role: str) -> dict[str, Split]:
+    """What a network is measured on: what it trained on, and all of validation and test, an omitted class too."""
+    return {"train": (data if role == "teacher" else data.transfer).train, "val": data.val, "test": data.test}
+
+
+def truth_of(data: Data, role: str) -> Truth:
+    """Labels of the splits, and the true posterior where the data set knows it."""
+    parts = parts_of(data, role)
+    known = {name: found for name, part in parts.items() if (found := log_of(part)) is not None}
+    return Truth({name: part.targets for name, part in parts.items()}, known, data.omit_class)
+
+
+def log_of(split: Split) -> Tensor | None:
+    """The logarithm of a split's true posterior (N, K), None where it is not known."""
+    return None if split.posterior is None else split.posterior.log()
 
 
 def measure(role: str, own: Outputs, truth: Truth, teacher: Outputs | None = None) -> dict[str, Any]:

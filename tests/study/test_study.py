@@ -17,7 +17,7 @@ import yaml
 from kd import metrics
 from kd.config.schema import PACKAGE
 from kd.errors import ConfigError
-from kd.study import cohorts, load
+from kd.study import load, train_population, worker
 from kd.study.folder import Folder
 from kd.study.measure import reliability
 from kd.study.schema import METRICS
@@ -36,8 +36,8 @@ def finished(kd_study):
 
 def count_training(monkeypatch) -> list[str]:
     """The names of the jobs that train from now on."""
-    seen, train = [], cohorts.train
-    monkeypatch.setattr(cohorts, "train", lambda folder, job: (seen.append(job.name), train(folder, job))[1])
+    seen, train = [], train_population.train
+    monkeypatch.setattr(train_population, "train", lambda folder, job: (seen.append(job.name), train(folder, job))[1])
     return seen
 
 
@@ -135,7 +135,7 @@ def test_a_wider_grid_trains_only_what_is_new(finished, kd_study):
 
 
 def test_a_point_that_fails_is_told_and_stops_no_other_and_is_tried_again(kd_study, monkeypatch):
-    measure = cohorts.measure
+    measure = train_population.measure
 
     def fails(role, own, truth, teacher=None):
         if role == "student" and fails.on:
@@ -143,7 +143,7 @@ def test_a_point_that_fails_is_told_and_stops_no_other_and_is_tried_again(kd_stu
         return measure(role, own, truth, teacher)
 
     fails.on = True
-    monkeypatch.setattr(cohorts, "measure", fails)
+    monkeypatch.setattr(train_population, "measure", fails)
     done = kd_study("study.seeds=1", "study.controls=[]", "study.contrasts=[]")
     assert done.code == 1
     assert done.out.count("RuntimeError: disk on fire") == 6
@@ -155,21 +155,19 @@ def test_a_point_that_fails_is_told_and_stops_no_other_and_is_tried_again(kd_stu
 
 
 def test_a_launcher_that_breaks_leaves_a_table_that_says_what_is_missing(kd_study, monkeypatch):
-    from kd.study import jobs
-
-    do = jobs._do
+    do = worker._do
 
     def students_are_killed(folder, job):
         if job.phase == "students":
             raise BrokenPipeError("a worker was killed")
         do(folder, job)
 
-    monkeypatch.setattr(jobs, "_do", students_are_killed)
+    monkeypatch.setattr(worker, "_do", students_are_killed)
     done = kd_study("study.seeds=1", "study.contrasts=[]")
     assert done.code == 1
     assert "students: BrokenPipeError: a worker was killed" in done.out
     assert load(STUDY)["state"].value_counts().to_dict() == {"missing": 8, "finished": 2}
-    monkeypatch.setattr(jobs, "_do", do)
+    monkeypatch.setattr(worker, "_do", do)
     assert kd_study("study.seeds=1", "study.contrasts=[]").code == 0
 
 

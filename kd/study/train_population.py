@@ -18,11 +18,10 @@ from kd.models.factory import build
 from kd.study.folder import Folder
 from kd.study.grid import Point
 from kd.study.jobs import Job
-from kd.study.measure import INPUTS, VIEWS, Outputs, Truth, measure
+from kd.study.measure import INPUTS, VIEWS, Outcome, Outputs, log_of, measure, parts_of, truth_of
 from kd.study.population import Cohort, Member, Population, Training
 from kd.training.pipeline import metadata
 
-Outcome = dict[str, Any]
 BATCH = 500  # samples scored at once
 
 
@@ -147,23 +146,6 @@ class Teachers:
             return {}
         template = network(self.recipe, "teacher", self.data)
         return dict(zip(self.ids, look(self.population, template, parts_of(self.data, role), self.recipe), strict=True))
-
-
-def parts_of(data: Data, role: str) -> dict[str, Split]:
-    """What a network is measured on: what it trained on, and all of validation and test, an omitted class too."""
-    return {"train": (data if role == "teacher" else data.transfer).train, "val": data.val, "test": data.test}
-
-
-def truth_of(data: Data, role: str) -> Truth:
-    """Labels of the splits, and the true posterior where the data set knows it."""
-    parts = parts_of(data, role)
-    known = {name: found for name, part in parts.items() if (found := log_of(part)) is not None}
-    return Truth({name: part.targets for name, part in parts.items()}, known, data.omit_class)
-
-
-def log_of(split: Split) -> Tensor | None:
-    """The logarithm of a split's true posterior (N, K), None where it is not known."""
-    return None if split.posterior is None else split.posterior.log()
 
 
 # ---- what a population gives

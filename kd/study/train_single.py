@@ -12,11 +12,10 @@ from accelerate.state import AcceleratorState
 from kd.checkpoint import advice, finished, read_sealed, read_weights, save_sealed, weights_header
 from kd.config.schema import Recipe
 from kd.models.factory import Teacher
-from kd.study.cohorts import Outcome, parts_of, truth_of
 from kd.study.folder import Folder
 from kd.study.grid import Point
 from kd.study.jobs import Job
-from kd.study.measure import Outputs, measure
+from kd.study.measure import Outcome, Outputs, measure, parts_of, truth_of
 from kd.training import pipeline as stages
 from kd.training.run import claim, owner
 from kd.training.stage import Stage, predict
