@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import OmegaConf
 
-from kd.cli import command as cli
+from kd.config import compose
 from kd.config.schema import Recipe
 from kd.metrics import SmoothingEstimate
 from kd.probe import probe
@@ -50,13 +49,8 @@ FAILURES = (
 def recipe(task: Task, mass: float, seed: int, output: str) -> Recipe:
     own = {"name": "probe", "seed": seed, "output": output}
     teacher: dict[str, Any] = {"model": task.model, "label_smoothing": mass}
-    config = OmegaConf.merge(
-        OmegaConf.structured(Recipe),
-        cli.read_recipe(cli.recipe_files("data")[task.data]),
-        own | {"teacher": teacher, "student": {"model": "mlp_tiny"}},
-    )
-    cli.override(config, list(task.changes))
-    return cli.typed(config)
+    data = compose.read_recipe(compose.recipe_files("data")[task.data])
+    return compose.build(data, own | {"teacher": teacher, "student": {"model": "mlp_tiny"}}, words=task.changes)
 
 
 def estimates(task: Task, mass: float, seed: int, output: str) -> dict[str, SmoothingEstimate]:

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kd.cli import command as cli
+from kd.cli.errors import one_line_errors
+from kd.config import compose
+from kd.config.arguments import check_target, read
 from kd.errors import ConfigError
 from kd.training.stored import numbers, read_result
 
@@ -23,10 +25,8 @@ TOLERANCE = 1e-6  # scores are float64 sums over float32 logits, which vary with
 
 def evaluate(folder: Path, picture: str | None, overrides: list[str]) -> int:
     """Print the recomputed table and the largest difference; returns the exit code."""
-    from omegaconf import OmegaConf
     from rich.console import Console
 
-    from kd.config.schema import Recipe
     from kd.errors import CheckpointError
     from kd.training import pipeline as stages
     from kd.training import results
@@ -37,9 +37,7 @@ def evaluate(folder: Path, picture: str | None, overrides: list[str]) -> int:
         if not (folder / name).is_file() or len(folder.parents) < 2:
             raise ConfigError(f"run={folder}: holds no {name}; give the folder of a finished run, OUTPUT/NAME/RUN")
     stored = read_result(path := folder / "result.json")
-    config = OmegaConf.merge(OmegaConf.structured(Recipe), cli.read_recipe(folder / "recipe.yaml"))
-    cli.override(config, overrides)
-    recipe = cli.typed(config)
+    recipe = compose.saved_recipe(folder / "recipe.yaml", overrides)
     recipe.tracker = "none"
     recipe.output = str(folder.parents[1])  # where it is now, with its teachers, not where it was trained
     run = stages.prepare(recipe)
@@ -74,22 +72,15 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(HELP)
         return 0
-    for argument in arguments:
-        cli.check_word(argument)
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    moved = [f"{name}={given[name]}" for name in HERE if name in given]
-    if not given.get("run") or len(given) < len(arguments) or given.keys() - {"run", "picture", *HERE}:
-        raise ConfigError(
-            f"{' '.join(arguments)}: type run=DIR, picture=FILE.svg to keep the table, and data.root=PATH where the "
-            f"data set has moved; data.workers=N may be given too"
-        )
+    given = read(arguments, {"run": "DIR", "picture": "FILE.svg", **dict.fromkeys(HERE, "VALUE")})
+    if "run" not in given:
+        raise ConfigError("run: not given; type run=DIR, the directory of a finished run")
     if "picture" in given:
-        if not given["picture"].endswith(".svg"):
-            raise ConfigError(f"picture={given['picture']}: must end in .svg")
-        cli.check_target(f"picture={given['picture']}")
+        check_target("picture", Path(given["picture"]), ".svg")
+    moved = [f"{name}={given[name]}" for name in HERE if name in given]
     return evaluate(Path(given["run"]).resolve(), given.get("picture"), moved)
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors("kd.evaluate"):
+    with one_line_errors("kd.evaluate"):
         sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd.cli import command as cli
+from kd.cli.errors import one_line_errors
+from kd.config import compose
+from kd.config.arguments import read
 from kd.config.schema import LossConfig, Recipe
 from kd.errors import ConfigError
 
@@ -38,7 +40,8 @@ example: python -m kd.probe data=imagenet data.root=/data/imagenet model=resnet5
 
 SAMPLES = 2000
 SPLITS = ("train", "val", "test")
-PLAIN, NESTED = ("data", "model", "checkpoint", "split"), ("data.", "teacher.model_kwargs.")
+ARGUMENTS = {"data": "NAME", "model": "NAME", "checkpoint": "FILE", "split": "SPLIT"}
+ARGUMENTS |= {"data.": "VALUE", "teacher.model_kwargs.": "VALUE"}
 
 
 def probe(teacher: Teacher, split: Split, batch_size: int, accelerator: Accelerator) -> SmoothingEstimate:
@@ -113,7 +116,7 @@ def run(given: dict[str, str], overrides: Sequence[str]) -> int:
         )
     if not given.get("model") and ":" in model:  # a file must not choose what is fetched, or read from where
         raise ConfigError(f"checkpoint={checkpoint}: records model={model!r}; type it, where you know what it is")
-    recipe = compose(given.get("data", ""), model, checkpoint, overrides)
+    recipe = recipe_of(given.get("data", ""), model, checkpoint, overrides)
     data = load_data(recipe.data, recipe.seed)
     estimate = estimate_for(recipe, data, given.get("split", "train"))
     known = f"{record['label_smoothing']} ({record['smoothing']})" if "label_smoothing" in record else "nothing"
@@ -138,22 +141,15 @@ def estimate_for(recipe: Recipe, data: Data, split: str) -> SmoothingEstimate:
     return probe(teacher, getattr(data, split).to(accelerator.device), recipe.train.batch_size, accelerator)
 
 
-def compose(data: str, model: str, checkpoint: str | None, overrides: Sequence[str]) -> Recipe:
+def recipe_of(data: str, model: str, checkpoint: str | None, overrides: Sequence[str]) -> Recipe:
     """The recipe of a data set with this teacher."""
-    from omegaconf import OmegaConf
-
-    known = cli.recipe_files("data")
+    known = compose.recipe_files("data")
     if data not in known:
         near = difflib.get_close_matches(data, known, n=1)
         hint = f"did you mean data={near[0]}?" if near else "there are " + ", ".join(known)
         raise ConfigError(f"data={data}: no such data set; {hint}")
-    config = OmegaConf.merge(
-        OmegaConf.structured(Recipe),
-        cli.read_recipe(known[data]),
-        {"teacher": {"model": model, "checkpoint": checkpoint, "pretrained": checkpoint is None}},
-    )
-    cli.override(config, list(overrides))
-    return cli.typed(config)
+    teacher = {"model": model, "checkpoint": checkpoint, "pretrained": checkpoint is None}
+    return compose.build(compose.read_recipe(known[data]), {"teacher": teacher}, words=overrides)
 
 
 def main(arguments: list[str]) -> int:
@@ -161,17 +157,12 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(HELP)
         return 0
-    for word in arguments:
-        cli.check_word(word)
-        key, equals, _ = word.partition("=")
-        if not equals or not (key in PLAIN or key.startswith(NESTED)):
-            raise ConfigError(f"{word}: cannot be read; type {'=, '.join(PLAIN)}= or data.KEY=VALUE, --help says more")
-    given = dict(word.split("=", 1) for word in arguments)
+    given = read(arguments, ARGUMENTS)
     if given.get("split", "train") not in SPLITS:
         raise ConfigError(f"split={given['split']}: must be one of {', '.join(SPLITS)}")
-    return run(given, [word for word in arguments if word.startswith(NESTED)])
+    return run(given, [f"{key}={value}" for key, value in given.items() if "." in key])
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors("kd.probe"):
+    with one_line_errors("kd.probe"):
         sys.exit(main(sys.argv[1:]))

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kd.cli import command as cli
-from kd.cli import environment as surroundings
+from kd.cli.errors import fail, one_line_errors
+from kd.cli.help import help_text
+from kd.config import compose
+from kd.config.arguments import check_words
 from kd.config.schema import Recipe
+from kd.config.types import check_kinds
+from kd.errors import ConfigError
 from kd.runtime import signals
 
 if TYPE_CHECKING:
     from kd.training.pipeline import Run
+
+PROGRAM = "kd.train"
 
 
 def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
@@ -57,11 +64,11 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
             print(f"{stop}; {signals.go_on()}", file=sys.stderr)
         raise SystemExit(signals.exit_code()) from stop  # also of several runs, of which the next must not begin
     except TrainingError as error:
-        cli.fail(str(error), 1)
+        fail(str(error), 1)
     except RuntimeError as error:
         if (said := lost(error)) is None:
             raise
-        cli.fail(f"{said}; the last saved state is kept, {signals.go_on()}", 1, everyone=True)
+        fail(f"{said}; the last saved state is kept, {signals.go_on()}", 1, everyone=True)
     finally:
         run.accelerator.end_training()
     return 0
@@ -77,7 +84,44 @@ def lost(error: RuntimeError) -> str | None:
     return None
 
 
+def main(words: list[str], run: Callable[..., int] = run) -> int:
+    """Compose the recipe that the command line names, or take that of a run to replay, and run it."""
+    if {"-h", "--help"} & set(words):
+        print(help_text(PROGRAM))
+        return 0
+    words = compose.own_methods(words)
+    check_words(words)
+    if any(word.startswith("replay=") for word in words):
+        from kd.training import replay
+
+        return replay.main(words, run)
+    for word in words:
+        if word.startswith(f"recipe={compose.STUDIES}/"):
+            raise ConfigError(f"{word}: is a study; type python -m kd.study {word}")
+    import hydra
+
+    def job(config: Any) -> None:
+        with one_line_errors(PROGRAM):  # here too: Hydra would print a line of its own
+            with compose.explained():
+                recipe = compose.typed(config)
+            if code := run(recipe):
+                raise SystemExit(code)
+
+    words = check_kinds(words)
+    compose.register(words)
+    spelled = {word: f"loss={','.join(compose.losses(word))}" for word in words if word.startswith("loss=")}
+    before = sys.argv
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing several lines and exiting
+    try:
+        sys.argv = [before[0], *(spelled.get(word, word) for word in words)]
+        with compose.explained():
+            hydra.main(config_path=None, config_name="kd")(job)()
+    finally:
+        sys.argv = before
+    return 0
+
+
 if __name__ == "__main__":
-    surroundings.ready_streams()  # before anything is opened
     signals.listen()  # before the imports that take seconds
-    cli.command("kd.train", run)
+    with one_line_errors(PROGRAM):
+        sys.exit(main(sys.argv[1:]))

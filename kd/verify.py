@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kd.cli import command as cli
+from kd.cli.errors import fail, one_line_errors
 from kd.config.arguments import check_text
 from kd.text import shown
 
@@ -171,7 +171,7 @@ def verify(paths: list[Path]) -> int:
     found = {path: rows(path) if path.exists() else [] for path in paths}
     for path, listed in found.items():
         if not listed:
-            cli.fail(f"{path}: " + ("holds no run, stage or checkpoint" if path.exists() else "no such file or folder"))
+            fail(f"{path}: " + ("holds no run, stage or checkpoint" if path.exists() else "no such file or folder"))
     for row in (row for listed in found.values() for row in listed):
         if row.wrong:
             print(f"damaged  {shown(row.wrong)}")
@@ -189,10 +189,10 @@ def main(words: list[str]) -> int:
     for word in words:
         check_text(word)
     if words[0] != "verify" or len(words) == 1 or any(word.startswith("-") for word in words):
-        cli.fail(f"{' '.join(words)}: type verify PATH [PATH ...]; --help says more")
+        fail(f"{' '.join(words)}: type verify PATH [PATH ...]; --help says more")
     return verify([Path(word) for word in words[1:]])
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors("kd.checkpoint"):
+    with one_line_errors("kd.checkpoint"):
         sys.exit(main(sys.argv[1:]))

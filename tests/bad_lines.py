@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from kd.cli import command as cli
+from kd.cli.errors import one_line_errors
 from kd.text import plain
 
 
@@ -92,9 +92,9 @@ OTHERS = {
     ("kd.evaluate", "run=nowhere"): "no such folder", ("kd.evaluate", "run=."): "recipe.yaml", ("kd.evaluate", "walk=."): "run=DIR",
     ("kd.probe", "data=mnist9 model=x"): "mnist5k", ("kd.probe", "data=digits"): "model=NAME", ("kd.probe", "data=digits model=x split=all"): "train, val, test",
     ("kd.probe", "data=digits model=x data.image_size=-1"): "≥ 1", ("kd.report", "nowhere"): "no such folder", ("kd.report", ". html=x.txt"): ".html",
-    ("kd.evaluate", "run=mutant"): "teacher.last.test.top1", ("kd.evaluate", "run=mutant picture=a.png"): ".svg", ("kd.evaluate", "run=mutant picture=no/a.svg"): "no such folder",
-    ("kd.evaluate", "run=mutant picture=folder.svg"): "no file", ("kd.evaluate", "run=a\x1bb"): "printable",
-    ("kd.report", "a\x1bb"): "printable", ("kd.report", "mutant html=folder.html"): "no file", ("kd.report", "mutant html=no/x.html"): "no such folder", ("kd.report", "x" * 3000): "2000 bytes",
+    ("kd.evaluate", "run=mutant"): "teacher.last.test.top1", ("kd.evaluate", "run=mutant picture=a.png"): ".svg", ("kd.evaluate", "run=mutant picture=no/a.svg"): "no such directory",
+    ("kd.evaluate", "run=mutant picture=folder.svg"): "is a directory",
+    ("kd.report", "a\x1bb"): "printable", ("kd.report", "mutant html=folder.html"): "is a directory", ("kd.report", "mutant html=no/x.html"): "no such directory", ("kd.report", "x" * 3000): "2000 bytes",
     ("kd.report", "mutant figures=afile"): "must be a folder", ("kd.report", "mutant mutant"): "one study", ("kd.verify", "verify a\x1bb"): "printable",
     ("kd.verify", "verify nowhere"): "no such file", ("kd.verify", "verify"): "verify PATH", ("kd.checkpoint", "check ."): "verify PATH", ("kd.verify", "verify " + "x" * 3000): "2000 bytes",
     ("kd.study", "recipe=studies/nosuch"): "no such recipe", ("kd.study", "recipe=studies/mnist1d_grid study.seeds=0"): "≥ 1",
@@ -112,7 +112,6 @@ def _typed(program: str, words: list[str]) -> tuple[str, object]:
     from kd import verify as checkpoint
     from kd.report import __main__ as report
     from kd.study import __main__ as study
-    from kd.study.schema import StudyRecipe
 
     said, before, code = io.StringIO(), sys.argv, 0
     sys.argv = [program, *words]
@@ -122,15 +121,12 @@ def _typed(program: str, words: list[str]) -> tuple[str, object]:
         "kd.probe": probe.main,
         "kd.report": report.main,
         "kd.study": study.main,
+        "kd.train": train.main,
+        "kd.verify": checkpoint.main,
     }
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            if program == "kd.train":
-                cli.command(program, train.run)
-            else:
-                schema = (StudyRecipe, study.FOLDER) if program == "kd.study" else ()
-                with cli.one_line_errors(program, *schema):
-                    code = mains[program](words)
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), one_line_errors(program):
+            code = mains[program](words)
     except SystemExit as stop:
         code = stop.code
     finally:

@@ -11,7 +11,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from hypothesis import settings
 
-from kd.cli import command as cli
+from kd.cli.errors import one_line_errors
 from kd.runtime import signals
 
 # Property tests draw the same 50 examples each time; `--hypothesis-profile=nightly`, or KD_NIGHTLY=1, draws 1,000 new
@@ -36,7 +36,8 @@ def kd_train(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(signals, "resumes", True)  # as in a process of its own
         code = 0
         try:
-            cli.command("kd.train", train.run)
+            with one_line_errors("kd.train"):
+                code = train.main([*arguments])
         except SystemExit as stop:
             code = stop.code or 0
         finally:
@@ -95,14 +96,13 @@ def kd_study(monkeypatch, capsys, tmp_path, tiny_study):
 
     def call(*arguments: str, recipe: str = "studies/tiny", launcher: str = "basic") -> Done:
         from kd.study import __main__ as command
-        from kd.study.schema import StudyRecipe
 
         capsys.readouterr()
         code = 0
         words = [f"recipe={recipe}", f"hydra/launcher={launcher}", *arguments]
         monkeypatch.setattr(sys, "argv", ["kd.study", *words])
         try:
-            with cli.one_line_errors(command.PROGRAM, StudyRecipe, command.FOLDER):
+            with one_line_errors(command.PROGRAM):
                 code = command.main(words)
         except SystemExit as stop:
             code = stop.code or 0
@@ -122,7 +122,7 @@ def kd_report(capsys):
 
         capsys.readouterr()
         try:
-            with cli.one_line_errors("kd.report"):
+            with one_line_errors("kd.report"):
                 code = command.main([str(argument) for argument in arguments])
         except SystemExit as stop:
             code = stop.code

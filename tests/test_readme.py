@@ -9,7 +9,7 @@ import tomllib
 
 import pytest
 
-from kd.cli import command as cli
+from kd.config import types
 from kd.config.schema import PACKAGE
 from kd.study import __main__ as study
 from kd.study.schema import StudyRecipe
@@ -103,4 +103,4 @@ def test_extras_named_in_the_readme_exist():
 
 def test_help_shows_every_setting_the_readme_uses():
     used = set(re.findall(r"(?<![.\w])([a-z]+\.[a-z_]+)=", README)) - {"signature"}
-    assert used <= set(cli.settings(StudyRecipe))
+    assert used <= set(types.settings(StudyRecipe))

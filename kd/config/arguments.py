@@ -1,9 +1,12 @@
-"""The words of a command line, before Hydra or anybody else reads them: what is refused, and what may be printed."""
+"""Validate command-line arguments: the key=value words that every command reads."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from collections.abc import Mapping
+from pathlib import Path
 
 from kd.config import yaml_reader as strict
 from kd.errors import ConfigError
@@ -79,3 +82,38 @@ def check_words(words: list[str]) -> None:
     for group in ("recipe", "data", "loss"):
         if len(given := [word for word in words if word.startswith(f"{group}=")]) > 1:
             raise ConfigError(f"{' '.join(given)}: type one {group}={'[A,B]' if group == 'loss' else ''}")
+
+
+def read(words: list[str], allowed: Mapping[str, str]) -> dict[str, str]:
+    """The values that `key=value` words give, by key; the grammar of every command.
+
+    `allowed` has what may be typed and what stands for its value in a message, as in {"run": "DIR", "html": "FILE"}.
+    A key that ends in a dot allows all keys that begin so: {"data.": "VALUE"} allows data.root=PATH.
+
+    Raises ConfigError for a word that is not key=value, an unknown key, a key given twice and an empty value.
+    """
+    usage = ", ".join(f"{key}KEY={value}" if key.endswith(".") else f"{key}={value}" for key, value in allowed.items())
+    prefixes = tuple(key for key in allowed if key.endswith("."))
+    values: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not (key in allowed or key.startswith(prefixes)):
+            near = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"did you mean {near[0]}={allowed[near[0]]}?" if near else f"type {usage}"
+            raise ConfigError(f"{word}: no such argument; {hint}")
+        if key in values:
+            raise ConfigError(f"{word}: {key} is given twice; keep one")
+        if not value:
+            raise ConfigError(f"{word}: must not be empty")
+        values[key] = value
+    return values
+
+
+def check_target(key: str, path: Path, suffix: str = "") -> None:
+    """Raise ConfigError where key=PATH names a file that cannot be written: before the work, not after it."""
+    if path.suffix != suffix and suffix:
+        raise ConfigError(f"{key}={path}: must end in {suffix}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{key}={path}: no such directory as {path.parent}")
+    if path.is_dir():
+        raise ConfigError(f"{key}={path}: is a directory; name a file")

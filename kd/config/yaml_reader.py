@@ -8,13 +8,18 @@ decimal and finite, and tags, aliases and equal keys are refused. Nothing here i
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kd.errors import ConfigError
+
+try:
+    import yaml
+except ModuleNotFoundError as error:  # `pip install kd-torch` alone brings no command
+    print("error: kd's commands need yaml: pip install 'kd-torch[train]'", file=sys.stderr)
+    raise SystemExit(2) from error
 
 MAX_BYTES = 64 * 1024  # twelve times the longest recipe here; more takes seconds to read
 MAX_DEPTH = 20

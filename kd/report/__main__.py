@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd.cli import command as cli
-from kd.config.arguments import check_text
+from kd.cli.errors import one_line_errors
+from kd.config.arguments import check_target, check_text
 from kd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def report(folder: Path, html: Path, markdown: Path, drawings: Path | None) -> i
 
 def _file(figure: Figure) -> str:
     """The name of a drawing's file, in which a stranger's metric is no path."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", figure.name[: cli.LONGEST_NAME]) + ".svg"
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", figure.name[:200]) + ".svg"
 
 
 def _check_folder(value: str) -> None:
@@ -62,7 +62,7 @@ def _check_folder(value: str) -> None:
     if os.path.lexists(path) and not path.is_dir():
         raise ConfigError(f"{word}: must be a folder; name another")
     if not path.is_dir():
-        cli.check_target(word)
+        check_target("figures", path)
     elif not os.access(path, os.W_OK):
         raise ConfigError(f"{word}: cannot be written to; name another folder")
 
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
         _check_folder(given["figures"])
     for name, path in (("html", html), ("markdown", markdown)):
         if name in given or (folder / "study.json").is_file():  # what else there is, the report will say
-            cli.check_target(f"{name}={path}")
+            check_target(name, path)
     try:
         return report(folder, html, markdown, Path(given["figures"]) if "figures" in given else None)
     except ModuleNotFoundError as error:
@@ -102,5 +102,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors("kd.report"):
+    with one_line_errors("kd.report"):
         sys.exit(main(sys.argv[1:]))

@@ -9,17 +9,19 @@ from collections.abc import Hashable
 from contextlib import suppress
 from typing import Any
 
-from kd.cli import command as cli
-from kd.cli import environment as surroundings
+from kd.cli.errors import one_line_errors
+from kd.cli.help import claim
+from kd.config import compose as recipes
 from kd.config import types as kinds
 from kd.config import yaml_reader as strict
+from kd.config.arguments import check_words
 from kd.config.schema import allowed
 from kd.errors import ConfigError
 from kd.runtime import signals
 from kd.study.axes import check_typed
 from kd.study.schema import LOSS, StudyRecipe
 
-PROGRAM, FOLDER = "kd.study", cli.STUDIES
+PROGRAM, FOLDER = "kd.study", recipes.STUDIES
 GROUPS = ("recipe", "data")
 # What Hydra takes for its joblib launcher and joblib does not, when there is already something to launch.
 LAUNCHER = {"n_jobs": (r"-?0*[1-9]\d*", "a number of processes, -1 for one a core"), "backend": ("loky", "loky")}
@@ -34,7 +36,7 @@ def help_text() -> str:
         "Run it again to go on: what is finished stays, what failed is tried again.",
         "",
         "studies",
-        *(f"  {f'{FOLDER}/{name}':28} {cli.claim(path)}" for name, path in cli.recipe_files(FOLDER).items()),
+        *(f"  {f'{FOLDER}/{name}':28} {claim(path)}" for name, path in recipes.recipe_files(FOLDER).items()),
         "",
         "the study",
     ]
@@ -90,7 +92,7 @@ def split_words(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list
                 raise ConfigError(f"{word}: must be {wanted}")
             launched.append(word)
         elif key == LOSS and equals:
-            axes[key] = cli.losses(word)
+            axes[key] = recipes.losses(word)
         elif not equals or key in GROUPS or key.startswith("+"):
             composed.append(word)
         elif (several := strict.values(text)) is None and (key not in known or re.match(r"[^\[{'\"].*,", text)):
@@ -177,24 +179,26 @@ def compose(words: list[str]) -> tuple[StudyRecipe, list[str], bool] | None:
 
     None where Hydra has printed what was asked for, as with --cfg. Raises ConfigError, or what Hydra raises.
     """
-    words = cli.own_methods(words)
-    cli.check_words(words)
+    words = recipes.own_methods(words)
+    check_words(words)
     composed, axes, launched = split_words(words)
     composed = kinds.check_kinds(composed, StudyRecipe)
     import hydra
 
     found: list[Any] = []
-    cli.register(composed, StudyRecipe, FOLDER, launcher="joblib")
+    recipes.register(composed, StudyRecipe, FOLDER, launcher="joblib")
     before = sys.argv
     try:
         sys.argv = [before[0], *composed, *launched]
-        hydra.main(config_path=None, config_name="kd")(found.append)()
+        with recipes.explained(StudyRecipe, FOLDER):
+            hydra.main(config_path=None, config_name="kd")(found.append)()
     finally:
         sys.argv = before
     if not found:
         return None
-    config, narrowed = with_axes(found[0], axes, composed)
-    study = cli.typed(config, StudyRecipe)
+    with recipes.explained(StudyRecipe, FOLDER):
+        config, narrowed = with_axes(found[0], axes, composed)
+        study = recipes.typed(config, StudyRecipe)
     check_typed(study.study.grid, axes.keys(), {word.partition("=")[0].lstrip("+") for word in composed})
     return study, launched, narrowed
 
@@ -232,9 +236,8 @@ def _leave() -> None:
 
 
 if __name__ == "__main__":
-    surroundings.ready_streams()  # before anything is opened
     signals.listen(*signals.PREEMPTION, leaving=_leave)  # before the imports that take seconds
-    with cli.one_line_errors(PROGRAM, StudyRecipe, FOLDER):
+    with one_line_errors(PROGRAM):
         try:
             sys.exit(main(sys.argv[1:]))
         except signals.Interrupted as stop:  # a job in this process, or a worker that was asked alone

@@ -22,9 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kd.checkpoint import CHECKPOINTS, write_json
-from kd.cli import command as cli
 from kd.cli.console import terminal
 from kd.config.schema import DataConfig, Recipe, content_hash
+from kd.config.types import settings as known_settings
 from kd.data import Data
 from kd.errors import ConfigError
 from kd.losses.methods import registry as methods
@@ -162,7 +162,7 @@ def _engines(study: StudyRecipe, sets: _Sets) -> Callable[[Point], str]:
 def card(study: StudyRecipe, planned: Plan, sets: _Sets, engines: set[str]) -> dict[str, Any]:
     """What study.json holds; the package's docstring says what each entry is."""
     axes = labelled(study.study.grid)
-    named = {axis: values for axis, values in axes.items() if axis not in cli.settings()}
+    named = {axis: values for axis, values in axes.items() if axis not in known_settings()}
     return {
         "schema": SCHEMA,
         "name": study.name,

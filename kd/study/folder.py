@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.checkpoint import read_json, write_json
-from kd.config.schema import Recipe
+from kd.config import compose
 from kd.errors import CheckpointError, ConfigError
 from kd.runtime.lock import alone
 from kd.study.checks import SCHEMA, check_card, check_point
@@ -111,12 +111,7 @@ def packed(point: Point) -> dict[str, Any]:
 
 def unpacked(values: dict[str, Any]) -> Point:
     """The inverse of `packed`."""
-    from omegaconf import OmegaConf
-
-    from kd.cli import command as cli
-
-    recipe = cli.typed(OmegaConf.merge(OmegaConf.structured(Recipe), values["recipe"]))
-    return Point(**{**values, "recipe": recipe})
+    return Point(**{**values, "recipe": compose.build(values["recipe"])})
 
 
 def read_card(folder: Path) -> dict[str, Any]:

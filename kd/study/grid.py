@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from typing import Any
 
-from kd.cli import command as cli
+from kd.config import compose
 from kd.config.schema import DataConfig, LossConfig, Recipe, content_hash, identity
+from kd.config.types import wrong_type
 from kd.errors import ConfigError
 from kd.study.axes import NotInGrid, Settings, expand, labelled
 from kd.study.schema import Contrast, StudyRecipe
@@ -149,10 +150,10 @@ def _typed(base: dict[str, Any], settings: Settings) -> Recipe:
     if isinstance(named := values["loss"]["methods"], dict):
         values["loss"]["methods"] = {k: v for k, v in named.items() if v is not None}
     try:
-        return cli.typed(OmegaConf.merge(_schema(), values))
+        return compose.typed(OmegaConf.merge(_schema(), values))
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", ""))
-        raise ConfigError(cli.wrong_type(key, settings.get(key), str(error).splitlines()[0])) from error
+        raise ConfigError(wrong_type(key, settings.get(key), str(error).splitlines()[0])) from error
 
 
 def _identity(role: str, control: str | None, recipe: Recipe) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd.cli import command as cli
+from kd.config import compose
 from kd.config.schema import Recipe, content_hash, identity
 from kd.errors import ConfigError
 from kd.text import plain
@@ -113,20 +113,13 @@ def read(path: Path) -> Past:
         if not (folder / name).is_file() or len(folder.parents) < 2:
             raise ConfigError(f"replay={path}: holds no {name}; give the folder of a finished run, OUTPUT/NAME/RUN")
     result = read_result(folder / "result.json")
-    recipe = saved_recipe(folder / "recipe.yaml")
+    recipe = compose.saved_recipe(folder / "recipe.yaml")
     if (is_now := content_hash(identity(recipe))) != (it_was := result["provenance"]["recipe_hash"]):
         raise ConfigError(
             f"{folder / 'recipe.yaml'}: is not the recipe of result.json (hash {is_now}, there "
             f"{it_was}); restore the file that the run wrote"
         )
     return Past(folder, recipe, result)
-
-
-def saved_recipe(path: Path) -> Recipe:
-    """The checked recipe that a run saved. Raises ConfigError, or what OmegaConf raises."""
-    from omegaconf import OmegaConf
-
-    return cli.typed(OmegaConf.merge(OmegaConf.structured(Recipe), cli.read_recipe(path)))
 
 
 def differences(past: Past, run: Run) -> Iterator[str]:

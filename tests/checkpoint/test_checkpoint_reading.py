@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from kd import checkpoint
 from kd.checkpoint import load_state, read_json, read_weights, weights_header, write_json
 from kd.checkpoint.manifest import read_manifest
-from kd.cli.command import read_recipe
+from kd.config.compose import read_recipe
 from kd.errors import CheckpointError, ConfigError
 from kd.models.factory import build, weights_metadata
 from kd.models.weights import load_named

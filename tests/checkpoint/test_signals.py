@@ -181,7 +181,7 @@ def alone_of_two() -> None:
 
 def test_the_handlers_are_there_before_the_heavy_imports():
     heavy = "{'torch', 'hydra', 'accelerate'}"
-    code = f"import sys; import kd.runtime.signals, kd.cli.command; assert not {heavy} & set(sys.modules)"
+    code = f"import sys; import kd.runtime.signals, kd.cli.errors; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -9,7 +9,9 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from kd.cli import command as cli
+from kd.cli import errors
+from kd.cli.help import claim
+from kd.config import compose
 from kd.config import yaml_reader as strict
 from kd.config.schema import PACKAGE
 from kd.errors import ConfigError
@@ -17,14 +19,14 @@ from kd.errors import ConfigError
 
 def test_help_lists_every_recipe_with_its_claim_without_importing_torch_or_hydra():
     code = (
-        "import sys; sys.argv = ['kd.train', '--help']; from kd import cli, train; cli.command('kd.train', train.run);"
+        "import sys; sys.argv = ['kd.train', '--help']; from kd import train; train.main(['--help']);"
         "assert not {'torch', 'hydra', 'numpy', 'rich'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr
-    for name, path in cli.recipe_files().items():
+    for name, path in compose.recipe_files().items():
         assert f"  {name} " in done.stdout
-        assert cli.claim(path) in done.stdout
+        assert claim(path) in done.stdout
 
 
 def test_cfg_job_prints_the_recipe_with_overrides_and_runs_nothing(kd_train, tmp_path):
@@ -120,7 +122,7 @@ WRONG = {
 def test_a_wrong_command_line_gets_one_line_that_says_what_to_type(kd_train, tmp_path, line):
     arguments = line.split() if line.startswith("recipe=") else ["recipe=smoke", *line.split()]
     done = kd_train(*arguments)
-    assert done.code == cli.USAGE
+    assert done.code == errors.USAGE
     assert done.err.startswith(f"error: {WRONG[line]}"), done.err
     assert done.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -157,19 +159,19 @@ def test_a_number_for_a_text_in_a_recipe_wants_quotes(kd_train, tmp_path):
 @pytest.mark.parametrize(("text", "root"), [("1e5", "1e5"), ('"/a #1"', "/a #1"), ("/a#1", "/a#1")])
 def test_a_path_that_is_put_in_place_is_the_one_that_was_typed(text, root):
     config = OmegaConf.create({"data": {"root": None}})
-    cli.override(config, [f"data.root={text}"])
+    compose.override(config, [f"data.root={text}"])
     assert config.data.root == root
 
 
 @pytest.mark.parametrize("text", ["/a #1", "[1]#3"])
 def test_a_comment_in_a_value_is_refused(text):
     with pytest.raises(ConfigError, match=r"cannot be read; type a plain value, or one inside quotes"):
-        cli.override(OmegaConf.create({"data": {"root": None}}), [f"data.root={text}"])
+        compose.override(OmegaConf.create({"data": {"root": None}}), [f"data.root={text}"])
 
 
 def test_no_recipe_lists_them(kd_train):
     done = kd_train()
-    assert done.code == cli.USAGE
+    assert done.code == errors.USAGE
     assert done.err.startswith("error: recipe: not given; type recipe=NAME with one of ")
 
 
@@ -189,7 +191,7 @@ def test_a_recipe_with_a_misspelt_setting_is_one_line(kd_train, tmp_path):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "odd.yaml").write_text("# @package _global_\nname: odd\nteacher:\n  modle: x\n")
     done = kd_train("recipe=odd")
-    assert done.code == cli.USAGE
+    assert done.code == errors.USAGE
     assert done.err == "error: recipe/odd: teacher.modle: no such setting; did you mean teacher.model?\n"
 
 
@@ -204,7 +206,7 @@ def test_an_unreadable_recipe_is_named(kd_train, tmp_path):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "torn.yaml").write_text("name: [")
     done = kd_train("recipe=torn")
-    assert done.code == cli.USAGE
+    assert done.code == errors.USAGE
     assert "torn.yaml: not a readable recipe" in done.err
     assert kd_train("recipe=smoke", "--cfg", "job").code == 0  # somebody else's mistake stops nobody
 
@@ -214,9 +216,9 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["kd.train", "recipe=smoke"])
     from kd import train
 
-    with pytest.raises(SystemExit) as stop:
-        cli.command("kd.train", train.run)
-    assert stop.value.code == cli.USAGE
+    with pytest.raises(SystemExit) as stop, errors.one_line_errors("kd.train"):
+        train.main(["recipe=smoke"])
+    assert stop.value.code == errors.USAGE
     assert capsys.readouterr().err == "error: kd.train needs hydra: pip install 'kd-torch[train]'\n"
 
 
@@ -225,5 +227,5 @@ def test_several_runs_at_once_are_refused_under_torchrun(kd_train, monkeypatch):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = kd_train("recipe=smoke", "-m", "seed=0,1")
-    assert done.code == cli.USAGE
+    assert done.code == errors.USAGE
     assert done.err.startswith("error: -m: starts one run after the other")

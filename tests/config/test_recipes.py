@@ -9,9 +9,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
-from kd.cli import command as cli
+from kd.config.compose import recipe_files
 
-RECIPES = cli.recipe_files()
+RECIPES = recipe_files()
 HEADER = ("claim", "paper", "command", "time", "hardware", "expected")
 
 # How to run each on a machine without its data, weights or hours. A new recipe must say so here.
@@ -76,7 +76,7 @@ def test_every_recipe_runs_when_made_tiny(name, kd_train, folder_and_teacher):
     assert ("about" if "dry_run=true" in TINY[name] else "result.json") in done.out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("data", cli.recipe_files("data"))
+@pytest.mark.parametrize("data", recipe_files("data"))
 def test_every_data_option_composes_with_the_main_recipe(data, kd_train):
     done = kd_train("recipe=resnet50_to_18", f"data={data}", "--cfg", "job")
     assert done.code == 0, done.err

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from kd.cli import command as cli
+from kd.cli import errors as cli
 from kd.config.schema import PACKAGE
 from kd.errors import ConfigError
 
@@ -43,7 +43,7 @@ def test_streams_and_folders(tmp_path, line, code, said):
 
 def test_a_reader_that_goes_away_early_is_no_error(tmp_path):
     """More than a pipe holds: the write itself fails, not only the last one."""
-    program = "from kd import cli\nwith cli.one_line_errors('kd.report'):\n    print('line\\n' * 100_000)"
+    program = "from kd.cli import errors as cli\nwith cli.one_line_errors('kd.report'):\n    print('line\\n' * 100_000)"
     assert shell(f'{sys.executable} -c "$PROGRAM" | head -1', tmp_path, PROGRAM=program) == (1, "", "line\n")
     said = "error: standard output: nobody reads it any more; the same command goes on from what was saved\n"
     program = program.replace("report", "train")  # which is not finished
@@ -54,24 +54,13 @@ def test_a_reader_that_goes_away_early_is_no_error(tmp_path):
     assert shell(f'{sys.executable} -c "$PROGRAM" | head -1', tmp_path, PROGRAM=program) == (1, said, "line\n")
 
 
-def test_nothing_that_is_opened_takes_the_place_of_a_closed_stream(tmp_path):
-    """The pipe that tells of signals did: a library's line on stderr was one, and ended the run as if it were done."""
-    program = "import os; from kd import signals, surroundings; surroundings.ready_streams(); signals.listen()\n"
-    program += (
-        "os.write(1, bytes([15])); os.write(2, bytes([10, 15])); import time; time.sleep(2); open('through', 'w')"
-    )
-    line = f'{sys.executable} -c "$PROGRAM" <&- >&- 2>&-'
-    assert shell(line, tmp_path, PROGRAM=program) == (0, "", "")
-    assert (tmp_path / "through").exists()
-
-
 def test_a_stop_that_nobody_hears_of_is_one(tmp_path):
-    program = "import os; from kd import signals; signals.listen(); os.kill(os.getpid(), 15)"
+    program = "import os; from kd.runtime import signals; signals.listen(); os.kill(os.getpid(), 15)"
     assert shell(f'{sys.executable} -c "$PROGRAM" 2>/dev/full', tmp_path, PROGRAM=program)[0] == 0
 
 
 def test_an_ascii_terminal_gets_escapes(tmp_path):
-    program = "from kd import cli\nwith cli.one_line_errors('kd.train'):\n    print('\\u2212 0.83')"
+    program = "from kd.cli import errors as cli\nwith cli.one_line_errors('kd.train'):\n    print('\\u2212 0.83')"
     line = f'{sys.executable} -c "$PROGRAM"'
     assert shell(line, tmp_path, PROGRAM=program, PYTHONIOENCODING="ascii") == (0, "", "\\u2212 0.83\n")
 

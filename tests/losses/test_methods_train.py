@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from kd import checkpoint, evaluate
-from kd.cli import command as cli
+from kd.cli import errors
 from kd.config.schema import PACKAGE
 from kd.losses.distill import DistillLoss
 from kd.losses.methods import registry as methods
@@ -107,12 +107,13 @@ def test_a_stopped_and_resumed_run_ends_bit_identical(kd_train, monkeypatch, tmp
 
 
 EQUAL = """
+import sys
 from accelerate import Accelerator
 from kd import train
-from kd.cli import command as cli
+from kd.cli.errors import one_line_errors
 from kd.training import loop
 Accelerator.end_training = lambda self: None  # it ends the process group, which the next run of this process needs
-cli.check_words = lambda words: None  # and would refuse -m for that
+train.check_words = lambda words: None  # and would refuse -m for that
 fit = loop.Trainer.fit
 
 def checked(self):
@@ -131,7 +132,8 @@ def checked(self):
         print("equal", self.stage.name, sorted(self.stage.objective.methods), len(kept))
 
 loop.Trainer.fit = checked
-cli.command("kd.train", train.run)
+with one_line_errors("kd.train"):
+    train.main(sys.argv[1:])
 """
 
 
@@ -313,7 +315,7 @@ WRONG = {
 @pytest.mark.parametrize("line", WRONG)
 def test_a_wrong_line_says_what_to_type_before_anything_is_trained(kd_train, tmp_path, line):
     done = kd_train("recipe=smoke", *line.split())
-    assert done.code == cli.USAGE
+    assert done.code == errors.USAGE
     assert done.err.startswith(f"error: {WRONG[line]}"), done.err
     assert done.err.count("\n") == 1
     assert not list(tmp_path.iterdir())

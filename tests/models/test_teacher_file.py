@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kd.cli import command as cli
+from kd.cli import errors
 from kd.models.factory import build
 from kd.training import pipeline as stages
 from kd.training import run as claim
@@ -24,7 +24,7 @@ def weights():
 
 def refused(kd_train, path: str) -> str:
     done = kd_train(*RUN, f"teacher.checkpoint={path}")
-    assert (done.code, done.err.count("\n")) == (cli.USAGE, 1), done.err
+    assert (done.code, done.err.count("\n")) == (errors.USAGE, 1), done.err
     assert done.err.startswith(f"error: teacher.checkpoint={path}: ")
     assert not Path("runs").exists()
     return done.err

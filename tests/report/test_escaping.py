@@ -14,7 +14,7 @@ from report_folder import EPS, Maker, T
 from rich.console import Console
 from test_report import ATTRIBUTES, DRAWN, ELEMENTS, Outline, browsed
 
-from kd.cli import command as cli
+from kd.cli import errors
 from kd.report import __main__ as report
 from kd.study.table import inert, write_table
 from kd.training.results import print_result
@@ -134,7 +134,7 @@ WRITTEN = r"[red]\x1b]0;title\x07\x9b2J[/red]\u202e\ud800"
 
 def test_an_error_shows_control_characters_and_obeys_none(capsys):
     with pytest.raises(SystemExit):
-        cli.fail(f"data.root={ODD}\nsecond line")
+        errors.fail(f"data.root={ODD}\nsecond line")
     assert capsys.readouterr().err == f"error: data.root={WRITTEN}\\nsecond line\n"
 
 

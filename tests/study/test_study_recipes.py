@@ -5,12 +5,13 @@ import sys
 
 import pytest
 
-from kd.cli import command as cli
+from kd.cli.help import claim
+from kd.config.compose import recipe_files
 from kd.study import load
 from kd.study.__main__ import compose
 from kd.study.grid import plan
 
-STUDIES = cli.recipe_files("studies")
+STUDIES = recipe_files("studies")
 HEADER = ("claim", "paper", "command", "time", "hardware", "expected")
 SHORT = ["study.seeds=1", "teacher.epochs=1", "student.epochs=1", "scheduler.warmup_epochs=0", "data.train_size=300"]
 
@@ -40,7 +41,7 @@ def test_a_study_opens_with_its_claim_and_carries_its_files_name(name, kd_study)
     assert f"python -m kd.study recipe=studies/{name}" in top
     shown = kd_study("--cfg", "job", recipe=f"studies/{name}").out
     assert f"\nname: {name}\n" in f"\n{shown}"
-    assert cli.claim(STUDIES[name]).rstrip(".") in re.sub(r"\s+", " ", shown)
+    assert claim(STUDIES[name]).rstrip(".") in re.sub(r"\s+", " ", shown)
 
 
 @pytest.mark.parametrize("name", [name for name, tiny in TINY.items() if tiny])

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kd.cli import command as cli
+from kd.cli.errors import one_line_errors
 from kd.errors import ConfigError
 from kd.report import __main__ as report
 from kd.study import load
@@ -69,7 +69,7 @@ def tried(folder: Path, file: Path, text: str) -> int:
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             try:
-                with cli.one_line_errors("kd.report"):
+                with one_line_errors("kd.report"):
                     code = report.main([str(folder)])
             except SystemExit as stop:
                 code = stop.code

@@ -42,14 +42,15 @@ def _run(words: tuple[str, ...], folder: Path, environment: dict[str, str], log:
     os.dup2(file, 1)
     os.dup2(file, 2)
     from kd import train
-    from kd.cli import command as cli
+    from kd.cli.errors import one_line_errors
     from kd.runtime import signals
 
     multiprocessing.set_start_method(None, force=True)  # data workers are then forked, as where a user runs kd
     sys.argv = ["kd.train", *words]
     hook()
     signals.listen()
-    cli.command("kd.train", train.run)
+    with one_line_errors("kd.train"):
+        sys.exit(train.main(words))
 
 
 def start(

@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kd.cli import command as cli
+from kd import train
+from kd.cli.errors import USAGE, one_line_errors
 from kd.config.schema import Recipe
+from kd.config.types import settings
 from kd.losses.methods import registry as methods
 from kd.study import __main__ as command
 from kd.study.grid import plan
@@ -58,7 +60,7 @@ def _value(rng: random.Random) -> str:
 
 def line(rng: random.Random, recipe: str) -> list[str]:
     """A command line: mostly real settings, some words that are none."""
-    names = list(cli.settings(StudyRecipe if recipe.startswith("studies") else Recipe))
+    names = list(settings(StudyRecipe if recipe.startswith("studies") else Recipe))
     words = [f"recipe={recipe}"] if rng.random() < 0.95 else []
     for _ in range(rng.randint(0, 3)):
         draw = rng.random()
@@ -75,7 +77,7 @@ def line(rng: random.Random, recipe: str) -> list[str]:
 def content(rng: random.Random) -> bytes:
     """A recipe: real settings with drawn values, then often a mutation of its bytes or lines."""
     sections: dict[str, list[str]] = {}
-    for name in rng.sample(list(cli.settings()), rng.randint(1, 5)):
+    for name in rng.sample(list(settings()), rng.randint(1, 5)):
         section, _, key = name.rpartition(".")
         value = _value(rng)[:5000]
         sections.setdefault(section, []).append(f"{'  ' if section else ''}{key}: {value}")
@@ -131,7 +133,7 @@ def _contrasts(rng: random.Random) -> str:
 
 def study(rng: random.Random) -> bytes:
     """A study: a small recipe, or a hostile one, with a drawn grid, contrasts and other settings."""
-    drawn = {"grid": lambda rng: _mapping(rng, (*AXES, *cli.settings()), _axis) if rng.random() < 0.9 else _short(rng)}
+    drawn = {"grid": lambda rng: _mapping(rng, (*AXES, *settings()), _axis) if rng.random() < 0.9 else _short(rng)}
     drawn |= {"contrasts": _contrasts} if rng.random() < 0.4 else {}
     drawn |= dict.fromkeys(
         rng.sample(("seeds", "engine", "controls", "claim", "control_smoothing"), rng.randint(0, 2)), _short
@@ -143,12 +145,13 @@ def study(rng: random.Random) -> bytes:
 
 
 def _train(words: list[str], found: list[Recipe]) -> None:
-    cli.command("kd.train", lambda recipe, check=None: found.append(recipe) or 0)
+    with one_line_errors("kd.train"):
+        train.main(words, lambda recipe, check=None: found.append(recipe) or 0)
 
 
 def _study(words: list[str], found: list[Recipe]) -> None:
     """As far as a study goes before it loads data."""
-    with cli.one_line_errors(command.PROGRAM, StudyRecipe, command.FOLDER):
+    with one_line_errors(command.PROGRAM):
         if composed := command.compose(words):
             plan(composed[0], lambda data: data.name, lambda data: False, composed[2])
             found.append(composed[0])
@@ -167,7 +170,7 @@ def attempt(words: list[str], run: Callable[[list[str], list[Recipe]], None] = _
         code = stop.code
     finally:
         sys.argv = before
-    assert code == (0 if found else cli.USAGE) or (not said.getvalue() and code == 0), f"{words}: exit code {code}"
+    assert code == (0 if found else USAGE) or (not said.getvalue() and code == 0), f"{words}: exit code {code}"
     return said.getvalue(), found
 
 

@@ -26,7 +26,8 @@ from safetensors.torch import save as safetensors_bytes
 
 from kd import checkpoint
 from kd.checkpoint.manifest import read_manifest
-from kd.cli import command as cli
+from kd.cli.errors import one_line_errors
+from kd.config import compose
 from kd.config.schema import Recipe, content_hash, identity
 from kd.errors import CheckpointError, ConfigError
 from kd.models.ensemble import load_exactly
@@ -81,7 +82,7 @@ def as_command(read: Callable[[Path], object], path: Path) -> object:
     """As a command reads it, with the line that it prints."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            with cli.one_line_errors("kd.train"):
+            with one_line_errors("kd.train"):
                 return read(path)
         except SystemExit:
             raise ConfigError(said.getvalue().strip()) from None
@@ -126,7 +127,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "finished": partial(in_place_of, "done/*", finished),
     "json": checkpoint.read_json,
     "manifest": read_manifest,
-    "recipe": cli.read_recipe,
+    "recipe": compose.read_recipe,
     "verify": lambda path: rows(path),
     "replay": partial(as_command, replayed),
     "result": printed,

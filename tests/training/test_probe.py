@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from kd import probe
-from kd.cli import command as cli
+from kd.cli.errors import one_line_errors
 from kd.config.schema import LossConfig
 from kd.metrics import SmoothingEstimate, estimate_smoothing
 from kd.probe import smoothing_warnings
@@ -192,7 +192,7 @@ def command(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["kd.probe", *words])
     code = 0
     try:
-        with cli.one_line_errors("kd.probe"):
+        with one_line_errors("kd.probe"):
             code = probe.main([*words])
     except SystemExit as stop:
         code = stop.code
@@ -248,8 +248,8 @@ def test_the_split_it_reads_is_a_sample_of_at_most_2000(monkeypatch, weights):
         (["data=mixture", "checkpoint=nowhere.pth"], "checkpoint=nowhere.pth: no such file; give the path"),
         (["data=mixture", "model=mlp_smal", "checkpoint=FILE"], "teacher.model=mlp_smal: timm and kd know no such"),
         (["data=digits", "checkpoint=FILE"], "teacher.checkpoint=FILE: does not fit the network"),
-        (["mixture"], "mixture: cannot be read; type data=, model=, checkpoint=, split= or data.KEY=VALUE"),
-        (["modle=x"], "modle=x: cannot be read; "),
+        (["mixture"], "mixture: no such argument; type data=NAME, "),
+        (["modle=x"], "modle=x: no such argument; did you mean model=NAME?"),
         (["data=mixture", "split=all", "model=x"], "split=all: must be one of train, val, test"),
         (["data=mixture", "data.nose=1", "checkpoint=FILE"], "data.nose: no such setting; did you mean data.noise?"),
         (["data=mixture", "data.train_size=0", "checkpoint=FILE"], "data.train_size=0: must be ≥ 1"),

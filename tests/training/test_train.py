@@ -546,8 +546,7 @@ IN_ASCII = """
 import sys
 from accelerate.state import AcceleratorState
 from kd import evaluate, train
-from kd.cli import command as cli
-cli.command("kd.train", train.run)
+train.main(sys.argv[1:])
 AcceleratorState._reset_state(reset_partial_state=True)
 sys.exit(evaluate.main(["run=runs/smoke/one", "picture=table.svg"]))
 """
