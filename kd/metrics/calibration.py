@@ -7,10 +7,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.metrics.inputs import checked, checked_targets
+from kd.metrics.registry import SPLITS, metric
 
-BINS = 15
+__all__ = [
+    "brier",
+    "classification",
+    "classwise_ece",
+    "ece",
+    "equal_mass_ece",
+    "mce",
+    "nll",
+    "reliability_bins",
+    "top5_accuracy",
+    "top_k_accuracy",
+]
+
+BINS = 15  # of equal width, [lo, hi)
 
 
+def classification(logits: Tensor, targets: Tensor) -> dict[str, float]:
+    """The scores of a run's table: top1, top5, nll, ece and brier as floats."""
+    scores = {"top1": top_k_accuracy, "top5": top5_accuracy, "nll": nll, "ece": ece, "brier": brier}
+    return {name: score(logits, targets).item() for name, score in scores.items()}
+
+
+@metric("top1", label="accuracy", better="up", percent=True, splits=SPLITS)
 def top_k_accuracy(logits: Tensor, targets: Tensor, k: int = 1) -> Tensor:
     """Share of samples whose class is among the k largest logits.
 
@@ -38,6 +59,13 @@ def top_k_accuracy(logits: Tensor, targets: Tensor, k: int = 1) -> Tensor:
     return (rank < k).double().mean()
 
 
+@metric("top5", label="top-5 accuracy", better="up", percent=True)
+def top5_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
+    """`top_k_accuracy` of the best min(5, K), so that it is 1 where there are at most five classes."""
+    return top_k_accuracy(logits, targets, min(5, logits.shape[-1]))
+
+
+@metric("nll", label="NLL", better="down", splits=SPLITS)
 def nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood, the cross entropy with hard labels.
 
@@ -57,6 +85,7 @@ def nll(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, checked_targets(targets, logits))
 
 
+@metric("brier", label="Brier score", better="down")
 def brier(logits: Tensor, targets: Tensor) -> Tensor:
     """Brier score: squared distance between the probabilities and the one-hot label.
 
@@ -78,6 +107,7 @@ def brier(logits: Tensor, targets: Tensor) -> Tensor:
     return (logits.softmax(dim=1) - labels).square().sum(dim=1).mean()
 
 
+@metric("ece", label="ECE", better="down", percent=True)
 def ece(logits: Tensor, targets: Tensor) -> Tensor:
     """Expected calibration error of the top class, over 15 bins of equal width.
 
@@ -103,6 +133,9 @@ def ece(logits: Tensor, targets: Tensor) -> Tensor:
     return multiclass_calibration_error(probabilities, targets, num_classes=logits.shape[1], n_bins=15).double()
 
 
+@metric(
+    "mce", label="MCE", better="down", percent=True, splits=(), misleading="the worst bin is mostly the emptiest one"
+)
 def mce(logits: Tensor, targets: Tensor) -> Tensor:
     """Maximum calibration error: the worst bin of `ece`. Misleads: the worst bin is mostly the emptiest one.
 
@@ -125,6 +158,27 @@ def mce(logits: Tensor, targets: Tensor) -> Tensor:
     return (_sums(gap, bins).abs() / counts).max()
 
 
+def reliability_bins(logits: Tensor, targets: Tensor, bins: int = BINS) -> dict[str, list]:
+    """A reliability diagram: how often the top class is right, by how probable it is said to be.
+
+    Returns
+    -------
+    dict
+        count, confidence and accuracy of each bin, as lists; both means are None in an empty bin. ``Σ_b count_b / N
+        |accuracy_b - confidence_b|`` is `ece`, up to the float32 of the latter.
+    """
+    gap, confidence = _gap(logits, targets)
+    places = _equal_width(confidence, bins)
+    counts = places.bincount(minlength=bins).tolist()
+
+    def means(values: Tensor) -> list[float | None]:
+        sums = _sums(values, places, bins).tolist()
+        return [total / n if n else None for total, n in zip(sums, counts, strict=True)]
+
+    return {"count": counts, "confidence": means(confidence), "accuracy": means((gap + confidence).round())}
+
+
+@metric("equal_mass_ece", label="equal-mass ECE", better="down", percent=True)
 def equal_mass_ece(logits: Tensor, targets: Tensor) -> Tensor:
     """Expected calibration error of the top class, over 15 bins of equally many samples.
 
@@ -149,6 +203,7 @@ def equal_mass_ece(logits: Tensor, targets: Tensor) -> Tensor:
     return _sums(gap[confidence.argsort(stable=True)], bins).abs().sum() / n
 
 
+@metric("classwise_ece", label="classwise ECE", better="down", percent=True)
 def classwise_ece(logits: Tensor, targets: Tensor) -> Tensor:
     """Calibration error of every class's probability, not only the top one's; the mean over the K classes.
 
@@ -182,9 +237,9 @@ def _gap(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return right.double() - confidence, confidence
 
 
-def _equal_width(p: Tensor) -> Tensor:
-    return (p * BINS).long().clamp(max=BINS - 1)
+def _equal_width(p: Tensor, bins: int = BINS) -> Tensor:
+    return (p * bins).long().clamp(max=bins - 1)
 
 
-def _sums(gap: Tensor, bins: Tensor) -> Tensor:
-    return gap.new_zeros(BINS).index_add_(0, bins, gap)
+def _sums(values: Tensor, places: Tensor, bins: int = BINS) -> Tensor:
+    return values.new_zeros(bins).index_add_(0, places, values)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kd.metrics.inputs import (
+    Undefined,
     checked,
     checked_features,
     checked_groups,
@@ -22,9 +23,24 @@ from kd.metrics.inputs import (
     class_means,
 )
 from kd.metrics.ranking import spearman
+from kd.metrics.registry import SPLITS, metric
 from kd.metrics.temperature import inverse_temperature
 
+__all__ = [
+    "class_similarity_correlation",
+    "cmi",
+    "gamma",
+    "mutual_information",
+    "nt_cosine",
+    "nt_kl",
+    "shen_instability",
+    "transfer_efficiency",
+]
 
+COMPARED = ("logits", "reference", "targets")
+
+
+@metric("nt_cosine", label="NT-cosine", better="up", needs=COMPARED)
 def nt_cosine(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
     """Alignment of the wrong classes' logits with the reference's, free of scale and offset.
 
@@ -46,6 +62,7 @@ def nt_cosine(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
     return ((z * r).sum(dim=1) / norm.where(norm > 0, 1)).mean()
 
 
+@metric("nt_kl", label="NT-KL", better="down", needs=COMPARED)
 def nt_kl(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
     """Divergence of the wrong classes' probabilities from the reference's, at the temperature that suits them best.
 
@@ -72,6 +89,14 @@ def nt_kl(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=1).mean().clamp(min=0)
 
 
+@metric(
+    "transfer_efficiency",
+    label="transfer efficiency",
+    better="up",
+    splits=("test",),
+    networks=("student",),
+    needs=("nt_kl", "nt_kl_hard", "nt_kl_bayes"),  # of three networks: a study's table has them, one network has not
+)
 def transfer_efficiency(student: float, hard: float, bayes: float) -> float:
     """How much of the dark knowledge that can be transferred was transferred.
 
@@ -95,6 +120,7 @@ def transfer_efficiency(student: float, hard: float, bayes: float) -> float:
     return (hard - student) / (hard - bayes) if hard > bayes else math.nan
 
 
+@metric("class_similarity_correlation", label="class-similarity correlation", better="up", needs=COMPARED)
 def class_similarity_correlation(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
     """Whether the network confuses a class with the same others, in the same order, as the reference does.
 
@@ -121,6 +147,12 @@ def class_similarity_correlation(logits: Tensor, reference: Tensor, targets: Ten
     return torch.stack(found).mean()
 
 
+@metric(
+    "gamma",
+    label="γ",
+    splits=SPLITS,
+    misleading="smoothing and temperature raise it without any dark knowledge",
+)
 def gamma(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """Müller's γ, the mass off the label. Misleads: smoothing and temperature raise it without any dark knowledge.
 
@@ -145,6 +177,10 @@ def gamma(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     return (p * wrong).sum(dim=1).mean() * k / (k - 1)
 
 
+SATURATION = "on fitted data it rises with smoothing because hard labels saturate"
+
+
+@metric("shen_instability", label="Shen's 1 − S", splits=SPLITS, misleading=SATURATION)
 def shen_instability(logits: Tensor, targets: Tensor) -> Tensor:
     """Shen's 1 - S, the spread of predictions in a class. Misleads: on fitted data it rises with smoothing.
 
@@ -168,6 +204,7 @@ def shen_instability(logits: Tensor, targets: Tensor) -> Tensor:
     return class_means(spread, groups).mean()
 
 
+@metric("cmi", label="CMI", splits=SPLITS, misleading=SATURATION)
 def cmi(logits: Tensor, targets: Tensor) -> Tensor:
     """Conditional mutual information of input and prediction given the label. Misleads as `shen_instability` does.
 
@@ -190,6 +227,7 @@ def cmi(logits: Tensor, targets: Tensor) -> Tensor:
     return (torch.special.xlogy(p, p) - torch.special.xlogy(p, means)).sum(dim=1).mean().clamp(min=0)
 
 
+@metric("mutual_information", label="Müller's MI", splits=("train",), needs=("views",))
 def mutual_information(values: Tensor) -> Tensor:
     """Müller's estimate of how much of an input is left in a logit, or in the difference of two.
 
@@ -212,10 +250,10 @@ def mutual_information(values: Tensor) -> Tensor:
     n, repeats = values.shape
     if n < 2 or repeats < 2:
         raise ValueError(f"values have shape {(n, repeats)}: must be (N, L), at least two inputs and two augmentations")
+    if (values == values[:, :1]).all():
+        raise Undefined("values do not vary over the augmentations: the noise that the estimate needs is 0")
     means = values.mean(dim=1)
     variance = (values - means[:, None]).square().mean()
-    if variance == 0:
-        raise ValueError("values do not vary over the augmentations: the noise that the estimate needs is 0")
     total = values.new_zeros(())
     for column in values.T:
         exponent = -(column[:, None] - means).square() / (2 * variance)  # (N, N)
@@ -227,7 +265,7 @@ def _three(logits: Tensor, reference: Tensor, targets: Tensor) -> tuple[Tensor, 
     """All checked, of at least two wrong classes."""
     logits, reference = checked_pair("logits", logits, "reference", reference)
     if logits.shape[1] < 3:
-        raise ValueError("logits have 2 classes: must be at least 3, or there is one wrong class and nothing to know")
+        raise Undefined("logits have 2 classes: must be at least 3, or there is one wrong class and nothing to know")
     return logits, reference, checked_targets(targets, logits)
 
 

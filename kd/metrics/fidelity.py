@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from kd.metrics.inputs import checked_pair
+from kd.metrics.registry import metric
+
+__all__ = ["agreement", "predictive_kl", "top5_agreement"]
+
+OF_STUDENTS = {"networks": ("student",), "needs": ("logits", "teacher")}
 
 
+@metric("agreement", label="agreement", better="up", percent=True, **OF_STUDENTS)
 def agreement(a: Tensor, b: Tensor, k: int = 1) -> Tensor:
     """Share of the k most likely classes that two networks have in common.
 
@@ -38,6 +44,20 @@ def agreement(a: Tensor, b: Tensor, k: int = 1) -> Tensor:
     return (in_a * in_b).sum(dim=1).mean() / k
 
 
+@metric("agreement5", label="top-5 agreement", better="up", percent=True, **OF_STUDENTS)
+def top5_agreement(a: Tensor, b: Tensor) -> Tensor:
+    """`agreement` of the min(5, K) most likely classes."""
+    return agreement(a, b, min(5, a.shape[1]))
+
+
+@metric(
+    "predictive_kl",
+    label="predictive KL",
+    better="down",
+    networks=("student",),
+    needs=("teacher", "logits"),
+    misleading="falls with a smoothed teacher while the agreement falls too",
+)
 def predictive_kl(teacher: Tensor, student: Tensor) -> Tensor:
     """Divergence of the student's predictions from the teacher's. Misleads alone: show it beside `agreement`.
 

@@ -8,9 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kd.metrics.inputs import checked_features, checked_groups, class_means
+from kd.metrics.inputs import Undefined, checked_features, checked_groups, class_means
+from kd.metrics.registry import metric
+
+__all__ = ["Projection", "class_separation", "muller_projection", "within_total_variance"]
 
 
+@metric("within_total_variance", label="within/total variance", needs=("features", "targets"))
 def within_total_variance(features: Tensor, targets: Tensor) -> Tensor:
     """Share of the features' variance that lies within the classes; label smoothing lowers it.
 
@@ -31,10 +35,11 @@ def within_total_variance(features: Tensor, targets: Tensor) -> Tensor:
     centred = features - features.mean(dim=0)
     total = centred.square().sum()
     if total == 0:
-        raise ValueError("features are all equal: there is no variance to share")
+        raise Undefined("features are all equal: there is no variance to share")
     return (centred - class_means(centred, groups)[groups]).square().sum() / total
 
 
+@metric("class_separation", label="class separation R²", needs=("features", "targets"))
 def class_separation(features: Tensor, targets: Tensor) -> Tensor:
     """Class separation R² in cosine distance; higher with label smoothing, and with it worse transfer.
 
@@ -44,7 +49,8 @@ def class_separation(features: Tensor, targets: Tensor) -> Tensor:
 
     Parameters
     ----------
-    features : (N, D) floating point, no row 0
+    features : (N, D) floating point
+        Rows of 0 have no direction and are left out.
     targets : (N,) int64, of at least two classes
 
     Returns
@@ -53,16 +59,19 @@ def class_separation(features: Tensor, targets: Tensor) -> Tensor:
         () float64, between 0 (equal mean directions) and 1 (a direction per class).
     """
     features = checked_features("features", features)
-    groups = checked_groups(targets, features)
+    checked_groups(targets, features)
+    alive = (features != 0).any(dim=1)  # a sample whose every ReLU is off has no direction
+    if not alive.any():
+        raise Undefined("features are all 0: they have no direction")
+    groups = checked_groups(targets[alive], features[alive])
+    features = features[alive]
     size = features.norm(dim=1, keepdim=True)
-    if (size == 0).any():
-        raise ValueError(f"features have {(size == 0).sum().item()} rows of 0: they have no direction")
     # The mean cosine over all pairs of two classes is the product of their mean unit vectors.
     means = class_means(features / size, groups)
     within = 1 - means.square().sum(dim=1).mean()
     total = 1 - means.mean(dim=0).square().sum()
     if total <= 1e-15:
-        raise ValueError("features have all the same direction: there is no distance to share")
+        raise Undefined("features have all the same direction: there is no distance to share")
     return 1 - within / total
 
 

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 
+class Undefined(ValueError):
+    """The inputs are well-formed and the metric has no value for them, as a rank of one class has none."""
+
+
 def checked(name: str, logits: Tensor) -> Tensor:
     """Logits (N, K) in float64, or a ValueError that says what is wrong with them."""
     if logits.ndim != 2 or len(logits) == 0 or logits.shape[1] < 2:
@@ -57,7 +61,7 @@ def checked_groups(targets: Tensor, features: Tensor) -> Tensor:
     _check_labels(targets, len(features))
     present, groups = targets.unique(return_inverse=True)
     if len(present) < 2:
-        raise ValueError(f"targets hold one class, {present.item()}: must hold at least two")
+        raise Undefined(f"targets hold one class, {present.item()}: must hold at least two")
     return groups
 
 

@@ -11,8 +11,22 @@ from torch import Tensor
 
 from kd.metrics.inputs import checked, checked_class, checked_targets
 from kd.metrics.ranking import auroc
+from kd.metrics.registry import metric
+
+__all__ = ["best_bias", "bias_corrected_recall", "omitted_auroc", "recall_with_bias"]
+
+NEEDS = ("logits", "targets", "omitted")
 
 
+@metric(
+    "bias_corrected_recall",
+    label="recall after its own bias",
+    better="up",
+    percent=True,
+    splits=(),
+    needs=NEEDS,
+    misleading="the bias is fitted to the samples that it is shown on",
+)
 def bias_corrected_recall(logits: Tensor, targets: Tensor, omitted: int) -> Tensor:
     """Recall of the omitted class after the best bias for it. Misleads: the bias is fitted to the same samples.
 
@@ -64,6 +78,14 @@ def best_bias(logits: Tensor, targets: Tensor, omitted: int) -> float:
     return middle[middle.abs().argmin()].item()
 
 
+@metric("omitted_recall", label="recall of the omitted class", better="up", percent=True, needs=NEEDS)
+@metric(
+    "omitted_recall_corrected",
+    label="bias-corrected recall of the omitted class",
+    better="up",
+    percent=True,
+    needs=(*NEEDS, "bias"),
+)
 def recall_with_bias(logits: Tensor, targets: Tensor, omitted: int, bias: float = 0.0) -> Tensor:
     """Share of the omitted class's samples that are predicted as such once `bias` is added to its logit.
 
@@ -83,6 +105,7 @@ def recall_with_bias(logits: Tensor, targets: Tensor, omitted: int, bias: float 
     return (margin[positive] < bias).double().mean()
 
 
+@metric("omitted_auroc", label="AUROC of the omitted class", better="up", needs=NEEDS)
 def omitted_auroc(logits: Tensor, targets: Tensor, omitted: int) -> Tensor:
     """How well the omitted class's log odds tell its samples from the others; no bias changes it.
 

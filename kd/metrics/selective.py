@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from kd.metrics.inputs import checked, checked_targets
+from kd.metrics.registry import metric
+
+__all__ = ["aurc", "aurc_max_probability", "aurc_normalised_logits", "max_probability", "normalised_max_logit"]
 
 CENTRES = ("mean", "min", "none")
 
@@ -96,6 +99,7 @@ def normalised_max_logit(logits: Tensor, p: float = 4.0, centre: str = "mean") -
     return logits.amax(dim=1) / norm.where(norm > 0, 1)
 
 
+@metric("aurc_max_probability", label="AURC (max probability)", better="down")
 def aurc_max_probability(logits: Tensor, targets: Tensor) -> Tensor:
     """`aurc` of the confidences; the usual one.
 
@@ -112,6 +116,7 @@ def aurc_max_probability(logits: Tensor, targets: Tensor) -> Tensor:
     return aurc(max_probability(logits), _right(logits, targets))
 
 
+@metric("aurc_normalised_logits", label="AURC (normalised logits)", better="down")
 def aurc_normalised_logits(logits: Tensor, targets: Tensor, p: float = 4.0) -> Tensor:
     """`aurc` of the normalised logits; the fair one where smoothed and unsmoothed networks are compared.
 

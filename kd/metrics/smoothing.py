@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from kd.metrics.inputs import checked, checked_targets
+from kd.metrics.registry import SPLITS, metric
+
+__all__ = ["SmoothingEstimate", "estimate_smoothing"]
 
 # From networks of 10 and 12 classes trained here with known smoothing (LOG.md, 2026-11-25).
 FEW = 100  # samples
@@ -79,6 +82,26 @@ def estimate_smoothing(logits: Tensor, targets: Tensor) -> SmoothingEstimate:
         count=len(z),
         doubts=_doubts(mass, unevenness, accuracy, len(z)),
     )
+
+
+# The columns of a study. On held-out samples the probe is known to find more than there is.
+_OF_TEACHERS = {"splits": SPLITS, "networks": ("teacher",)}
+_LOOKS_SMOOTHED = "a network trained too briefly, or with mixup, looks smoothed"
+
+
+@metric("smoothing_estimate", label="estimated ε", **_OF_TEACHERS, misleading=_LOOKS_SMOOTHED)
+def _estimate(logits: Tensor, targets: Tensor) -> float:
+    return estimate_smoothing(logits, targets).label_smoothing
+
+
+@metric("smoothing_low", label="estimated ε, lower quartile", **_OF_TEACHERS)
+def _low(logits: Tensor, targets: Tensor) -> float:
+    return estimate_smoothing(logits, targets).low
+
+
+@metric("smoothing_high", label="estimated ε, upper quartile", **_OF_TEACHERS)
+def _high(logits: Tensor, targets: Tensor) -> float:
+    return estimate_smoothing(logits, targets).high
 
 
 def _mass(gap: float, classes: int) -> float:

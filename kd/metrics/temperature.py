@@ -7,9 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from kd.metrics.calibration import ece, nll
 from kd.metrics.inputs import checked, checked_targets
+from kd.metrics.registry import metric
+
+__all__ = ["ece_scaled", "nll_scaled", "post_hoc_temperature"]
 
 
+@metric("post_hoc_temperature", label="T*", splits=("val",))
 def post_hoc_temperature(logits: Tensor, targets: Tensor) -> Tensor:
     """T*, the temperature whose negative log-likelihood is least on these logits.
 
@@ -32,6 +37,21 @@ def post_hoc_temperature(logits: Tensor, targets: Tensor) -> Tensor:
     own = logits.gather(1, checked_targets(targets, logits)[:, None])
     inverse = inverse_temperature(logits, own.squeeze(1))
     return torch.tensor(math.inf if inverse == 0 else 1 / inverse, dtype=torch.float64)
+
+
+SCALED = ("logits", "targets", "temperature")
+
+
+@metric("nll_scaled", label="NLL after T*", better="down", needs=SCALED)
+def nll_scaled(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """`nll` of logits / temperature, the `post_hoc_temperature` of other samples."""
+    return nll(logits / temperature, targets)
+
+
+@metric("ece_scaled", label="ECE after T*", better="down", percent=True, needs=SCALED)
+def ece_scaled(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """`ece` of logits / temperature, the `post_hoc_temperature` of other samples."""
+    return ece(logits / temperature, targets)
 
 
 def inverse_temperature(logits: Tensor, expected: Tensor) -> float:

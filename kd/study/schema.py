@@ -8,21 +8,11 @@ from typing import Any, ClassVar
 
 from kd.config.schema import Checked, Recipe, setting
 from kd.errors import ConfigError
+from kd.metrics import METRICS
 
 CONTROLS = ("hard", "smoothed", "bayes")
 LOSS = "loss"  # the axis whose values are methods, as in `loss=NAME`
 FIRST = ("point", "role", "control", "state", "error", "seed", "teacher_point")  # columns of the table
-_EVERYWHERE = "top1 nll gamma shen_instability cmi smoothing_estimate smoothing_low smoothing_high"
-_HELD_OUT = (
-    "top5 ece brier equal_mass_ece classwise_ece aurc_max_probability aurc_normalised_logits nll_scaled ece_scaled "
-    "nt_kl nt_cosine class_similarity_correlation class_separation within_total_variance omitted_recall "
-    "omitted_recall_corrected omitted_auroc agreement agreement5 predictive_kl"
-)
-METRICS = {  # those of kd.study.measure, whatever a point has of them
-    "train": tuple(f"{_EVERYWHERE} mutual_information".split()),
-    "val": tuple(f"{_EVERYWHERE} {_HELD_OUT} post_hoc_temperature".split()),
-    "test": tuple(f"{_EVERYWHERE} {_HELD_OUT}".split()),
-}
 
 
 @dataclass
@@ -42,15 +32,10 @@ class Contrast(Sides):
     minus: Sides | None = None
 
     def __post_init__(self):
-        split, _, name = self.metric.partition(".")
-        if name not in METRICS.get(split, ()):
-            known = [f"{split}.{name}" for split, names in METRICS.items() for name in names]
-            near = difflib.get_close_matches(self.metric, known, n=1)
-            hint = (
-                f"did you mean {near[0]}?"
-                if near
-                else f"must be train., val. or test. and {', '.join(METRICS['test'])}"
-            )
+        columns = [f"{split}.{name}" for name, metric in METRICS.items() for split in metric.splits]
+        if self.metric not in columns:
+            near = difflib.get_close_matches(self.metric, columns, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"must be one of {', '.join(columns)}"
             raise ConfigError(f"study.contrasts: metric={self.metric}: no such metric; {hint}")
 
 
