@@ -7,7 +7,17 @@ import pytest
 import torch
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
-from kd.metrics import agreement, brier, classification, ece, nll, predictive_kl, top_k_accuracy
+from kd.metrics import (
+    agreement,
+    brier,
+    classification,
+    compute,
+    ece,
+    nll,
+    predictive_kl,
+    reliability_bins,
+    top_k_accuracy,
+)
 
 
 @pytest.fixture(params=[(1, 2), (7, 3), (500, 10), (300, 4)], ids=str)
@@ -198,3 +208,30 @@ def test_metrics_can_be_imported_without_the_rest():
     heavy = {"torchmetrics", "timm", "torchvision", "sklearn", "kd.config.schema"}
     code = f"import sys, kd.metrics; print(sorted({heavy} & {{*sys.modules}}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_study_measures_what_the_registry_says():
+    logits = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(20) % 4
+    evidence = {"logits": logits, "targets": targets, "temperature": None, "reference": logits.roll(1, 0)}
+    student = compute(evidence | {"teacher": logits.roll(1, 0)}, "test", "student")
+    assert student["nll"] == nll(logits, targets).item()
+    assert student["agreement"] == agreement(logits, logits.roll(1, 0)).item()
+    assert student["nll_scaled"] is None  # no temperature could be fitted
+    assert "class_separation" not in student  # no features were given
+    assert "agreement" not in compute(evidence, "test", "control")
+    assert "nt_kl" not in compute(evidence, "train", "student")
+    two = compute({"logits": logits[:, :2], "targets": targets % 2, "reference": logits[:, 2:]}, "test", "student")
+    assert two["nt_kl"] is None  # one wrong class has no rank
+
+
+def test_the_bins_of_a_reliability_diagram_make_its_error(predictions):
+    logits, targets = predictions
+    bins = reliability_bins(logits, targets)
+    full = [row for row in zip(*bins.values(), strict=True) if row[0]]
+    assert sum(bins["count"]) == len(targets)
+    error = sum(count * abs(accuracy - confidence) for count, confidence, accuracy in full) / len(targets)
+    assert ece(logits, targets).item() == pytest.approx(error, abs=1e-5)
+    assert sum(count * accuracy for count, _, accuracy in full) == pytest.approx(
+        len(targets) * top_k_accuracy(logits, targets).item()
+    )

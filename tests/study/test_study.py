@@ -19,7 +19,6 @@ from kd.config.schema import PACKAGE
 from kd.errors import ConfigError
 from kd.study import load, train_population, worker
 from kd.study.folder import Folder
-from kd.study.measure import reliability
 from kd.training import loop
 
 STUDY = Path("checkpoints/studies/tiny")
@@ -342,7 +341,7 @@ def test_load_says_what_is_no_study(tmp_path):
 def test_reliability_by_hand():
     """Confidences .6, .62 (bin 9) and .9 (bin 13); right, wrong, right."""
     p = torch.tensor([[0.6, 0.4], [0.38, 0.62], [0.9, 0.1]], dtype=torch.float64)
-    found = reliability(p.log(), torch.tensor([0, 0, 0]))
+    found = metrics.reliability_bins(p.log(), torch.tensor([0, 0, 0]))
     assert found["count"] == [0] * 9 + [2, 0, 0, 0, 1, 0]
     assert found["confidence"][9] == pytest.approx(0.61)
     assert (found["accuracy"][9], found["accuracy"][13], found["accuracy"][0]) == (0.5, 1.0, None)
