@@ -20,8 +20,8 @@ import torch
 from kd.config import compose
 from kd.config.schema import Recipe
 from kd.metrics import SmoothingEstimate
-from kd.probe import probe
 from kd.training import pipeline as stages
+from kd.training.teacher_smoothing import estimate_teacher_smoothing as probe
 
 MASSES = (0.0, 0.05, 0.1, 0.2, 0.4)
 
@@ -56,7 +56,7 @@ def recipe(task: Task, mass: float, seed: int, output: str) -> Recipe:
 def estimates(task: Task, mass: float, seed: int, output: str) -> dict[str, SmoothingEstimate]:
     """What the probe says of one teacher, by split."""
     run = stages.prepare(recipe(task, mass, seed, output))
-    run.journal.console.quiet = True
+    run.logger.console.quiet = True
     teacher = stages.find_teacher(run)
     size = run.recipe.train.batch_size
     return {split: probe(teacher, getattr(run.data, split), size, run.accelerator) for split in ("train", "val")}

@@ -40,15 +40,14 @@ def evaluate(folder: Path, picture: str | None, overrides: list[str]) -> int:
     recipe = compose.saved_recipe(folder / "recipe.yaml", overrides)
     recipe.tracker = "none"
     recipe.output = str(folder.parents[1])  # where it is now, with its teachers, not where it was trained
-    run = stages.prepare(recipe)
-    run.folder = folder
-    run.teacher_folder = folder.parents[1] / "teachers" / Path(stored["teacher"]["weights"]).parent.name
+    teacher = folder.parents[1] / "teachers" / Path(stored["teacher"]["weights"]).parent.name
+    run = stages.prepare(recipe, folder, teacher)
     scores = results.score(run, results.networks(run))
     was, found = numbers(stored), numbers(scores)
     for name in found:
         if name not in was:
             raise CheckpointError(f"{path}: {name} is missing; give the result of a finished run")
-    console = Console(record=True, width=run.journal.console.width)
+    console = Console(record=True, width=run.logger.console.width)
     results.print_result({key: stored[key] | value for key, value in scores.items()}, console)
     worst, name = max((abs(value - was[name]), name) for name, value in found.items())
     if picture:

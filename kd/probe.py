@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +11,12 @@ from typing import TYPE_CHECKING
 from kd.cli.errors import one_line_errors
 from kd.config import compose
 from kd.config.arguments import read
-from kd.config.schema import LossConfig, Recipe
+from kd.config.schema import Recipe
 from kd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from kd.data import Data, Split
+    from kd.data import Data
     from kd.metrics import SmoothingEstimate
-    from kd.models.factory import Teacher
-    from kd.training.pipeline import Run
 
 HELP = """usage: python -m kd.probe data=NAME model=NAME [checkpoint=PATH] [split=SPLIT] [data.KEY=VALUE ...]
 
@@ -38,72 +33,16 @@ Exit code 1 when the estimate is not to be trusted, 2 when the command line cann
 
 example: python -m kd.probe data=imagenet data.root=/data/imagenet model=resnet50.tv2_in1k"""
 
-SAMPLES = 2000
 SPLITS = ("train", "val", "test")
 ARGUMENTS = {"data": "NAME", "model": "NAME", "checkpoint": "FILE", "split": "SPLIT"}
 ARGUMENTS |= {"data.": "VALUE", "teacher.model_kwargs.": "VALUE"}
-
-
-def probe(teacher: Teacher, split: Split, batch_size: int, accelerator: Accelerator) -> SmoothingEstimate:
-    """The estimate from at most SAMPLES samples of a split, not augmented, always the same ones; on every process."""
-    import torch
-
-    from kd.metrics import estimate_smoothing
-    from kd.training.stage import predict
-
-    chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:SAMPLES]
-    some = split.subset(chosen.sort().values)
-    return estimate_smoothing(predict(teacher, some, batch_size, accelerator), some.targets)
-
-
-def describe(estimate: SmoothingEstimate, num_classes: int) -> str:
-    """The estimate in both conventions, and whether to trust it, on one line."""
-    others = estimate.label_smoothing * (num_classes - 1) / num_classes
-    doubts = f"not to be trusted: {'; '.join(estimate.doubts)}" if estimate.doubts else "nothing speaks against it"
-    return f"label_smoothing {estimate} under uniform, {others:.3f} under others; {doubts}"
-
-
-def tell_smoothing(run: Run, teacher: Teacher, record: tuple[float, str] | None) -> None:
-    """Say how the run's teacher was smoothed, by estimate where there is no record, and where its loss does not suit.
-
-    `record` is mass and convention; that of a teacher trained here stands in the recipe and is not repeated.
-    """
-    from kd.smoothing import to_uniform
-
-    classes, say = run.data.num_classes, run.journal.say
-    if record:
-        mass = to_uniform(record[0], classes, record[1])
-        if run.recipe.teacher.checkpoint and not run.recipe.teacher.finetune:
-            say(f"teacher  its weights record label_smoothing={record[0]:g} ({record[1]})")
-    else:
-        estimate = probe(teacher, run.data.train, run.recipe.train.batch_size, run.accelerator)
-        mass = 0.0 if estimate.doubts else estimate.label_smoothing
-        say(f"teacher  its weights record no smoothing; estimate: {describe(estimate, classes)}")
-    for warning in smoothing_warnings(mass, run.recipe.loss, exact=record is not None):
-        say(f"warning  {warning}")
-
-
-def smoothing_warnings(mass: float, loss: LossConfig, exact: bool) -> list[str]:
-    """What to say of a loss whose teacher was trained with this uniform mass, known exactly or estimated."""
-    if loss.kd_weight == 0:
-        return []
-    if loss.teacher_smoothing:
-        off = exact and not math.isclose(loss.teacher_smoothing, mass, rel_tol=1e-3)
-        took = f"loss.teacher_smoothing={loss.teacher_smoothing:g}: the teacher was trained with {mass:g} (uniform)"
-        return [f"{took}, so this takes out what was not put in"] if off else []
-    if mass == 0 or loss.temperature <= 1:
-        return []
-    return [
-        f"loss.temperature={loss.temperature:g} > 1 with a teacher trained with label smoothing ({mass:.3g}, uniform): "
-        f"such students can be worse (Chandrasegaran et al. 2022, Revisiting Label Smoothing and Knowledge "
-        f"Distillation Compatibility); try loss.temperature=1, or loss.teacher_smoothing={mass:.3g}"
-    ]
 
 
 def run(given: dict[str, str], overrides: Sequence[str]) -> int:
     """Load, estimate, print; returns the exit code."""
     from kd.data import load_data
     from kd.models.factory import weights_metadata
+    from kd.training.teacher_smoothing import describe
 
     checkpoint = given.get("checkpoint")
     if checkpoint and not Path(checkpoint).is_file():
@@ -132,13 +71,15 @@ def estimate_for(recipe: Recipe, data: Data, split: str) -> SmoothingEstimate:
     from accelerate import Accelerator
 
     from kd.models.factory import Teacher, build
+    from kd.training.teacher_smoothing import estimate_teacher_smoothing
 
     t = recipe.teacher
     shape = {"num_classes": data.num_classes, "input_shape": data.input_shape}
     net = build(t.model, pretrained=t.pretrained, checkpoint=t.checkpoint, model_kwargs=t.model_kwargs, **shape)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     teacher = Teacher(net).to(accelerator.device)
-    return probe(teacher, getattr(data, split).to(accelerator.device), recipe.train.batch_size, accelerator)
+    samples = getattr(data, split).to(accelerator.device)
+    return estimate_teacher_smoothing(teacher, samples, recipe.train.batch_size, accelerator)
 
 
 def recipe_of(data: str, model: str, checkpoint: str | None, overrides: Sequence[str]) -> Recipe:

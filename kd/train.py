@@ -17,7 +17,7 @@ from kd.errors import ConfigError
 from kd.runtime import signals
 
 if TYPE_CHECKING:
-    from kd.training.pipeline import Run
+    from kd.training.run import Run
 
 PROGRAM = "kd.train"
 
@@ -26,22 +26,19 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
     """Run one recipe to its result, once `check` has seen what is prepared; returns the exit code."""
     # Imported here: --help and a wrong command line must not wait for torch.
     from kd.errors import TrainingError
-    from kd.runtime.lock import alone_on_run
     from kd.training import pipeline as stages
     from kd.training import results
     from kd.training.dry_run import print_layers, print_plan
-    from kd.training.run import check_output, claim
+    from kd.training.run import alone_on_run, claim
 
-    signals.resumes = recipe.resume
+    go_on = signals.GO_ON if recipe.resume else "resume=true goes on, the same command starts again"
     run = stages.prepare(recipe)
     if recipe.list_layers:
         print_layers(run)
         return 0
     if check:
         check(run)
-    path = run.folder / "result.json"
-    if not (recipe.resume and path.exists()):
-        check_output(recipe.output, write=True)
+    path = run.directory / "result.json"
     try:
         stages.rehearse(run)
         if recipe.dry_run:
@@ -54,21 +51,21 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
                 stages.execute(run)
                 result = results.write_result(run)
                 if run.accelerator.is_main_process:
-                    results.print_result(result, run.journal.console)
+                    results.print_result(result, run.logger.console)
             elif run.accelerator.is_main_process:
-                results.print_stored(path, run.journal.console)
+                results.print_stored(path, run.logger.console)
         if run.accelerator.is_main_process:
             print(path)
     except signals.Interrupted as stop:
         if run.accelerator.is_main_process:
-            print(f"{stop}; {signals.go_on()}", file=sys.stderr)
+            print(f"{stop}; {go_on}", file=sys.stderr)
         raise SystemExit(signals.exit_code()) from stop  # also of several runs, of which the next must not begin
     except TrainingError as error:
         fail(str(error), 1)
     except RuntimeError as error:
         if (said := lost(error)) is None:
             raise
-        fail(f"{said}; the last saved state is kept, {signals.go_on()}", 1, everyone=True)
+        fail(f"{said}; the last saved state is kept, {go_on}", 1, everyone=True)
     finally:
         run.accelerator.end_training()
     return 0

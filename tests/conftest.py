@@ -12,7 +12,6 @@ from accelerate.state import AcceleratorState
 from hypothesis import settings
 
 from kd.cli.errors import one_line_errors
-from kd.runtime import signals
 
 # Property tests draw the same 50 examples each time; `--hypothesis-profile=nightly`, or KD_NIGHTLY=1, draws 1,000 new
 # ones. KD_NIGHTLY=1 also takes the whole matrix through DistillLoss on the interpreted kernels.
@@ -33,7 +32,6 @@ def kd_train(monkeypatch, capsys, tmp_path):
 
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["kd.train", *arguments])
-        monkeypatch.setattr(signals, "resumes", True)  # as in a process of its own
         code = 0
         try:
             with one_line_errors("kd.train"):

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from kd.cli import environment
 from kd.errors import ConfigError
-from kd.runtime.signals import CTRL_C, go_on
+from kd.runtime.signals import CTRL_C
 from kd.text import plain
 
 USAGE = 2  # exit code of a command line that cannot work
@@ -39,7 +39,7 @@ def one_line_errors(program: str) -> Iterator[None]:
             raise
         fail(f"{program} needs {error.name}: pip install 'kd-torch[train]'")
     except KeyboardInterrupt:
-        fail(f"stopped; {go_on(SAVED)}", CTRL_C)
+        fail(f"stopped; {SAVED}", CTRL_C)
     except MemoryError:
         fail(NO_MEMORY, 1, everyone=True)
     except Exception as error:
@@ -47,18 +47,18 @@ def one_line_errors(program: str) -> Iterator[None]:
         if isinstance(error, BrokenPipeError) and not error.filename:  # who read has enough, as after | head
             environment.drop(1)
             if program in ("kd.train", "kd.study") and not PRINTS.intersection(sys.argv[1:]):
-                fail(f"standard output: nobody reads it any more; {go_on(SAVED)}", 1)
+                fail(f"standard output: nobody reads it any more; {SAVED}", 1)
             raise SystemExit(1) from error
         if isinstance(error, OSError) and error.filename:
             fail(f"{error.filename}: {error.strerror}", everyone=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             environment.drop(1)
-            fail(f"standard output: {error.strerror}; {go_on(SAVED)}", 1)
+            fail(f"standard output: {error.strerror}; {SAVED}", 1)
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's own
             fail(NO_MEMORY, 1, everyone=True)
         if str(error).startswith("DataLoader worker"):  # raised by a signal, wherever this process then is
             said = " ".join(str(error).split()).removesuffix(".")
-            fail(f"{said}; {go_on(SAVED)}; without memory, lower data.workers", 1, True)
+            fail(f"{said}; {SAVED}; without memory, lower data.workers", 1, True)
         if package == "kd" and isinstance(error, ValueError):  # ConfigError, CheckpointError, ImageError
             fail(str(error), everyone=not isinstance(error, ConfigError))
         raise

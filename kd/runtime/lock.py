@@ -10,20 +10,15 @@ import fcntl
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from kd.checkpoint import open_in_place
-from kd.errors import ConfigError
-from kd.runtime.signals import check
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from kd.training.pipeline import Run
 
 _held: set[IO[str]] = set()
 
@@ -37,53 +32,6 @@ def _forget() -> None:
 
 
 os.register_at_fork(after_in_child=_forget)
-
-
-@contextmanager
-def alone_on_run(run: Run) -> Iterator[bool]:
-    """Keep every other process away from the run's folder; gives whether the run is finished.
-
-    A finished run is only read, by as many as like. Raises ConfigError where another process is at work on it.
-    """
-
-    def busy(holder: str) -> None:
-        raise ConfigError(
-            f"run={run.folder.name}: {holder} is at work on {run.folder}; wait for it, or choose another run=NAME"
-        )
-
-    def finished() -> bool:
-        return told(run.accelerator, run.recipe.resume and (run.folder / "result.json").exists())
-
-    if finished():
-        yield True
-        return
-    with alone(run.folder, busy, run.accelerator):
-        yield finished()  # by another process since the first look
-
-
-@contextmanager
-def alone_on_teacher(run: Run) -> Iterator[bool]:
-    """Keep other runs from training the same teacher at the same time; gives whether it is finished.
-
-    It is theirs too, so a run that finds another one training it waits for it.
-    """
-    said: set[str] = set()
-
-    def busy(holder: str) -> None:
-        if holder not in said:
-            said.add(holder)
-            run.journal.say(f"teacher  waits for {holder}, which trains it in {run.teacher_folder}")
-        check(run.accelerator)
-        time.sleep(0.5)
-
-    def finished() -> bool:
-        return told(run.accelerator, (run.teacher_folder / "stage.json").exists())
-
-    if finished():
-        yield True
-        return
-    with alone(run.teacher_folder, busy, run.accelerator):
-        yield finished()
 
 
 def told(accelerator: Accelerator | None, value: Any) -> Any:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 GO_ON = "run the same command to go on"
-resumes = True  # whether it does: with resume=false it starts again
 PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)
 CTRL_C = 130  # exit code of a run stopped by ctrl-C, as shells have it; one stopped by the others has done its part: 0
 SAME = 1.0  # seconds within which a second signal is the first: a launcher passes on what its group was sent as well
@@ -39,16 +38,11 @@ class Interrupted(BaseException):
     """
 
 
-def go_on(said: str = GO_ON) -> str:
-    """What to type after a stop: `said` where the same command goes on."""
-    return said if resumes else "resume=true goes on, the same command starts again"
-
-
 def leave() -> None:
     """Say what goes on, and end this process now, whatever it is doing."""
     # Not an exception: half of a signal's moments are imports, and somewhere in them is an `except:` that takes it.
     with suppress(OSError):  # nobody may be left to read it
-        os.write(2, f"stopped by {signal.Signals(_asked).name}; {go_on()}\n".encode())
+        os.write(2, f"stopped by {signal.Signals(_asked).name}; {GO_ON}\n".encode())
     with suppress(Exception):  # it may be in the middle of a print
         sys.stdout.flush()
     os._exit(exit_code())

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kd.checkpoint import CHECKPOINTS, write_json
+from kd.checkpoint import write_json
 from kd.cli.console import terminal
 from kd.config.schema import DataConfig, Recipe, content_hash
 from kd.config.types import settings as known_settings
@@ -42,8 +42,7 @@ from kd.study.train_population import data_of, network
 from kd.study.worker import work
 from kd.text import shown
 from kd.training.dry_run import duration
-from kd.training.pipeline import check_batch, check_environment
-from kd.training.run import STAGES, check_output, check_own
+from kd.training.preflight import check_batch, check_environment, check_output
 
 INNER = ("points", "teachers", "runs", "jobs", "jobs/hydra")  # the folders of a study
 
@@ -97,9 +96,6 @@ def folder_of(study: StudyRecipe) -> Path:
     check_output(study.output, write=True)
     folder = Path(study.output) / "studies" / study.name
     key, inner = f"name={study.name}", [folder / each for each in INNER]
-    check_own(key, folder.parent, folder, *inner)
-    for pattern in ("*", *(f"*/{stage}" for stage in STAGES), f"*/*/{CHECKPOINTS}"):  # of what kd.train wrote for it
-        check_own(key, *(folder / "runs").glob(pattern))
     for path in (folder, *inner):
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{key}: {path} is a file; choose another name or output=FOLDER")

@@ -29,7 +29,7 @@ from kd.losses.methods import registry as methods
 from kd.losses.methods.base import Seen, View
 from kd.smoothing import to_uniform, unsmooth
 from kd.training.objective import Objective
-from kd.training.stage import epoch_order, optimizer, schedule
+from kd.training.schedule import epoch_order, optimizer, schedule
 
 ELEMENTWISE = ("sgd", "nesterov", "momentum", "adam", "adamw", "nadamw")  # timm's optimizers whose members never mix
 LARGEST = 2_000_000  # parameters of a network from which a batch of members is no cheaper than one after the other

@@ -20,7 +20,7 @@ from kd.study.grid import Point
 from kd.study.jobs import Job
 from kd.study.measure import INPUTS, VIEWS, Outcome, Outputs, log_of, measure, parts_of, truth_of
 from kd.study.population import Cohort, Member, Population, Training
-from kd.training.pipeline import metadata
+from kd.training.pipeline import teacher_metadata
 
 BATCH = 500  # samples scored at once
 
@@ -68,9 +68,8 @@ def _train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
             yield point, {"error": f"measured: {error}", "seconds": seconds}
             continue
         if role == "teacher":
-            save_sealed(
-                folder.weights(point.id), training.population.member(i), metadata(point.recipe, "teacher", data)
-            )
+            about = teacher_metadata(point.recipe, data)
+            save_sealed(folder.weights(point.id), training.population.member(i), about)
         yield point, outcome | {"seconds": seconds}
 
 

@@ -17,8 +17,9 @@ from kd.study.grid import Point
 from kd.study.jobs import Job
 from kd.study.measure import Outcome, Outputs, measure, parts_of, truth_of
 from kd.training import pipeline as stages
-from kd.training.run import claim, owner
-from kd.training.stage import Stage, predict
+from kd.training.predict import predict
+from kd.training.run import Run, claim, run_directory
+from kd.training.stage import Stage
 
 
 def train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
@@ -35,25 +36,26 @@ def _train(folder: Folder, point: Point) -> Outcome:
     recipe = as_run(folder, point)
     if point.teacher and (found := folder.found(point.teacher)) and found["error"]:
         return {"error": f"its teacher {point.teacher} failed: {found['error']}"}
-    run = stages.prepare(recipe)
-    run.teacher_folder = run.folder / "teacher"
-    run.journal.console.quiet = True  # many of these run at once; metrics.jsonl has it all
+    directory = run_directory(recipe)
+    run = stages.prepare(recipe, directory, directory / "teacher")
+    run.logger.console.quiet = True  # many of these run at once; metrics.jsonl has it all
     claim(run)
     teacher = None
     if point.role == "teacher":
-        stage = stages.stage(run, "teacher")
+        stage = stages.teacher_stage(run)
     else:
         if point.teacher:
             weights = folder.weights(point.teacher)
             if weights.exists():
                 read_sealed(weights, f"remove points/{point.teacher}.json there and the same command trains it again")
-            teacher = Teacher(stages.network(run, "teacher", weights if weights.exists() else None))
+            teacher = Teacher(stages.teacher_network(run, weights if weights.exists() else None))
             teacher.to(run.accelerator.device)
-        stage = stages.stage(run, "student" if teacher else "control", teacher)
-    if not (stage.folder / "stage.json").exists():
+        stage = stages.student_stage(run, teacher) if teacher else stages.control_stage(run)
+    if not (stage.directory / "stage.json").exists():
         stages.train(run, stage)
-    finished(_weights(stage), advice("teacher", stage.folder), owner(run, stage.name))
-    own = Teacher(stages.network(run, "teacher" if point.role == "teacher" else "student", _weights(stage)))
+    finished(_weights(stage), advice("teacher", stage.directory), run.owner(stage.name))
+    trained = stages.teacher_network if point.role == "teacher" else stages.student_network
+    own = Teacher(trained(run, _weights(stage)))
     if point.role == "teacher":
         save_sealed(folder.weights(point.id), read_weights(_weights(stage)), weights_header(_weights(stage)))
     role = "teacher" if point.role == "teacher" else "student"
@@ -67,10 +69,10 @@ def as_run(folder: Folder, point: Point) -> Recipe:
 
 
 def _weights(stage: Stage) -> Path:
-    return stage.folder / "last.safetensors"
+    return stage.directory / "last.safetensors"
 
 
-def _outputs(run: stages.Run, model: Teacher, role: str) -> Outputs:
+def _outputs(run: Run, model: Teacher, role: str) -> Outputs:
     model.to(run.accelerator.device)
     size, parts = run.recipe.train.batch_size, parts_of(run.data, role)
     return Outputs({name: predict(model, part, size, run.accelerator) for name, part in parts.items()})

@@ -15,8 +15,8 @@ from kd.models.factory import Teacher
 from kd.models.layers import list_layers, tap
 from kd.text import shown
 from kd.training.loop import Trainer
-from kd.training.pipeline import Run, data_of, network, stage
-from kd.training.run import teacher_is_trained
+from kd.training.pipeline import control_stage, student_network, student_stage, teacher_network, teacher_stage
+from kd.training.run import Run, teacher_is_trained
 
 
 def peak_memory() -> int:
@@ -29,35 +29,33 @@ def peak_memory() -> int:
 
 def print_plan(run: Run) -> None:
     """Build each stage that the command would train, measure two of its updates, and print the sum."""
-    console = run.journal.console
+    console = run.logger.console
     sizes = " / ".join(str(len(split)) for split in (run.data.train, run.data.val, run.data.test))
     lines = [f"data     {run.data.name}: {sizes} train / val / test images, {run.data.num_classes} classes"]
     table = Table("stage", "model", "parameters", "updates", "s/update", "estimate", "memory")
-    teacher = Teacher(network(run, "teacher")).to(run.accelerator.device)
-    names = ["student", "control"] if run.recipe.control else ["student"]
+    teacher = Teacher(teacher_network(run)).to(run.accelerator.device)
+    stages = [student_stage(run, teacher)] + ([control_stage(run)] if run.recipe.control else [])
     if not teacher_is_trained(run.recipe):
         lines.append(f"teacher  {run.recipe.teacher.model}, as it is")
-    elif (run.teacher_folder / "stage.json").exists():
-        lines.append(f"teacher  found in {run.teacher_folder}")
+    elif (run.teacher_directory / "stage.json").exists():
+        lines.append(f"teacher  found in {run.teacher_directory}")
     else:
-        names.insert(0, "teacher")
+        stages.insert(0, teacher_stage(run))
     total = 0.0
-    for name in names:
-        planned = stage(run, name, teacher if name == "student" else None)
-        trainer = Trainer(planned, run.recipe, data_of(run, name), run.accelerator, run.journal)
+    for stage in stages:
+        trainer = Trainer(stage, run.recipe, run.accelerator, run.logger, owner={})
         seconds = trainer.measure()
         total += seconds * trainer.updates
-        size = sum(p.numel() for p in planned.model.parameters())
-        section = run.recipe.teacher if name == "teacher" else run.recipe.student
+        size = sum(p.numel() for p in stage.model.parameters())
         row = (f"{size / 1e6:.2f} M", str(trainer.updates), f"{seconds:.3f}", duration(seconds * trainer.updates))
-        table.add_row(name, escape(shown(section.model)), *row, f"{peak_memory() / 2**30:.2f} GiB")
+        table.add_row(stage.name, escape(shown(stage.metadata["model"])), *row, f"{peak_memory() / 2**30:.2f} GiB")
     if run.accelerator.is_main_process:
         console.print("\n".join(map(shown, lines)), soft_wrap=True, highlight=False, markup=False)
         console.print(table)
-        if (run.folder / "result.json").exists():
+        if (run.directory / "result.json").exists():
             console.print("finished before: the same command without dry_run prints its result at once", soft_wrap=True)
         console.print(
-            f"about {duration(total)} in all, without evaluation; would write {shown(run.folder)}",
+            f"about {duration(total)} in all, without evaluation; would write {shown(run.directory)}",
             soft_wrap=True,
             markup=False,
         )
@@ -65,9 +63,8 @@ def print_plan(run: Run) -> None:
 
 def print_layers(run: Run) -> None:
     """Every layer of both networks with what it gives for one image; marked: what feature methods read by default."""
-    console = run.journal.console
-    for role in ("teacher", "student"):
-        net = network(run, role)
+    console = run.logger.console
+    for role, net in (("teacher", teacher_network(run)), ("student", student_network(run))):
         read = _read_by_default(net)
         table = Table("", "layer", "kind", "shape", title=f"{role}.layers", title_justify="left", box=SIMPLE_HEAD)
         for layer in list_layers(net, run.data.input_shape):

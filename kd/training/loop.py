@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field
@@ -25,28 +25,19 @@ from torch import Tensor, nn
 from kd import checkpoint
 from kd.checkpoint.fit import check_alike, check_optimizer, number, whole_number
 from kd.config.schema import Recipe
-from kd.data import Batch, Data, mixer
+from kd.data import Batch, mixer
 from kd.errors import CheckpointError, TrainingError
 from kd.losses.distill import DistillLoss
 from kd.losses.methods.base import Seen
 from kd.metrics import nll, top_k_accuracy
 from kd.models.factory import Student
-from kd.runtime.signals import Interrupted, go_on, stop_requested
-from kd.training.logger import Journal
+from kd.runtime.signals import GO_ON, Interrupted, stop_requested
+from kd.training.logger import Logger
 from kd.training.nonfinite import Suspects, describe, first_bad_gradient
 from kd.training.objective import Objective, Terms
-from kd.training.stage import (
-    Stage,
-    as_trained,
-    build,
-    epoch_order,
-    mixed_seed,
-    not_finite,
-    optimizer,
-    predict,
-    schedule,
-    share,
-)
+from kd.training.predict import not_finite, predict
+from kd.training.schedule import epoch_order, mixed_seed, optimizer, schedule, share
+from kd.training.stage import Stage, as_trained, build
 
 MOST_SKIPPED = 32  # halves fp16's scale from 65,536 to 1.5e-5
 
@@ -63,28 +54,32 @@ class Progress:
 
 
 class Trainer:
-    """Trains one stage; `fit` resumes from the stage's folder and leaves its weights there."""
+    """Trains one stage; `fit` resumes from the stage's directory and leaves its weights there.
 
-    def __init__(self, stage: Stage, recipe: Recipe, data: Data, accelerator: Accelerator, journal: Journal):
-        self.stage, self.recipe, self.data, self.accelerator, self.journal = stage, recipe, data, accelerator, journal
-        self.updates_per_epoch = len(data.train) // recipe.train.batch_size
+    `owner` names stage and run in the manifests of what is saved (see `Run.owner`); {} where nothing is.
+    """
+
+    def __init__(
+        self, stage: Stage, recipe: Recipe, accelerator: Accelerator, logger: Logger, owner: Mapping[str, str]
+    ):
+        self.stage, self.recipe, self.accelerator, self.logger, self.owner = stage, recipe, accelerator, logger, owner
+        self.data = stage.data
+        self.updates_per_epoch = len(self.data.train) // recipe.train.batch_size
         self.updates = stage.epochs * self.updates_per_epoch
         self.progress = Progress()
         self.skipped_in_a_row = 0
         self.saved_at = time.monotonic()
         self.selected_weights: dict[str, Tensor] | None = None  # on the CPU: every checkpoint has them
-        models = stage.place(accelerator.device, recipe.train.channels_last)
-        build(stage, recipe, data, accelerator)
+        self.deployed = build(stage, recipe, accelerator)
         self.optimizer = optimizer(stage.model.model, recipe)
         self._add_learned()
         self.scheduler = schedule(self.optimizer, recipe, stage.epochs, self.updates_per_epoch)
         decay = recipe.train.ema_decay
-        self.deployed = stage.deployed()
         self.ema = ModelEmaV3(self.deployed, decay=decay) if decay else None
-        for model in models if recipe.train.compile else ():
-            model.compile()
+        for network in stage.networks() if recipe.train.compile else ():
+            network.compile()
         self.model, self.stepper = accelerator.prepare(stage.model, self.optimizer)
-        self.mix = mixer(recipe.data, data.num_classes)
+        self.mix = mixer(recipe.data, self.data.num_classes)
 
     def _add_learned(self) -> None:
         """What the objective learns joins the student's optimizer, under the same rule for weight decay."""
@@ -101,8 +96,8 @@ class Trainer:
     def fit(self) -> None:
         """Train to the last epoch, from the saved state where there is one, and write the weights."""
         self._load()
-        self.journal.rewind(self.stage.name, self.progress.update, self.progress.epochs)
-        with self.journal.progress(self.stage.name, self.updates, self.progress.update):
+        self.logger.rewind(self.stage.name, self.progress.update, self.progress.epochs)
+        with self.logger.progress(self.stage.name, self.updates, self.progress.update):
             while (epoch := self.progress.epochs) < self.stage.epochs:
                 if self.progress.update < (epoch + 1) * self.updates_per_epoch:
                     self._epoch(epoch)
@@ -113,10 +108,10 @@ class Trainer:
             weights = {"last": self._evaluated().model.state_dict()}
             if self.selected_weights:
                 weights["selected"] = self.selected_weights
-            self.journal.flush()
+            self.logger.flush()
             done = {"updates": self.updates, "seconds": self.progress.seconds, "selected": self.progress.selected}
             done["skipped"] = self.progress.skipped
-            checkpoint.finish(self.stage.folder, weights, self.stage.metadata, done, self.stage.of)
+            checkpoint.finish(self.stage.directory, weights, self.stage.metadata, done, self.owner)
         self.accelerator.wait_for_everyone()
 
     def measure(self, updates: int = 2) -> float:
@@ -147,7 +142,7 @@ class Trainer:
             seconds = time.perf_counter() - started
             self.progress.update += 1
             self.progress.seconds += seconds
-            self.journal.advance(self.progress.update)
+            self.logger.advance(self.progress.update)
             if self.progress.update % self.recipe.train.log_every == 0 or self.progress.update == self.updates:
                 self._log(epoch, logged, seconds)
             if self.progress.update % self.updates_per_epoch:  # after an epoch's last update comes its validation
@@ -161,7 +156,7 @@ class Trainer:
             self._save_all()
 
     def _save_all(self) -> None:
-        self.journal.flush()  # no state may tell of updates whose lines are lost
+        self.logger.flush()  # no state may tell of updates whose lines are lost
         self._save()
 
     def _stop(self) -> NoReturn:
@@ -265,7 +260,7 @@ class Trainer:
         }
         if self.accelerator.scaler:
             values["skipped"] = self.progress.skipped
-        self.journal.write({"stage": self.stage.name, "update": self.progress.update, "epoch": epoch, **values})
+        self.logger.write({"stage": self.stage.name, "update": self.progress.update, "epoch": epoch, **values})
 
     def _evaluated(self) -> Student:
         """The weights that count: the averaged ones where there is an average."""
@@ -291,8 +286,8 @@ class Trainer:
         targets = self.data.val.targets
         top1, val_nll = top_k_accuracy(logits, targets, 1).item(), nll(logits, targets).item()
         entry = {"stage": self.stage.name, "update": self.progress.update, "epoch": epoch}
-        self.journal.write({**entry, "val_top1": top1, "val_nll": val_nll})
-        self.journal.epoch(self.stage.name, epoch + 1, self.stage.epochs, top1, val_nll, self.progress.skipped)
+        self.logger.write({**entry, "val_top1": top1, "val_nll": val_nll})
+        self.logger.epoch(self.stage.name, epoch + 1, self.stage.epochs, top1, val_nll, self.progress.skipped)
         self.progress.epochs = epoch + 1
         best = self.progress.selected
         # Ties in accuracy, common on small sets, go to the lower nll.
@@ -304,7 +299,9 @@ class Trainer:
     def _save(self) -> None:
         if self.accelerator.is_main_process:
             stage, state = self.stage, self._state()
-            checkpoint.save(stage.folder, self.progress.update, state, self.selected_weights, stage.metadata, stage.of)
+            checkpoint.save(
+                stage.directory, self.progress.update, state, self.selected_weights, stage.metadata, self.owner
+            )
         self.saved_at = time.monotonic()
 
     def _state(self) -> dict[str, Any]:
@@ -324,15 +321,17 @@ class Trainer:
 
     def _load(self) -> None:
         stage = self.stage
-        found = checkpoint.load(stage.folder, self.journal.say, checkpoint.advice(stage.name, stage.folder), stage.of)
+        found = checkpoint.load(
+            stage.directory, self.logger.say, checkpoint.advice(stage.name, stage.directory), self.owner
+        )
         if self.accelerator.is_main_process:
-            checkpoint.clean(self.stage.folder)
+            checkpoint.clean(self.stage.directory)
             checkpoint.retire(found.damaged if found else [])
         names = gather_object([found.path.name if found else "none"])
         if len(set(names)) > 1:  # they would train from different weights, and average their gradients
             raise CheckpointError(
-                f"{self.stage.folder}: not all processes find the same checkpoint ({', '.join(names)}): a file "
-                f"system may lag behind; {go_on()}"
+                f"{self.stage.directory}: not all processes find the same checkpoint ({', '.join(names)}): a file "
+                f"system may lag behind; {GO_ON}"
             )
         if found is None:
             return
@@ -341,7 +340,7 @@ class Trainer:
         except (LookupError, AttributeError, TypeError, RuntimeError, ValueError) as error:
             said = str(error).partition("\n")[0]
             raise CheckpointError(f"{found.path}: does not fit this run ({said})") from error
-        self.journal.say(f"{self.stage.name:8} goes on after update {self.progress.update} of {self.updates}")
+        self.logger.say(f"{self.stage.name:8} goes on after update {self.progress.update} of {self.updates}")
 
     def _restore(self, state: dict[str, Any], selected: dict[str, Tensor] | None) -> None:
         modules = {"model": self.stage.model.model, "objective": self.stage.objective}

@@ -18,7 +18,7 @@ from kd.text import plain
 from kd.training.stored import numbers, read_result
 
 if TYPE_CHECKING:
-    from kd.training.pipeline import Run
+    from kd.training.run import Run
 
 WORDS = ("replay", "allow_differences", "output", "data.root")
 NETWORKS = ("teacher", "student", "control")
@@ -61,20 +61,20 @@ def main(words: list[str], run: Callable[..., int]) -> int:
                 f"replay={given['replay']}: differs in {'; '.join(found)}; allow_differences=true trains all the same"
             )
         for line in found:
-            run.journal.say(plain(f"differs  {line}"))
-        if (run.folder / "result.json").exists():
-            run.journal.say(f"an earlier replay is found in {run.folder}, its weights are compared")
+            run.logger.say(plain(f"differs  {line}"))
+        if (run.directory / "result.json").exists():
+            run.logger.say(f"an earlier replay is found in {run.directory}, its weights are compared")
 
     if code := run(recipe, check):
         return code
-    return report(past.result, outcome(runs[0]), runs[0].journal.say)
+    return report(past.result, outcome(runs[0]), runs[0].logger.say)
 
 
 def outcome(run: Run) -> dict[str, Any]:
     """The result of a replay with the sha256 of the weights that are there now. Raises CheckpointError."""
     from kd.training.results import verified
 
-    result = read_result(run.folder / "result.json")
+    result = read_result(run.directory / "result.json")
     for name, sha256 in verified(run, _advice).items():
         result.setdefault(name, {})["sha256"] = sha256
     return result

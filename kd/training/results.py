@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd.checkpoint import advice, finished, write_json
 from kd.config.schema import content_hash, identity
@@ -19,10 +19,11 @@ from kd.metrics import agreement, classification, predictive_kl
 from kd.models.factory import Teacher
 from kd.runtime.provenance import provenance
 from kd.text import plain
-from kd.training.pipeline import Run, recorded_smoothing, scored
-from kd.training.run import checkpoint_hash, owner, teacher_is_trained
-from kd.training.stage import predict
+from kd.training.pipeline import evaluated_student, student_network, teacher_network
+from kd.training.predict import predict
+from kd.training.run import Run, checkpoint_hash, teacher_is_trained
 from kd.training.stored import read_result
+from kd.training.teacher_smoothing import recorded_smoothing
 
 NETWORKS = ("teacher", "student", "control")
 WEIGHTS = ("last", "selected")
@@ -32,8 +33,8 @@ SPLITS = ("val", "test")
 def weights_of(run: Run, name: str, which: str) -> Path | None:
     """The file of a network's weights; None for a teacher that was taken as it is."""
     if name != "teacher":
-        return run.folder / name / f"{which}.safetensors"
-    return run.teacher_folder / f"{which}.safetensors" if teacher_is_trained(run.recipe) else None
+        return run.directory / name / f"{which}.safetensors"
+    return run.teacher_directory / f"{which}.safetensors" if teacher_is_trained(run.recipe) else None
 
 
 def verified(run: Run, advise: Callable[[str, Path], str] = advice) -> dict[str, str]:
@@ -44,7 +45,7 @@ def verified(run: Run, advise: Callable[[str, Path], str] = advice) -> dict[str,
     found = {}
     for name in NETWORKS if run.recipe.control else NETWORKS[:2]:
         for path in filter(None, (weights_of(run, name, which) for which in reversed(WEIGHTS))):
-            stage = finished(path, advise(name, path.parent), owner(run, name))
+            stage = finished(path, advise(name, path.parent), run.owner(name))
             found[name] = stage["files"][path.name]["sha256"]
     return found
 
@@ -57,11 +58,21 @@ def networks(run: Run) -> dict[str, dict[str, Teacher]]:
     for name in names:
         teacher = found["teacher"]["last"] if found else None
         paths = {which: weights_of(run, name, which) for which in WEIGHTS}
-        built = {
-            path: Teacher(scored(run, name, path, teacher)).to(run.accelerator.device) for path in set(paths.values())
-        }
+        built = {path: Teacher(_evaluated(run, name, path, teacher)) for path in set(paths.values())}
+        for model in built.values():
+            model.to(run.accelerator.device)
         found[name] = {which: built[path] for which, path in paths.items()}
     return found
+
+
+def _evaluated(run: Run, name: str, weights: Path | None, teacher: Teacher | None) -> nn.Module:
+    if name == "teacher":
+        return teacher_network(run, weights)
+    if name == "control":
+        return student_network(run, weights)
+    assert weights is not None
+    assert teacher is not None
+    return evaluated_student(run, weights, teacher)
 
 
 def score(run: Run, models: dict[str, dict[str, Teacher]]) -> dict[str, Any]:
@@ -117,7 +128,7 @@ def write_result(run: Run) -> dict[str, Any]:
         "seconds": sum(result[name]["seconds"] for name in models),
     }
     if run.accelerator.is_main_process:
-        write_json(run.folder / "result.json", result)
+        write_json(run.directory / "result.json", result)
     run.accelerator.wait_for_everyone()  # others may read it next
     return result
 

@@ -67,7 +67,7 @@ def test_every_entry_in_turn_taken_away_or_made_something_else(tmp_path, capsys)
     ],
 )
 def test_the_line_names_the_entry_before_anything_is_loaded(at, wrong, said, tmp_path, monkeypatch):
-    monkeypatch.setattr("kd.training.pipeline.prepare", lambda recipe: pytest.fail("it was loaded"))
+    monkeypatch.setattr("kd.training.pipeline.prepare", lambda *_: pytest.fail("it was loaded"))
     folder = tmp_path / "name" / "run"
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text("name: smoke\n")

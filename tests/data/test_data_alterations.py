@@ -127,31 +127,28 @@ def test_without_an_omitted_class_the_student_sees_what_the_teacher_sees(load):
 
 
 def test_only_the_students_stages_leave_the_class_out_and_one_teacher_serves_all(kd_train, monkeypatch):
-    import kd.training.pipeline
+    from kd.models.factory import Teacher
+    from kd.training import pipeline
 
     seen = {}
 
     class Recorder:
-        def __init__(self, stage, recipe, data, accelerator, journal):
-            seen[stage.name] = {name: set(getattr(data, name).targets.tolist()) for name in NAMES}
+        def __init__(self, stage, *rest):
+            seen[stage.name] = {name: set(getattr(stage.data, name).targets.tolist()) for name in NAMES}
 
         def fit(self):
             pass
 
-    monkeypatch.setattr(kd.training.pipeline, "Trainer", Recorder)
-    monkeypatch.setattr(
-        kd.training.pipeline,
-        "find_teacher",
-        lambda run: kd.training.pipeline.train(run, kd.training.pipeline.stage(run, "teacher")),
-    )
-    monkeypatch.setattr(kd.training.pipeline, "check_teacher", lambda run, teacher: None)
-    monkeypatch.setattr("kd.training.results.write_result", lambda run: seen.update(folder=run.teacher_folder) or {})
+    monkeypatch.setattr(pipeline, "Trainer", Recorder)
+
+    def find_teacher(run):
+        pipeline.train(run, pipeline.teacher_stage(run))
+        return Teacher(pipeline.teacher_network(run))
+
+    monkeypatch.setattr(pipeline, "find_teacher", find_teacher)
+    monkeypatch.setattr(pipeline, "check_teacher", lambda run, teacher: None)
+    monkeypatch.setattr("kd.training.results.write_result", lambda run: seen.update(folder=run.teacher_directory) or {})
     monkeypatch.setattr("kd.training.results.print_result", lambda result, console: None)
-    monkeypatch.setattr(
-        kd.training.pipeline,
-        "stage",
-        lambda run, name, teacher=None: type("Named", (), {"name": name, "folder": run.folder})(),
-    )
     folders = []
     for omitted in ("null", "7"):
         assert kd_train("recipe=smoke", f"data.omit_class={omitted}").code == 0

@@ -409,7 +409,7 @@ def test_asked_to_stop_a_study_ends_with_its_workers_and_resumes_to_the_same_tab
     update = loop.Trainer._update
 
     def noted(self, batches):
-        begun.setdefault(self.stage.folder, self.progress.update)
+        begun.setdefault(self.stage.directory, self.progress.update)
         return update(self, batches)
 
     monkeypatch.setattr(loop.Trainer, "_update", noted)

@@ -8,28 +8,6 @@ import pytest
 STUDY = Path("checkpoints/studies/tiny")
 
 
-@pytest.mark.parametrize(
-    "where",
-    [
-        *("..", ".", "points", "teachers", "jobs", "jobs/hydra", "runs", "runs/0123456789ab"),
-        *("runs/0123456789ab/teacher", "runs/0123456789ab/student/checkpoints", "runs/0123456789ab/control"),
-    ],
-)
-def test_no_link_inside_is_followed(where, kd_study, tmp_path):
-    elsewhere, link = tmp_path / "elsewhere", Path(os.path.normpath(STUDY / where))
-    elsewhere.mkdir()
-    link.parent.mkdir(parents=True)
-    link.symlink_to(elsewhere)
-    before = inodes(tmp_path / "checkpoints")
-    done = kd_study()
-    assert (done.code, done.out) == (2, "")
-    assert done.err == (
-        f"error: name=tiny: {link} is a link; must be a folder of its own, output= may be one elsewhere\n"
-    )
-    assert not list(elsewhere.iterdir())
-    assert inodes(tmp_path / "checkpoints") == before
-
-
 def test_hydras_own_file_is_not_written_through_a_link(kd_study, tmp_path):
     mine, link = tmp_path / "mine", STUDY / "jobs" / "hydra" / "multirun.yaml"
     mine.write_text("mine")

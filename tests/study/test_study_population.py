@@ -27,7 +27,7 @@ from kd.models.factory import build, weights_metadata
 from kd.study.population import Cohort, Member, Population, Training, why_not
 from kd.training import pipeline as stages
 from kd.training.run import claim
-from kd.training.stage import epoch_order
+from kd.training.schedule import epoch_order
 
 EPOCHS = 2
 RECIPE = Recipe(
@@ -182,7 +182,7 @@ def test_a_member_is_the_network_that_kd_train_trains(data, tmp_path):
     run = stages.prepare(recipe)
     claim(run)
     stages.execute(run)
-    for folder, member in ((run.teacher_folder, grown.member(1)), (run.folder / "student", population.member(1))):
+    for folder, member in ((run.teacher_directory, grown.member(1)), (run.directory / "student", population.member(1))):
         weights = load_file(folder / "last.safetensors")
         assert weights.keys() == member.keys()
         for name, weight in weights.items():
@@ -206,7 +206,7 @@ def test_a_teacher_is_trained_with_an_alternative_to_smoothing_in_a_run_and_in_a
     for name, recipe in recipes.items():
         run = stages.prepare(recipe)
         stages.find_teacher(run)
-        found[name] = run.teacher_folder / "last.safetensors"
+        found[name] = run.teacher_directory / "last.safetensors"
     assert found["setting"] != found["method"]
     half = replace(HARD, ce_weight=0.5, methods={"maxsup": {"start_weight": 0.4, "end_weight": 0.4}})
     members = [Member(recipes["method"].teacher.own_loss()), Member(half), Member(HARD)]

@@ -34,7 +34,7 @@ from kd.models.ensemble import load_exactly
 from kd.models.factory import build, weights_metadata
 from kd.study.folder import read_card
 from kd.training import replay, results
-from kd.training.logger import Journal
+from kd.training.logger import Logger
 from kd.verify import rows
 from tests.torture.faults import ABOUT, finish, save, weights
 from tests.torture.gadget_files import gadgets
@@ -109,7 +109,7 @@ def printed(path: Path) -> None:
 
 def rewound(path: Path) -> None:
     lines = shutil.copy(path, path.with_suffix(".jsonl"))
-    Journal(lines, SimpleNamespace(is_main_process=True), Console(quiet=True)).rewind("student", 1, 1)  # type: ignore
+    Logger(lines, SimpleNamespace(is_main_process=True), Console(quiet=True)).rewind("student", 1, 1)  # type: ignore
 
 
 def card(path: Path) -> object:

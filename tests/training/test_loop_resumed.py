@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from kd.runtime import signals
 from kd.training.loop import Trainer
-from kd.training.stage import epoch_order, mixed_seed, predict
+from kd.training.predict import predict
+from kd.training.schedule import epoch_order, mixed_seed
 from tests.torture import forked
 from tests.training.tiny_loop import lines, recipe, trainer, weights
 
@@ -173,7 +174,7 @@ def test_a_save_that_takes_long_is_not_followed_by_the_next_at_once(tmp_path, mo
 def test_what_was_logged_is_on_the_disk_before_a_stage_is_finished(tmp_path, monkeypatch):
     t, done = trainer(tmp_path, recipe()), []
     for name in ("write", "flush"):
-        monkeypatch.setattr(t.journal, name, lambda *values, name=name: done.append(name))
+        monkeypatch.setattr(t.logger, name, lambda *values, name=name: done.append(name))
     monkeypatch.setattr("kd.checkpoint.finish", lambda *arguments: done.append("finish"))
     t.fit()
     assert done[-3:] == ["write", "flush", "finish"]

@@ -165,7 +165,7 @@ def test_updates_that_the_scaler_leaves_out_are_counted_and_told(tmp_path, monke
     from rich.console import Console
 
     t = scaled(tmp_path, 2.0**68, monkeypatch, ema_decay=0.9)
-    t.journal.console = Console(file=io.StringIO(), width=200)
+    t.logger.console = Console(file=io.StringIO(), width=200)
     made = []
     t.optimizer.register_step_post_hook(lambda *rest: made.append(t.progress.update))
     t.fit()
@@ -174,7 +174,7 @@ def test_updates_that_the_scaler_leaves_out_are_counted_and_told(tmp_path, monke
     counts = [line["skipped"] for line in lines(tmp_path) if "skipped" in line]
     assert counts == [i + 1 if i < skipped else skipped for i in range(20)]
     assert json.loads((tmp_path / "student/stage.json").read_text())["skipped"] == skipped
-    assert t.journal.console.file.getvalue().count(f"   {skipped} updates skipped (fp16)") == 2
+    assert t.logger.console.file.getvalue().count(f"   {skipped} updates skipped (fp16)") == 2
 
 
 def test_a_scaler_that_finds_no_scale_stops_the_run_with_the_reason(tmp_path, monkeypatch):

@@ -16,8 +16,8 @@ from kd import probe
 from kd.cli.errors import one_line_errors
 from kd.config.schema import LossConfig
 from kd.metrics import SmoothingEstimate, estimate_smoothing
-from kd.probe import smoothing_warnings
 from kd.smoothing import from_uniform, smooth_targets
+from kd.training.teacher_smoothing import estimate_teacher_smoothing, smoothing_warnings
 
 
 def at_optimum(eps, classes, count=400):
@@ -145,9 +145,9 @@ def weights(tmp_path_factory):
     )
     recipe.student.model = "mlp_nano"
     run = stages.prepare(recipe)
-    stages.train(run, stages.stage(run, "teacher"))
+    stages.train(run, stages.teacher_stage(run))
     AcceleratorState._reset_state(reset_partial_state=True)
-    return run.teacher_folder / "last.safetensors"
+    return run.teacher_directory / "last.safetensors"
 
 
 def taken(kd_train, weights, *words):
@@ -228,12 +228,13 @@ def test_the_split_it_reads_is_a_sample_of_at_most_2000(monkeypatch, weights):
 
     seen = []
     monkeypatch.setattr(
-        "kd.training.stage.predict", lambda teacher, split, *rest: seen.append(split) or split.images[:, :12]
+        "kd.training.teacher_smoothing.predict",
+        lambda teacher, split, *rest: seen.append(split) or split.images[:, :12],
     )
     data = load_data(DataConfig(family="mixture"), 0)
     net = Teacher(build("mlp_mini", num_classes=12, input_shape=(20,), checkpoint=weights))
     for split in (data.train, data.train, data.val):
-        assert isinstance(probe.probe(net, split, 100, None), SmoothingEstimate)
+        assert isinstance(estimate_teacher_smoothing(net, split, 100, None), SmoothingEstimate)
     assert [len(s) for s in seen] == [2000, 2000, 2000]
     assert torch.equal(seen[0].images, seen[1].images)
     assert (seen[0].targets.bincount(minlength=12) > 100).all()

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from kd.config.schema import Recipe
 from kd.training import replay
-from kd.training.logger import Journal
+from kd.training.logger import Logger
 from kd.training.replay import report
 
 RUN = ("recipe=smoke", "output=runs", "run=one")
@@ -70,7 +70,7 @@ def test_one_process_of_several_says_what_came_out(monkeypatch, capsys, tmp_path
     monkeypatch.setattr(replay, "outcome", lambda run: network)
     for main, said in ((True, "weights  identical\nscores   identical\n"), (False, "")):
         accelerator = SimpleNamespace(is_main_process=main)
-        run = SimpleNamespace(folder=tmp_path, journal=Journal(tmp_path, accelerator, Console()))
+        run = SimpleNamespace(directory=tmp_path, logger=Logger(tmp_path, accelerator, Console()))
         assert replay.main(["replay=x"], lambda recipe, check, run=run: check(run) or 0) == 0
         assert capsys.readouterr().out == said
 

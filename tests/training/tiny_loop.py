@@ -12,7 +12,7 @@ from kd.data import load_data
 from kd.losses.distill import DistillLoss
 from kd.losses.methods.registry import build
 from kd.models.factory import Student
-from kd.training.logger import Journal
+from kd.training.logger import Logger
 from kd.training.loop import Trainer
 from kd.training.objective import Objective
 from kd.training.stage import Stage
@@ -46,8 +46,9 @@ def trainer(tmp_path, r: Recipe, *, teacher=None, loss=None, methods=None, epoch
     torch.manual_seed(0)
     loss = loss or DistillLoss(kd_weight=0.0, ce_weight=1.0, reduction="sum")
     objective = Objective(loss, build(methods or {}))
-    stage = Stage("student", Student(Tiny(dropout)), objective, epochs, tmp_path / "student", {}, teacher)
-    return Trainer(stage, r, data, accelerator, Journal(tmp_path / "metrics.jsonl", accelerator, Console(quiet=True)))
+    stage = Stage("student", Student(Tiny(dropout)), objective, epochs, data, tmp_path / "student", {}, teacher)
+    logger = Logger(tmp_path / "metrics.jsonl", accelerator, Console(quiet=True))
+    return Trainer(stage, r, accelerator, logger, owner={})
 
 
 def weights(t: Trainer) -> torch.Tensor:
