@@ -60,6 +60,8 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
         if run.accelerator.is_main_process:
             print(f"{stop}; {go_on}", file=sys.stderr)
         raise SystemExit(signals.exit_code()) from stop  # also of several runs, of which the next must not begin
+    except KeyboardInterrupt:
+        fail(f"stopped; {go_on}", signals.CTRL_C)
     except TrainingError as error:
         fail(str(error), 1)
     except RuntimeError as error:

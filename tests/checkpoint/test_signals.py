@@ -61,7 +61,7 @@ def test_asked_again_a_run_that_hangs_ends_from_what_was_saved(undisturbed, tmp_
 
 def test_ctrl_c_twice_ends_a_run_that_hangs(undisturbed, tmp_path):
     codes, said = stopped(undisturbed, tmp_path, (signal.SIGINT, signal.SIGINT), 1.2)
-    assert (codes, said) == ([130], "error: stopped; the same command goes on from what was saved")
+    assert (codes, said) == ([130], "error: stopped; run the same command to go on")
 
 
 def test_a_data_worker_leaves_its_end_to_its_parent():

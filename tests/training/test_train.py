@@ -355,7 +355,7 @@ def test_where_the_same_command_starts_again_a_stop_says_what_goes_on(kd_train, 
         assert kd_train(*words).err.endswith("; the last saved state is kept, run the same command to go on\n")
         patch.setattr("kd.training.pipeline.execute", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
         assert kd_train(*words, "resume=false").err == f"error: stopped; {said}"
-        assert kd_train(*words).err == "error: stopped; the same command goes on from what was saved\n"
+        assert kd_train(*words).err == "error: stopped; run the same command to go on\n"
     with monkeypatch.context() as patch:
         patch.setattr("kd.training.loop.stop_requested", lambda accelerator: True)
         assert kd_train(*words, "resume=false").err == f"teacher stopped after update 1 of 5; {said}"
