@@ -1,6 +1,6 @@
-"""Label smoothing: its two conventions, how one becomes the other, smoothed targets, and taking smoothing out again.
+"""Label smoothing: its two conventions, the conversion between them, smoothed targets, and its removal from logits.
 
-With K classes, mass eps and label y:
+With K classes, smoothing mass eps and label y:
 
 - ``"uniform"``: ``(1 - eps) * onehot(y) + eps / K``, so y keeps ``1 - eps + eps / K``
   (Szegedy et al. 2016 §7; PyTorch, timm, Keras; Müller et al. 2019)
@@ -16,39 +16,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMOOTHINGS = ("uniform", "others")
+MASSES = "a number ≥ 0 and < 1"
 
 
 def to_uniform(label_smoothing: float, num_classes: int, smoothing: str) -> float:
-    """The mass that under ``"uniform"`` gives the targets that ``label_smoothing`` gives under ``smoothing``.
+    """The mass that under ``"uniform"`` gives the same targets as ``label_smoothing`` under ``smoothing``.
 
-    Exact: ``eps_uniform = eps_others * K / (K - 1)``. It may exceed 1, which F.cross_entropy rejects although the
-    targets are sound; with one class there is nothing to smooth and it is 0.
+    Exact: ``eps_uniform = eps_others * K / (K - 1)``. It may exceed 1; F.cross_entropy rejects such a value although
+    its targets are valid probabilities. With one class there is nothing to smooth and the mass is 0.
 
     Raises ValueError or TypeError where ``label_smoothing`` is outside [0, 1), K < 1 or the convention is unknown.
     """
     check_smoothing(label_smoothing, smoothing)
     _check_classes(num_classes)
+    return uniform_mass(label_smoothing, num_classes, smoothing)
+
+
+def uniform_mass(label_smoothing: float, num_classes: int, smoothing: str) -> float:
+    """``to_uniform`` without its checks, for settings that have been checked."""
     if smoothing == "uniform":
         return label_smoothing
     return label_smoothing * num_classes / (num_classes - 1) if num_classes > 1 else 0.0
 
 
 def from_uniform(uniform_mass: float, num_classes: int, smoothing: str) -> float:
-    """Inverse of to_uniform: the ``label_smoothing`` that under ``smoothing`` gives the targets of this uniform mass.
+    """The ``label_smoothing`` that under ``smoothing`` gives the targets of this uniform mass: inverts to_uniform.
 
     Raises ValueError or TypeError where no ``label_smoothing`` in [0, 1) does.
     """
     _check_classes(num_classes)
     check_choice("smoothing", smoothing, SMOOTHINGS)
-    kept = 1.0 if smoothing == "uniform" else (num_classes - 1) / num_classes
-    # Multiplied, not divided: with one class nothing is kept and any mass means 0.
-    check_number(
-        "uniform_mass",
-        uniform_mass,
-        "a number ≥ 0 and below 1 (uniform) or K/(K-1) (others)",
-        lambda v: 0 <= v * kept < 1,
-    )
-    return uniform_mass * kept
+    # Multiplied, not divided by K / (K - 1): with one class any mass stands for 0.
+    mass = 1.0 if smoothing == "uniform" else (num_classes - 1) / num_classes
+    allowed = "a number ≥ 0 and below 1 (uniform) or K/(K-1) (others)"
+    check_number("uniform_mass", uniform_mass, allowed, lambda v: 0 <= v * mass < 1)
+    return uniform_mass * mass
 
 
 def smooth_targets(
@@ -58,12 +60,14 @@ def smooth_targets(
     smoothing: str = "uniform",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Smoothed class probabilities, shape ``(..., K)``.
+    """Smoothed class probabilities, shape ``(..., K)``; each row sums to 1.
 
-    ``target`` is int64 labels ``(...)`` or probabilities ``(..., K)`` such as mixup's, to which the same linear map
-    applies: ``(1 - eps) * target + eps / K`` with the uniform mass eps. ``label_smoothing=0`` returns them unchanged.
-    Rows sum to 1. Raises ValueError or TypeError for labels outside 0..K-1, rows that are no probabilities, and what
-    to_uniform rejects. There is no ignore_index here: a target to ignore has no probabilities.
+    ``target`` is int64 labels ``(...)`` or probabilities ``(..., K)`` such as mixup's. Probabilities are smoothed by
+    the same linear map, ``(1 - eps) * target + eps / K`` with the uniform mass eps. ``label_smoothing=0`` returns them
+    unchanged.
+
+    Raises ValueError or TypeError for labels outside 0..K-1, rows that are not probabilities, and arguments that
+    to_uniform rejects. There is no ignore_index, because an ignored target has no probabilities.
     """
     mass = to_uniform(label_smoothing, num_classes, smoothing)
     check_target(target, num_classes)
@@ -71,7 +75,7 @@ def smooth_targets(
 
 
 def mix_uniform(target: Tensor, num_classes: int, uniform_mass: float, dtype: torch.dtype) -> Tensor:
-    """``(1 - eps) * target + eps / K``, unchecked; a label outside 0..K-1 counts as no class."""
+    """``(1 - eps) * target + eps / K``, unchecked; a label outside 0..K-1 has no one-hot class."""
     if not target.is_floating_point():
         # F.one_hot reads the values, which vmap and a compiled graph cannot.
         target = target.unsqueeze(-1) == torch.arange(num_classes, device=target.device)
@@ -79,18 +83,18 @@ def mix_uniform(target: Tensor, num_classes: int, uniform_mass: float, dtype: to
 
 
 def unsmooth(logits: Tensor, label_smoothing: float, smoothing: str = "uniform") -> Tensor:
-    """Logits of the distribution p that label smoothing turned into ``q = softmax(logits)``, shape ``(..., K)``.
+    """The logits ``log p`` of the distribution p that smoothing turned into ``q = softmax(logits)``: ``(..., K)``.
 
-    ``p = (q - eps/K) / (1 - eps)`` with the uniform mass eps: the exact inverse of ``q = (1 - eps) p + eps/K``, the
-    backward correction of Lukasik et al. 2020. What is returned is ``log p``, computed in log space in float32, or in
-    float64 for float64 logits, without gradient. ``label_smoothing=0`` returns the very tensor that was given.
+    ``p = (q - eps/K) / (1 - eps)`` with the uniform mass eps, the exact inverse of ``q = (1 - eps) p + eps/K``
+    (the backward correction of Lukasik et al. 2020). Computed in log space in float32, or in float64 for float64
+    logits, without gradient. ``label_smoothing=0`` returns the tensor itself.
 
-    A network trained with smoothing is not exactly smoothed: some of its q are at most eps/K and have no p > 0. There p
-    is the resolution of q at eps/K, which is the machine epsilon of the dtype times ``eps/K / (1 - eps)``. Such rows
-    sum to more than 1 until the next softmax. -inf, a masked class, stays -inf.
+    A network trained with smoothing is not exactly smoothed: some of its q are at most eps/K, where no p > 0 exists.
+    There p is the smallest step of q that the dtype resolves at eps/K: its machine epsilon times ``eps/K / (1 - eps)``.
+    Such rows sum to more than 1 until the next softmax. A masked class stays -inf.
 
-    Raises ValueError or TypeError for what to_uniform rejects, a uniform mass ≥ 1, which nothing can undo, and logits
-    that are no floating tensor ``(..., K)``.
+    Raises ValueError or TypeError for arguments that to_uniform rejects, a uniform mass ≥ 1, which cannot be inverted,
+    and logits that are not a floating tensor ``(..., K)``.
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim == 0:
         got = f"{logits.dtype} of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
@@ -110,6 +114,11 @@ def unsmooth(logits: Tensor, label_smoothing: float, smoothing: str = "uniform")
     return log_p.masked_fill(log_q == -math.inf, -math.inf)
 
 
+def is_mass(value: float) -> bool:
+    """Whether a smoothing mass is in [0, 1)."""
+    return 0 <= value < 1
+
+
 def check_number(name: str, value: object, allowed: str, valid: Callable[[float], bool]) -> None:
     """Raise unless ``value`` is an int or float (no bool) that ``valid`` accepts; nan fails every comparison."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -120,15 +129,14 @@ def check_number(name: str, value: object, allowed: str, valid: Callable[[float]
 
 def check_choice(name: str, value: object, among: tuple[str, ...]) -> None:
     """Raise unless ``value`` is one of the names."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name}={value!r}: must be one of {', '.join(among)}, got {type(value).__name__}")
     if value not in among:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(among)}")
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"{name}={value!r}: must be one of {', '.join(among)}")
 
 
 def check_smoothing(label_smoothing: object, smoothing: object) -> None:
     """Raise unless the mass is in [0, 1) and the convention is known."""
-    check_number("label_smoothing", label_smoothing, "a number ≥ 0 and < 1", lambda v: 0 <= v < 1)
+    check_number("label_smoothing", label_smoothing, MASSES, is_mass)
     check_choice("smoothing", smoothing, SMOOTHINGS)
 
 
@@ -139,35 +147,35 @@ def _check_classes(num_classes: int) -> None:
 def check_target(target: Tensor, num_classes: int, ignore_index: int | None = None, read_values: bool = True) -> bool:
     """Raise unless target is int64 labels in 0..K-1 (or ignore_index) or floating rows of K probabilities.
 
-    True where it has seen labels, and all of them in 0..K-1.
+    Returns True where it has read labels and every one is in 0..K-1.
 
-    On a GPU reading the values makes the host wait; ``read_values=False`` checks dtype and shape only.
+    Reading values makes the host wait for a GPU; ``read_values=False`` checks dtype and shape only.
     """
-    read_values = read_values and isinstance(target, Tensor) and values_readable(target)
     if not isinstance(target, Tensor):
         raise TypeError(f"target={target!r}: must be a tensor, got {type(target).__name__}")
     if target.layout is not torch.strided:
         raise TypeError(f"target.layout={target.layout}: must be dense; use target.to_dense()")
-    if target.is_floating_point():
-        if target.ndim == 0 or target.shape[-1] != num_classes:
-            raise ValueError(
-                f"target of {target.dtype} with shape {tuple(target.shape)}: floating targets are probabilities of "
-                f"shape (..., {num_classes}); for class numbers use target.long()"
-            )
-        if read_values:
-            _check_probabilities(target)
-        return False
-    if target.dtype != torch.int64:
-        raise TypeError(
-            f"target.dtype={target.dtype}: must be int64 labels (use target.long()) or floating probabilities"
+    soft = target.is_floating_point()
+    if not soft and target.dtype != torch.int64:
+        wanted = "int64 labels (use target.long()) or floating probabilities"
+        raise TypeError(f"target.dtype={target.dtype}: must be {wanted}")
+    if soft and (target.ndim == 0 or target.shape[-1] != num_classes):
+        raise ValueError(
+            f"target of {target.dtype} with shape {tuple(target.shape)}: floating targets are probabilities of "
+            f"shape (..., {num_classes}); for class numbers use target.long()"
         )
-    return read_values and _check_labels(target, num_classes, ignore_index)
+    if not read_values or not values_readable(target):
+        return False
+    if soft:
+        _check_probabilities(target)
+        return False
+    return _check_labels(target, num_classes, ignore_index)
 
 
 def _check_labels(target: Tensor, num_classes: int, ignore_index: int | None) -> bool:
     if target.numel() == 0:
         return True
-    low, high = target.aminmax()  # one operation settles most batches: the loss calls this at every step
+    low, high = target.aminmax()  # one operation settles most batches; the loss calls this at every step
     if low.item() >= 0 and high.item() < num_classes:
         return True
     bad = (target < 0) | (target >= num_classes)
@@ -177,6 +185,16 @@ def _check_labels(target: Tensor, num_classes: int, ignore_index: int | None) ->
         also = "" if ignore_index is None else f" or ignore_index={ignore_index}"
         raise ValueError(f"target has label {target[bad][0].item()}: must be 0..{num_classes - 1}{also}")
     return False
+
+
+def _check_probabilities(target: Tensor) -> None:
+    bad = ~(target >= 0)
+    if bad.any():
+        raise ValueError(f"target has probability {target[bad][0].item():g}: must be ≥ 0 in rows that sum to 1")
+    total = target.sum(-1, dtype=torch.float64)
+    bad = ~((total - 1).abs() <= row_sum_tolerance(target.dtype))
+    if bad.any():
+        raise ValueError(f"target has a row that sums to {total[bad][0].item():g}: probabilities must sum to 1")
 
 
 def values_readable(tensor: Tensor) -> bool:
@@ -189,13 +207,3 @@ def values_readable(tensor: Tensor) -> bool:
 def row_sum_tolerance(dtype: torch.dtype) -> float:
     """How far a row of rounded probabilities may sum from 1: 1e-4, or 4 epsilons of a half precision."""
     return max(1e-4, 4 * torch.finfo(dtype).eps)
-
-
-def _check_probabilities(target: Tensor) -> None:
-    bad = ~(target >= 0)
-    if bad.any():
-        raise ValueError(f"target has probability {target[bad][0].item():g}: must be ≥ 0 in rows that sum to 1")
-    total = target.sum(-1, dtype=torch.float64)
-    bad = ~((total - 1).abs() <= row_sum_tolerance(target.dtype))
-    if bad.any():
-        raise ValueError(f"target has a row that sums to {total[bad][0].item():g}: probabilities must sum to 1")

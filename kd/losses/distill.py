@@ -1,80 +1,96 @@
-"""DistillLoss: label-smoothed cross entropy plus distillation, from two sets of logits.
+"""DistillLoss: label-smoothed cross entropy plus distillation, from two sets of logits."""
 
-Shapes: ``(...)`` positions, ``K`` classes, always last.
-"""
-
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kd.losses import reference
+from kd.losses.inputs import check_logits
 from kd.losses.kernels import autograd as fused
-from kd.losses.settings import DistillSettings, check_logits
+from kd.losses.settings import DistillSettings
 from kd.smoothing import unsmooth
 
 
 class DistillTerms(NamedTuple):
-    """The loss and, unweighted and detached for logging, its two terms; None is a term whose weight is 0."""
+    """The loss and its two terms, unweighted and detached for logging; None is a term whose weight is 0."""
 
     loss: Tensor
     ce: Tensor | None
     kd: Tensor | None
 
+    @classmethod
+    def reduced(cls, loss: Tensor, ce: Tensor | None, kd: Tensor | None, count: Tensor | int | None) -> "DistillTerms":
+        """Terms summed over positions and divided by ``count``; the loss already is. None leaves them as they are."""
+        if count is not None:
+            ce, kd = (None if term is None else term.sum() / count for term in (ce, kd))
+        return cls(loss, ce, kd)
+
 
 class DistillLoss(DistillSettings):
-    """``ce_weight * CE + kd_weight * Ts² * KL(softmax(t / T) || softmax(s / Ts))`` in nats.
+    """Label-smoothed cross entropy plus distillation of a teacher's logits (Hinton et al. 2015), in nats::
 
-    ``loss(student_logits, teacher_logits, target)``: logits ``(..., K)`` of any floating dtype; target int64 ``(...)``
-    or probabilities ``(..., K)`` such as mixup's. Everything runs in float32, or float64 for a float64 student, and
-    that is the dtype returned. No gradient goes to teacher or target.
+        loss = ce_weight * CE + kd_weight * KD
+        CE   = -sum_k w_k q_k log softmax(s)_k
+        KD   = Ts² * KL(softmax(t / T) || softmax(s / Ts))
 
-    CE is ``-sum_k w_k q_k log softmax(s)_k`` with q the smoothed target (Szegedy et al. 2016 §7) and w
-    ``class_weight``: what F.cross_entropy gives under "sum" and "none". Its minimum is the entropy of q, so it reaches
-    0 only without smoothing.
+    with student logits s, teacher logits t, smoothed target q, class weights w, temperature T and student temperature
+    Ts (T unless given).
 
-    The second term is Hinton et al. 2015 §2, with ``Ts = student_temperature`` or T. The factor Ts² undoes the 1/Ts
-    that the student's softmax puts into the gradient twice, by the chain rule and by flattening the difference: the
-    gradient is ``Ts * (softmax(s / Ts) - softmax(t / T))``. So it is T² KL by default; with ``student_temperature=1.0``
-    the factor is 1 and it is exactly the form of Müller et al. 2019 and of transformed teacher matching (TTM, Zheng &
-    Yang 2024). It is 0, and stationary, where both softened distributions are equal.
+    Call ``loss(student_logits, teacher_logits, target)``:
+
+    - ``student_logits``, ``teacher_logits``: ``(..., K)``, of any floating dtypes
+    - ``target``: int64 labels ``(...)``, or probabilities ``(..., K)`` such as mixup's
+    - returns a scalar, or ``(...)`` with ``reduction="none"``. It is computed and returned in float32, or in float64
+      for a float64 student. Only the student's logits get a gradient.
+
+    ``loss.terms(...)`` returns the loss with both terms unweighted, for logging. A setting may be changed between calls
+    (``loss.temperature = 2``); it is checked when it is assigned.
+
+    CE is F.cross_entropy with its smoothing (Szegedy et al. 2016 §7) under "sum" and "none". Its minimum is the entropy
+    of q, so it reaches 0 only without smoothing.
+
+    KD is 0, with a gradient of 0, where both softened distributions are equal. Its gradient is
+    ``Ts * (softmax(s / Ts) - softmax(t / T))``: the factor Ts² keeps its size comparable across temperatures (Hinton et
+    al. 2015 §2). With ``student_temperature=1.0`` the factor is 1, as in Müller et al. 2019 and in transformed teacher
+    matching (Zheng & Yang 2024).
 
     Args:
-        temperature: T, from 0.001 to 1000. In float32 the KL term is off by some 1e-7 T², its gradient by 1e-7 T.
-        kd_weight, ce_weight: from 0 to 1e6. A term of weight 0 is not computed; with both 0 the loss is 0. With
-            ``kd_weight=0`` the teacher's logits are not looked at and may be None. Below 1e-30 weights and smoothing
-            count as 0.
-        label_smoothing: mass in [0, 1) for the cross entropy.
-        smoothing: its convention, "uniform" (eps/K on every class) or "others" (eps/(K-1) on the others).
-        student_temperature: Ts, in the same range; None means T.
-        class_weight: K floating weights from 0 to 1e6 for the cross entropy only. A buffer that moves with the module
-            and stays out of its state_dict.
-        ignore_index: positions of this label give 0 to both terms and exactly 0 gradient. Not for probability targets.
-        reduction: "mean" divides the sum of both terms by the number of positions that are not ignored, also with
-            class_weight (F.cross_entropy divides by the sum of the labels' weights there), and is 0, with zero
-            gradients, where there are none; "sum"; "none" gives shape ``(...)``.
-        backend: "cpu" (compiled loops, needs numba) and "triton" (CUDA and ROCm) read the logits once and make loss and
-            gradient together; "reference" is plain PyTorch, for any device, with second and forward-mode derivatives.
-            "auto" takes the fused one of the logits' device where there is one, and warns when only its package is
-            missing. ``backend_used`` says what the last call took.
-        teacher_smoothing: uniform mass in [0, 1) of smoothing that the teacher was trained with (`to_uniform` makes one
-            of a mass on the others), which is taken out of softmax(t) before T: `kd.smoothing.unsmooth`, in plain
-            PyTorch before any backend, one more pass over the teacher's logits. 0 leaves them as they are.
+        temperature: T, from 0.001 to 1000; 4.0. In float32 KD is off by about 1e-7 T², its gradient by 1e-7 T.
+        kd_weight: weight of KD, from 0 to 1e6; 0.9. With 0 the teacher's logits are not used and may be None.
+        ce_weight: weight of CE, from 0 to 1e6; 0.1. A term of weight 0 is not computed. Weights and smoothing below
+            1e-30 count as 0.
+        label_smoothing: smoothing mass eps of the target, in [0, 1); 0.
+        smoothing: its convention, "uniform" (eps/K on every class) or "others" (eps/(K-1) on each other class).
+        student_temperature: Ts, in the range of T; None means T.
+        class_weight: floating ``(K,)``, each from 0 to 1e6, for CE only; None means 1. A buffer that moves with the
+            module but is not in its state_dict.
+        ignore_index: label of positions to leave out, -100. They add 0 to both terms and get a gradient of exactly 0.
+            Not for targets that are probabilities.
+        reduction: "mean" over the positions that are not ignored (0 where there are none), "sum" or "none". With
+            class_weight "mean" still divides by their number; F.cross_entropy divides by the sum of their weights.
+        backend: "reference" is plain PyTorch, on any device, with second and forward-mode derivatives. "cpu" (needs
+            numba) and "triton" (CUDA, ROCm) compute loss and gradient in one pass over the logits; a second derivative
+            is a RuntimeError there. "auto" takes the fused backend of the logits' device, else the reference, with a
+            warning where only a package is missing. ``backend_used`` names the one that the last call took.
+        teacher_smoothing: label smoothing that the teacher was trained with, as a uniform mass in [0, 1); 0. It is
+            removed from softmax(t) first, by kd.smoothing.unsmooth: one more pass over the teacher's logits.
+            kd.smoothing.to_uniform converts a mass of the other convention.
 
-    A class at -inf in student and teacher (masked) gives 0 to the KD term, as does any whose teacher's probability is 0
-    in float32. Smoothing puts mass on it, so with label_smoothing > 0 the cross entropy is inf, as in F.cross_entropy.
-    nan or +inf in, or a row of nothing but -inf, gives nan out, for that row.
+    Non-finite logits: a class masked by -inf in both student and teacher adds 0 to KD, as does every class whose
+    teacher probability is 0 in float32. Label smoothing puts mass on masked classes, which makes CE inf, as in
+    F.cross_entropy. nan, +inf, or -inf in all classes make the loss of that position nan.
 
-    Finite logits up to 1e20 in absolute value give a finite loss at all settings; larger ones, to the ends of float32,
-    one that is right or, where float32 cannot hold it or a part of it, inf. The gradient is right for all; one that is
-    too large for the student's dtype (65,504 in float16) is inf.
+    Finite logits up to 1e20 in absolute value give a finite loss with all settings. Larger ones give the right loss or,
+    where float32 cannot hold it or a part of it, inf. The gradient is right for all; one too large for the student's
+    dtype (65,504 in float16) is inf.
 
-    Raises ValueError or TypeError, naming the argument, for settings outside these ranges, shapes, devices and dtypes
-    that do not fit (nothing is broadcast), labels outside 0..K-1, target rows that are no probabilities, and a teacher,
-    target or class_weight with requires_grad. Warns where teacher_logits look like probabilities. Checks that read
-    values are left out under torch.compile and torch.func, and on "triton", because they would make the host wait; the
-    fused backends then give nan for a label outside 0..K-1. A second derivative of a fused backend is an error. Under
-    torch.compile a fused backend is compiled anew for each temperature that it meets, the reference is not.
+    Raises ValueError or TypeError that names the argument: for settings outside these ranges; for shapes, devices and
+    dtypes that do not fit (nothing is broadcast); for labels outside 0..K-1 and target rows that are not probabilities;
+    for a teacher, target or class_weight that requires a gradient. Warns where teacher_logits look like probabilities.
+    Values are not checked under torch.compile, torch.func and on "triton", where the host would have to wait for the
+    GPU; there the fused backends give nan for a label outside 0..K-1. torch.compile compiles a fused backend again for
+    every temperature it meets, and the reference only once.
     """
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> Tensor:
@@ -84,64 +100,32 @@ class DistillLoss(DistillSettings):
     def terms(self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> DistillTerms:
         """The loss with its unweighted terms, from one pass and under the same reduction."""
         loss, ce, kd, count = self._values(student_logits, teacher_logits, target)
-        return DistillTerms(
-            loss,
-            None if ce is None else self._reduce(ce.detach(), count),
-            None if kd is None else self._reduce(kd.detach(), count),
-        )
+        ce, kd = (None if term is None else term.detach() for term in (ce, kd))
+        return DistillTerms.reduced(loss, ce, kd, count)
 
     def _values(
         self, student: Tensor, teacher: Tensor | None, target: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | int | None]:
-        """The loss, reduced; the unweighted terms of every position; and what their sums are divided by."""
-        self._check_settings()  # again, because a schedule may have changed one
+        """The reduced loss, the unweighted terms of every position, and the divisor of their sums."""
+        check_logits("student_logits", student)
         if self.kd_weight == 0:
             teacher = None
-        check_logits("student_logits", student)
         backend = self._choose(student)
-        all_count = self._check_inputs(student, teacher, target, read_values=backend != "triton")
+        all_count = self._check_inputs(student, teacher, target, backend)
         if not torch.compiler.is_compiling():
             self.backend_used = backend
         if teacher is not None and self.teacher_smoothing:
             teacher = unsmooth(teacher, self.teacher_smoothing)
-        settings = self._numbers(student.shape[-1])
-        count = self._count(target, all_count)
-        inputs = student, teacher, target, self.class_weight
-        if backend == "reference":
-            loss, ce, kd = reference.terms(*inputs, settings)
-            return self._reduce(loss, count), ce, kd, count
-        return *fused.terms(backend, *inputs, settings, count), count
+        numbers, count = self._numbers(student.shape[-1]), self._count(target, all_count)
+        inputs = reference.Inputs(student, teacher, target, self.class_weight)
+        if backend != "reference":
+            return *fused.terms(backend, inputs, numbers, count), count
+        loss, ce, kd = reference.terms(inputs, numbers)
+        return loss if count is None else loss.sum() / count, ce, kd, count
 
 
 def distill_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    target: Tensor,
-    temperature: float = 4.0,
-    *,
-    kd_weight: float = 0.9,
-    ce_weight: float = 0.1,
-    label_smoothing: float = 0.0,
-    smoothing: str = "uniform",
-    student_temperature: float | None = None,
-    class_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    backend: str = "auto",
-    teacher_smoothing: float = 0.0,
+    student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor, temperature: float = 4.0, **settings: Any
 ) -> Tensor:
-    """DistillLoss as a function: the same formula, arguments, checks and result."""
-    loss = DistillLoss(
-        temperature,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
-        label_smoothing=label_smoothing,
-        smoothing=smoothing,
-        student_temperature=student_temperature,
-        class_weight=class_weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        backend=backend,
-        teacher_smoothing=teacher_smoothing,
-    )
-    return loss(student_logits, teacher_logits, target)
+    """DistillLoss as a function: ``DistillLoss(temperature, **settings)(student_logits, teacher_logits, target)``."""
+    return DistillLoss(temperature, **settings)(student_logits, teacher_logits, target)

@@ -1,112 +1,69 @@
-"""LinearDistillLoss: DistillLoss of the logits of a linear head, in chunks of rows, so that no N x K logits are held.
+"""LinearDistillLoss: DistillLoss on the logits of a linear head, without holding N x K logits.
 
 Shapes: ``(...)`` positions, N of them; ``D`` features; ``K`` classes. "Wide" is float32, or float64 for float64 logits.
 """
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kd.losses.distill import DistillTerms
-from kd.losses.kernels.chunked import Inputs, Plan, chunked_loss, linear_dtype
+from kd.losses.inputs import check_fits, check_head
+from kd.losses.kernels.chunked import HeadInputs, Plan, chunked_loss, linear_dtype
 from kd.losses.reference import wide_dtype
 from kd.losses.settings import DistillSettings
-from kd.smoothing import check_number
 
-# The least that memory_budget is by default: below it chunks get so thin that reading the head dominates.
+# The smallest default of memory_budget: with thinner chunks, most of the time goes into reading the head.
 LEAST_BUDGET = 24 * 2**20
-# The backend goes through a chunk in so many parts and the gradient of each takes the place of its logits: most of a
-# third tensor less to hold. Not on a GPU, which wants many rows at a time.
+# On a CPU the backend takes a chunk in this many parts and the gradient of each replaces its logits, which saves most
+# of a third tensor of that size. A GPU needs many rows at a time.
 PARTS = 4
-# How many tensors of a chunk's logits, in the wide dtype, the reference's autograd holds at once.
+# How many tensors of the size of a chunk's logits, in the wide dtype, the reference's autograd holds at once.
 REFERENCE_COPIES = 12
 
 
+@dataclass(eq=False, repr=False)
 class LinearDistillLoss(DistillSettings):
-    """DistillLoss of ``F.linear(features, weight, bias)``, never holding more than a chunk of rows of logits.
+    """DistillLoss of ``F.linear(features, weight, bias)``, with logits for one chunk of rows at a time.
 
-    ``loss(features, weight, target, bias=..., teacher_features=..., teacher_weight=..., teacher_bias=...)`` or
-    ``loss(features, weight, target, bias=..., teacher_logits=...)``: features ``(..., D)``, weight ``(K, D)``, bias
-    ``(K,)`` of one floating dtype; the teacher's likewise, with its own D and dtype, or its logits ``(..., K)``; target
-    int64 ``(...)`` or probabilities ``(..., K)``. Formula, units, zero, papers, settings, reductions and returned dtype
-    are those of DistillLoss on these logits. Gradients go to features, weight and bias, never to teacher or target.
+    Call it with the teacher's features and head, or with its logits::
 
-    Under "mean" and "sum" the forward pass computes the gradients too, and the backward pass multiplies them by what
-    comes from above; so between the two there are, besides the inputs, gradients of features (N x D), weight (K x D)
-    and bias in the wide dtype, rounded once when they are handed out. Under "none", and for the second backward pass
-    of a retained graph, the backward pass goes through the chunks again. A second derivative is a
-    RuntimeError: for those, DistillLoss with ``backend="reference"`` on the logits.
+        loss(features, weight, target, bias=..., teacher_features=..., teacher_weight=..., teacher_bias=...)
+        loss(features, weight, target, bias=..., teacher_logits=...)
 
-    Under autocast the logits are computed in its dtype, as by F.linear, and the gradients arrive unrounded.
+    - ``features`` ``(..., D)``, ``weight`` ``(K, D)``, ``bias`` ``(K,)`` or None, all of one floating dtype
+    - the teacher's likewise, with a D and a dtype of its own, or ``teacher_logits`` ``(..., K)``
+    - ``target``: int64 labels ``(...)`` or probabilities ``(..., K)``
+    - returns a scalar, or ``(...)`` with ``reduction="none"``. Features, weight and bias get gradients.
+
+    Formula, units, settings, dtypes, papers and errors are those of DistillLoss.
+
+    Under "mean" and "sum" the forward pass computes the gradients too, and the backward pass multiplies them by the
+    upstream gradient. Between the two it holds gradients of features (N x D), weight (K x D) and bias in the wide
+    dtype, which are rounded once, in the backward pass. Under "none", and in the second backward pass of a retained
+    graph, the chunks are computed again. A second derivative is a RuntimeError; DistillLoss with
+    ``backend="reference"`` on the logits has one.
+
+    Under autocast the logits have its dtype, as in F.linear, and the gradients that of their tensors.
 
     Args:
-        memory_budget: bytes for what one chunk of rows holds: the student's logits, the teacher's where they are
-            computed here, and of their gradient a quarter at a time (all of it on a GPU). None is a quarter of a
-            float32 gradient of weight, 24 MiB at least. With more rows in a chunk the head is read less often: on a
-            CPU a hundred rows lose little, a GPU wants several hundred.
-        temperature, ...: as in DistillLoss.
-
-    Raises as DistillLoss does, naming the argument.
+        memory_budget: bytes for one chunk of rows: the student's logits, the teacher's where they are computed here,
+            and a quarter of the gradient (on a GPU all of it). None means a quarter of weight's gradient in float32, at
+            least 24 MiB. More rows in a chunk read the head less often: 100 are enough on a CPU, a GPU needs several
+            hundred.
+        temperature, ...: all settings of DistillLoss.
     """
 
-    def __init__(
-        self,
-        temperature: float = 4.0,
-        *,
-        kd_weight: float = 0.9,
-        ce_weight: float = 0.1,
-        label_smoothing: float = 0.0,
-        smoothing: str = "uniform",
-        student_temperature: float | None = None,
-        class_weight: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str = "auto",
-        teacher_smoothing: float = 0.0,
-        memory_budget: int | None = None,
-    ):
-        super().__init__(
-            temperature,
-            kd_weight=kd_weight,
-            ce_weight=ce_weight,
-            label_smoothing=label_smoothing,
-            smoothing=smoothing,
-            student_temperature=student_temperature,
-            class_weight=class_weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            backend=backend,
-            teacher_smoothing=teacher_smoothing,
-        )
-        self.memory_budget = memory_budget
-        self._check_budget()
+    memory_budget: int | None = None
 
-    def forward(
-        self,
-        features: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        *,
-        bias: Tensor | None = None,
-        teacher_logits: Tensor | None = None,
-        teacher_features: Tensor | None = None,
-        teacher_weight: Tensor | None = None,
-        teacher_bias: Tensor | None = None,
-    ) -> Tensor:
-        """The loss: a scalar, or shape ``(...)`` under reduction "none"."""
-        return self.terms(
-            features,
-            weight,
-            target,
-            bias=bias,
-            teacher_logits=teacher_logits,
-            teacher_features=teacher_features,
-            teacher_weight=teacher_weight,
-            teacher_bias=teacher_bias,
-        ).loss
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """The loss: a scalar, or shape ``(...)`` under reduction "none". Arguments as in ``terms``."""
+        return self.terms(*inputs, **named).loss
 
-    @torch.compiler.disable  # a loop with state between the passes: a compiled graph breaks here and goes on after it
+    @torch.compiler.disable  # a loop with state between the passes: a compiled graph breaks here and continues after it
     def terms(
         self,
         features: Tensor,
@@ -120,53 +77,43 @@ class LinearDistillLoss(DistillSettings):
         teacher_bias: Tensor | None = None,
     ) -> DistillTerms:
         """The loss with its unweighted terms, detached, from one pass and under the same reduction."""
-        self._check_settings()
-        self._check_budget()
-        if self.kd_weight == 0:
-            teacher_logits = teacher_features = teacher_weight = teacher_bias = None
-        lead, classes = _check_student(features, weight, bias)
-        # Logits that take no memory stand for those that are never made, so that the checks are DistillLoss's own.
+        check_head("", features, weight, bias)
+        lead, classes = features.shape[:-1], len(weight)
+        # A view of one element has the shape of the logits that are never made, so that DistillLoss's checks apply.
         logits = features.detach().new_zeros((), dtype=linear_dtype(features)).expand(*lead, classes)
         backend = self._choose(logits)
-        computed = self.kd_weight > 0 and _check_teacher(
-            logits, teacher_logits, teacher_features, teacher_weight, teacher_bias
-        )
-        known = logits if computed else teacher_logits
-        all_count = self._check_inputs(logits, known, target, read_values=backend != "triton")
+        if self.kd_weight == 0:
+            teacher_logits = teacher_features = teacher_weight = teacher_bias = None
+        _check_teacher(features, weight, teacher_logits, teacher_features, teacher_weight, teacher_bias)
+        taught = teacher_logits if teacher_features is None else logits
+        all_count = self._check_inputs(logits, taught, target, backend)
         self.backend_used = backend
         count = self._count(target, all_count)
-        loss, ce, kd = self._rows(
-            Inputs(
-                features.reshape(-1, features.shape[-1]),
-                weight,
-                bias,
-                None if teacher_logits is None else teacher_logits.reshape(-1, classes),
-                None if teacher_features is None else teacher_features.reshape(-1, teacher_features.shape[-1]),
-                teacher_weight,
-                teacher_bias,
-                target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1),
-                self.class_weight,
-            ),
-            backend,
+        inputs = HeadInputs(
+            features.reshape(-1, features.shape[-1]),
+            weight,
+            bias,
+            None if teacher_logits is None else teacher_logits.reshape(-1, classes),
+            None if teacher_features is None else teacher_features.reshape(-1, teacher_features.shape[-1]),
+            teacher_weight,
+            teacher_bias,
+            target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1),
+            self.class_weight,
+        )
+        plan = self._plan(inputs, backend)
+        guess = None if count is None or not any(plan.needs) else self._guess(plan, count, target.device)
+        loss, ce, kd = (value.reshape(lead) for value in chunked_loss(inputs, guess, plan))
+        return DistillTerms.reduced(
+            loss if count is None else loss.sum() / count,
+            ce if self.ce_weight > 0 else None,
+            kd if self.kd_weight > 0 else None,
             count,
         )
-        return DistillTerms(
-            self._reduce(loss.reshape(lead), count),
-            self._reduce(ce.reshape(lead), count) if self.ce_weight > 0 else None,
-            self._reduce(kd.reshape(lead), count) if self.kd_weight > 0 else None,
-        )
 
-    def _rows(self, inputs: "Inputs", backend: str, count: Tensor | int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, ce and kd (N,)."""
-        plan = self._plan(inputs, backend)
-        guess = None
-        if any(plan.needs) and count is not None:
-            guess = self._guess(inputs, plan.dtype, count)
-        return chunked_loss(inputs, guess, plan)
-
-    def _plan(self, inputs: "Inputs", backend: str) -> "Plan":
+    def _plan(self, inputs: HeadInputs, backend: str) -> Plan:
+        """Chunks of equal size, so that the last is not thin and slow, whose logits fit memory_budget."""
         n, width = inputs.features.shape
-        classes = inputs.weight.shape[0]
+        classes = len(inputs.weight)
         dtype = linear_dtype(inputs.features)
         wide = teacher_dtype = wide_dtype(dtype)
         parts = 1 if inputs.features.is_cuda else PARTS
@@ -179,11 +126,11 @@ class LinearDistillLoss(DistillSettings):
         widening = 0 if dtype == wide else budget // 4
         rows = max(1, int((budget - widening) / (per_class * classes)))
         chunks = max(1, math.ceil(n / rows))
-        step = max(1, math.ceil(n / chunks))  # of equal size: the last is no slower for being thin
+        step = max(1, math.ceil(n / chunks))
         wants = torch.is_grad_enabled()
         return Plan(
             backend=backend,
-            settings=self._numbers(classes),
+            numbers=self._numbers(classes),
             teacher_smoothing=self.teacher_smoothing,
             dtype=dtype,
             teacher_dtype=teacher_dtype,
@@ -193,89 +140,40 @@ class LinearDistillLoss(DistillSettings):
             block=max(1, widening // (wide.itemsize * (width + step))) if widening else classes,
         )
 
-    def _guess(self, inputs: "Inputs", dtype: torch.dtype, count: Tensor | int) -> Tensor:
-        """What will come from above for each row of the loss, as a scalar: exact where the loss itself is the root.
+    def _guess(self, plan: Plan, count: Tensor | int, device: torch.device) -> Tensor:
+        """The expected upstream gradient of a row, a scalar: exact where the loss itself is the root.
 
-        For float16 it is the power of two that puts the largest gradient near 2^13 instead: in units of 1/N they would
-        underflow, and the loss scale that prevents it is not known yet.
+        For float16 it is the power of two that brings the largest gradient near 2^13 instead: in units of 1/N they
+        would underflow, and the loss scale that prevents it is not known yet.
         """
-        wide = wide_dtype(dtype)
-        one = torch.ones((), dtype=wide, device=inputs.target.device)
-        if dtype != torch.float16:
+        wide = wide_dtype(plan.dtype)
+        one = torch.ones((), dtype=wide, device=device)
+        if plan.dtype != torch.float16:
             return one / count
         heaviest = 1 if self.class_weight is None else self.class_weight.max().to(wide)
-        kd_bound = self.kd_weight * (self.temperature if self.student_temperature is None else self.student_temperature)
-        bound = one * (self.ce_weight * heaviest + kd_bound)
+        bound = one * (self.ce_weight * heaviest + self.kd_weight * plan.numbers.student_temperature)
         return torch.exp2((13 - bound.clamp(min=2**-10).log2()).floor())
-
-    def _check_budget(self) -> None:
-        if self.memory_budget is None:
-            return
-        check_number("memory_budget", self.memory_budget, "None or a whole number of bytes ≥ 1", _whole)
-
-
-def _whole(value: float) -> bool:
-    return value >= 1 and value % 1 == 0
-
-
-def _check_student(features: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.Size, int]:
-    """Raise unless these make logits; their leading shape and number of classes."""
-    _check_head(("features", "weight", "bias"), features, weight, bias)
-    return features.shape[:-1], weight.shape[0]
 
 
 def _check_teacher(
-    logits: Tensor,
-    teacher_logits: Tensor | None,
+    student_features: Tensor,
+    student_weight: Tensor,
+    logits: Tensor | None,
     features: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-) -> bool:
-    """Raise unless the teacher is given in one way; whether that is features and a head, which then fit ``logits``."""
+) -> None:
+    """Raise unless the teacher is given in one way, and in features and a head that fit the student's."""
     if features is None:
         for name, given in (("teacher_weight", weight), ("teacher_bias", bias)):
             if given is not None:
                 raise ValueError(f"teacher_features=None: must be given with {name}")
-        return False
-    if teacher_logits is not None:
+        return
+    if logits is not None:
         raise ValueError("teacher_logits and teacher_features are both given: give one of them")
     if weight is None:
         raise ValueError("teacher_weight=None: must be given with teacher_features")
-    names = ("teacher_features", "teacher_weight", "teacher_bias")
-    _check_head(names, features, weight, bias)
-    _check_shape(names[0], features, logits.shape[:-1] + features.shape[-1:], "the student's features")
-    _check_shape(names[1], weight, logits.shape[-1:] + weight.shape[1:], "the student's classes")
-    if features.device != logits.device:
-        raise ValueError(f"{names[0]} is on {features.device}: must be on {logits.device}, the device of features")
-    for name, tensor in zip(names, (features, weight, bias), strict=True):
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"{name}.requires_grad=True: must be False; use torch.no_grad() or {name}.detach()")
-    return True
-
-
-def _check_head(names: tuple[str, str, str], features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, tensor, shape in zip(names, (features, weight, bias), ("(..., D)", "(K, D)", "(K,)"), strict=True):
-        if tensor is None and name == names[2]:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}={tensor!r}: must be a tensor of shape {shape}, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}.dtype={tensor.dtype}: must be a real floating dtype")
-        if tensor.device != features.device:
-            raise ValueError(f"{name} is on {tensor.device}: must be on {features.device}, the device of {names[0]}")
-        if linear_dtype(tensor) != linear_dtype(features):
-            raise TypeError(f"{name}.dtype={tensor.dtype}: must be {features.dtype}, the dtype of {names[0]}")
-    if features.ndim == 0:
-        raise ValueError(f"{names[0]} has shape (): must be (..., D)")
-    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != features.shape[-1]:
-        raise ValueError(
-            f"{names[1]} has shape {tuple(weight.shape)}: must be (K, {features.shape[-1]}) with K ≥ 1 for "
-            f"{names[0]} {tuple(features.shape)}"
-        )
-    if bias is not None:
-        _check_shape(names[2], bias, weight.shape[:1], names[1])
-
-
-def _check_shape(name: str, tensor: Tensor, shape: torch.Size, source: str) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {tuple(shape)}, as {source} say")
+    check_head("teacher_", features, weight, bias)
+    rows = student_features.shape[:-1] + features.shape[-1:]
+    check_fits("teacher_features", features, rows, student_features, beside="features")
+    check_fits("teacher_weight", weight, student_weight.shape[:1] + weight.shape[1:], student_weight, beside="weight")

@@ -1,9 +1,9 @@
-"""The distillation loss in plain torch: the definition that every faster backend is held to.
+"""The distillation loss in plain PyTorch: the definition that every fused backend is tested against.
 
-A backend is one function with the signature of ``terms`` below. Its inputs have been checked; it returns the value of
-each position, unreduced, because means belong to the caller. Only the first value has to carry a gradient.
+Shapes: ``(...)`` positions, ``K`` classes, always last. "Wide" is float64 for a float64 student, else float32.
 
-Shapes: ``(...)`` positions, ``K`` classes, always last.
+A backend returns the loss of every position, unreduced, because the mean belongs to the caller. Its inputs have been
+checked already.
 """
 
 import math
@@ -16,74 +16,72 @@ from torch import Tensor
 from kd.smoothing import mix_uniform
 
 
-class Settings(NamedTuple):
-    """The numbers of one loss, as DistillLoss has them; ``uniform_mass`` is its smoothing by the uniform convention."""
+class Inputs(NamedTuple):
+    """The tensors of one loss."""
+
+    student: Tensor  # logits (..., K)
+    teacher: Tensor | None  # logits (..., K); None where the KD term has weight 0
+    target: Tensor  # int64 labels (...) or probabilities (..., K)
+    class_weight: Tensor | None  # (K,)
+
+
+class Numbers(NamedTuple):
+    """The numbers of one loss. DistillLoss says what they mean."""
 
     temperature: float
     student_temperature: float
     kd_weight: float
     ce_weight: float
-    uniform_mass: float
+    uniform_mass: float  # the label smoothing in the "uniform" convention
     ignore_index: int
 
 
-def terms(
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    settings: Settings,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def terms(inputs: Inputs, numbers: Numbers) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(ce_weight * ce + kd_weight * kd, ce, kd)``, each of shape ``(...)``; a term of weight 0 is None.
 
     At an ignored position every value and every gradient is exactly 0, whatever the logits there.
     """
+    student, teacher, target, class_weight = inputs
     wide = wide_dtype(student)
     student = student.to(wide)
-    share = mix_uniform(target, student.shape[-1], settings.uniform_mass, wide)
+    share = mix_uniform(target, student.shape[-1], numbers.uniform_mass, wide)
     if class_weight is not None:
         share = share * class_weight.to(wide)
     if not target.is_floating_point():
-        # Masked before the softmax, not after it: a nan there would come back as 0 * nan in the backward pass.
-        ignored = (target == settings.ignore_index).unsqueeze(-1)
+        # Masked before the softmax: a nan masked after it would come back as 0 * nan in the backward pass.
+        ignored = (target == numbers.ignore_index).unsqueeze(-1)
         student = student.masked_fill(ignored, 0)
         share = share.masked_fill(ignored, 0)
         teacher = None if teacher is None else teacher.masked_fill(ignored, 0)
-    # An empty sum is a zero that belongs to the graph; 0 * student would be nan at infinite logits.
+    # An empty sum is a zero with a graph; 0 * student would be nan at infinite logits.
     loss = student[..., :0].sum(-1)
     ce = kd = None
-    if settings.ce_weight > 0:
+    if numbers.ce_weight > 0:
         ce = cross_entropy(student, share)
-        loss = loss + settings.ce_weight * ce
-    if settings.kd_weight > 0 and teacher is not None:
-        kd = distillation(student, teacher.to(wide), settings.temperature, settings.student_temperature)
-        loss = loss + settings.kd_weight * kd
+        loss = loss + numbers.ce_weight * ce
+    if numbers.kd_weight > 0 and teacher is not None:
+        kd = distillation(student, teacher.to(wide), numbers.temperature, numbers.student_temperature)
+        loss = loss + numbers.kd_weight * kd
     return loss, ce, kd
 
 
 def rows(
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    upstream: Tensor,
-    settings: Settings,
-    *,
-    with_gradient: bool,
+    inputs: Inputs, upstream: Tensor, numbers: Numbers, *, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``terms`` of rows (N, K) as the fused backends give it: ``(loss, ce, kd, gradient)``, detached.
+    """``terms`` with the interface of the fused backends, for N rows: ``(loss, ce, kd, gradient)``, detached.
 
-    A term that is not computed is 0. ``gradient`` is ``upstream[i] * d loss_i / d student_i`` (N, K) in the student's
-    dtype, or (0, K) without ``with_gradient``. A label outside 0..K-1 that is not ignored gives nan.
+    A term of weight 0 is 0. ``gradient`` is ``upstream[i] * d loss_i / d student_i`` (N, K) in the student's dtype, or
+    (0, K) without ``with_gradient``. A label outside 0..K-1 that is not ignored gives nan.
     """
+    student, _, target, _ = inputs
     wide, classes = wide_dtype(student), student.shape[-1]
     leaf = student.detach().to(wide)
-    leaf = leaf.view_as(leaf).requires_grad_(with_gradient)  # its own tensor: the caller's must not start to need one
+    leaf = leaf.view_as(leaf).requires_grad_(with_gradient)  # a new tensor: the caller's must not require a gradient
     with torch.enable_grad():
-        loss, *parts = terms(leaf, teacher, target, class_weight, settings)
+        loss, *parts = terms(inputs._replace(student=leaf), numbers)
         if not target.is_floating_point():
-            inside = (target >= 0) & (target < classes) | (target == settings.ignore_index)
-            loss = loss * torch.where(inside, 1, math.nan).to(wide)
+            known = (target >= 0) & (target < classes) | (target == numbers.ignore_index)
+            loss = loss * torch.where(known, 1, math.nan).to(wide)
     gradient = leaf[:0]
     if with_gradient:
         (gradient,) = torch.autograd.grad(loss, leaf, upstream.to(wide))
@@ -92,27 +90,27 @@ def rows(
 
 
 def wide_dtype(student: Tensor | torch.dtype) -> torch.dtype:
-    """What everything is computed in: float64 for a float64 student, float32 for all others."""
+    """The dtype that the loss is computed in: float64 for a float64 student, float32 for all others."""
     dtype = student.dtype if isinstance(student, Tensor) else student
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def cross_entropy(student: Tensor, share: Tensor) -> Tensor:
-    """``-sum_k share_k log softmax(student)_k``; a class without a share counts 0 even where its logit is -inf."""
+    """``-sum_k share_k log softmax(student)_k``; a class of share 0 adds 0 even where its logit is -inf."""
     nll = -F.log_softmax(student, -1)
     return (share * nll.masked_fill(share == 0, 0)).sum(-1)
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float, student_temperature: float) -> Tensor:
-    """``Ts² KL(softmax(teacher / T) || softmax(student / Ts))``; a class the teacher gives nothing counts 0."""
+    """``Ts² KL(softmax(teacher / T) || softmax(student / Ts))``; a class of teacher probability 0 adds 0."""
     log_s, log_t = log_softened(student, student_temperature), log_softened(teacher, temperature)
     p = log_t.exp()
-    # Nothing is 0 in the dtype: then the student may be masked there, and 0 * inf is nan.
+    # Where p is 0 in this dtype the student may be masked too, and 0 * inf is nan.
     return student_temperature**2 * (p * (log_t - log_s).masked_fill(p == 0, 0)).sum(-1)
 
 
 def log_softened(logits: Tensor, temperature: float) -> Tensor:
     """``log softmax(logits / T)``."""
-    if temperature < 1:  # the largest finite logits over T are inf, and inf - inf is nan; their differences may be -inf
+    if temperature < 1:  # the largest finite logits divided by T overflow to inf; their differences may be -inf
         logits = logits - logits.detach().amax(-1, keepdim=True)
     return F.log_softmax(logits / temperature, -1)

@@ -22,7 +22,7 @@ from kd.losses import reference
 from kd.losses.kernels import triton as launcher
 from kd.losses.kernels import triton_kernels
 from kd.losses.kernels.triton import Shape
-from kd.losses.reference import Settings
+from kd.losses.reference import Inputs, Numbers
 from kd.smoothing import to_uniform
 
 assert triton.knobs.runtime.interpret, "run by test_triton.py"
@@ -84,14 +84,14 @@ def batch(n=4, k=21, dtype=F64, seed=0):
 
 
 def ours(s, t, target, w, upstream, with_gradient=True, **settings):
-    return launcher.rows(s, t, target, w, upstream, Settings(**SETTINGS | settings), with_gradient=with_gradient)
+    return launcher.rows(Inputs(s, t, target, w), upstream, Numbers(**SETTINGS | settings), with_gradient=with_gradient)
 
 
 def exact(s, t, target, w, upstream, dtype=F64, **settings):
     """The same from the reference and its automatic gradient, the logits in ``dtype``."""
     s = s.to(dtype, copy=True).requires_grad_()
     t = None if t is None else t.to(dtype)
-    loss, ce, kd = reference.terms(s, t, target, w, Settings(**SETTINGS | settings))
+    loss, ce, kd = reference.terms(Inputs(s, t, target, w), Numbers(**SETTINGS | settings))
     (gradient,) = torch.autograd.grad(loss, s, upstream.to(loss.dtype))
     zero = torch.zeros_like(loss)
     return [x.detach() for x in (loss, zero if ce is None else ce, zero if kd is None else kd, gradient)]
@@ -190,7 +190,7 @@ def test_no_rows(kernel):
     s, t, y, _, w, upstream = batch(0)
     loss, ce, kd, gradient = ours(s, t, y, w, upstream)
     assert [x.shape for x in (loss, ce, kd, gradient)] == [(0,), (0,), (0,), (0, 21)]
-    launcher.adjust(gradient, upstream, upstream, s, t, y, w, Settings(**SETTINGS))
+    launcher.adjust(gradient, upstream, upstream, Inputs(s, t, y, w), Numbers(**SETTINGS))
 
 
 def test_more_rows_than_one_program_takes():
@@ -406,7 +406,7 @@ def test_adjust_computes_changed_rows_anew_and_leaves_the_others(kernel, dtype):
         mark = torch.arange(6)[:, None].to(dtype)
         kept = torch.tensor([1, 2, 5])
         gradient[kept] = mark[kept].expand(-1, s.shape[1])  # nothing that the kernel would write
-        launcher.adjust(gradient, held, upstream, s, t, target, weight, Settings(**SETTINGS))
+        launcher.adjust(gradient, held, upstream, Inputs(s, t, target, weight), Numbers(**SETTINGS))
         assert torch.equal(gradient[changed], expected[changed])
         assert torch.equal(gradient[kept], mark[kept].expand(-1, s.shape[1]))
 
@@ -414,11 +414,11 @@ def test_adjust_computes_changed_rows_anew_and_leaves_the_others(kernel, dtype):
 def test_adjust_to_a_scalar_for_all_rows(kernel):
     s, t, y, _, _, held = batch(6)
     gradient = ours(s, t, y, None, held)[3]
-    launcher.adjust(gradient, held, held[:1].expand(6), s, t, y, None, Settings(**SETTINGS))
+    launcher.adjust(gradient, held, held[:1].expand(6), Inputs(s, t, y, None), Numbers(**SETTINGS))
     assert torch.equal(gradient, ours(s, t, y, None, held[:1].expand(6))[3])
     before = gradient.clone()
-    without_kd = Settings(**SETTINGS | {"kd_weight": 0})
-    launcher.adjust(gradient, held[:1].expand(6), held[:1].expand(6), s, None, y, None, without_kd)
+    without_kd = Numbers(**SETTINGS | {"kd_weight": 0})
+    launcher.adjust(gradient, held[:1].expand(6), held[:1].expand(6), Inputs(s, None, y, None), without_kd)
     assert torch.equal(gradient, before)
 
 

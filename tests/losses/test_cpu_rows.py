@@ -12,7 +12,7 @@ import torch
 
 from kd.losses import reference
 from kd.losses.kernels import cpu
-from kd.losses.reference import Settings
+from kd.losses.reference import Inputs, Numbers
 from kd.smoothing import to_uniform
 
 INF = math.inf
@@ -49,7 +49,7 @@ def batch(n=6, k=5, dtype=torch.float64, soft=False, weighted=False, ignored=Fal
 
 
 def run(s, t, target, weight, upstream, with_gradient=True, **changed):
-    return cpu.rows(s, t, target, weight, upstream, Settings(**SETTINGS | changed), with_gradient=with_gradient)
+    return cpu.rows(Inputs(s, t, target, weight), upstream, Numbers(**SETTINGS | changed), with_gradient=with_gradient)
 
 
 def expected(s, t, target, weight, upstream, dtype=torch.float64, **changed):
@@ -57,7 +57,7 @@ def expected(s, t, target, weight, upstream, dtype=torch.float64, **changed):
     leaf = s.to(dtype).requires_grad_()
     t, weight = (None if x is None else x.to(dtype) for x in (t, weight))
     target = target.to(dtype) if target.is_floating_point() else target
-    loss, *terms = reference.terms(leaf, t, target, weight, Settings(**SETTINGS | changed))
+    loss, *terms = reference.terms(Inputs(leaf, t, target, weight), Numbers(**SETTINGS | changed))
     (gradient,) = torch.autograd.grad(loss, leaf, upstream.to(loss.dtype))
     none = torch.zeros(len(s), dtype=torch.float64)
     return *(none if x is None else x.detach().double() for x in (loss, *terms)), gradient.double()
@@ -230,7 +230,7 @@ def test_adjust_brings_the_gradient_to_another_upstream(dtype):
         held[1] = 0  # says nothing of the row
         gradient = run(s, t, target, w, held)[3]
         before = gradient.clone()
-        cpu.adjust(gradient, held, wanted, s, t, target, w, Settings(**SETTINGS))
+        cpu.adjust(gradient, held, wanted, Inputs(s, t, target, w), Numbers(**SETTINGS))
         exact = run(s, t, target, w, wanted)[3]
         same = held == wanted
         assert torch.equal(gradient[same], before[same])
@@ -244,7 +244,7 @@ def test_adjust_brings_the_gradient_to_another_upstream(dtype):
 def test_adjust_leaves_equal_rows_alone():
     s, t, y, w, up = batch(dtype=torch.bfloat16)
     marker = torch.full_like(s, 7.0)
-    cpu.adjust(marker, up, up, s, t, y, w, Settings(**SETTINGS))
+    cpu.adjust(marker, up, up, Inputs(s, t, y, w), Numbers(**SETTINGS))
     assert (marker == 7).all()
 
 
@@ -280,11 +280,11 @@ def test_called_from_four_threads_at_once(threads):
 IN_A_CHILD = """
 import os, signal, torch
 from kd.losses.kernels import cpu
-from kd.losses.reference import Settings
+from kd.losses.reference import Inputs, Numbers
 torch.set_num_threads(2)
 s, t, y, up = torch.randn(64, 2000), torch.randn(64, 2000), torch.randint(2000, (64,)), torch.ones(64)
 def run():
-    return cpu.rows(s, t, y, None, up, Settings(4.0, 4.0, 1.0, 1.0, 0.1, -100), with_gradient=True)
+    return cpu.rows(Inputs(s, t, y, None), up, Numbers(4.0, 4.0, 1.0, 1.0, 0.1, -100), with_gradient=True)
 before = run()
 child = os.fork()
 if child == 0:
@@ -310,7 +310,7 @@ import hashlib, sys, warnings
 import torch
 from numba.core import caching
 from kd.losses.kernels import cpu
-from kd.losses.reference import Settings
+from kd.losses.reference import Inputs, Numbers
 warnings.simplefilter("error")
 if sys.argv[1] == "compiled":
     caching.FunctionCache._impl_class._locator_classes = []
@@ -319,8 +319,8 @@ for k, student_temperature, upstream in ((100, 20.0, 1.0), (1025, 2.5, 0.3), (30
     s, t = (3 * torch.randn(6, k, generator=torch.Generator().manual_seed(i)) for i in range(2))
     y, weight, up = torch.arange(6), torch.linspace(0.5, 2, k), torch.full((6,), upstream)
     for eps in (0.0, 0.1):
-        settings = Settings(4.0, student_temperature, 0.9, 1.0, eps, -100)
-        for value in cpu.rows(s, t, y, weight, up, settings, with_gradient=True):
+        numbers = Numbers(4.0, student_temperature, 0.9, 1.0, eps, -100)
+        for value in cpu.rows(Inputs(s, t, y, weight), up, numbers, with_gradient=True):
             bits.update(value.numpy().tobytes())
 print(cpu._compiled(torch.float32)[1].cache_hits, bits.hexdigest())
 """

@@ -475,10 +475,9 @@ def test_settings_may_be_scheduled_and_are_shown():
     case, loss = Case(), LinearDistillLoss(2.0, memory_budget=1000)
     loss.kd_weight = 0.2
     assert_close([case.ours(loss)], [case.unfused(temperature=2.0, kd_weight=0.2)])
-    loss.kd_weight = -1
     with pytest.raises(ValueError, match=r"kd_weight=-1: "):
-        case.ours(loss)
-    assert repr(loss).startswith("LinearDistillLoss(2.0, kd_weight=-1, ce_weight=0.1")
+        loss.kd_weight = -1
+    assert repr(loss) == "LinearDistillLoss(temperature=2.0, kd_weight=0.2, memory_budget=1000)"
     assert LinearDistillLoss(class_weight=CLASS_WEIGHT).state_dict() == {}
 
 
@@ -509,16 +508,16 @@ HEAD = {"teacher_features": TX, "teacher_weight": TW}
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"features": X.tolist()}, TypeError, r"features=\[\[.*: must be a tensor of shape \(\.\.\., D\), got list"),
+        ({"features": X.tolist()}, TypeError, r"features: must be a tensor, got list"),
         ({"features": X.long()}, TypeError, r"features.dtype=torch.int64: must be a real floating dtype"),
         ({"features": X[0, 0]}, ValueError, r"features has shape \(\): must be \(\.\.\., D\)"),
-        ({"weight": None}, TypeError, r"weight=None: must be a tensor of shape \(K, D\), got NoneType"),
-        ({"weight": W.T}, ValueError, r"weight has shape \(3, 5\): must be \(K, 3\) .* for features \(4, 3\)"),
+        ({"weight": None}, TypeError, r"weight: must be a tensor, got NoneType"),
+        ({"weight": W.T}, ValueError, r"weight has shape \(3, 5\): must be \(K, 3\) .* as features has 3"),
         ({"weight": W[0]}, ValueError, r"weight has shape \(3,\): must be \(K, 3\)"),
         ({"weight": W[:0]}, ValueError, r"weight has shape \(0, 3\): must be \(K, 3\) with K ≥ 1"),
         ({"weight": W.float()}, TypeError, r"weight.dtype=torch.float32: must be torch.float64, the dtype of features"),
         ({"weight": W.to("meta")}, ValueError, r"weight is on meta: must be on cpu, the device of features"),
-        ({"bias": B[:3]}, ValueError, r"bias has shape \(3,\): must be \(5,\), as weight say"),
+        ({"bias": B[:3]}, ValueError, r"bias has shape \(3,\): must be \(5,\)"),
         ({"bias": B.half()}, TypeError, r"bias.dtype=torch.float16: must be torch.float64"),
         ({"target": Y + 1}, ValueError, r"target has label 5: must be 0\.\.4 or ignore_index=-100"),
         ({"target": Y[:3]}, ValueError, r"target has shape \(3,\): must be \(4,\)"),

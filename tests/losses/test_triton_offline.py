@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kd.losses.kernels import triton as launcher
-from kd.losses.reference import Settings
+from kd.losses.reference import Inputs, Numbers
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -112,7 +112,7 @@ def launch(case: Case, **settings):
 def call(case: Case, n=2, shift=0, **settings):
     """``shift`` elements after an aligned address lies what comes from above."""
     dtype, k = DTYPES[case.student], case.classes
-    settings = Settings(
+    numbers = Numbers(
         temperature=4.0,
         student_temperature=2.0,
         kd_weight=0.9 * (case.terms != "ce"),
@@ -130,9 +130,9 @@ def call(case: Case, n=2, shift=0, **settings):
     upstream = torch.ones(shift + 1, dtype=wide)[shift:].expand(n)
     t = None if case.terms == "ce" else t
     if case.call == "adjust":
-        launcher.adjust(torch.empty_like(s), upstream.clone(), upstream, s, t, y, w, settings)
+        launcher.adjust(torch.empty_like(s), upstream.clone(), upstream, Inputs(s, t, y, w), numbers)
     else:
-        launcher.rows(s, t, y, w, upstream, settings, with_gradient=case.call == "rows")
+        launcher.rows(Inputs(s, t, y, w), upstream, numbers, with_gradient=case.call == "rows")
 
 
 # ---- what the code says

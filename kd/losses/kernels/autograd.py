@@ -2,13 +2,13 @@
 
 A backend is a module with two functions over rows, N of them with K classes each:
 
-- ``rows(student, teacher, target, class_weight, upstream, settings, with_gradient=...)`` gives loss, ce and kd (N,)
-  and the gradient (N, K) of the loss at the student's logits, each row multiplied by its ``upstream`` (N,).
-- ``adjust(gradient, held, upstream, ...)`` brings such a gradient, in place, from the upstream it holds to another.
+- ``rows(inputs, upstream, numbers, with_gradient=...)`` returns loss, ce and kd (N,), and the gradient (N, K) of the
+  loss with respect to the student's logits, each row multiplied by its ``upstream`` (N,).
+- ``adjust(gradient, held, upstream, inputs, numbers)`` changes such a gradient in place from the upstream gradient it
+  holds to another.
 
-When the loss is computed, what will come from above in the backward pass is not known yet. It is guessed: 1, divided by
-the count under reduction "mean". Where the guess is right, as it is for ``loss.backward()``, the backward pass has
-nothing left to do.
+The upstream gradient is not known yet when the loss is computed. It is guessed: 1, divided by the count under reduction
+"mean". ``loss.backward()`` makes the guess right, and then the backward pass has nothing left to do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd.losses.reference import Settings, wide_dtype
+from kd.losses.reference import Inputs, Numbers, wide_dtype
 
 MODULES = {"cpu": "kd.losses.kernels.cpu", "triton": "kd.losses.kernels.triton"}
 BACKENDS = tuple(MODULES)
@@ -28,38 +28,40 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def terms(
-    backend: str,
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    settings: Settings,
-    count: Tensor | int | None,
+    backend: str, inputs: Inputs, numbers: Numbers, count: Tensor | int | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What `kd.losses.reference.terms` gives, by a fused backend.
+    """``kd.losses.reference.terms`` on a fused backend.
 
-    With a ``count`` the loss is one number, the sum over positions divided by it: one node of the graph, where sum and
-    division would be two more, which for few logits is much of the time.
+    With a ``count`` the loss is a scalar, the sum over positions divided by it. That makes one graph node instead of
+    three, and for few logits the nodes are much of the time.
     """
-    shape = student.shape[:-1]
-    if student.ndim != 2:  # for the same reason
-        classes = student.shape[-1]
-        student = student.reshape(-1, classes)
-        teacher = None if teacher is None else teacher.reshape(-1, classes)
-        target = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
-    inputs = student, teacher, target, class_weight
+    shape = inputs.student.shape[:-1]
+    if inputs.student.ndim != 2:  # for the same reason
+        inputs = as_rows(inputs)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        loss, ce, kd, _ = _Functional.apply(*inputs, _guess(student, None), backend, settings)
+        loss, ce, kd, _ = _Functional.apply(*inputs, _guess(inputs.student, None), backend, numbers)
         loss = _reduce(loss, count)
-    elif torch.is_grad_enabled() and student.requires_grad:
-        loss, ce, kd = _Eager.apply(*inputs, count, backend, settings)
+    elif torch.is_grad_enabled() and inputs.student.requires_grad:
+        loss, ce, kd = _Eager.apply(*inputs, count, backend, numbers)
     else:
-        loss, ce, kd, _ = _module(backend).rows(*inputs, _guess(student, None), settings, with_gradient=False)
+        loss, ce, kd, _ = _module(backend).rows(inputs, _guess(inputs.student, None), numbers, with_gradient=False)
         loss = _reduce(loss, count)
     if len(shape) != 1:
         loss, ce, kd = loss if loss.ndim == 0 else loss.view(shape), ce.view(shape), kd.view(shape)
-    wanted = settings.ce_weight > 0, settings.kd_weight > 0 and teacher is not None
-    return loss, ce if wanted[0] else None, kd if wanted[1] else None
+    has_kd = numbers.kd_weight > 0 and inputs.teacher is not None
+    return loss, ce if numbers.ce_weight > 0 else None, kd if has_kd else None
+
+
+def as_rows(inputs: Inputs) -> Inputs:
+    """The positions in one dimension of N rows."""
+    student, teacher, target, class_weight = inputs
+    classes = student.shape[-1]
+    return Inputs(
+        student.reshape(-1, classes),
+        None if teacher is None else teacher.reshape(-1, classes),
+        target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1),
+        class_weight,
+    )
 
 
 def _reduce(loss: Tensor, count: Tensor | int | None) -> Tensor:
@@ -67,7 +69,7 @@ def _reduce(loss: Tensor, count: Tensor | int | None) -> Tensor:
 
 
 def _guess(student: Tensor, count: Tensor | int | None) -> Tensor:
-    """What will come from above for each row (N,), by the operations that will bring it there from 1."""
+    """The upstream gradient of each row (N,) if the root's is 1, by the operations that will compute it."""
     one = torch.ones((), dtype=wide_dtype(student), device=student.device)
     return (one if count is None else one / count).expand(len(student))
 
@@ -78,55 +80,56 @@ def _module(backend: str) -> Any:
 
 
 class _Eager(torch.autograd.Function):
-    """The gradient is computed with the loss and handed out once; it exists once."""
+    """Computes the gradient with the loss, keeps the only copy of it, and returns that copy."""
 
     @staticmethod
-    def forward(ctx, student, teacher, target, class_weight, count, backend, settings):
-        inputs, held = (student, teacher, target, class_weight), _guess(student, count)
-        loss, ce, kd, ctx.gradient = _module(backend).rows(*inputs, held, settings, with_gradient=True)
+    def forward(ctx, student, teacher, target, class_weight, count, backend, numbers):
+        inputs, held = Inputs(student, teacher, target, class_weight), _guess(student, count)
+        loss, ce, kd, ctx.gradient = _module(backend).rows(inputs, held, numbers, with_gradient=True)
         ctx.save_for_backward(*inputs, held)
-        ctx.count, ctx.backend, ctx.settings = count, backend, settings
+        ctx.count, ctx.backend, ctx.numbers = count, backend, numbers
         ctx.mark_non_differentiable(ce, kd)
         return _reduce(loss, count), ce, kd
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         upstream = grad_outputs[0].detach()
-        *inputs, held = ctx.saved_tensors
+        *tensors, held = ctx.saved_tensors
+        inputs = Inputs(*tensors)
         if ctx.count is not None:
             upstream = (upstream / ctx.count).expand_as(held)
         module = _module(ctx.backend)
         gradient, ctx.gradient = ctx.gradient, None  # its receiver may change it in place
         if gradient is None:  # a retained graph, once more: the same two steps give the same bits
-            gradient = module.rows(*inputs, held, ctx.settings, with_gradient=True)[-1]
-        module.adjust(gradient, held, upstream, *inputs, ctx.settings)
-        return _once(gradient, inputs[0], ctx.backend), *[None] * 6
+            gradient = module.rows(inputs, held, ctx.numbers, with_gradient=True)[-1]
+        module.adjust(gradient, held, upstream, inputs, ctx.numbers)
+        return _once(gradient, inputs.student, ctx.backend), *[None] * 6
 
 
 class _Functional(torch.autograd.Function):
-    """Without state between the passes, for torch.compile, torch.export and torch.func: backward starts anew."""
+    """Keeps nothing between the passes, for torch.compile, torch.export and torch.func: backward starts anew."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(student, teacher, target, class_weight, held, backend, settings):
-        return fused_rows(student, teacher, target, class_weight, held, backend, *settings, False)
+    def forward(student, teacher, target, class_weight, held, backend, numbers):
+        return fused_rows(student, teacher, target, class_weight, held, backend, *numbers, False)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, _, ctx.backend, ctx.settings = inputs
+        *tensors, _, ctx.backend, ctx.numbers = inputs
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         with torch.no_grad():
-            *_, gradient = fused_rows(*ctx.saved_tensors, grad_outputs[0], ctx.backend, *ctx.settings, True)
+            *_, gradient = fused_rows(*ctx.saved_tensors, grad_outputs[0], ctx.backend, *ctx.numbers, True)
         return _once(gradient, ctx.saved_tensors[0], ctx.backend), *[None] * 6
 
 
 class _Once(torch.autograd.Function):
-    """The identity in `gradient`, whose own derivative is an error: a silent zero would be a wrong one."""
+    """The identity in `gradient`. Its own derivative is an error, because a silent zero would be wrong."""
 
     generate_vmap_rule = True
 
@@ -144,7 +147,7 @@ class _Once(torch.autograd.Function):
 
 
 def _once(gradient: Tensor, student: Tensor, backend: str) -> Tensor:
-    """The gradient, and under create_graph one that belongs to a graph, so that a second derivative is refused."""
+    """The gradient; under create_graph it belongs to a graph, so that a second derivative is refused."""
     return _Once.apply(gradient, student, backend) if torch.is_grad_enabled() else gradient
 
 
@@ -164,34 +167,34 @@ def fused_rows(
     ignore_index: int,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A backend's ``rows`` as one operation that a compiler does not look into."""
-    settings = Settings(temperature, student_temperature, kd_weight, ce_weight, uniform_mass, ignore_index)
-    inputs = student, teacher, target, class_weight, upstream
-    *values, gradient = _module(backend).rows(*inputs, settings, with_gradient=with_gradient)
-    return *(value.clone() for value in values), gradient  # an operation's results may not share memory
+    """A backend's ``rows`` as one operator that a compiler does not look into."""
+    inputs = Inputs(student, teacher, target, class_weight)
+    numbers = Numbers(temperature, student_temperature, kd_weight, ce_weight, uniform_mass, ignore_index)
+    *values, gradient = _module(backend).rows(inputs, upstream, numbers, with_gradient=with_gradient)
+    return *(value.clone() for value in values), gradient  # an operator's results may not share memory
 
 
 @fused_rows.register_fake
-def _(student, teacher, target, class_weight, upstream, backend, *settings):
+def _(student, teacher, target, class_weight, upstream, backend, *numbers):
     n, classes = student.shape
     values = (student.new_empty(n, dtype=wide_dtype(student)) for _ in range(3))
-    return *values, student.new_empty(n if settings[-1] else 0, classes)
+    return *values, student.new_empty(n if numbers[-1] else 0, classes)
 
 
 @fused_rows.register_vmap
-def _(info, dims, student, teacher, target, class_weight, upstream, *settings):
-    """Rows are independent: a batch of batches is one longer batch."""
+def _(info, dims, student, teacher, target, class_weight, upstream, *numbers):
+    """Rows are independent, so a batch of batches is one longer batch."""
     if dims[3] is not None:
         raise RuntimeError("class_weight: cannot be batched by vmap on a fused backend; use backend='reference'")
 
-    def rows(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+    def flat(tensor: Tensor | None, dim: int | None) -> Tensor | None:
         if tensor is None:
             return None
         tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
         return tensor.flatten(0, 1)
 
-    inputs = (rows(tensor, dim) for tensor, dim in zip((student, teacher, target), dims, strict=False))
-    *values, gradient = fused_rows(*inputs, class_weight, rows(upstream, dims[4]), *settings)
+    rows = (flat(tensor, dim) for tensor, dim in zip((student, teacher, target), dims, strict=False))
+    *values, gradient = fused_rows(*rows, class_weight, flat(upstream, dims[4]), *numbers)
     values = [value.view(info.batch_size, -1) for value in values]
-    shape = (info.batch_size, -1 if settings[-1] else 0, gradient.shape[-1])
+    shape = (info.batch_size, -1 if numbers[-1] else 0, gradient.shape[-1])
     return (*values, gradient.view(shape)), (0, 0, 0, 0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kd.losses.kernels.cpu_kernel import BFLOAT, BLOCK, DOUBLE, FLOAT, HALF, Block, Job, compile_work
-from kd.losses.reference import Settings, wide_dtype
+from kd.losses.reference import Inputs, Numbers, wide_dtype
 
 SMALL = 32768  # classes in all below which a second thread costs more than it brings
 KINDS = {torch.float16: HALF, torch.bfloat16: BFLOAT, torch.float32: FLOAT, torch.float64: DOUBLE}
@@ -23,92 +23,51 @@ POWERS = {1.0: 0, 2.0: 1, 4.0: 2, 8.0: 3}  # student temperatures for which e^s 
 
 
 def rows(
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    upstream: Tensor,
-    settings: Settings,
-    *,
-    with_gradient: bool,
+    inputs: Inputs, upstream: Tensor, numbers: Numbers, *, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(loss, ce, kd, gradient)``: wide ``(N,)`` three times, and ``(N, K)`` in the student's dtype.
 
-    The gradient of row i is ``upstream[i] * d loss_i / d student_i``, rounded once; shape ``(0, K)`` without it. The
-    formula is that of kd.losses.reference; ce and kd are unweighted, and 0 where their weight is 0.
+    The gradient of row i is ``upstream[i] * d loss_i / d student_i``, rounded once; its shape is ``(0, K)`` without
+    ``with_gradient``. The formula is that of kd.losses.reference; ce and kd are unweighted, and 0 where their weight is
+    0.
 
-    Rows may lie apart in any way; logits and probabilities whose classes do are copied first.
+    Rows may lie apart in any way. Logits and probabilities are copied first where the classes of a row are not
+    contiguous.
     """
+    student = inputs.student
     gradient = student.new_empty(student.shape if with_gradient else (0, student.shape[1]))
-    values = _launch(
-        gradient if with_gradient else None,
-        None,
-        upstream,
-        student,
-        teacher,
-        target,
-        class_weight,
-        settings,
-    )
-    loss, ce, kd = values.unbind()
+    loss, ce, kd = _launch(gradient if with_gradient else None, None, upstream, inputs, numbers).unbind()
     return loss, ce, kd, gradient
 
 
-def adjust(
-    gradient: Tensor,
-    held: Tensor,
-    upstream: Tensor,
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    settings: Settings,
-) -> None:
-    """Bring a gradient that holds the rows for the upstream ``held`` (N,) to ``upstream`` (N,), in place.
+def adjust(gradient: Tensor, held: Tensor, upstream: Tensor, inputs: Inputs, numbers: Numbers) -> None:
+    """Change a gradient of ``rows`` in place from the upstream gradient ``held`` (N,) to ``upstream`` (N,).
 
-    Rows where both are equal are not touched. Wide rows are multiplied by ``upstream / held`` where that is safe;
-    those of 16 bits are computed again, because they may be rounded only once and may have lost all to underflow.
+    Rows where both are equal are not touched. Wide rows are multiplied by ``upstream / held`` where that is safe. Rows
+    of 16 bits are computed again, because they may be rounded only once and may have lost everything to underflow.
     """
     if torch.equal(held, upstream):
         return
     if gradient.dtype == held.dtype:
-        # Beyond these bounds held may have pushed what the row holds out of float32's range.
+        # Beyond these bounds held may have pushed the row's values out of float32's range.
         usable = (held.abs() > 2.0**-40) & (held.abs() < 2.0**40) & (upstream.abs() < 2.0**40)
         factor = torch.where(usable & (upstream != held), upstream / held, 1)
         if (factor != 1).any():
             gradient.mul_(factor.unsqueeze(1))
         held = torch.where(usable, upstream, held)
-    if torch.equal(held, upstream):
-        return
-    _launch(
-        gradient,
-        held,
-        upstream,
-        student,
-        teacher,
-        target,
-        class_weight,
-        settings,
-    )
+    if not torch.equal(held, upstream):
+        _launch(gradient, held, upstream, inputs, numbers)
 
 
-def _launch(
-    gradient: Tensor | None,
-    held: Tensor | None,
-    upstream: Tensor,
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    settings: Settings,
-) -> Tensor:
+def _launch(gradient: Tensor | None, held: Tensor | None, upstream: Tensor, inputs: Inputs, numbers: Numbers) -> Tensor:
     """Compute all rows, or those where ``held`` differs from ``upstream``; returns loss, ce and kd as ``(3, N)``."""
+    student, teacher, target, class_weight = inputs
     count, classes = student.shape
     wide = wide_dtype(student)
     values = torch.empty((3, count), dtype=wide)
     if count == 0:
         return values
-    temperature, student_temperature, kd_weight, ce_weight, uniform_mass, ignore_index = settings
+    temperature, student_temperature, kd_weight, ce_weight, uniform_mass, ignore_index = numbers
     if kd_weight == 0:
         teacher = None
     if teacher is None and ce_weight == 0:

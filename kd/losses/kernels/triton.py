@@ -13,67 +13,32 @@ import triton.language as tl
 from torch import Tensor
 
 from kd.losses.kernels.triton_kernels import LANE, resident, sweeps
-from kd.losses.reference import Settings, wide_dtype
+from kd.losses.reference import Inputs, Numbers, wide_dtype
 
 
 def rows(
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    upstream: Tensor,
-    settings: Settings,
-    *,
-    with_gradient: bool,
+    inputs: Inputs, upstream: Tensor, numbers: Numbers, *, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(loss, ce, kd, gradient)``: values (N,) in the wide dtype, ce and kd unweighted and 0 where their weight is.
+    """``(loss, ce, kd, gradient)``: values (N,) in the wide dtype, ce and kd unweighted and 0 where their weight is 0.
 
     ``gradient`` (N, K), in the student's dtype, is ``upstream[i]`` times that of ``loss[i]``, or (0, K). Logits are
-    (N, K), ``target`` (N,) labels or (N, K) probabilities, ``class_weight`` (K,), ``upstream`` (N,) in the wide dtype.
-    A label outside 0..K-1 other than ``ignore_index`` is not followed: its loss, ce and gradient are nan.
+    (N, K), the target (N,) labels or (N, K) probabilities, class_weight (K,), ``upstream`` (N,) in the wide dtype. A
+    label outside 0..K-1 other than ``ignore_index`` is not followed: its loss, ce and gradient are nan.
     """
+    student = inputs.student
     n, k = student.shape
     values = [student.new_empty(n, dtype=wide_dtype(student)) for _ in range(3)]
     gradient = student.new_empty((n if with_gradient else 0, k))
-    _launch(
-        student,
-        teacher,
-        target,
-        class_weight,
-        upstream,
-        None,
-        values,
-        gradient if with_gradient else None,
-        settings,
-    )
+    _launch(inputs, upstream, None, values, gradient if with_gradient else None, numbers)
     return values[0], values[1], values[2], gradient
 
 
-def adjust(
-    gradient: Tensor,
-    held: Tensor,
-    upstream: Tensor,
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    settings: Settings,
-) -> None:
-    """Bring ``gradient``, the result of ``rows`` for the upstream ``held`` (N,), to ``upstream`` (N,) in place.
+def adjust(gradient: Tensor, held: Tensor, upstream: Tensor, inputs: Inputs, numbers: Numbers) -> None:
+    """Change a gradient of ``rows`` in place from the upstream gradient ``held`` (N,) to ``upstream`` (N,).
 
-    Each row compares the two on the GPU: where they are equal it is left alone, else computed again from the logits.
+    Each row compares the two on the GPU. Where they are equal it is left alone, else computed again from the logits.
     """
-    _launch(
-        student,
-        teacher,
-        target,
-        class_weight,
-        upstream,
-        held,
-        [None, None, None],
-        gradient,
-        settings,
-    )
+    _launch(inputs, upstream, held, [None, None, None], gradient, numbers)
 
 
 class Shape(NamedTuple):
@@ -109,23 +74,21 @@ def shape_for(classes: int, wide: torch.dtype, vector: int, lanes: int) -> Shape
 
 
 def _launch(
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
+    inputs: Inputs,
     upstream: Tensor,
     held: Tensor | None,
     values: list[Tensor] | list[None],
     gradient: Tensor | None,
-    settings: Settings,
+    numbers: Numbers,
 ) -> None:
+    student, teacher, target, class_weight = inputs
     n, k = student.shape
     if n == 0:
         return
-    *scalars, ignore_index = settings
+    *scalars, ignore_index = numbers
     double, soft = student.dtype == torch.float64, target.is_floating_point()
     student = _rows_of_ones(student)
-    teacher = _rows_of_ones(teacher) if teacher is not None and settings.kd_weight > 0 else None
+    teacher = _rows_of_ones(teacher) if teacher is not None and numbers.kd_weight > 0 else None
     target = _rows_of_ones(target) if soft else target
     class_weight = None if class_weight is None else class_weight.contiguous()
     strides = [0 if x is None else x.stride(0) for x in (student, teacher, target)]
@@ -154,7 +117,7 @@ def _launch(
             k // vector,
             *(_bits(x) if double else float(x) for x in scalars),
             ignore_index,
-            CE=settings.ce_weight > 0,
+            CE=numbers.ce_weight > 0,
             SOFT=soft,
             WIDE=tl.float64 if double else tl.float32,
             ROWS=shape.rows,
