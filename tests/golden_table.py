@@ -74,13 +74,14 @@ def slope(function: Callable[[np.longdouble], np.longdouble], step: float = 1e-4
 
 
 def every_case() -> list[Case]:
-    """What all the test modules beside this one list as GOLDEN_CASES."""
-    here = Path(__file__).parent
-    if str(here) not in sys.path:
-        sys.path.insert(0, str(here))
+    """What the test modules of all rooms list as GOLDEN_CASES."""
+    tests = Path(__file__).parent
     cases = []
-    for path in sorted(here.glob("test_*.py")):
+    for path in sorted(tests.rglob("test_*.py")):
         if "\nGOLDEN_CASES" in path.read_text():
+            for folder in (path.parent, tests):  # as pytest does
+                if str(folder) not in sys.path:
+                    sys.path.insert(0, str(folder))
             cases += import_module(path.stem).GOLDEN_CASES
     return cases
 

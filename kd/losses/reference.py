@@ -103,10 +103,14 @@ def cross_entropy(student: Tensor, share: Tensor) -> Tensor:
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float, student_temperature: float) -> Tensor:
     """``Ts² KL(softmax(teacher / T) || softmax(student / Ts))``; a class of teacher probability 0 adds 0."""
-    log_s, log_t = log_softened(student, student_temperature), log_softened(teacher, temperature)
+    return student_temperature**2 * kl(log_softened(teacher, temperature), log_softened(student, student_temperature))
+
+
+def kl(log_t: Tensor, log_s: Tensor) -> Tensor:
+    """``KL(t || s)`` over the last axis, from log probabilities; a class of teacher probability 0 adds 0."""
     p = log_t.exp()
     # Where p is 0 in this dtype the student may be masked too, and 0 * inf is nan.
-    return student_temperature**2 * (p * (log_t - log_s).masked_fill(p == 0, 0)).sum(-1)
+    return (p * (log_t - log_s).masked_fill(p == 0, 0)).sum(-1)
 
 
 def log_softened(logits: Tensor, temperature: float) -> Tensor:

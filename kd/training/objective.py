@@ -1,19 +1,19 @@
-"""What a stage minimises: the fused cross entropy and plain distillation, and any weighted methods beside them.
+"""The objective of a stage: the fused cross entropy and plain distillation, and any weighted methods beside them.
 
-N examples. Everything is a sum over examples; who divides by how many is the loop's affair.
+N examples. Everything is a sum over examples; the training loop divides by their number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kd.losses.distill import DistillLoss
-from kd.losses.methods.base import Method, Seen, View
+from kd.losses.methods.base import Method, Seen, Setup, View
 from kd.losses.methods.registry import Weighted
 
 
@@ -31,25 +31,34 @@ class Objective(nn.Module):
     same as that of a mean over examples.
 
     Args:
-        loss: the first two terms, of reduction "sum".
+        loss: the first two terms, with reduction "sum".
         methods: the others by name; they are the objective's submodules, and what they learn its parameters.
+        new_peer: makes a second student with other weights, for methods that need "peer".
+
+    Raises:
+        ValueError: more than one method brings a classifier of its own.
     """
 
-    def __init__(self, loss: DistillLoss, methods: Mapping[str, Weighted] | None = None):
+    def __init__(
+        self,
+        loss: DistillLoss,
+        methods: Mapping[str, Weighted] | None = None,
+        new_peer: Callable[[], nn.Module] | None = None,
+    ):
         super().__init__()
+        assert loss.reduction == "sum"
         methods = methods or {}
         self.loss = loss
         self.methods = nn.ModuleDict({name: each.method for name, each in methods.items()})
         self._weights = {name: (each.weight, each.warmup_epochs) for name, each in methods.items()}
-        if loss.reduction != "sum":
-            raise ValueError(f"reduction={loss.reduction!r}: must be 'sum', the loop divides")
-        own = [name for name, method in self._each() if method.classifies]
-        if len(own) > 1:
-            raise ValueError(f"{' and '.join(own)}: each has a classifier of its own to evaluate; choose one")
+        self._new_peer = new_peer
+        with_classifier = [name for name, method in self._each() if method.classifies]
+        if len(with_classifier) > 1:
+            raise ValueError(f"{' and '.join(with_classifier)}: each has its own classifier to evaluate; choose one")
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the methods need of the loop, as `Method.needs` has it."""
+        """What the methods need of the loop, as `Method.needs` lists it."""
         return frozenset().union(*(method.needs for _, method in self._each()))
 
     @property
@@ -73,15 +82,25 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def build(self, seen: Seen, num_samples: int) -> None:
-        """Let every method make what it learns and keeps, from a first batch. Raises ValueError with its name."""
+        """Let every method make what it learns and keeps, from a first batch and the number of training examples.
+
+        Raises ValueError, beginning with the method's name.
+        """
         for name, method in self._each():
             with _about(name):
-                method.build(seen, num_samples)
+                method.build(Setup(seen, num_samples, self._peer() if "peer" in method.needs else None))
         self.to(seen.student.logits.device)
+
+    def _peer(self) -> nn.Module | None:
+        with torch.random.fork_rng():  # other methods draw the same weights with and without a peer
+            return self._new_peer() if self._new_peer else None
 
     @torch.no_grad()
     def rehearse(self, seen: Seen) -> None:
-        """Evaluate every method once, as training does: what it keeps moves. Raises ValueError with its name."""
+        """Evaluate every method once, as training does: what it keeps moves.
+
+        Raises ValueError, beginning with the method's name.
+        """
         self.train()
         for name, method in self._each():
             with _about(name):
@@ -98,7 +117,7 @@ class Objective(nn.Module):
         total, ce, kd = self.loss.terms(seen.student.logits, teacher, seen.target)
         values = {name: term for name, term in (("ce", ce), ("kd", kd)) if term is not None}
         for name, method in self._each():
-            value: Any = method(seen)
+            value: Tensor = method(seen)
             value = value.sum() if method.per_example else value * len(seen.target)
             total = total + self.weight(name, seen.epoch) * value
             values[name] = value.detach()

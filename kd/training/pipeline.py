@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +128,8 @@ def student_stage(run: Run, teacher: Teacher) -> Stage:
     """The student, ready to be distilled from the teacher."""
     recipe, data, directory = run.recipe, run.data.transfer, run.directory / "student"
     network = student_network(run)
-    weighted = methods.build(recipe.loss.methods)
-    for each in weighted.values():
-        if "peer" in each.method.needs:
-            each.method.peer = student_network(run, seed=mixed_seed(recipe.seed, 1))
-    objective = Objective(_distill_loss(recipe.loss), weighted)
+    new_peer = partial(student_network, run, seed=mixed_seed(recipe.seed, 1))
+    objective = Objective(_distill_loss(recipe.loss), methods.build(recipe.loss.methods), new_peer)
     taps = needed(objective.needs, network, teacher.model, recipe.student.layers, recipe.teacher.layers)
     if taps:
         teacher = Teacher(teacher.model, features=taps[1].names)

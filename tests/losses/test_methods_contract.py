@@ -7,7 +7,7 @@ import inspect
 import math
 import pkgutil
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.gradcheck import GradcheckError
 
-import kd.losses
-from kd.losses.methods.base import IGNORE, METHODS, Method, Seen, View, batch_mean
+import kd.losses.methods
+from kd.losses.methods.base import IGNORE, METHODS, Method, Seen, Setup, View, batch_mean
 from kd.losses.reference import wide_dtype
 
-for module in pkgutil.iter_modules(kd.losses.__path__, "kd.losses."):
+for module in pkgutil.iter_modules(kd.losses.methods.__path__, "kd.losses.methods."):
     importlib.import_module(module.name)
 
 
@@ -35,12 +35,10 @@ class Row:
     learns: bool = False  # has parameters of its own
     constant_part: bool = False  # by definition holds a part constant in its gradient, which is then not the value's
     alone: str = "finite"  # what a batch of one gives: "finite", or "error", a ValueError that says so
-    prepare: Callable[[Method, Seen], None] = lambda method, seen: None  # what the loop would set before `build`
 
 
-def give_peer(method: Method, seen: Seen) -> None:
-    assert seen.images is not None
-    method.peer = nn.Sequential(nn.Flatten(), nn.Linear(seen.images[0].numel(), seen.student.logits.shape[1]))
+def new_peer(seen: Seen):
+    return nn.Sequential(nn.Flatten(), nn.Linear(seen.images[0].numel(), seen.student.logits.shape[1]))
 
 
 # ======== one row per registered method ========
@@ -79,7 +77,7 @@ ROWS: dict[str, Row] = {
     "vid": Row("neither", learns=True),
     # hard labels
     "confidence_penalty": Row("-"),
-    "dml": Row("-", learns=True, constant_part=True, prepare=give_peer),  # each network is constant to the other
+    "dml": Row("-", learns=True, constant_part=True),  # each network is constant to the other
     "flsd53": Row("-"),
     "focal": Row("-"),
     "generalized_smoothing": Row("-"),
@@ -177,10 +175,9 @@ def ready(name, seen: Seen, seed=0) -> Method:
     """The method with its learned parts made, in the precision of the batch, or float32 where that is less."""
     torch.manual_seed(seed)
     method = made(name)
-    ROWS[name].prepare(method, seen)
     dtype = torch.float64 if seen.student.logits.dtype == torch.float64 else torch.float32
     wide = [changed(v, lambda x: x.detach().to(dtype)) for v in (seen.student, seen.teacher)]
-    method.build(replace(seen, student=wide[0], teacher=wide[1]), SAMPLES)
+    method.build(Setup(replace(seen, student=wide[0], teacher=wide[1]), SAMPLES, new_peer(seen)))
     return method.to(dtype)
 
 
@@ -368,7 +365,7 @@ def test_whatever_else_is_needed_and_missing_is_an_error(name):
             call(method, replace(seen, **{need: None}))
     fewer = replace(seen, teacher=rows_of(seen, slice(0, 2)).teacher)
     if name in WITH_TEACHER:
-        with pytest.raises(ValueError, match="must have seen the same examples"):
+        with pytest.raises(ValueError, match="teacher's logits of shape"):
             call(method, fewer)
 
 

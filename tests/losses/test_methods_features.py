@@ -13,7 +13,7 @@ import torch
 from golden_table import SECOND, TOLERANCE, Case, errors, slope
 from torch import nn
 
-from kd.losses.methods.base import Seen, View
+from kd.losses.methods.base import Seen, Setup, View
 from kd.losses.methods.connectors import OverhaulFeature, ReusedClassifier, ReviewKD, normal_mean_of_negatives
 from kd.losses.methods.contrastive import ContrastiveRepresentation
 from kd.losses.methods.features import (
@@ -56,7 +56,7 @@ def views(s, t):
 def authors_case(case):
     s, t = (torch.tensor(GOLDEN["inputs"][case["inputs"]][key], dtype=torch.float64) for key in "st")
     method = AUTHORS[case["key"]](**case["hyper"])
-    method.build(views(s, t), len(s))
+    method.build(Setup(views(s, t), len(s)))
     for name, _ in list(method.named_children()):
         setattr(method, name, nn.Identity())
     numbers = (torch.tensor(case["expected"][key], dtype=torch.float64) for key in ("loss", "grad_s"))
@@ -108,7 +108,7 @@ def numpy(x):
 
 def built(method, seen):
     torch.manual_seed(0)
-    method.build(seen, SAMPLES)
+    method.build(Setup(seen, SAMPLES))
     return method
 
 
@@ -385,10 +385,10 @@ def test_simkd_classifies_as_the_teacher_where_the_maps_agree(seen):
 
 
 def test_simkd_refuses_a_map_that_the_classifier_does_not_read(seen):
-    with pytest.raises(ValueError, match=r"simkd: the teacher's map -2 has 4 channels and its classifier reads 5"):
+    with pytest.raises(ValueError, match="reads 5 channels, and not the average of map -2 with 4"):
         built(ReusedClassifier(layer=-2), seen)
     other = View(seen.teacher.logits + 1, seen.teacher.maps, None, seen.teacher.weight, seen.teacher.bias)
-    with pytest.raises(ValueError, match="does not read the average of map -1"):
+    with pytest.raises(ValueError, match="not the average of map -1"):
         built(ReusedClassifier(), Seen(seen.student, other, seen.target))
 
 

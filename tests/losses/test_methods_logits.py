@@ -13,7 +13,7 @@ from golden_table import SECOND, TOLERANCE, Case, errors
 
 import kd.losses.methods.temperature as several
 from kd import distill_loss
-from kd.losses.methods.base import METHODS, Seen, View, batch_mean
+from kd.losses.methods.base import METHODS, Seen, Setup, View, batch_mean
 from kd.losses.methods.batch_logits import DIST, MLKD
 from kd.losses.methods.decoupled import DKD, NKD, RLD
 from kd.losses.methods.logits import ATS, KD, TTM, WSL, WTTM, GeneralisedJSD, HardDistillation, LogitMSE, ReverseKL
@@ -313,7 +313,7 @@ def batch(n=6, k=5, seed=0, scale=3.0):
 def ready(method, s, t, y, **seen):
     """The method's values, after it has made its learned parts."""
     seen = Seen(View(s), View(t), y, **seen)
-    method.build(seen, len(s))
+    method.build(Setup(seen, len(s)))
     return method.double()(seen)
 
 
@@ -420,10 +420,9 @@ def test_logit_standardization_sets_temperature_two_and_hands_settings_on():
     assert LogitStandardization("dkd", {"temperature": 5.0}).inner.temperature == 5.0
     assert not LogitStandardization("dist").per_example
     assert not LogitStandardization("rld").soft_targets
-    with pytest.raises(ValueError, match=r"lskd.method='kdd': must be one of .*dkd, "):
-        LogitStandardization("kdd")
-    with pytest.raises(ValueError, match=r"method='kd', name='nckd_weight': must be one of temperature"):
-        LogitStandardization("kd", {"nckd_weight": 1.0})
+    for wrong in ({"method": "kdd"}, {"settings": {"nckd_weight": 1.0}}):
+        with pytest.raises(ValueError, match=r"^lskd"):
+            LogitStandardization(**wrong)
 
 
 def test_logit_standardization_of_a_method_that_learns():
@@ -575,7 +574,7 @@ def test_ctkd_reverses_and_scales_the_gradient_of_its_temperature():
     s, t, y = batch()
     method = CTKD(curriculum_epochs=4.0)
     seen = Seen(View(s), View(t), y)
-    method.build(seen, 6)
+    method.build(Setup(seen, 6))
     method.double()
 
     def at(theta):
@@ -604,7 +603,7 @@ def test_ctkd_climbs_the_loss_and_the_student_descends_it():
     s, t, y = batch()
     method = CTKD()
     seen = Seen(View(s), View(t), y, epoch=20.0, epochs=30)
-    method.build(seen, 6)
+    method.build(Setup(seen, 6))
     method.double()
     optimizer = torch.optim.SGD(method.parameters(), lr=0.05)
     before = method(seen).mean()
@@ -621,17 +620,14 @@ def test_several_teachers_become_one():
         close((several.arithmetic_mean(teachers, T) / T).softmax(-1), p)
         q = (s / T).log_softmax(-1)
         close(ready(KD(T), s, several.arithmetic_mean(teachers, T), y), T**2 * (p * (p.log() - q)).sum(-1))
-        product = (teachers / T).softmax(-1).prod(0) ** (1 / 3)
-        close((several.geometric_mean(teachers) / T).softmax(-1), product / product.sum(-1, keepdim=True))
     same = draw(1, 6, 5).expand(4, 6, 5)
-    for one in (several.arithmetic_mean(same, 2.0), several.geometric_mean(same)):
-        close(one.log_softmax(-1), same[0].log_softmax(-1))
+    close(several.arithmetic_mean(same, 2.0).log_softmax(-1), same[0].log_softmax(-1))
     far = several.arithmetic_mean(torch.tensor([[[1e4, -1e4]], [[-1e4, 1e4]]]), 1.0)
     torch.testing.assert_close(far.softmax(-1), torch.tensor([[0.5, 0.5]]))
 
 
 # What moves with a row's offset: only the distance of the logits themselves.
-MODULES = tuple(f"kd.losses.{name}" for name in ("logits", "decoupled", "batch_logits", "temperatures"))
+MODULES = tuple(f"kd.losses.methods.{name}" for name in ("logits", "decoupled", "batch_logits", "temperature"))
 HERE = [name for name, method in METHODS.items() if method.__module__ in MODULES]
 OFFSET_FREE = [name for name in HERE if name != "logit_mse"]
 
@@ -669,30 +665,3 @@ def test_dkd_and_its_kin_are_exact_at_margins_where_probabilities_round_to_one(m
         exact = ready(method, s.detach().double(), t.double(), y)
         torch.testing.assert_close(values.double(), exact, rtol=2e-5, atol=2e-5)
         assert gradient(values, s).isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: KD(0.0), r"kd.temperature=0.0: must be a number from 0.001 to 1000"),
-        (lambda: DKD(nckd_weight=-1.0), r"dkd.nckd_weight=-1.0: must be a number from 0 to 1000000"),
-        (lambda: GeneralisedJSD(1.0), r"gjsd.teacher_share=1.0: must be a number > 0 and < 1"),
-        (lambda: MLKD(()), r"mlkd.temperatures=\(\): must be one or more"),
-        (lambda: MLKD((4.0, -2.0)), r"mlkd.temperatures=-2.0: must be a number from 0.001 to 1000"),
-        (lambda: MLKD(confidence_mask="half"), r"mlkd.confidence_mask='half': must be one of examples, share, none"),
-        (lambda: LogitStandardization(correction=2), r"lskd.correction=2: must be 0 .* or 1"),
-        (
-            lambda: CTKD(lowest_temperature=999.0, temperature_range=1.5),
-            r"ctkd.lowest_temperature=999.0 with temperature_range=1.5: their sum must be at most 1000",
-        ),
-        (lambda: CTKD(curriculum_epochs=0.0), r"ctkd.curriculum_epochs=0.0: must be a finite number > 0"),
-    ],
-)
-def test_what_cannot_work_is_said(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-def test_one_class_has_no_others():
-    with pytest.raises(ValueError, match="at least 2 classes"):
-        ready(DKD(), torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))

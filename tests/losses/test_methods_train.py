@@ -1,6 +1,5 @@
 """Every method trains by its name through the one loop; what `loss=NAME` stands for, and a method of one's own."""
 
-import ast
 import json
 import math
 import re
@@ -59,18 +58,6 @@ def test_every_method_trains_by_its_name(name, kd_train, runs):
 
 def test_names_are_read_from_the_source_and_all_of_them_are_found():
     assert set(EVERY) == {name for name, method in methods.library().items() if method.__module__.startswith("kd.")}
-
-
-def test_the_loop_knows_no_method_by_name():
-    """Neither as text nor as a class; `kd` and `label_smoothing` are settings of the recipe as well."""
-    allowed = {"kd", "label_smoothing"}
-    classes = {method.__name__ for method in methods.library().values()} - {"KD"}
-    for name in ("loop", "objective", "stages", "results", "train", "plan"):
-        nodes = list(ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())))
-        texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-        names = {node.id for node in nodes if isinstance(node, ast.Name)}
-        assert not texts & (set(EVERY) - allowed), name
-        assert not names & classes, name
 
 
 # ---- what learned parts and gathered state need
@@ -208,11 +195,6 @@ def test_the_objective_is_the_weighted_sum_over_examples():
             torch.testing.assert_close(terms.values[name], value.detach())
 
 
-def test_an_objective_wants_sums():
-    with pytest.raises(ValueError, match="reduction='mean': must be 'sum'"):
-        Objective(DistillLoss())
-
-
 # ---- loss=NAME
 
 
@@ -293,7 +275,7 @@ WRONG = {
     "loss=dkd loss.methods.dkd.temperature=0": "loss.methods.dkd.temperature=0: must be a number from 0.001 to 1000",
     "loss=dkd loss.methods.dkd.temperature=hot": "loss.methods.dkd.temperature=hot: must be a number",
     "loss=dkd loss.methods.dkd.weight=-1": "loss.methods.dkd.weight=-1: must be a number from 0 to 1000000",
-    "loss=crd loss.methods.crd.num_negatives=0": "loss.methods.crd.num_negatives=0: must be a finite number",
+    "loss=crd loss.methods.crd.num_negatives=0": "loss.methods.crd.num_negatives=0: must be a whole number",
     "loss=crd loss.methods.crd.num_negatives=1.5": "loss.methods.crd.num_negatives=1.5: must be a whole number",
     "loss=crd loss.methods.crd.released=1": "loss.methods.crd.released=1: must be true or false",
     "loss=mlkd loss.methods.mlkd.temperatures=[a]": "loss.methods.mlkd.temperatures=['a']: must be a list",

@@ -10,7 +10,7 @@ import kd.models.networks  # noqa: F401 (registers its names)
 from kd.losses.methods import connectors as transforms
 from kd.losses.methods import contrastive as contrast
 from kd.losses.methods import features, relations
-from kd.losses.methods.base import Seen
+from kd.losses.methods.base import Seen, Setup
 from kd.models.factory import Student, Teacher
 from kd.models.layers import Layer, as_map, classifier_name, list_layers, tap, tap_pair
 
@@ -160,7 +160,7 @@ SPATIAL = [features.Hint, features.AttentionTransfer, features.NeuronSelectivity
 def test_every_method_trains_from_the_default_layers(make, student, teacher, side):
     seen = seen_by(made(student), made(teacher), torch.randn(4, 3, side, side))
     method = make()
-    method.build(seen, 10)
+    method.build(Setup(seen, 10))
     value = method(seen).mean()
     assert value.isfinite()
     gradients = torch.autograd.grad(value, [*seen.student.maps, seen.student.embedding], allow_unused=True)
@@ -174,7 +174,7 @@ def test_simkd_ships_with_the_teachers_classifier():
     x = torch.randn(8, 3, 32, 32)
     seen = seen_by(student, teacher, x)
     method = transforms.ReusedClassifier()
-    method.build(seen, 10)
+    method.build(Setup(seen, 10))
     logits = method.eval().classify(seen.student)
     assert logits.shape == (8, K)
     assert not torch.equal(logits, seen.student.logits)

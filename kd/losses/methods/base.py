@@ -1,8 +1,9 @@
-"""What every published method is here: one class, a pure function of what student and teacher gave for a batch.
+"""Base class of every distillation method, and what a method receives for a batch.
 
-A method is a dataclass whose fields are its hyper-parameters. Its ``values`` gives one number per example (or one for
-the batch, where the method compares examples with each other), unweighted: the weight and the mean belong to the
-caller. The loop gives every method the same ``Seen`` and knows none by name.
+A method is one dataclass whose fields are its hyperparameters. Its ``values`` is a pure function of what student and
+teacher gave for a batch: one number per example, or one for the batch where the method compares examples with each
+other. Values are unweighted; the weight and the mean belong to the caller. The training loop gives every method the
+same ``Seen`` and knows no method by name.
 
 N examples, K classes, C channels, D dimensions; logits (N, K), maps (N, C, H, W), embeddings (N, D).
 """
@@ -17,11 +18,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from kd.losses.methods.fields import check_fields
 from kd.losses.reference import wide_dtype
 from kd.smoothing import check_target
 
 IGNORE = -100
-METHODS: dict[str, type[Method]] = {}  # by name; a subclass enters itself
+METHODS: dict[str, type[Method]] = {}  # by name; a subclass registers itself
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,20 @@ class View:
     weight: Tensor | None = None  # (K, D), the classifier's rows, the class templates
     bias: Tensor | None = None  # (K,)
 
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> View:
+        """The view with every tensor changed that has a row per example."""
+        embedding = None if self.embedding is None else change(self.embedding)
+        return replace(self, logits=change(self.logits), maps=[change(m) for m in self.maps], embedding=embedding)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> View:
+        """The view with every tensor changed, the classifier's too."""
+        weight, bias = (None if x is None else change(x) for x in (self.weight, self.bias))
+        return replace(self.map_rows(change), weight=weight, bias=bias)
+
 
 @dataclass(frozen=True)
 class Seen:
-    """All that a method may look at."""
+    """All that a method may look at: both networks' outputs for a batch, its labels, and where training stands."""
 
     student: View
     teacher: View | None
@@ -48,22 +60,63 @@ class Seen:
     images: Tensor | None = None  # (N, ...), what the networks saw
     ignored: Tensor | None = None  # (N,) bool, set by Method.forward: rows that it has blanked and labelled 0
 
+    # What a method that needs a teacher reads. `Method.forward` has checked that it is there.
+
+    @property
+    def views(self) -> tuple[View, View]:
+        """Student's and teacher's."""
+        assert self.teacher is not None
+        return self.student, self.teacher
+
+    @property
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """Student's and teacher's, (N, K) each."""
+        student, teacher = self.views
+        return student.logits, teacher.logits
+
+    @property
+    def map_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Student's and teacher's map at every position."""
+        student, teacher = self.views
+        return list(zip(student.maps, teacher.maps, strict=True))
+
+    @property
+    def embeddings(self) -> tuple[Tensor, Tensor]:
+        """Student's (N, D_s) and teacher's (N, D_t)."""
+        student, teacher = self.views
+        assert student.embedding is not None
+        assert teacher.embedding is not None
+        return student.embedding, teacher.embedding
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method is built from, once, before the first update."""
+
+    seen: Seen  # a first batch, the same on every process
+    num_samples: int = 0  # examples in the training set
+    peer: nn.Module | None = None  # a second student with other weights, for a method that needs "peer"
+
 
 class Method(nn.Module):
-    """The base of all methods. A subclass is ``@dataclass(eq=False) class DKD(Method, name="dkd")``.
+    """Base of all methods. A subclass is ``@dataclass(eq=False) class DKD(Method, name="dkd")``.
 
-    It states what it needs, sets its hyper-parameters as fields with the defaults of its paper (CIFAR-100 where there
-    are several), and defines ``values``. Modules that are learned with the student, and buffers that last from batch to
-    batch, are made in ``build``; they are trained, saved and resumed.
+    It states what it needs, declares its hyperparameters as fields with the defaults of its paper (CIFAR-100 where
+    there are several) and their ranges (`kd.losses.methods.fields`), and defines ``values``. Modules that learn with
+    the student, and buffers that last from batch to batch, are made in ``make``; they are trained, saved and resumed.
+
+    Raises:
+        ValueError: a field is out of its range.
     """
 
-    # Of: teacher, maps, embedding, weight, index, images, peer (a network to be set as `.peer` before `build`).
-    needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
-    per_example: ClassVar[bool] = True  # values are (N,), row i a function of row i alone; else () over the batch
-    soft_targets: ClassVar[bool] = True  # whether the target may be probabilities, as with mixup
+    # Of: teacher, maps, embedding, weight, index, images, peer.
+    needs: frozenset[str] = frozenset({"teacher"})
+    per_example: bool = True  # values are (N,), row i a function of row i alone; else () for the batch
+    smallest_batch: ClassVar[int] = 1  # examples that a method needs which is not `per_example`
+    soft_targets: bool = True  # whether the target may be probabilities, as with mixup
     classifies: ClassVar[bool] = False  # `classify` gives the logits to evaluate, not the student's own classifier
-    # Settings of the paper beside its fields: this method's "weight" and the "warmup_epochs" over which it rises
-    # linearly from 0, "ce_weight", "kd_weight" (a plain KD term beside it; 0 where not named), fields that differ.
+    # Published settings: this method's "weight", the "warmup_epochs" over which it rises linearly from 0, "ce_weight",
+    # and the fields that differ from their defaults.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     name: ClassVar[str] = ""
@@ -75,38 +128,51 @@ class Method(nn.Module):
 
     def __post_init__(self):
         super().__init__()  # after the dataclass has set the fields: a module takes plain attributes before it
-        self.check()
+        check_fields(self.name, self)
 
-    def check(self) -> None:
-        """Raise ValueError for hyper-parameters that cannot work."""
+    def require(self, holds: bool, message: str) -> None:
+        """Raise ValueError, ``NAME: MESSAGE``, unless the condition holds."""
+        if not holds:
+            raise ValueError(f"{self.name}: {message}")
 
-    def build(self, seen: Seen, num_samples: int) -> None:
-        """Make the learned modules and lasting buffers, once, from a first batch and the size of the training set.
+    def build(self, setup: Setup) -> None:
+        """Make the learned modules and lasting buffers, on the device of the student's logits, in float32 or float64.
 
-        Every process sees the same first batch. Gradients are averaged over processes; what `values` gathers in
-        training is each process's own unless it is exchanged there, as `kd.losses.methods.shared.everywhere` does.
+        Gradients are averaged over processes. What `values` gathers in training is each process's own unless the method
+        exchanges it, as `kd.losses.methods.shared.everywhere` does.
+
+        Raises:
+            ValueError: the batch lacks what the method needs, or has a form that it cannot use.
         """
+        seen = setup.seen
+        self._check_inputs(seen)
+        self.make(setup)
+        self.to(seen.student.logits.device, wide_dtype(seen.student.logits))
+
+    def make(self, setup: Setup) -> None:
+        """Set learned modules and lasting buffers as attributes; by default there are none."""
 
     def end_epoch(self) -> None:
         """Turn what was gathered over an epoch into what the next one uses."""
 
     def classify(self, view: View) -> Tensor:
         """Logits (N, K) from the student's view, for a method that `classifies`; it is saved with the student."""
-        raise NotImplementedError(f"{self.name}: classifies without a classifier")
+        raise NotImplementedError
 
     @abstractmethod
     def values(self, seen: Seen) -> Tensor:
-        """The method's value: (N,) where `per_example`, else (). Logits and maps come in float32 or float64."""
+        """The method's value: (N,) where `per_example`, else (). Logits and features come in float32 or float64."""
 
     def forward(self, seen: Seen) -> Tensor:
-        """`values` with its inputs checked and widened; exactly 0, with zero gradient, where the label is ignored.
+        """`values` of checked inputs in float32 or float64; exactly 0, with zero gradient, where a label is ignored.
 
-        Raises ValueError where something that the method needs is missing or of a form that it cannot use.
+        Raises:
+            ValueError: the batch lacks what the method needs, or has a form that it cannot use.
         """
         self._check_inputs(seen)
         soft, wide = seen.target.is_floating_point(), wide_dtype(seen.student.logits)
-        teacher = None if seen.teacher is None else _changed(seen.teacher, lambda x: x.detach().to(wide))
-        seen = replace(seen, student=_changed(seen.student, lambda x: x.to(wide)), teacher=teacher)
+        teacher = None if seen.teacher is None else seen.teacher.map(lambda x: x.detach().to(wide))
+        seen = replace(seen, student=seen.student.map(lambda x: x.to(wide)), teacher=teacher)
         # Autocast would run matrix products in half precision again, where those of large features are infinite.
         with torch.autocast(seen.student.logits.device.type, enabled=False):
             if soft or not self.per_example:
@@ -115,96 +181,83 @@ class Method(nn.Module):
             return self.values(_blank(seen, ignored)).masked_fill(ignored, 0)
 
     def _check_inputs(self, seen: Seen) -> None:
-        if "teacher" in self.needs and seen.teacher is None:
-            raise ValueError(f"{self.name}: needs a teacher")
-        if seen.teacher is not None and seen.teacher.logits.shape[:1] != seen.student.logits.shape[:1]:
-            raise ValueError(f"{self.name}: teacher and student must have seen the same examples")
-        for who, view in (("student", seen.student), ("teacher", seen.teacher)):
-            if view is not None:
-                self._check_view(who, view, len(seen.student.logits))
-        self._check_target(seen.target, *seen.student.logits.shape)
-        # Without features there are only logits to compare, and a teacher of one class would broadcast.
-        if seen.teacher is not None and "teacher" in self.needs and not self.needs & {"maps", "embedding", "weight"}:
-            classes = [view.logits.shape[-1] for view in (seen.student, seen.teacher)]
-            if classes[0] != classes[1]:
-                raise ValueError(
-                    f"{self.name}: student has {classes[0]} classes and teacher {classes[1]}: must be equal"
-                )
-        for need in sorted(self.needs & {"maps", "embedding", "weight"}):
-            for who, view in (("student", seen.student), ("teacher", seen.teacher)):
-                found = None if view is None else getattr(view, need)
-                if view is not None and (found is None or len(found) == 0):
-                    raise ValueError(f"{self.name}: needs {need} of the {who}")
+        examples, classes = len(seen.student.logits), seen.student.logits.shape[-1]
+        self.require(seen.teacher is not None or "teacher" not in self.needs, "needs a teacher")
+        self._check_view("student", seen.student, examples)
+        if seen.teacher is not None:
+            self._check_view("teacher", seen.teacher, examples)
+            self._check_pair(seen.student, seen.teacher)
         for need in sorted(self.needs & {"index", "images"}):
-            if getattr(seen, need) is None:
-                raise ValueError(f"{self.name}: needs {need}")
+            self.require(getattr(seen, need) is not None, f"needs {need}")
+        self._check_target(seen.target, examples, classes)
 
     def _check_view(self, who: str, view: View, examples: int) -> None:
-        """Raise for what would be broadcast in silence, or be an error somewhere inside PyTorch."""
-        tensors = {"logits": ("(N, K)", view.logits)}
+        """Refuse what PyTorch would broadcast in silence, or report from somewhere inside."""
+        tensors: dict[str, tuple[str, Tensor | None]] = {"logits": ("(N, K)", view.logits)}
         if "maps" in self.needs:
-            tensors |= {f"map {i}": ("(N, C, H, W)", m) for i, m in enumerate(view.maps)}
-        if "embedding" in self.needs and view.embedding is not None:
+            self.require(len(view.maps) > 0, f"needs maps of the {who}")
+            tensors |= {f"map {i}": ("(N, C, H, W)", x) for i, x in enumerate(view.maps)}
+        if "embedding" in self.needs:
+            self.require(view.embedding is not None, f"needs embedding of the {who}")
             tensors["embedding"] = "(N, D)", view.embedding
-        for what, (form, tensor) in tensors.items():
-            if tensor.ndim != form.count(",") + 1 or len(tensor) != examples or not tensor.is_floating_point():
-                raise ValueError(
-                    f"{self.name}: {who}'s {what} of shape {tuple(tensor.shape)} and {tensor.dtype}: must be floating, "
-                    f"{form} with N = {examples}"
-                )
+        if "weight" in self.needs:
+            self.require(view.weight is not None, f"needs weight of the {who}")
+        for what, (form, x) in tensors.items():
+            assert x is not None
+            self.require(
+                x.ndim == form.count(",") + 1 and len(x) == examples and x.is_floating_point(),
+                f"{who}'s {what} of shape {tuple(x.shape)} and {x.dtype}: must be floating, {form} with N = {examples}",
+            )
+
+    def _check_pair(self, student: View, teacher: View) -> None:
+        """Refuse logits that cannot be compared where they are all there is, and maps that do not pair up."""
+        if self.needs & {"maps", "embedding", "weight"}:
+            self.require(
+                "maps" not in self.needs or len(student.maps) == len(teacher.maps),
+                f"{len(student.maps)} maps of the student and {len(teacher.maps)} of the teacher; name as many layers "
+                "of each",
+            )
+        elif "teacher" in self.needs:
+            ours, theirs = student.logits.shape[-1], teacher.logits.shape[-1]
+            self.require(ours == theirs, f"student has {ours} classes and teacher {theirs}: must be equal")
 
     def _check_target(self, target: Tensor, examples: int, classes: int) -> None:
         soft = target.is_floating_point()
-        if soft and not self.soft_targets:
-            raise ValueError(f"{self.name}: needs class labels, not probabilities; turn mixup and cutmix off")
-        if target.shape != ((examples, classes) if soft else (examples,)):
-            raise ValueError(
-                f"{self.name}: target of shape {tuple(target.shape)} and {target.dtype}: must be ({examples},) int64 "
-                f"labels" + (f" or ({examples}, {classes}) probabilities" if self.soft_targets else "")
-            )
+        self.require(self.soft_targets or not soft, "needs class labels, not probabilities; turn mixup and cutmix off")
+        self.require(
+            target.shape == ((examples, classes) if soft else (examples,)),
+            f"target of shape {tuple(target.shape)} and {target.dtype}: must be ({examples},) int64 labels"
+            + (f" or ({examples}, {classes}) probabilities" if self.soft_targets else ""),
+        )
         try:  # on a GPU the values are not read, because the host would wait for them
             check_target(target, classes, IGNORE, read_values=target.device.type == "cpu")
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.name}: {error}") from error
-        if self.per_example:
-            return
-        if examples == 0:
-            raise ValueError(f"{self.name}: compares the examples of a batch, and this one is empty")
-        if not soft and bool((target == IGNORE).any()):
-            raise ValueError(f"{self.name}: compares examples with each other and cannot ignore some of them")
-
-
-def _changed(view: View, change: Callable[[Tensor], Tensor]) -> View:
-    """The view with every tensor changed."""
-    optional = {name: getattr(view, name) for name in ("embedding", "weight", "bias")}
-    optional = {name: None if tensor is None else change(tensor) for name, tensor in optional.items()}
-    return View(change(view.logits), [change(m) for m in view.maps], **optional)
+            self.require(False, str(error))
+        if not self.per_example:
+            self.require(
+                examples >= self.smallest_batch,
+                f"compares examples with each other: a batch of {examples} is too small, give {self.smallest_batch} "
+                "or more",
+            )
+            self.require(
+                soft or not bool((target == IGNORE).any()),
+                "compares examples with each other and cannot ignore some of them",
+            )
 
 
 def _blank(seen: Seen, ignored: Tensor) -> Seen:
     """Rows to ignore become zeros of label 0: neither what is in them nor its gradient passes."""
 
-    def blank(view: View) -> View:
-        def fill(tensor: Tensor) -> Tensor:
-            return tensor.masked_fill(ignored.view(-1, *[1] * (tensor.ndim - 1)), 0)
+    def fill(x: Tensor) -> Tensor:
+        return x.masked_fill(ignored.view(-1, *[1] * (x.ndim - 1)), 0)
 
-        embedding = None if view.embedding is None else fill(view.embedding)
-        return replace(view, logits=fill(view.logits), maps=[fill(m) for m in view.maps], embedding=embedding)
-
-    teacher = None if seen.teacher is None else blank(seen.teacher)
+    teacher = None if seen.teacher is None else seen.teacher.map_rows(fill)
     target = seen.target.masked_fill(ignored, 0)
-    return replace(seen, student=blank(seen.student), teacher=teacher, target=target, ignored=ignored)
+    return replace(seen, student=seen.student.map_rows(fill), teacher=teacher, target=target, ignored=ignored)
 
 
 def batch_mean(values: Tensor, target: Tensor) -> Tensor:
-    """The mean of a method over the examples that are not ignored; what a training step minimises."""
+    """The mean of a method's values over the examples that are not ignored; what a training step minimises."""
     if values.ndim == 0 or target.is_floating_point():
         return values.mean()
     return values.sum() / (target != IGNORE).sum().clamp(min=1)
-
-
-def probabilities(target: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
-    """The target as probabilities (N, K): one-hot where it is labels."""
-    if target.is_floating_point():
-        return target.to(dtype)
-    return (target.unsqueeze(-1) == torch.arange(num_classes, device=target.device)).to(dtype)

@@ -1,4 +1,4 @@
-"""Methods whose student maps go through a small network that learns with the student: ofd, reviewkd, simkd.
+"""Methods whose student maps pass through a small network that learns with the student: ofd, reviewkd, simkd.
 
 N examples, C channels, H, W: height and width, c, h, w their indices; s student, t teacher. All three normalise over
 the batch inside that network, so a value is one number for the batch, (), the mean over its examples. Maps pair up by
@@ -14,54 +14,51 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from kd.losses.methods.base import Method, Seen, View
-from kd.losses.methods.shared import check_at_least, embeddings, needs_several, pairs, pick, placed, resized, same_size
+from kd.losses.methods.base import Method, Seen, Setup, View
+from kd.losses.methods.fields import Count, NonNegative
+from kd.losses.methods.shared import pick, resized, same_size
 
 
 @dataclass(eq=False)
 class OverhaulFeature(Method, name="ofd"):
-    """``sum_j layer_decay^(L-1-j) mean_n sum_chw g (r(s) - t')²``, ``t' = max(t, m_c)``.
+    """Overhaul of feature distillation: ``sum_j layer_decay^(L-1-j) mean_n sum_chw g (r(s) - t')²``.
 
-    t' is the teacher's map through a ReLU whose slope ends at the margin m_c < 0; r is a learned 1x1 convolution and
-    batch normalisation; g is 0 where t ≤ 0 and r(s) ≤ t', else 1: the partial distance asks a student for values as
-    low as the teacher's, not for equal ones. j counts the L pairs of maps from the shallowest.
-    The margin is the mean of the teacher's negative values in a channel, over the first batch; `set_margins` takes it
-    from batch normalisations instead, as the released code does. A channel without any takes -3 of its deviations.
-    Units: squared teacher activations, the sum over a map; the published weights, 1e-3 and 1e-4, are small for that.
+    ``t' = max(t, m_c)`` is the teacher's map through a ReLU whose slope ends at the margin m_c < 0. r is a learned 1x1
+    convolution and batch normalisation. g is 0 where t ≤ 0 and r(s) ≤ t', else 1: this partial distance asks a student
+    for values as low as the teacher's, not for equal ones. j counts the L pairs of maps from the shallowest. The margin
+    is the mean of the teacher's negative values in a channel over the first batch; a channel without any takes -3 of
+    its standard deviations. `set_margins` takes the margins from batch normalisations, as the released code does.
+
+    In squared teacher activations, summed over a map: the published weights, 1e-3 and 1e-4, are small for that. Zero
+    and stationary where r(s) = t' at every positive t and r(s) ≤ t' elsewhere. Name layers in front of their ReLU:
+    behind one nothing is negative, and the loss is that of m = 0.
+
     Shapes: any number of maps (N, C, H, W); gives (). Sizes are equal in the paper; here the larger is averaged down.
-    Name layers in front of their ReLU: behind one nothing is negative, the margin has no effect, and the loss is that
-    of m = 0.
-    Zero, and stationary: where r(s) = t' at every positive t and r(s) ≤ t' elsewhere.
-    Paper: Heo et al. 2019, "A Comprehensive Overhaul of Feature Distillation". The factors 1/2 from layer to layer are
+
+    Source: Heo et al. 2019, "A Comprehensive Overhaul of Feature Distillation". The factors ½ from layer to layer are
     the released code's.
 
     Args:
-        layer_decay: weight of a layer relative to the next deeper one, at least 0.
+        layer_decay: weight of a layer relative to the next deeper one.
     """
+
+    layer_decay: NonNegative = 0.5
 
     needs = frozenset({"teacher", "maps"})
     per_example = False
     presets: ClassVar = {
-        "cifar100": {"weight": 1e-3, "ce_weight": 1.0, "kd_weight": 0.0},
-        "imagenet": {"weight": 1e-4, "ce_weight": 1.0, "kd_weight": 0.0},
+        "cifar100": {"weight": 1e-3, "ce_weight": 1.0},
+        "imagenet": {"weight": 1e-4, "ce_weight": 1.0},
     }
 
-    layer_decay: float = 0.5
-
-    def check(self) -> None:
-        """Weights are not negative."""
-        check_at_least(self.name, layer_decay=(self.layer_decay, 0))
-
-    def build(self, seen: Seen, num_samples: int) -> None:
-        """Make the connectors, and estimate the margins from this batch."""
-        connectors = nn.ModuleList()
-        for i, (s, t) in enumerate(pairs(self.name, seen)):
+    def make(self, setup: Setup) -> None:
+        """The connectors, and the margins estimated from this batch."""
+        self.connectors = nn.ModuleList()
+        for i, (s, t) in enumerate(setup.seen.map_pairs):
             convolution = nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False)
             nn.init.normal_(convolution.weight, std=math.sqrt(2 / t.shape[1]))
-            connectors.append(nn.Sequential(convolution, nn.BatchNorm2d(t.shape[1])))
+            self.connectors.append(nn.Sequential(convolution, nn.BatchNorm2d(t.shape[1])))
             self.register_buffer(f"margin{i}", _mean_of_negatives(t.detach().float()))
-        self.connectors = connectors
-        placed(self, seen)
 
     @torch.no_grad()
     def set_margins(self, normalisations: list[nn.BatchNorm2d]) -> None:
@@ -72,13 +69,13 @@ class OverhaulFeature(Method, name="ofd"):
 
     def values(self, seen: Seen) -> Tensor:
         """()."""
-        found = pairs(self.name, seen)
+        pairs = seen.map_pairs
         total = seen.student.logits.new_zeros(())
-        for i, ((s, t), connector) in enumerate(zip(found, self.connectors, strict=True)):
+        for i, ((s, t), connector) in enumerate(zip(pairs, self.connectors, strict=True)):
             s, t = same_size(connector(s), t)
             aim = torch.maximum(t, self.get_buffer(f"margin{i}"))
             squares = (s - aim).square() * ((s > aim) | (t > 0))
-            total = total + self.layer_decay ** (len(found) - 1 - i) * squares.sum() / len(s)
+            total = total + self.layer_decay ** (len(pairs) - 1 - i) * squares.sum() / len(s)
         return total
 
 
@@ -111,7 +108,7 @@ class _Fusion(nn.Module):
             nn.init.kaiming_uniform_(convolution.get_parameter("0.weight"), a=1)
 
     def forward(self, x: Tensor, deeper: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """(n, width, h, w) and, but for the deepest, (n, inner, ., .) to (n, out, *size) and (n, inner, *size)."""
+        """(n, width, h, w) and, except for the deepest, (n, inner, ., .) to (n, out, *size) and (n, inner, *size)."""
         x = self.enter(x)
         if self.weigh is not None and deeper is not None:
             deeper = F.interpolate(deeper, x.shape[-2:], mode="nearest")
@@ -124,48 +121,44 @@ class _Fusion(nn.Module):
 
 @dataclass(eq=False)
 class ReviewKD(Method, name="reviewkd"):
-    """``sum_j hcl(f_j, t_j)``, f_j the student's maps from the deepest to j, fused (ABF) to the teacher's shape.
+    """Knowledge review: ``sum_j hcl(f_j, t_j)``, f_j the student's maps from the deepest to j, fused to t_j's shape.
 
     ``hcl(f, t) = sum_l w_l mean (pool_l f - pool_l t)² / sum_l w_l``: the maps as they are (w = 1) and averaged to 4x4,
-    2x2 and 1x1, each level used weighing half of the one before; only sizes below the maps' are used.
-    The embedding is the deepest level, a 1x1 map. The whole rises linearly over the first epochs (``warmup_epochs`` of
-    the presets), which is the caller's part.
-    Units: squared teacher activations, means; about 1 a level.
-    Shapes: any number of maps (N, C, H, W) and embeddings (N, D), all sizes free; gives (). N must be 2 or more, for
+    2x2 and 1x1, each level used weighing half of the one before; only sizes below the maps' are used. The fusion (ABF)
+    is learned. The embedding is the deepest level, a 1x1 map. In squared teacher activations, means; about 1 for each
+    level. Zero and stationary where every fused map equals the teacher's.
+
+    Shapes: any number of maps (N, C, H, W) and embeddings (N, D), all sizes free; gives (). N must be at least 2, for
     the batch normalisation of the 1x1 map.
-    Zero, and stationary: where every fused map equals the teacher's.
-    Paper: Chen et al. 2021, "Distilling Knowledge via Knowledge Review". The released code is the same; it takes the
-    teacher's maps, and some students', in front of their ReLU. Its weight differs from pair to pair of networks.
+
+    Source: Chen et al. 2021, "Distilling Knowledge via Knowledge Review". The released code is the same; it takes the
+    teacher's maps, and some students', in front of their ReLU. Its weight differs from pair to pair of networks. The
+    presets' ``warmup_epochs`` raise the weight linearly at the start.
 
     Args:
-        max_width: channels inside the fusion are those of the student's embedding, at most this.
+        max_width: channels inside the fusion are those of the student's embedding, at most this many.
     """
+
+    max_width: Count = 512
 
     needs = frozenset({"teacher", "maps", "embedding"})
     per_example = False
+    smallest_batch = 2
     presets: ClassVar = {
-        "cifar100": {"weight": 5.0, "ce_weight": 1.0, "kd_weight": 0.0, "warmup_epochs": 20},
-        "imagenet": {"weight": 1.0, "ce_weight": 1.0, "kd_weight": 0.0, "warmup_epochs": 1},
+        "cifar100": {"weight": 5.0, "ce_weight": 1.0, "warmup_epochs": 20},
+        "imagenet": {"weight": 1.0, "ce_weight": 1.0, "warmup_epochs": 1},
     }
 
-    max_width: int = 512
-
-    def check(self) -> None:
-        """Sizes are positive."""
-        check_at_least(self.name, max_width=(self.max_width, 1))
-
-    def build(self, seen: Seen, num_samples: int) -> None:
-        """Make a fusion for every level, the embedding's last."""
-        levels = self._levels(seen)
+    def make(self, setup: Setup) -> None:
+        """A fusion for every level, the embedding's last."""
+        levels = self._levels(setup.seen)
         inner = min(self.max_width, levels[-1][0].shape[1])
         deepest = len(levels) - 1
         fusions = [_Fusion(s.shape[1], inner, t.shape[1], i == deepest) for i, (s, t) in enumerate(levels)]
-        self.fusions = placed(nn.ModuleList(fusions), seen)
+        self.fusions = nn.ModuleList(fusions)
 
     def values(self, seen: Seen) -> Tensor:
         """()."""
-        if self.training:
-            needs_several(self.name, len(seen.student.logits))
         total, deeper = seen.student.logits.new_zeros(()), None
         for (s, t), fusion in zip(reversed(self._levels(seen)), reversed(list(self.fusions)), strict=True):
             fused, deeper = fusion(s, deeper, t.shape[-2:])
@@ -173,8 +166,8 @@ class ReviewKD(Method, name="reviewkd"):
         return total
 
     def _levels(self, seen: Seen) -> list[tuple[Tensor, Tensor]]:
-        s, t = (rearrange(x, "n d -> n d 1 1") for x in embeddings(seen))
-        return [*pairs(self.name, seen), (s, t)]
+        s, t = (rearrange(x, "n d -> n d 1 1") for x in seen.embeddings)
+        return [*seen.map_pairs, (s, t)]
 
 
 def _hierarchical_context(a: Tensor, b: Tensor) -> Tensor:
@@ -189,47 +182,46 @@ def _hierarchical_context(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class ReusedClassifier(Method, name="simkd"):
-    """``mean_nchw (r(s) - t)²`` of the last maps, r a learned bottleneck of a 1x1, a 3x3 and a 1x1 convolution.
+    """Reused teacher classifier: ``mean_nchw (r(s) - t)²`` of the last maps, r a learned bottleneck.
 
-    There is no cross entropy (its presets say so): the student's own classifier is not trained. The network to
-    evaluate, and to ship, is student, r and the teacher's classifier: ``classify(view)`` gives its logits, in eval
-    mode. kd.train scores and saves that network (kd.models.ensemble); in a loop of your own call it instead of reading
-    ``view.logits``, and save the method's state_dict, which holds the teacher's classifier, with the student.
-    Units: squared teacher activations; the paper writes the squared norm, C·H·W times this, its code the mean.
-    Shapes: one map of each (N, C, H, W); gives (). A larger student map is averaged down to the teacher's size in
-    front of r, a larger teacher map to the student's.
-    Zero, and stationary in r(s): where r(s) = t; then the student's logits are the teacher's.
-    Paper: Chen et al. 2022, "Knowledge Distillation with the Reused Teacher Classifier"; r with batch normalisation and
-    ReLU behind every convolution.
+    r is a 1x1, a 3x3 and a 1x1 convolution. There is no cross entropy (its presets say so), so the student's own
+    classifier is not trained. The network to evaluate, and to ship, is student, r and the teacher's classifier:
+    ``classify(view)`` gives its logits in eval mode. kd.train scores and saves that network (kd.models.ensemble). In a
+    loop of your own call ``classify`` instead of reading ``view.logits``, and save this method's state_dict, which
+    holds the teacher's classifier, with the student.
+
+    In squared teacher activations; the paper writes the squared norm, C·H·W times this, and its code the mean. Zero and
+    stationary in r(s) where r(s) = t; then the student's logits are the teacher's.
+
+    Shapes: one map of each (N, C, H, W); gives (). A larger student map is averaged down to the teacher's size in front
+    of r, a larger teacher map to the student's.
+
+    Source: Chen et al. 2022, "Knowledge Distillation with the Reused Teacher Classifier"; r with batch normalisation
+    and ReLU behind every convolution.
 
     Args:
         layer: position of the map whose average the teacher's classifier reads; negative from the deepest.
-        reduction: factor by which r's inner channels are fewer than the teacher's, at least 1.
+        reduction: factor by which r has fewer inner channels than the teacher.
     """
+
+    layer: int = -1
+    reduction: Count = 2
 
     needs = frozenset({"teacher", "maps", "weight"})
     per_example = False
     classifies = True
     presets: ClassVar = {
-        "cifar100": {"weight": 1.0, "ce_weight": 0.0, "kd_weight": 0.0},
-        "imagenet": {"weight": 1.0, "ce_weight": 0.0, "kd_weight": 0.0},
+        "cifar100": {"weight": 1.0, "ce_weight": 0.0},
+        "imagenet": {"weight": 1.0, "ce_weight": 0.0},
     }
 
-    layer: int = -1
-    reduction: int = 2
-
-    def check(self) -> None:
-        """The bottleneck is not wider than the teacher."""
-        check_at_least(self.name, reduction=(self.reduction, 1))
-
-    def build(self, seen: Seen, num_samples: int) -> None:
-        """Make the projector and copy the teacher's classifier, checked to give its logits from its map."""
-        s, t = pick(self.name, seen, self.layer)
-        teacher = seen.teacher
-        assert teacher is not None
+    def make(self, setup: Setup) -> None:
+        """The projector r, and a copy of the teacher's classifier, checked to give its logits from its map."""
+        s, t = pick(self, setup.seen, self.layer)
+        _, teacher = setup.seen.views
         assert teacher.weight is not None
         bias = teacher.logits.new_zeros(len(teacher.weight)) if teacher.bias is None else teacher.bias
-        self._check_classifier(t, teacher, bias)
+        self._check_classifier(t, teacher.logits, teacher.weight, bias)
         inner = max(1, t.shape[1] // self.reduction)
         layers: list[nn.Module] = []
         for a, b, kernel in ((s.shape[1], inner, 1), (inner, inner, 3), (inner, t.shape[1], 1)):
@@ -238,27 +230,22 @@ class ReusedClassifier(Method, name="simkd"):
         self.size = tuple(t.shape[-2:])  # of the teacher's map
         self.register_buffer("weight", teacher.weight.detach().clone())
         self.register_buffer("bias", bias.detach().clone())
-        placed(self, seen)
 
-    def _check_classifier(self, t: Tensor, teacher: View, bias: Tensor) -> None:
-        assert teacher.weight is not None
-        wrong = "so its logits cannot come from this map; name the layer whose average the classifier reads"
-        if t.shape[1] != teacher.weight.shape[1]:
-            raise ValueError(
-                f"{self.name}: the teacher's map {self.layer} has {t.shape[1]} channels and its classifier reads "
-                f"{teacher.weight.shape[1]}, {wrong}"
-            )
-        again = F.linear(t.float().mean((2, 3)), teacher.weight.float(), bias.float())
-        logits = teacher.logits.float()
-        if (again - logits).abs().max() > 0.02 * logits.abs().max() + 1e-3:  # half precision differs by about 0.005
-            raise ValueError(
-                f"{self.name}: the teacher's classifier does not read the average of map {self.layer}, {wrong}"
-            )
+    def _check_classifier(self, t: Tensor, logits: Tensor, weight: Tensor, bias: Tensor) -> None:
+        """Refuse a map from whose average the teacher's classifier does not give the teacher's logits."""
+        again, scale = None, logits.float().abs().max()
+        if t.shape[1] == weight.shape[1]:
+            again = F.linear(t.float().mean((2, 3)), weight.float(), bias.float())
+        self.require(
+            # Half precision differs by about 0.005.
+            again is not None and bool((again - logits.float()).abs().max() <= 0.02 * scale + 1e-3),
+            f"the teacher's classifier reads {weight.shape[1]} channels, and not the average of map {self.layer} with "
+            f"{t.shape[1]}; name the layer whose average the classifier reads",
+        )
 
     def values(self, seen: Seen) -> Tensor:
         """()."""
-        s, t = pick(self.name, seen, self.layer)
-        s, t = same_size(s, t)
+        s, t = same_size(*pick(self, seen, self.layer))
         return F.mse_loss(self.projector(s), t)
 
     def classify(self, view: View) -> Tensor:

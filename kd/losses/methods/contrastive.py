@@ -1,92 +1,88 @@
 """Contrastive distillation against a memory of the whole training set: crd.
 
-N examples of the batch, M of the training set, n negatives an example, D dimensions of the common space; s student,
-t teacher.
+N examples of the batch, M of the training set, n negatives for each example, D dimensions of the common space; s
+student, t teacher.
 """
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kd.losses.methods.base import Method, Seen
-from kd.losses.methods.shared import check_at_least, embeddings, everywhere, placed, unit
+from kd.losses.methods.base import Method, Seen, Setup
+from kd.losses.methods.fields import Allowed, Count, Mass
+from kd.losses.methods.shared import everywhere, unit
 
 
 @dataclass(eq=False)
 class ContrastiveRepresentation(Method, name="crd"):
-    """``mean_i [-log h(s_i, t*_i) - sum_j log(1 - h(s_i, t*_j))]`` and the same with student and teacher exchanged.
+    """Contrastive representation distillation: ``mean_i [-log h(s_i, t*_i) - sum_j log(1 - h(s_i, t*_j))]``.
 
-    ``h = e^(u·v/temperature) / (e^(u·v/temperature) + n/M)``; s and t are embeddings through a learned linear layer of
-    each network, made to length 1; t*_j and s*_j are what a memory holds for training example j, and j runs over n
-    draws, with replacement, from the examples of other labels than i's.
-    The memory starts uniform, of expected length 1. In training, after the value is taken, the rows of the batch become
-    ``momentum · old + (1 - momentum) · new``, made to length 1.
-    Units: nats an example; the sum over n negatives makes it ten thousands at first. ``released``: e^(u·v/temperature)
-    is divided by a constant first, M times its mean over the first batch, one for either direction, as in Wu et al.
-    2018; so its typical ratio to n/M is 1/n instead of about M/n, and the value at first about 2·(1 + log n). The
-    released code adds 1e-7 to denominators too, which is not done here: 3e-7 of n/M on CIFAR-100.
+    The same with student and teacher exchanged is added. ``h = e^(u·v/temperature) / (e^(u·v/temperature) + n/M)``; s
+    and t are embeddings through a learned linear layer of each network, made to length 1; t*_j and s*_j are what a
+    memory holds for training example j; j runs over n draws, with replacement, from the examples of other labels than
+    i's. Labels are learned from what was seen: in the first epoch an example that was not seen yet may be drawn
+    although its label is the same.
+
+    In nats for each example; the sum over n negatives makes it ten thousands at first. Never zero: it is a bound on
+    log n minus mutual information. Stationary where h is the posterior of a true pair.
+
     Shapes: embeddings (N, D_s), (N, D_t), index (N,) positions in the training set, target (N,) labels; gives ().
-    Never zero: it is a bound on log n minus mutual information; stationary where h is the posterior of a true pair.
-    Paper: Tian et al. 2020, "Contrastive Representation Distillation", §3.1; n, momentum, temperature and negatives of
-    other labels are the defaults of its released code. Labels are learned from what was seen: in the first epoch an
-    example not yet seen may be drawn although its label is the same.
 
-    State: `memory_student`, `memory_teacher` (M, D), `labels` (M,), and the log constants; all saved. Draws come from
-    torch's generator, so that a seeded step is repeatable. Several processes hold the same memory: each enters the rows
-    of all, and ``released`` takes the mean over all for its constants.
+    State: ``memory_student``, ``memory_teacher`` (M, D), ``labels`` (M,) and the log constants; all are saved. The
+    memory starts uniform, of expected length 1. In training, after the value is taken, the rows of the batch become
+    ``momentum · old + (1 - momentum) · new``, made to length 1. Draws come from torch's generator, so a seeded step is
+    repeatable. Several processes hold the same memory: each enters the rows of all.
+
+    Source: Tian et al. 2020, "Contrastive Representation Distillation", §3.1. n, momentum, temperature and negatives of
+    other labels are the defaults of its released code.
 
     Args:
         num_negatives: n.
-        temperature: of the exponent, above 0.
-        momentum: share of the old row, in [0, 1).
+        temperature: divisor of the exponent.
+        momentum: share of the old row.
         embed_dim: D.
-        released: RepDistiller's CRDLoss.
+        released: RepDistiller's CRDLoss. e^(u·v/temperature) is first divided by a constant, M times its mean over the
+            first batch of all processes, one for either direction, as in Wu et al. 2018; so its typical ratio to n/M is
+            1/n instead of about M/n, and the value at first about 2·(1 + log n). That code also adds 1e-7 to
+            denominators, which is not done here: 3e-7 of n/M on CIFAR-100.
     """
+
+    num_negatives: Count = 16384
+    temperature: Annotated[float, Allowed("a finite number ≥ 0.0001", lambda value: value >= 1e-4)] = 0.07
+    momentum: Mass = 0.5
+    embed_dim: Count = 128
+    released: bool = False
 
     needs = frozenset({"teacher", "embedding", "index"})
     per_example = False
     soft_targets = False
     presets: ClassVar = {
-        "cifar100": {"weight": 0.8, "ce_weight": 1.0, "kd_weight": 0.0, "released": True},
-        "imagenet": {"weight": 0.8, "ce_weight": 1.0, "kd_weight": 0.0, "released": True},
+        "cifar100": {"weight": 0.8, "ce_weight": 1.0, "released": True},
+        "imagenet": {"weight": 0.8, "ce_weight": 1.0, "released": True},
     }
 
-    num_negatives: int = 16384
-    temperature: float = 0.07
-    momentum: float = 0.5
-    embed_dim: int = 128
-    released: bool = False
-
-    def check(self) -> None:
-        """Counts are positive, the temperature too, and some of the new row must enter the memory."""
-        check_at_least(self.name, num_negatives=(self.num_negatives, 1), embed_dim=(self.embed_dim, 1))
-        check_at_least(self.name, temperature=(self.temperature, 1e-4))
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"{self.name}: momentum={self.momentum}: must be at least 0 and below 1")
-
-    def build(self, seen: Seen, num_samples: int) -> None:
-        """Make the layers into the common space, and the memory."""
-        if num_samples < 2:
-            raise ValueError(f"{self.name}: needs a training set of 2 examples or more, got {num_samples}")
-        s, t = embeddings(seen)
+    def make(self, setup: Setup) -> None:
+        """The layers into the common space, and the memory."""
+        size = setup.num_samples
+        self.require(size > 1, f"needs a training set of 2 or more examples, got {size}")
+        s, t = setup.seen.embeddings
         self.embed_student = nn.Linear(s.shape[1], self.embed_dim)
         self.embed_teacher = nn.Linear(t.shape[1], self.embed_dim)
         bound = math.sqrt(3 / self.embed_dim)  # of a uniform distribution of variance 1 / D
         for name in ("memory_student", "memory_teacher"):
-            self.register_buffer(name, torch.empty(num_samples, self.embed_dim).uniform_(-bound, bound))
-        self.register_buffer("labels", torch.full((num_samples,), -1))
+            self.register_buffer(name, torch.empty(size, self.embed_dim).uniform_(-bound, bound))
+        self.register_buffer("labels", torch.full((size,), -1))
         self.register_buffer("log_constants", torch.full((2,), torch.nan if self.released else 0.0))
-        placed(self, seen)
 
     def values(self, seen: Seen) -> Tensor:
         """()."""
         assert seen.index is not None
-        s, t = embeddings(seen)
+        s, t = seen.embeddings
         s, t = unit(self.embed_student(s)), unit(self.embed_teacher(t))
         if self.training:
             self.get_buffer("labels")[everywhere(seen.index)] = everywhere(seen.target)

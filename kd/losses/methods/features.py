@@ -1,58 +1,60 @@
-"""Methods that compare a student's map with a teacher's, image by image: hint, at, vid, nst, fsp.
+"""Methods that compare a student's feature map with a teacher's, image by image: hint, at, vid, nst, fsp.
 
-N examples, C channels, H, W: height and width, c, h, w their indices; s student, t teacher. Where two maps differ in
-height or width, the larger one is averaged down by adaptive pooling, as the published code does. Maps pair up by
-position and their values add up.
+N examples, C channels, H, W: height and width, c, h, w their indices; s student, t teacher. Maps pair up by position
+and their values add up. Where two maps differ in height or width, the larger one is averaged down by adaptive pooling,
+as the published code does.
 
-`released=True` gives the numbers of the code that the papers are compared by; `weight` in the presets is for those.
+``released=True`` gives the numbers of the code that the papers are compared by; ``weight`` in the presets is for those.
 The sums of hint, vid and fsp are the papers', and thousands of times a cross entropy: with weight 1 they diverged
 within 20 updates of SGD at a learning rate of 0.05. Start from the preset.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 
-from kd.losses.methods.base import Method, Seen
-from kd.losses.methods.shared import check_at_least, pairs, pick, placed, resized, same_size, unit
+from kd.losses.methods.base import Method, Seen, Setup
+from kd.losses.methods.fields import Allowed
+from kd.losses.methods.shared import pick, resized, same_size, unit
 
 
 @dataclass(eq=False)
 class Hint(Method, name="hint"):
-    """``½ sum_chw (r(s) - t)²``, r a learned convolution to the teacher's channels.
+    """FitNets hint: ``½ sum_chw (r(s) - t)²``, r a learned convolution to the teacher's channels.
 
-    Units: squared teacher activations; grows with C·H·W. ``released``: the mean over c, h, w of the square, so
-    2 / (C·H·W) of the paper's, and a regressor of a 3x3 convolution of stride 2 (student twice as large), a transposed
-    one (half as large) or the paper's, then batch normalisation and ReLU. With it, in training, an example's value
-    depends on its batch.
-    Shapes: one map of each at position `layer`, student (N, C_s, H_s, W_s), teacher (N, C_t, H_t, W_t); gives (N,).
-    The regressor's kernel is H_s - H_t + 1 by W_s - W_t + 1 without padding, 1x1 for equal sizes; a larger teacher
-    map, which the paper does not have, is averaged down. The paper puts the hint layer's own non-linearity behind the
-    regressor; as no method can know it, r is linear here.
-    Zero, and stationary: where r(s) = t.
-    Paper: Romero et al. 2015 (FitNets), §2.2, Eq. 3, trained as a stage of its own before distillation. `layer` is the
-    middle one of three.
+    In squared teacher activations; grows with C·H·W. Zero and stationary where r(s) = t.
+
+    Shapes: one map of each at position ``layer``, student (N, C_s, H_s, W_s), teacher (N, C_t, H_t, W_t); gives (N,).
+    The kernel of r is H_s - H_t + 1 by W_s - W_t + 1 without padding, 1x1 for equal sizes. A larger teacher map, which
+    the paper does not have, is averaged down. The paper puts the hint layer's own non-linearity behind r; a method
+    cannot know it, so r is linear here.
+
+    Source: Romero et al. 2015 (FitNets), §2.2 Eq. 3, trained there as a stage of its own before distillation.
 
     Args:
-        layer: position of the hint among the maps; negative from the deepest.
-        released: RepDistiller's HintLoss and ConvReg.
+        layer: position of the hint among the maps; negative from the deepest. The default is the middle one of three.
+        released: RepDistiller's HintLoss and ConvReg. The mean over c, h, w of the square, so 2 / (C·H·W) of the
+            paper's; r is a 3x3 convolution of stride 2 (student twice as large), a transposed one (half as large) or
+            the paper's, followed by batch normalisation and ReLU, so that in training an example's value depends on its
+            batch.
     """
-
-    needs = frozenset({"teacher", "maps"})
-    presets: ClassVar = {"cifar100": {"weight": 100.0, "ce_weight": 1.0, "kd_weight": 0.0, "released": True}}
 
     layer: int = -2
     released: bool = False
 
-    def build(self, seen: Seen, num_samples: int) -> None:
-        """Make the regressor."""
-        s, t = pick(self.name, seen, self.layer)
+    needs = frozenset({"teacher", "maps"})
+    presets: ClassVar = {"cifar100": {"weight": 100.0, "ce_weight": 1.0, "released": True}}
+
+    def make(self, setup: Setup) -> None:
+        """The regressor r."""
+        s, t = pick(self, setup.seen, self.layer)
         (c_s, h_s, w_s), (c_t, h_t, w_t) = s.shape[1:], t.shape[1:]
         if self.released and (h_s, w_s) == (2 * h_t, 2 * w_t):
             convolution = nn.Conv2d(c_s, c_t, 3, stride=2, padding=1)
@@ -61,11 +63,11 @@ class Hint(Method, name="hint"):
         else:
             convolution = nn.Conv2d(c_s, c_t, (max(1, h_s - h_t + 1), max(1, w_s - w_t + 1)))
         after = (nn.BatchNorm2d(c_t), nn.ReLU()) if self.released else ()
-        self.regressor = placed(nn.Sequential(convolution, *after), seen)
+        self.regressor = nn.Sequential(convolution, *after)
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
-        s, t = pick(self.name, seen, self.layer)
+        s, t = pick(self, seen, self.layer)
         s, t = same_size(self.regressor(s), t)
         squares = (s - t).square()
         if self.released:
@@ -75,42 +77,39 @@ class Hint(Method, name="hint"):
 
 @dataclass(eq=False)
 class AttentionTransfer(Method, name="at"):
-    """``sum_j ‖Q_s/‖Q_s‖ - Q_t/‖Q_t‖‖``, ``Q_hw = sum_c |x_chw|^power`` of the map pair j, flattened.
+    """Attention transfer: ``sum_j ‖Q_s/‖Q_s‖ - Q_t/‖Q_t‖‖``, ``Q_hw = sum_c |x_chw|^power`` of the maps of pair j.
 
-    Units: none, between 0 and √2 a pair; the same for maps that are scaled. The paper's weight is β/2. ``released``:
-    the mean over h, w of the square of that distance d, so d/(H·W) of the paper's value, weight 1000. (The paper's β,
-    1000 over the number of positions and the batch size, says the same.)
+    No unit; between 0 and √2 for each pair, and unchanged where a map is scaled. Zero where the normalised attention
+    maps are equal, so also for permuted channels; the norm has a kink there, whose gradient is 0 here. An all-zero map
+    has the attention 0.
+
     Shapes: any number of maps (N, C, H, W), C of student and teacher free; gives (N,).
-    Zero: where the normalised attention maps are equal, so for channels permuted and maps scaled; the paper's norm has
-    a kink there, whose gradient is 0 here. An all-zero map has the attention 0.
-    Paper: Zagoruyko & Komodakis 2017, §3.1, Eq. 2.
+
+    Source: Zagoruyko & Komodakis 2017, "Paying More Attention to Attention", §3.1 Eq. 2. The paper's weight is β/2.
 
     Args:
-        power: p of the attention, at least 1.
-        released: the authors' attention-transfer and RepDistiller's AT.
+        power: exponent of the attention, at least 1: lower powers have no gradient at 0.
+        released: the authors' attention-transfer and RepDistiller's AT. The mean over h, w of the squared difference,
+            d²/(H·W) for the paper's d, with weight 1000. (The paper's β, 1000 over the number of positions and the
+            batch size, says the same.)
     """
+
+    power: Annotated[float, Allowed("a finite number ≥ 1", lambda value: value >= 1)] = 2.0
+    released: bool = False
 
     needs = frozenset({"teacher", "maps"})
     presets: ClassVar = {
-        "cifar100": {"weight": 1000.0, "ce_weight": 1.0, "kd_weight": 0.0, "released": True},
-        "imagenet": {"weight": 1000.0, "ce_weight": 1.0, "kd_weight": 0.0, "released": True},
+        "cifar100": {"weight": 1000.0, "ce_weight": 1.0, "released": True},
+        "imagenet": {"weight": 1000.0, "ce_weight": 1.0, "released": True},
     }
-
-    power: float = 2.0
-    released: bool = False
-
-    def check(self) -> None:
-        """Powers below 1 have no gradient at 0."""
-        check_at_least(self.name, power=(self.power, 1))
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
-        total = seen.student.maps[0].new_zeros(())
-        for s, t in pairs(self.name, seen):
-            s, t = same_size(s, t)
-            gap = self._attention(s) - self._attention(t)
-            total = total + (gap.square().mean(-1) if self.released else torch.linalg.vector_norm(gap, dim=-1))
-        return total
+        return _sum_over_pairs(seen, self._distance)
+
+    def _distance(self, s: Tensor, t: Tensor) -> Tensor:
+        gap = self._attention(s) - self._attention(t)
+        return gap.square().mean(-1) if self.released else torch.linalg.vector_norm(gap, dim=-1)
 
     def _attention(self, x: Tensor) -> Tensor:
         # Attention does not depend on the scale of its map, so neither value nor gradient change; powers stay in range.
@@ -119,54 +118,51 @@ class AttentionTransfer(Method, name="at"):
         return unit(reduce(x.abs().pow(self.power), "n c h w -> n (h w)", "mean"))
 
 
+VARIANCE_FLOOR = 1e-5  # of vid; it is added to every variance
+
+
 @dataclass(eq=False)
 class VariationalInformation(Method, name="vid"):
-    """``sum_chw ½ (log σ²_c + (t - μ(s))² / σ²_c)``, the Gaussian negative log likelihood of the teacher's map.
+    """Variational information distillation: ``sum_chw ½ (log σ²_c + (t - μ(s))² / σ²_c)``, summed over map pairs.
 
-    μ are three learned 1x1 convolutions with ReLU between them, σ² = softplus of a learned number a channel + 1e-5.
-    Units: nats, without the constant ½ log 2π; grows with C·H·W. ``released``: the mean over c, h, w instead of the
-    sum, so 1 / (C·H·W) of the paper's.
+    It is the Gaussian negative log likelihood of the teacher's map, without the constant ½ log 2π, in nats; it grows
+    with C·H·W. μ is three learned 1x1 convolutions with ReLU between them; σ² is softplus of a learned number for each
+    channel, plus 1e-5. The minimum for given σ is at μ(s) = t, where it is stationary in s. It falls with σ² and may be
+    negative; the floor is -5.76 for each element.
+
     Shapes: any number of maps (N, C, H, W); gives (N,).
-    Never zero where it matters: its least value for given σ is at μ(s) = t, where it is stationary in s; it falls with
-    σ² and may be negative. -5.76 per element is the floor.
-    Paper: Ahn et al. 2019, "Variational Information Distillation for Knowledge Transfer". The width of the hidden
+
+    Source: Ahn et al. 2019, "Variational Information Distillation for Knowledge Transfer". The width of the hidden
     layers, the teacher's channels, is the code's.
 
     Args:
-        initial_variance: σ² at the start, above 1e-5.
-        released: RepDistiller's VIDLoss, from the authors' code.
+        initial_variance: σ² at the start.
+        released: RepDistiller's VIDLoss, from the authors' code: the mean over c, h, w instead of the sum.
     """
 
-    needs = frozenset({"teacher", "maps"})
-    presets: ClassVar = {"cifar100": {"weight": 1.0, "ce_weight": 1.0, "kd_weight": 0.0, "released": True}}
-
-    initial_variance: float = 5.0
+    initial_variance: Annotated[float, Allowed("a finite number ≥ 2e-05", lambda v: v >= 2 * VARIANCE_FLOOR)] = 5.0
     released: bool = False
 
-    floor = 1e-5  # added to every variance
+    needs = frozenset({"teacher", "maps"})
+    presets: ClassVar = {"cifar100": {"weight": 1.0, "ce_weight": 1.0, "released": True}}
 
-    def check(self) -> None:
-        """The variance must be above its floor."""
-        check_at_least(self.name, initial_variance=(self.initial_variance, 2 * self.floor))
-
-    def build(self, seen: Seen, num_samples: int) -> None:
-        """Make a mean and the channels' variances for every pair of maps."""
-        start = math.log(math.expm1(self.initial_variance - self.floor))  # softplus gives the variance back
-        means, scales = nn.ModuleList(), nn.ParameterList()
-        for s, t in pairs(self.name, seen):
+    def make(self, setup: Setup) -> None:
+        """μ and the channels' variances for every pair of maps."""
+        start = math.log(math.expm1(self.initial_variance - VARIANCE_FLOOR))  # softplus gives the variance back
+        self.means, self.scales = nn.ModuleList(), nn.ParameterList()
+        for s, t in setup.seen.map_pairs:
             c_s, c_t = s.shape[1], t.shape[1]
             widths = (c_s, c_t), (c_t, c_t), (c_t, c_t)
             first, second, third = (nn.Conv2d(a, b, 1, bias=False) for a, b in widths)
-            means.append(nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third))
-            scales.append(nn.Parameter(torch.full((c_t,), start)))
-        self.means, self.scales = placed(means, seen), placed(scales, seen)
+            self.means.append(nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third))
+            self.scales.append(nn.Parameter(torch.full((c_t,), start)))
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
         total = seen.student.maps[0].new_zeros(())
-        for (s, t), mean, scale in zip(pairs(self.name, seen), self.means, self.scales, strict=True):
+        for (s, t), mean, scale in zip(seen.map_pairs, self.means, self.scales, strict=True):
             s, t = same_size(s, t)
-            variance = rearrange(F.softplus(scale) + self.floor, "c -> c 1 1")
+            variance = rearrange(F.softplus(scale) + VARIANCE_FLOOR, "c -> c 1 1")
             nll = (variance.log() + (t - mean(s)).square() / variance) / 2
             total = total + reduce(nll, "n c h w -> n", "mean" if self.released else "sum")
         return total
@@ -174,71 +170,76 @@ class VariationalInformation(Method, name="vid"):
 
 @dataclass(eq=False)
 class NeuronSelectivity(Method, name="nst"):
-    """``mean_ij k(t_i, t_j) + mean_ij k(s_i, s_j) - 2 mean_ij k(s_i, t_j)``, ``k(x, y) = (x·y)²``, i, j channels.
+    """Neuron selectivity transfer: ``mean_ij k(t_i, t_j) + mean_ij k(s_i, s_j) - 2 mean_ij k(s_i, t_j)``.
 
-    The squared maximum mean discrepancy between the channels of two maps, each channel flattened and of length 1.
-    Units: none, between 0 and 2 a pair; the same for channels that are scaled. The paper's weight is λ/2.
+    i, j are channels and ``k(x, y) = (x·y)²``: the squared maximum mean discrepancy between the channels of two maps,
+    each channel flattened and of length 1. No unit; between 0 and 2 for each pair, and unchanged where a channel is
+    scaled. Zero and stationary where both maps have the same mean of c·cᵀ over their channels c, so for the same
+    channels in any order, sign and number of copies.
+
     Shapes: any number of maps (N, C, H, W), C of student and teacher free; gives (N,).
-    Zero, and stationary: where both have the same mean of c·cᵀ over their channels c, so for the same channels in any
-    order, sign and number of copies.
-    Paper: Huang & Wang 2017, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", polynomial kernel
-    of degree 2 and offset 0. The released code is the same.
+
+    Source: Huang & Wang 2017, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", polynomial
+    kernel of degree 2 and offset 0. The paper's weight is λ/2. The released code is the same.
     """
 
     needs = frozenset({"teacher", "maps"})
-    presets: ClassVar = {"cifar100": {"weight": 50.0, "ce_weight": 1.0, "kd_weight": 0.0}}
+    presets: ClassVar = {"cifar100": {"weight": 50.0, "ce_weight": 1.0}}
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
-        total = seen.student.maps[0].new_zeros(())
-        for s, t in pairs(self.name, seen):
-            s, t = same_size(s, t)
-            s, t = (unit(rearrange(x, "n c h w -> n c (h w)")) for x in (s, t))
-            total = total + _kernel(t, t) + _kernel(s, s) - 2 * _kernel(s, t)
-        return total
+        return _sum_over_pairs(seen, self._discrepancy)
+
+    def _discrepancy(self, s: Tensor, t: Tensor) -> Tensor:
+        s, t = (unit(rearrange(x, "n c h w -> n c (h w)")) for x in (s, t))
+        return _mean_kernel(t, t) + _mean_kernel(s, s) - 2 * _mean_kernel(s, t)
 
 
-def _kernel(a: Tensor, b: Tensor) -> Tensor:
+def _mean_kernel(a: Tensor, b: Tensor) -> Tensor:
     """The mean over channels of both (n, c, p), (n, d, p) of the squared products, (n,)."""
     return einsum(a, b, "n c p, n d p -> n c d").square().mean((1, 2))
 
 
+def _sum_over_pairs(seen: Seen, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """(N,) the distances of all pairs of maps, brought to one size, added up."""
+    return torch.stack([distance(*same_size(s, t)) for s, t in seen.map_pairs]).sum(0)
+
+
 @dataclass(eq=False)
 class FlowOfSolution(Method, name="fsp"):
-    """``sum_j ‖G_s,j - G_t,j‖²``, ``G_j = mean_hw x_j[c, h, w] x_(j+1)[d, h, w]`` of neighbouring maps j and j + 1.
+    """Flow of solution procedure: ``sum_j ‖G_s,j - G_t,j‖²``, ``G_j = mean_hw x_j[c, h, w] x_(j+1)[d, h, w]``.
 
-    Units: activations to the fourth power, so that its gradient leaves float16 at activations of about 100; grows with
-    C_j·C_(j+1). ``released``: the mean over c, d instead of the sum. The paper max-pools the larger of the two maps,
-    the released code averages it; `released` chooses that too.
+    j and j + 1 are neighbouring maps. In activations to the fourth power, so that its gradient leaves float16 at
+    activations of about 100; grows with C_j·C_(j+1). Zero and stationary where all G are equal, so for equal maps and
+    for maps whose positions are permuted alike.
+
     Shapes: two or more maps (N, C, H, W), as many channels in the student's as in the teacher's; gives (N,).
-    Zero, and stationary: where all G are equal, so at equal maps, and at maps whose positions are permuted alike.
-    Paper: Yim et al. 2017, "A Gift from Knowledge Distillation" (FSP matrices), all weights λ equal. The paper trains
-    the student with it alone first, and with the labels alone afterwards. RepDistiller does so too, with weight 1: the
-    weight 50 of its script, kept in the preset for one stage with both terms, meets a term that is 0 in its code.
+
+    Source: Yim et al. 2017, "A Gift from Knowledge Distillation" (FSP matrices), all weights λ equal. The paper first
+    trains the student with it alone and then with the labels alone. RepDistiller does so too, with weight 1: the weight
+    50 of its script, kept in the preset for one stage with both terms, meets a term that is 0 in its code.
 
     Args:
-        released: RepDistiller's FSP.
+        released: RepDistiller's FSP: the mean over c, d instead of the sum, and the larger of the two maps averaged
+            down, where the paper max-pools it.
     """
-
-    needs = frozenset({"teacher", "maps"})
-    presets: ClassVar = {"cifar100": {"weight": 50.0, "ce_weight": 1.0, "kd_weight": 0.0, "released": True}}
 
     released: bool = False
 
+    needs = frozenset({"teacher", "maps"})
+    presets: ClassVar = {"cifar100": {"weight": 50.0, "ce_weight": 1.0, "released": True}}
+
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
-        found = pairs(self.name, seen)
-        if len(found) < 2:
-            raise ValueError(
-                f"{self.name}: compares neighbouring maps: there is {len(found)} map, name 2 or more layers"
+        pairs = seen.map_pairs
+        self.require(len(pairs) > 1, f"compares neighbouring maps: there is {len(pairs)} map, name 2 or more layers")
+        for i, (s, t) in enumerate(pairs):
+            self.require(
+                s.shape[1] == t.shape[1],
+                f"map {i} has {s.shape[1]} channels in the student and {t.shape[1]} in the teacher; name layers with "
+                "equal numbers",
             )
-        for i, (s, t) in enumerate(found):
-            if s.shape[1] != t.shape[1]:
-                raise ValueError(
-                    f"{self.name}: map {i} has {s.shape[1]} channels in the student and {t.shape[1]} in the teacher; "
-                    f"name layers with equal numbers"
-                )
-        gaps = [self._flow(s, deeper_s) - self._flow(t, deeper_t) for (s, t), (deeper_s, deeper_t) in pairwise(found)]
+        gaps = [self._flow(s, deeper_s) - self._flow(t, deeper_t) for (s, t), (deeper_s, deeper_t) in pairwise(pairs)]
         squares = [gap.square().mean((1, 2)) if self.released else gap.square().sum((1, 2)) for gap in gaps]
         return torch.stack(squares).sum(0)
 

@@ -1,130 +1,123 @@
-"""Methods on the side of the labels: smoothing and its alternatives, without any teacher.
+"""Label smoothing and its alternatives: losses on the labels, without a teacher.
 
-``values`` is either what a paper puts in the place of the cross entropy, or the term that it adds to it; the presets'
-``ce_weight`` (0, or the paper's) says which. Everything is in nats, at temperature 1.
-
-N examples, K classes; p = softmax(s) of the student's logits s, y the label.
+N examples, K classes; p = softmax(s) of the student's logits s (N, K), y the label. Values are (N,), in nats unless the
+docstring says otherwise, at temperature 1. Each is either what a paper puts in place of the cross entropy, or the term
+that it adds to it: the presets' ``ce_weight`` (0, or the paper's) says which.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.methods.base import Method, Seen
-from kd.losses.ranges import WEIGHTS, is_weight
-from kd.losses.reference import cross_entropy, wide_dtype
-from kd.smoothing import check_choice, check_number, check_smoothing, mix_uniform, to_uniform
+from kd.losses.methods.base import Method, Seen, Setup
+from kd.losses.methods.fields import Allowed, Mass, NonNegative, Weight, one_of
+from kd.losses.methods.shared import against_others
+from kd.losses.reference import cross_entropy
+from kd.smoothing import SMOOTHINGS, mix_uniform, uniform_mass
 
-INSTEAD = {"weight": 1.0, "ce_weight": 0.0, "kd_weight": 0.0}  # in the place of the cross entropy
-STARTS = ("uniform", "zero")
-RAMPS = ("after_last", "in_last")
+ALONE = {"weight": 1.0, "ce_weight": 0.0}  # in place of the cross entropy
 
 
 @dataclass(eq=False)
 class LabelSmoothing(Method, name="label_smoothing"):
-    """``-sum_k q_k log p_k``, q the smoothed label: ``uniform`` (1-eps) onehot + eps/K, ``others`` eps/(K-1) each.
+    """Label smoothing: ``-sum_k q_k log p_k``, q the smoothed label, in place of the cross entropy.
 
-    (N,) in nats, in the place of the cross entropy. Never 0 for eps > 0: its least value is the entropy of q,
-    stationary at p = q, where s_y is log(1 + (1-eps) K/eps) above the others. Equal to
-    ``(1-eps) CE + eps (KL(u || p) + log K)`` and to ``CE + eps (s_y - mean_k s_k)`` with the uniform eps.
-    Probability targets are smoothed by the same linear map.
+    ``uniform``: q = (1-eps) onehot + eps/K. ``others``: q = 1-eps on y and eps/(K-1) on each other class. Probability
+    targets are smoothed by the same linear map. With the uniform eps it equals ``(1-eps) CE + eps (KL(u || p) + log
+    K)`` and ``CE + eps (s_y - mean_k s_k)``. Never 0 for eps > 0: the minimum is the entropy of q, at p = q, where s_y
+    is log(1 + (1-eps) K/eps) above the other logits. ``DistillLoss(kd_weight=0, ce_weight=1, label_smoothing=eps)``
+    gives the same numbers.
 
-    Szegedy et al. 2016 §7 (uniform). Tf-KD's released code calls ``others`` label smoothing while its paper writes
-    u = 1/K: its eps 0.1 is a uniform eps of 0.1 K/(K-1), 1 % more at K = 100; ``smoothing="others"`` reproduces it.
-    The same numbers come from DistillLoss(kd_weight=0, label_smoothing=eps).
+    Source: Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision", §7 (uniform). The released
+    code of Tf-KD uses ``others``, where its paper writes u = 1/K: its eps 0.1 is a uniform eps of 0.1 K/(K-1), 1 % more
+    at K = 100.
+
+    Args:
+        label_smoothing: eps.
+        smoothing: convention, "uniform" or "others".
     """
 
-    label_smoothing: float = 0.1
-    smoothing: str = "uniform"
+    label_smoothing: Mass = 0.1
+    smoothing: Annotated[str, one_of(*SMOOTHINGS)] = "uniform"
 
     needs = frozenset()
-    presets: ClassVar = {"cifar100": INSTEAD, "imagenet": INSTEAD}
-
-    def check(self) -> None:
-        """The mass is in [0, 1), the convention known."""
-        check_smoothing(self.label_smoothing, self.smoothing)
+    presets: ClassVar = {"cifar100": ALONE, "imagenet": ALONE}
 
     def values(self, seen: Seen) -> Tensor:
-        """(N,) cross entropy with the smoothed target."""
+        """(N,)."""
         logits = seen.student.logits
-        mass = to_uniform(self.label_smoothing, logits.shape[-1], self.smoothing)
+        mass = uniform_mass(self.label_smoothing, logits.shape[-1], self.smoothing)
         return cross_entropy(logits, mix_uniform(seen.target, logits.shape[-1], mass, logits.dtype))
 
 
 @dataclass(eq=False)
 class GeneralizedSmoothing(Method, name="generalized_smoothing"):
-    """``(1-eps) CE + eps mean_k(-log p_k)`` for any eps ≤ 1, negative ones too: uniform label smoothing, continued.
+    """Generalised label smoothing: ``(1-eps) CE + eps mean_k(-log p_k)``, eps ≤ 1, in place of the cross entropy.
 
-    (N,) in nats, in the place of the cross entropy. It is linear in eps: the value at -eps lies as far on the other
-    side of CE as the value at eps. For eps < 0 it equals ``CE - |eps| (s_y - mean_k s_k)``, has no lower bound and no
-    stationary point at finite logits: it drives the label's logit away, so the network has to be regularised or
-    trained by CE first, as the authors do where labels are very noisy. At eps = 0 it is CE.
+    It is linear in eps: the value at -eps lies as far on the other side of CE as the value at eps. At eps = 0 it is CE.
+    For eps < 0 it equals ``CE - |eps| (s_y - mean_k s_k)``, has no lower bound and no stationary point at finite
+    logits; the network has to be regularised, or trained with CE first, as the authors do for very noisy labels.
 
-    Wei et al. 2022, "To Smooth or Not? When Label Smoothing Meets Noisy Labels", which tries 0.8 to -8 on
-    CIFAR-10 with noisy labels and keeps the best; 0.1 is the default of its released ``loss_gls``, which agrees with
-    the paper.
+    Source: Wei et al. 2022, "To Smooth or Not? When Label Smoothing Meets Noisy Labels", which tries 0.8 to -8 on
+    CIFAR-10 with noisy labels. The released ``loss_gls`` agrees with the paper and has the default 0.1.
+
+    Args:
+        label_smoothing: eps, negative or at most 1.
     """
 
-    label_smoothing: float = 0.1
+    label_smoothing: Annotated[float, Allowed("a finite number ≤ 1", lambda value: value <= 1)] = 0.1
 
     needs = frozenset()
-    presets: ClassVar = {"cifar10": INSTEAD}
-
-    def check(self) -> None:
-        """Eps is finite and at most 1."""
-        check_number("label_smoothing", self.label_smoothing, "a finite number ≤ 1", lambda v: -math.inf < v <= 1)
+    presets: ClassVar = {"cifar10": ALONE}
 
     def values(self, seen: Seen) -> Tensor:
-        """(N,) cross entropy with a target that may be below 0 and above 1."""
+        """(N,)."""
         logits = seen.student.logits
-        share = mix_uniform(seen.target, logits.shape[-1], self.label_smoothing, logits.dtype)
-        return cross_entropy(logits, share)
+        return cross_entropy(logits, mix_uniform(seen.target, logits.shape[-1], self.label_smoothing, logits.dtype))
 
 
 @dataclass(eq=False)
 class OnlineLabelSmoothing(Method, name="online_label_smoothing"):
-    """``-sum_k S[y, k] log p_k``: soft labels S[y], the mean prediction of last epoch's correct examples of class y.
+    """Online label smoothing: ``-sum_k S[y, k] log p_k``, beside the cross entropy, half and half.
 
-    (N,) in nats, beside the cross entropy, half and half. At its least value, the entropy of S[y], where p = S[y].
+    S[y] is the mean prediction over last epoch's correctly classified examples of class y. The minimum is the entropy
+    of S[y], at p = S[y]. Labels only.
 
-    While training, every example that the student gets right adds its p, without gradient and before the step, to its
-    class's row; ``end_epoch`` makes their means the next epoch's S. A class without a correct example gets 1/K. On
-    several processes the rows are summed over them batch by batch, so that all hold the same table. Rows are classes.
+    In training every correctly classified example adds its p, before the step and without gradient, to its class's row;
+    ``end_epoch`` makes the means the next epoch's S. A class without a correct example gets 1/K. Rows are summed over
+    processes batch by batch, so that all processes hold the same table.
 
-    Zhang et al. 2021, "Delving Deep into Label Smoothing". The paper starts from S = 1/K. The released
-    CIFAR and ImageNet scripts start from 0, so their soft term is 0 in the first epoch: ``start="zero"``.
+    Source: Zhang et al. 2021, "Delving Deep into Label Smoothing".
+
+    Args:
+        start: S in the first epoch: "uniform" is 1/K, as in the paper; "zero" reproduces the released CIFAR and
+            ImageNet scripts, whose soft term is 0 in the first epoch.
     """
 
-    start: str = "uniform"
+    start: Annotated[str, one_of("uniform", "zero")] = "uniform"
 
     needs = frozenset()
     soft_targets = False  # correctness needs a label
     presets: ClassVar = {
-        "cifar100": {"weight": 0.5, "ce_weight": 0.5, "kd_weight": 0.0},
-        "imagenet": {"weight": 0.5, "ce_weight": 0.5, "kd_weight": 0.0},
+        "cifar100": {"weight": 0.5, "ce_weight": 0.5},
+        "imagenet": {"weight": 0.5, "ce_weight": 0.5},
     }
 
-    def check(self) -> None:
-        """The start is known."""
-        check_choice("start", self.start, STARTS)
-
-    def build(self, seen: Seen, num_samples: int) -> None:
+    def make(self, setup: Setup) -> None:
         """The table in use, and the sums and counts of the running epoch."""
-        logits = seen.student.logits
-        k, new = logits.shape[-1], {"dtype": wide_dtype(logits), "device": logits.device}
-        self.register_buffer("table", torch.full((k, k), 1 / k if self.start == "uniform" else 0.0, **new))
-        self.register_buffer("gathered", torch.zeros(k, k, **new))
-        self.register_buffer("counted", torch.zeros(k, **new))
+        k = setup.seen.student.logits.shape[-1]
+        first = 1 / k if self.start == "uniform" else 0.0
+        self.register_buffer("table", torch.full((k, k), first, dtype=torch.float64))
+        self.register_buffer("gathered", torch.zeros(k, k))
+        self.register_buffer("counted", torch.zeros(k))
 
     def values(self, seen: Seen) -> Tensor:
-        """(N,) cross entropy with the label's row of the table; while training the batch is gathered."""
+        """(N,); in training the batch is gathered too."""
         logits = seen.student.logits
         if self.training:
             self._gather(logits.detach(), seen.target, seen.ignored)
@@ -132,58 +125,58 @@ class OnlineLabelSmoothing(Method, name="online_label_smoothing"):
 
     def _gather(self, logits: Tensor, target: Tensor, ignored: Tensor | None) -> None:
         gathered, counted = self.get_buffer("gathered"), self.get_buffer("counted")
-        right = logits.argmax(-1) == target
+        correct = logits.argmax(-1) == target
         if ignored is not None:
-            right &= ~ignored
+            correct &= ~ignored
         # A column of ones counts: one sum over the processes serves both.
         rows = torch.cat([logits.softmax(-1), torch.ones_like(logits[:, :1])], -1).to(gathered.dtype)
         new = torch.zeros(len(gathered), len(gathered) + 1, dtype=gathered.dtype, device=gathered.device)
-        new.index_add_(0, target, rows * right.unsqueeze(-1))
+        new.index_add_(0, target, rows * correct.unsqueeze(-1))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(new)
         gathered += new[:, :-1]
         counted += new[:, -1]
 
     def end_epoch(self) -> None:
-        """The gathered means become the table in use."""
+        """Make the means of the gathered rows the table in use."""
         table, gathered, counted = (self.get_buffer(name) for name in ("table", "gathered", "counted"))
-        seen_right = (counted > 0).unsqueeze(-1)
-        table.copy_((gathered / counted.clamp(min=1).unsqueeze(-1)).where(seen_right, 1 / len(table)))
+        any_correct = (counted > 0).unsqueeze(-1)
+        table.copy_((gathered / counted.clamp(min=1).unsqueeze(-1)).where(any_correct, 1 / len(table)))
         gathered.zero_()
         counted.zero_()
 
 
 @dataclass(eq=False)
 class MaxSup(Method, name="maxsup"):
-    """``w (max_k s_k - mean_k s_k)``: suppresses the largest logit, where label smoothing suppresses the label's.
+    """Max suppression: ``w (max_k s_k - mean_k s_k)``, beside the cross entropy, in logits.
 
-    (N,) in the logits' unit, beside the cross entropy. Non-negative; zero, where it has a kink, only for equal logits.
-    The label plays no part; on a correct prediction it is label smoothing with eps = w, written as in its identity
-    LS = CE + eps (s_y - mean_k s_k). w grows linearly, by whole epochs, from start_weight to end_weight.
+    It lowers the largest logit, where label smoothing lowers the label's: on a correct prediction it is label smoothing
+    with eps = w, as ``LS = CE + eps (s_y - mean_k s_k)`` shows. The label plays no part. Non-negative; zero, where it
+    has a kink, only for equal logits. w grows linearly, by whole epochs, from start_weight to end_weight.
 
-    Zhou et al. 2025, "MaxSup: Overcoming Representation Collapse in Label Smoothing". The released ImageNet code
-    (and ``ramp="after_last"``) has w = start + (end - start) epoch/epochs, which the last epoch does not reach; its
-    long-tailed code (``ramp="in_last"``) divides by epochs - 1 and does. The README's formula has a constant w.
+    Source: Zhou et al. 2025, "MaxSup: Overcoming Representation Collapse in Label Smoothing". The formula in its README
+    has a constant w.
+
+    Args:
+        start_weight: w in the first epoch.
+        end_weight: w at the end.
+        ramp: "after_last", as in the released ImageNet code, divides by the number of epochs, so that w would reach
+            end_weight after the last one; "in_last", as in its long-tailed code, divides by epochs - 1 and reaches it
+            in the last one.
     """
 
-    start_weight: float = 0.1
-    end_weight: float = 0.2
-    ramp: str = "after_last"
+    start_weight: Weight = 0.1
+    end_weight: Weight = 0.2
+    ramp: Annotated[str, one_of("after_last", "in_last")] = "after_last"
 
     needs = frozenset()
     presets: ClassVar = {
-        "imagenet": {"weight": 1.0, "ce_weight": 1.0, "kd_weight": 0.0},
-        "long_tailed": {"weight": 1.0, "ce_weight": 1.0, "kd_weight": 0.0, "ramp": "in_last"},
+        "imagenet": {"weight": 1.0, "ce_weight": 1.0},
+        "long_tailed": {"weight": 1.0, "ce_weight": 1.0, "ramp": "in_last"},
     }
 
-    def check(self) -> None:
-        """Both weights are in range, the ramp known."""
-        for name in ("start_weight", "end_weight"):
-            check_number(name, getattr(self, name), WEIGHTS, is_weight)
-        check_choice("ramp", self.ramp, RAMPS)
-
     def values(self, seen: Seen) -> Tensor:
-        """(N,) the weighted gap of the largest logit; among equal ones the gradient is shared."""
+        """(N,); equal largest logits share the gradient."""
         logits = seen.student.logits
         steps = seen.epochs if self.ramp == "after_last" else max(1, seen.epochs - 1)
         done = min(1.0, math.floor(seen.epoch) / steps)
@@ -193,91 +186,85 @@ class MaxSup(Method, name="maxsup"):
 
 @dataclass(eq=False)
 class ConfidencePenalty(Method, name="confidence_penalty"):
-    """``-H(p) = sum_k p_k log p_k``: the negative entropy of the prediction; its weight is the paper's beta.
+    """Confidence penalty: ``-H(p) = sum_k p_k log p_k``, beside the cross entropy; its weight is the paper's beta.
 
-    (N,) in nats, beside the cross entropy, from -log K (least, stationary at p uniform) to 0 (p one-hot, where the
-    gradient vanishes too). Equal to ``KL(p || u) - log K``: label smoothing has the divergence the other way round.
-    The label plays no part.
+    It equals ``KL(p || u) - log K``; label smoothing has the divergence the other way round. The label plays no part.
+    The minimum is -log K, stationary at p uniform; it is 0 at p one-hot, where the gradient vanishes too.
 
-    Pereyra et al. 2017, "Regularizing Neural Networks by Penalizing Confident Output Distributions", §3, weight 0.1 on
-    CIFAR-10. Its annealed and thresholded variants are not here. The authors released no code; netcal's torch class
-    adds +weight·H, which has the opposite effect, and divides by K.
+    Source: Pereyra et al. 2017, "Regularizing Neural Networks by Penalizing Confident Output Distributions", §3, weight
+    0.1 on CIFAR-10. Its annealed and thresholded variants are not here. The authors released no code; netcal's torch
+    class adds +weight · H, which has the opposite effect, and divides by K.
     """
 
     needs = frozenset()
-    presets: ClassVar = {"cifar10": {"weight": 0.1, "ce_weight": 1.0, "kd_weight": 0.0}}
+    presets: ClassVar = {"cifar10": {"weight": 0.1, "ce_weight": 1.0}}
 
     def values(self, seen: Seen) -> Tensor:
-        """(N,) negative entropy; a class of probability 0 counts 0."""
-        log_p = F.log_softmax(seen.student.logits, -1)
-        p = log_p.exp()
-        return (p * log_p.masked_fill(p == 0, 0)).sum(-1)
+        """(N,)."""
+        logits = seen.student.logits
+        return -cross_entropy(logits, logits.softmax(-1))
 
 
 @dataclass(eq=False)
 class Focal(Method, name="focal"):
-    """``-(1 - p_y)^gamma log p_y``; 1 - p_y carries gradient and is taken in log space, exact where p_y is near 1.
+    """Focal loss: ``-(1 - p_y)^gamma log p_y``, in place of the cross entropy.
 
-    (N,) in nats, in the place of the cross entropy. At least 0; 0, and stationary, in the limit p_y = 1. gamma = 0 is
-    CE. Labels only.
+    1 - p_y carries gradient and is taken in log space, exact where p_y is near 1. Non-negative; zero and stationary in
+    the limit p_y = 1. gamma = 0 is CE. Labels only.
 
-    Lin et al. 2017, "Focal Loss for Dense Object Detection", §3, gamma 2 (without its class weights). Mukhoti et al.
-    2020 calibrate CIFAR with gamma 3. Their released code sums over the batch by default, so that its learning rate
-    goes with N times this mean.
+    Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", §3, gamma 2 (without its class weights); the
+    preset is gamma 3 of Mukhoti et al. 2020 on CIFAR. The latter's released code sums over the batch by default, so
+    that its gradient is N times that of this mean.
+
+    Args:
+        gamma: exponent.
     """
 
-    gamma: float = 2.0
+    gamma: NonNegative = 2.0
 
     needs = frozenset()
     soft_targets = False
-    presets: ClassVar = {"cifar100": INSTEAD | {"gamma": 3.0}}
-
-    def check(self) -> None:
-        """Gamma is finite and not negative."""
-        check_number("gamma", self.gamma, "a finite number ≥ 0", lambda v: 0 <= v < math.inf)
+    presets: ClassVar = {"cifar100": ALONE | {"gamma": 3.0}}
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
-        own, rest = _log_p_and_rest(seen)
-        return -(self.gamma * rest).exp() * own
+        margin, _ = against_others(seen.student.logits, seen.target)
+        return focal(margin, self.gamma)
 
 
 @dataclass(eq=False)
 class FLSD53(Method, name="flsd53"):
-    """``-(1 - p_y)^g log p_y`` with g = 5 where p_y < 0.2, else gamma = 3: focal loss with a sample-dependent gamma.
+    """Focal loss with a sample-dependent gamma, FLSD-53: ``-(1 - p_y)^g log p_y``, in place of the cross entropy.
 
-    (N,) in nats, in the place of the cross entropy. At least 0; 0, and stationary, in the limit p_y = 1. g is chosen by
-    value, without gradient, so the loss jumps down where p_y falls through 0.2 (by 0.8³·0.36·log 5 = 0.30). Labels
-    only.
+    g is ``low_gamma`` where p_y is below ``threshold`` and ``gamma`` elsewhere. g is chosen without gradient, so the
+    loss jumps down where p_y falls through 0.2, by 0.8³·0.36·log 5 = 0.30. Non-negative; zero and stationary in the
+    limit p_y = 1. Labels only.
 
-    Mukhoti et al. 2020, "Calibrating Deep Neural Networks using Focal Loss", FLSD-53. In their released code the
-    gamma argument moves only p_y ≥ 0.5 and [0.2, 0.5) stays at 3: equal to this for its gamma 3, the published method.
-    It sums over the batch by default, so that its learning rate goes with N times this mean.
+    Source: Mukhoti et al. 2020, "Calibrating Deep Neural Networks using Focal Loss". In the released code the gamma
+    argument moves only p_y ≥ 0.5, and [0.2, 0.5) stays at 3; at gamma 3, the published method, both agree. The code
+    sums over the batch by default, so that its gradient is N times that of this mean.
+
+    Args:
+        gamma: g of the other examples.
+        low_gamma: g of the examples with a low p_y.
+        threshold: p_y below which it is low.
     """
 
-    gamma: float = 3.0
-    low_gamma: float = 5.0
-    threshold: float = 0.2
+    gamma: NonNegative = 3.0
+    low_gamma: NonNegative = 5.0
+    threshold: Annotated[float, Allowed("a probability from 0 to 1", lambda value: 0 <= value <= 1)] = 0.2
 
     needs = frozenset()
     soft_targets = False
-    presets: ClassVar = {"cifar100": INSTEAD}
-
-    def check(self) -> None:
-        """Both gammas are finite and not negative, the threshold is a probability."""
-        for name in ("gamma", "low_gamma"):
-            check_number(name, getattr(self, name), "a finite number ≥ 0", lambda v: 0 <= v < math.inf)
-        check_number("threshold", self.threshold, "a probability from 0 to 1", lambda v: 0 <= v <= 1)
+    presets: ClassVar = {"cifar100": ALONE}
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
-        own, rest = _log_p_and_rest(seen)
-        low = (own.detach().exp() < self.threshold).to(own.dtype)  # where(…, float, float) would round to float32
-        gamma = self.gamma + (self.low_gamma - self.gamma) * low
-        return -(gamma * rest).exp() * own
+        margin, _ = against_others(seen.student.logits, seen.target)
+        low = (margin.detach().sigmoid() < self.threshold).to(margin.dtype)  # where(…, float, float) gives float32
+        return focal(margin, self.gamma + (self.low_gamma - self.gamma) * low)
 
 
-def _log_p_and_rest(seen: Seen) -> tuple[Tensor, Tensor]:
-    """(N,) log p_y and log(1 - p_y); the second from the other classes, because 1 - p_y would cancel."""
-    log_p, label = F.log_softmax(seen.student.logits, -1), seen.target.unsqueeze(-1)
-    return log_p.gather(-1, label).squeeze(-1), log_p.scatter(-1, label, -math.inf).logsumexp(-1)
+def focal(margin: Tensor, gamma: Tensor | float) -> Tensor:
+    """``-(1 - p)^gamma log p`` of p = sigmoid(margin)."""
+    return -(gamma * F.logsigmoid(-margin)).exp() * F.logsigmoid(margin)

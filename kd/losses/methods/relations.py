@@ -1,11 +1,10 @@
-"""Methods that compare how the examples of a batch lie to each other: sp, pkt, rkd, cc.
+"""Methods that compare how the examples of a batch relate to each other: sp, pkt, rkd, cc.
 
 N examples of the batch, i, j, k their indices; D dimensions, free in student and teacher; s student, t teacher. Every
 value is one number for the batch, (): a mean over examples, pairs or triples, so that it does not grow with the batch.
-A batch is what one process sees at once: on several processes, or with accumulated gradients, pairs across are not
-compared.
+A batch is what one process sees at once: pairs across processes or accumulated pieces are not compared.
 
-`released=True` gives the numbers of the code that the papers are compared by; `weight` in the presets is for those.
+``released=True`` gives the numbers of the code that the papers are compared by; ``weight`` in the presets is for those.
 """
 
 import math
@@ -17,34 +16,37 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from kd.losses.methods.base import Method, Seen
-from kd.losses.methods.shared import TINY, check_at_least, embeddings, needs_several, pick, placed, unit
+from kd.losses.methods.base import Method, Seen, Setup
+from kd.losses.methods.fields import Count, NonNegative
+from kd.losses.methods.shared import TINY, pick, unit
 
 
 @dataclass(eq=False)
 class SimilarityPreserving(Method, name="sp"):
-    """``(1/N²) ‖G_s - G_t‖²_F``, ``G = F·Fᵀ`` with rows of length 1, F the flattened maps (N, C·H·W).
+    """Similarity-preserving distillation: ``(1/N²) ‖G_s - G_t‖²_F``, ``G = F·Fᵀ`` with rows of length 1.
 
-    Units: none, between 0 and 4/N; the same for maps that are scaled.
+    F is the flattened maps (N, C·H·W). No unit; between 0 and 4/N, and unchanged where maps are scaled. Zero and
+    stationary where the rows of G agree, so for features that differ by an orthogonal map and a factor.
+
     Shapes: one map of each (N, C, H, W), all sizes free; gives ().
-    Zero, and stationary: where the rows of G agree, so for features that differ by an orthogonal map and a factor.
-    Paper: Tung & Mori 2019, "Similarity-Preserving Knowledge Distillation"; the paper may sum over several layers, its
+
+    Source: Tung & Mori 2019, "Similarity-Preserving Knowledge Distillation". The paper may sum over several layers; its
     CIFAR experiments and RepDistiller take the last one. The released code is the same.
 
     Args:
         layer: position among the maps; negative from the deepest.
     """
 
+    layer: int = -1
+
     needs = frozenset({"teacher", "maps"})
     per_example = False
-    presets: ClassVar = {"cifar100": {"weight": 3000.0, "ce_weight": 1.0, "kd_weight": 0.0}}
-
-    layer: int = -1
+    smallest_batch = 2
+    presets: ClassVar = {"cifar100": {"weight": 3000.0, "ce_weight": 1.0}}
 
     def values(self, seen: Seen) -> Tensor:
         """()."""
-        needs_several(self.name, len(seen.student.logits))
-        s, t = (_similarities(x) for x in pick(self.name, seen, self.layer))
+        s, t = (_similarities(x) for x in pick(self, seen, self.layer))
         return (s - t).square().mean()
 
 
@@ -53,42 +55,42 @@ def _similarities(x: Tensor) -> Tensor:
     return unit(flat @ flat.T)
 
 
+PKT_FLOOR = 1e-7
+
+
 @dataclass(eq=False)
 class ProbabilisticKnowledge(Method, name="pkt"):
-    """``mean_i sum_(j≠i) q_ij log(q_ij / p_ij)``, q_i and p_i over j ≠ i.
+    """Probabilistic knowledge transfer: ``mean_i sum_(j≠i) q_ij log(q_ij / p_ij)``.
 
-    They are the teacher's and the student's ``(cos(x_i, x_j) + 1) / 2``, made to sum to 1.
-
-    Units: nats an example (the paper sums over i). ``released``: q and p include j = i, the mean is over all N² pairs,
-    so about 1/N of the paper's and less still by the share of the large diagonal, and 1e-7 is added to lengths and
-    probabilities: relative 1e-7·N.
-    Shapes: embeddings (N, D); gives (). Probabilities below 1e-7 count as that, so that opposite vectors stay finite.
-    Zero, and stationary (`released` but for 1e-7): where q = p, so for embeddings that differ by an orthogonal map and
+    q_i (teacher) and p_i (student) are ``(cos(x_i, x_j) + 1) / 2`` over j ≠ i, made to sum to 1. In nats for each
+    example (the paper sums over i). Probabilities below 1e-7 count as 1e-7, so that opposite vectors stay finite. Zero
+    and stationary where q = p (up to 1e-7 for ``released``), so for embeddings that differ by an orthogonal map and
     factors of their rows.
-    Paper: Passalis & Tefas 2018, "Learning Deep Representations with Probabilistic Knowledge Transfer", cosine kernel.
+
+    Shapes: embeddings (N, D); gives ().
+
+    Source: Passalis & Tefas 2018, "Learning Deep Representations with Probabilistic Knowledge Transfer", cosine kernel.
 
     Args:
-        released: the authors' probabilistic_kt and RepDistiller's PKT.
+        released: the authors' probabilistic_kt and RepDistiller's PKT. q and p include j = i and the mean is over all
+            N² pairs, so about 1/N of the paper's value, and less still by the share of the large diagonal; 1e-7 is
+            added to lengths and probabilities, relative 1e-7·N.
     """
-
-    needs = frozenset({"teacher", "embedding"})
-    per_example = False
-    presets: ClassVar = {"cifar100": {"weight": 30000.0, "ce_weight": 1.0, "kd_weight": 0.0, "released": True}}
 
     released: bool = False
 
-    floor = 1e-7
+    needs = frozenset({"teacher", "embedding"})
+    per_example = False
+    smallest_batch = 2
+    presets: ClassVar = {"cifar100": {"weight": 30000.0, "ce_weight": 1.0, "released": True}}
 
     def values(self, seen: Seen) -> Tensor:
         """()."""
-        s, t = embeddings(seen)
-        n = len(s)
-        needs_several(self.name, n)
         if self.released:
-            p, q = self._probabilities_released(s), self._probabilities_released(t)
-            return (q * ((q + self.floor) / (p + self.floor)).log()).mean()
-        p, q = self._probabilities(s), self._probabilities(t)
-        return (q * (q.clamp(min=self.floor) / p.clamp(min=self.floor)).log()).sum() / n
+            p, q = (self._probabilities_released(x) for x in seen.embeddings)
+            return (q * ((q + PKT_FLOOR) / (p + PKT_FLOOR)).log()).mean()
+        p, q = (self._probabilities(x) for x in seen.embeddings)
+        return (q * (q.clamp(min=PKT_FLOOR) / p.clamp(min=PKT_FLOOR)).log()).sum() / len(q)
 
     def _probabilities(self, x: Tensor) -> Tensor:
         x = unit(x)
@@ -98,48 +100,47 @@ class ProbabilisticKnowledge(Method, name="pkt"):
         return similar / total.masked_fill(total <= TINY, 1)
 
     def _probabilities_released(self, x: Tensor) -> Tensor:
-        x = x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + self.floor)
+        x = x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + PKT_FLOOR)
         similar = (x @ x.T + 1) / 2
         return similar / similar.sum(-1, keepdim=True)
 
 
 @dataclass(eq=False)
 class Relational(Method, name="rkd"):
-    """``distance_weight · mean_ij h(d_ij/μ_s, d'_ij/μ_t) + angle_weight · mean_ijk h(cos_ijk, cos'_ijk)``.
+    """Relational KD: ``distance_weight · mean_ij h(d_ij/μ_s, d'_ij/μ_t) + angle_weight · mean_ijk h(cos, cos')``.
 
-    d_ij = ‖x_i - x_j‖, μ its mean over i ≠ j; cos_ijk the cosine of the angle at x_i between x_j and x_k; primes the
-    teacher's; h the Huber loss of threshold 1. The means are over i ≠ j, and over i, j, k all different.
-    Units: none. The paper writes sums; its weights are for means. ``released``: the zeros of equal indices are counted
-    in the means, so (N-1)/N of the distance term and (N-1)(N-2)/N² of the angle term: 0.98 and 0.95 at N = 64. Rows
-    that are equal have distance 0 here, 1e-6 in the released code.
-    Shapes: embeddings (N, D); gives (). With N = 2 there is no angle, and its term is 0.
-    Zero, and stationary: where all distance ratios and angles agree, so for embeddings that differ by a shift, an
-    orthogonal map and a factor. Equal rows have no direction: their cosines are 0.
-    Paper: Park et al. 2019, "Relational Knowledge Distillation", §3.2; weights of its CIFAR-100 experiments.
+    d_ij = ‖x_i - x_j‖, μ its mean over i ≠ j; cos is the cosine of the angle at x_i between x_j and x_k; primes are the
+    teacher's; h is the Huber loss of threshold 1. The means are over i ≠ j, and over i, j, k all different. No unit.
+    Zero and stationary where all distance ratios and angles agree, so for embeddings that differ by a shift, an
+    orthogonal map and a factor. Equal rows have no direction: their cosines are 0. With N = 2 there is no angle, and
+    its term is 0.
+
+    Shapes: embeddings (N, D); gives ().
+
+    Source: Park et al. 2019, "Relational Knowledge Distillation", §3.2, weights of its CIFAR-100 experiments. The paper
+    writes sums; its weights are for means.
 
     Args:
-        distance_weight: weight of the distances, at least 0.
-        angle_weight: weight of the angles, at least 0.
-        released: the authors' RKD and RepDistiller's RKDLoss.
+        distance_weight: weight of the distances.
+        angle_weight: weight of the angles.
+        released: the authors' RKD and RepDistiller's RKDLoss. The zeros of equal indices count in the means, so
+            (N-1)/N of the distance term and (N-1)(N-2)/N² of the angle term: 0.98 and 0.95 at N = 64. Equal rows have
+            distance 1e-6 in that code and 0 here.
     """
+
+    distance_weight: NonNegative = 25.0
+    angle_weight: NonNegative = 50.0
+    released: bool = False
 
     needs = frozenset({"teacher", "embedding"})
     per_example = False
-    presets: ClassVar = {"cifar100": {"weight": 1.0, "ce_weight": 1.0, "kd_weight": 0.0, "released": True}}
-
-    distance_weight: float = 25.0
-    angle_weight: float = 50.0
-    released: bool = False
-
-    def check(self) -> None:
-        """Weights are not negative."""
-        check_at_least(self.name, distance_weight=(self.distance_weight, 0), angle_weight=(self.angle_weight, 0))
+    smallest_batch = 2
+    presets: ClassVar = {"cifar100": {"weight": 1.0, "ce_weight": 1.0, "released": True}}
 
     def values(self, seen: Seen) -> Tensor:
         """()."""
-        n = len(seen.student.logits)
-        needs_several(self.name, n)
-        s, t = (_edges(x) for x in embeddings(seen))
+        s, t = (_edges(x) for x in seen.embeddings)
+        n = len(s)
         total = s[:0].sum()
         if self.distance_weight > 0:
             apart = F.smooth_l1_loss(_distances(s), _distances(t), reduction="sum")
@@ -169,48 +170,46 @@ def _cosines(edges: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class CorrelationCongruence(Method, name="cc"):
-    """``(1/N²) sum_ij (K(s_i, s_j) - K(t_i, t_j))²``, ``K(x, y) = sum_(p≤order) e^(-2γ) (2γ)^p / p! · (x·y)^p``.
+    """Correlation congruence: ``(1/N²) sum_ij (K(s_i, s_j) - K(t_i, t_j))²``.
 
-    K is the Taylor series of the Gaussian kernel e^(-γ‖x-y‖²) of vectors of length 1; embeddings are brought to it.
-    Units: none, between 0 and 1. ``released`` is another loss, ``mean_(i<N) sum_d |s_i - t_i| |s_(i+1) - t_(i+1)|``
-    over neighbours in the batch, of embeddings through a learned linear layer of each network. It depends on the order
-    of the batch; RepDistiller has it from the paper's authors.
+    ``K(x, y) = sum_(p≤order) e^(-2γ) (2γ)^p / p! · (x·y)^p`` is the Taylor series of the Gaussian kernel e^(-γ‖x-y‖²)
+    of vectors of length 1, to which embeddings are brought. No unit; between 0 and 1. Zero and stationary where all
+    kernel values agree, so for embeddings that differ by an orthogonal map and factors of their rows.
+
     Shapes: embeddings (N, D); gives ().
-    Zero, and stationary: where all kernel values agree, so for embeddings that differ by an orthogonal map and factors
-    of their rows; released: where of any two neighbours one agrees with its teacher, with a kink.
-    Paper: Peng et al. 2019, "Correlation Congruence for Knowledge Distillation", γ 0.4 and order 2.
+
+    Source: Peng et al. 2019, "Correlation Congruence for Knowledge Distillation", γ 0.4 and order 2.
 
     Args:
-        gamma: γ of the Gaussian kernel, at least 0.
-        order: the last power of the series, at least 1.
-        released: RepDistiller's Correlation.
-        embed_dim: dimensions of the learned layers, which only `released` has.
+        gamma: γ of the Gaussian kernel.
+        order: last power of the series.
+        released: RepDistiller's Correlation, from the paper's authors, another loss:
+            ``mean_(i<N) sum_d |s_i - t_i| |s_(i+1) - t_(i+1)|`` over neighbours in the batch, of embeddings through a
+            learned linear layer of each network. It depends on the order of the batch. Zero, with a kink, where of any
+            two neighbours one agrees with its teacher.
+        embed_dim: width of the learned layers, which only ``released`` has.
     """
+
+    gamma: NonNegative = 0.4
+    order: Count = 2
+    released: bool = False
+    embed_dim: Count = 128
 
     needs = frozenset({"teacher", "embedding"})
     per_example = False
-    presets: ClassVar = {"cifar100": {"weight": 0.02, "ce_weight": 1.0, "kd_weight": 0.0, "released": True}}
+    smallest_batch = 2
+    presets: ClassVar = {"cifar100": {"weight": 0.02, "ce_weight": 1.0, "released": True}}
 
-    gamma: float = 0.4
-    order: int = 2
-    released: bool = False
-    embed_dim: int = 128
-
-    def check(self) -> None:
-        """A series has a first power."""
-        check_at_least(self.name, gamma=(self.gamma, 0), order=(self.order, 1), embed_dim=(self.embed_dim, 1))
-
-    def build(self, seen: Seen, num_samples: int) -> None:
-        """Make the linear layers that `released` has."""
+    def make(self, setup: Setup) -> None:
+        """The linear layers of ``released``."""
         if self.released:
-            s, t = embeddings(seen)
-            self.embed_student = placed(nn.Linear(s.shape[1], self.embed_dim), seen)
-            self.embed_teacher = placed(nn.Linear(t.shape[1], self.embed_dim), seen)
+            s, t = setup.seen.embeddings
+            self.embed_student = nn.Linear(s.shape[1], self.embed_dim)
+            self.embed_teacher = nn.Linear(t.shape[1], self.embed_dim)
 
     def values(self, seen: Seen) -> Tensor:
         """()."""
-        s, t = embeddings(seen)
-        needs_several(self.name, len(s))
+        s, t = seen.embeddings
         if self.released:
             gap = (self.embed_student(s) - self.embed_teacher(t)).abs()
             return (gap[:-1] * gap[1:]).sum(-1).mean()

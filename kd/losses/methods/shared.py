@@ -1,25 +1,46 @@
-"""What the feature methods share: which maps meet, at which size, and vectors of length one.
+"""Functions that methods of several families share.
 
-N examples, C channels, H, W: height and width; s, t: student and teacher.
+N examples, K classes, C channels, H, W: height and width of a map.
 """
 
-from typing import TypeVar
+import math
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from kd.losses.methods.base import Seen
-from kd.losses.reference import wide_dtype
+from kd.losses.methods.base import Method, Seen
 
-M = TypeVar("M", bound=nn.Module)
+TINY = 1e-12  # a length below this counts as 0; float32 squares cannot carry much less
 
-TINY = 1e-12  # a length below this is none; float32 squares cannot carry much less
+# ---- logits
+
+
+def against_others(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """One class against all others: its margin (N,), and the others' log softmax (N, K), -inf at the class itself.
+
+    The class's probability is sigmoid(margin), so that log p and log(1 - p) keep their digits however near to 1 it is.
+    """
+    index = index.unsqueeze(-1)
+    others = logits.scatter(-1, index, -math.inf)
+    total = others.logsumexp(-1, keepdim=True)
+    return (logits.gather(-1, index) - total).squeeze(-1), others - total
+
+
+def centred(values: Tensor, dim: int, largest: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    """Values minus their mean along `dim`, their length, and whether that is only the rounding error of `largest`."""
+    deviation = values - values.mean(dim, keepdim=True)
+    length = torch.linalg.vector_norm(deviation, dim=dim, keepdim=True)
+    rounding = 8 * torch.finfo(values.dtype).eps * math.sqrt(values.shape[dim]) * largest
+    return deviation, length, length.detach() <= rounding
+
+
+# ---- features
 
 
 def unit(x: Tensor, dim: int = -1) -> Tensor:
-    """`x` over its length along `dim`; what has none stays 0, with a gradient as if its length were 1.
+    """`x` divided by its length along `dim`; a zero vector stays 0, with a gradient as if its length were 1.
 
     F.normalize divides by 1e-12 there, which makes gradients of 1e12.
     """
@@ -27,31 +48,12 @@ def unit(x: Tensor, dim: int = -1) -> Tensor:
     return x / length.masked_fill(length <= TINY, 1)
 
 
-def pairs(name: str, seen: Seen) -> list[tuple[Tensor, Tensor]]:
-    """The maps of student and teacher that belong together. Raises ValueError where their numbers differ."""
-    assert seen.teacher is not None
-    ours, theirs = seen.student.maps, seen.teacher.maps
-    if len(ours) != len(theirs):
-        raise ValueError(
-            f"{name}: the student gives {len(ours)} maps and the teacher {len(theirs)}; name as many layers of each"
-        )
-    return list(zip(ours, theirs, strict=True))
-
-
-def pick(name: str, seen: Seen, layer: int) -> tuple[Tensor, Tensor]:
-    """The pair of maps at position `layer`; negative positions count from the deepest."""
-    found = pairs(name, seen)
-    if not -len(found) <= layer < len(found):
-        raise ValueError(f"{name}: layer={layer}: there are {len(found)} maps, give {-len(found)} to {len(found) - 1}")
-    return found[layer]
-
-
-def embeddings(seen: Seen) -> tuple[Tensor, Tensor]:
-    """The embeddings of student and teacher, (N, D) each, for a method that needs them."""
-    assert seen.student.embedding is not None
-    assert seen.teacher is not None
-    assert seen.teacher.embedding is not None
-    return seen.student.embedding, seen.teacher.embedding
+def pick(method: Method, seen: Seen, layer: int) -> tuple[Tensor, Tensor]:
+    """The pair of maps at position `layer`; negative positions count from the deepest. Raises ValueError."""
+    pairs = seen.map_pairs
+    count = len(pairs)
+    method.require(-count <= layer < count, f"layer={layer}: there are {count} maps, give {-count} to {count - 1}")
+    return pairs[layer]
 
 
 def same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,40 +63,22 @@ def same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """The map averaged down to a size; as it is where it has that size."""
+    """The map averaged down to a size; unchanged where it has that size."""
     return x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size)
 
 
-def needs_several(name: str, examples: int) -> None:
-    """Raise ValueError for a batch of one, in which there is nothing to compare."""
-    if examples < 2:
-        raise ValueError(
-            f"{name}: compares examples with each other: a batch of {examples} is too small, give 2 or more"
-        )
-
-
-def placed(module: M, seen: Seen) -> M:
-    """The learned module on the device of the student's outputs, in the dtype in which methods compute."""
-    logits = seen.student.logits
-    return module.to(logits.device, wide_dtype(logits))
+# ---- processes
 
 
 def everywhere(x: Tensor) -> Tensor:
-    """The rows of `x` of all processes, which may have different numbers of them, in the order of their ranks."""
+    """The rows of `x` of all processes, in the order of their ranks; processes may have different numbers of rows."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return x
     count = torch.tensor([len(x)], device=x.device)
     counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, count)
-    padded = x.new_zeros(int(torch.cat(counts).max()), *x.shape[1:])  # a gathering wants equal shapes
+    padded = x.new_zeros(int(torch.cat(counts).max()), *x.shape[1:])  # all_gather wants equal shapes
     padded[: len(x)] = x
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(number)] for part, number in zip(parts, counts, strict=True)])
-
-
-def check_at_least(name: str, **fields: tuple[float, float]) -> None:
-    """Raise ValueError for the first field, given as (value, least), that is below its least, or not finite."""
-    for field, (value, least) in fields.items():
-        if not least <= value < float("inf"):
-            raise ValueError(f"{name}: {field}={value}: must be a finite number of at least {least:g}")
