@@ -1,34 +1,28 @@
-"""Images in three splits: `load_data(config, seed)`. A new data set is one function in one file, named in FAMILIES."""
+"""Data sets in three splits: `load_data(config, seed)`.
 
-from __future__ import annotations
+A new data set is a function under `@family` in a file of this folder, and a recipe in recipes/data.
+"""
 
-from collections.abc import Callable
+from importlib import import_module
+from pkgutil import iter_modules
 
 from kd.config.schema import DataConfig
-from kd.data.base import Batch, Data, Split
-from kd.data.embedded import digits, mnist5k
-from kd.data.folder import folder
+from kd.data.base import FAMILIES, Batch, Data, Split
 from kd.data.mixing import Mixer, mixer
-from kd.data.synthetic import mixture, mnist1d
-from kd.data.timm_sets import timm
-from kd.data.torchvision_sets import torchvision
-from kd.errors import ConfigError, ImageError
+from kd.errors import ConfigError
 
-__all__ = ["FAMILIES", "Batch", "Data", "ImageError", "Mixer", "Split", "load_data", "mixer"]
+__all__ = ["FAMILIES", "Batch", "Data", "Mixer", "Split", "load_data", "mixer"]
 
-FAMILIES: dict[str, Callable[[DataConfig, int], Data]] = {
-    "digits": digits,
-    "mnist5k": mnist5k,
-    "mnist1d": mnist1d,
-    "mixture": mixture,
-    "torchvision": torchvision,
-    "folder": folder,
-    "timm": timm,
-}
+for _module in iter_modules(__path__):  # each registers the families that it defines
+    import_module(f"{__name__}.{_module.name}")
 
 
 def load_data(config: DataConfig, seed: int) -> Data:
-    """The data set of a recipe. `seed`, the run's, decides augmentation only; splits follow config.split_seed."""
+    """The data set of a recipe. `seed`, the run's, decides augmentation only; splits follow config.split_seed.
+
+    Raises ConfigError for a setting or a data set that cannot be used, ImageError for an unreadable file where
+    data.verify is on.
+    """
     if config.family not in FAMILIES:
-        raise ConfigError(f"data.family={config.family}: must be one of {', '.join(FAMILIES)}")
+        raise ConfigError(f"data.family={config.family}: must be one of {', '.join(sorted(FAMILIES))}")
     return FAMILIES[config.family](config, seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from kd.config.schema import DataConfig
-from kd.data.base import Data
+from kd.data.base import Data, family
 from kd.data.image_files import Files
 from kd.data.streams import stream_data
 from kd.errors import ConfigError
@@ -21,44 +21,44 @@ NOT_READ = (".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jxl", 
 LIKE_SPLITS = (*SPLITS, "dev", "eval", "testing", "training", "valid", "validation")
 
 
+@family
 def folder(config: DataConfig, seed: int) -> Data:
     """The folder data.root, in one of these layouts.
 
-    ROOT/train/CLASS/* with ROOT/val/, ROOT/test/ or both: these splits; `assign` says what each is used for.
+    ROOT/train/CLASS/* with ROOT/val/, ROOT/test/ or both: these splits; `subsets.assign` says what each is used for.
     ROOT/CLASS/*: divided into train, val and test.
 
-    Folders of splits and of classes may be links, as people lay out subsets; an image may be a link inside ROOT or its
-    own folder, and none out of them.
+    Folders of splits and of classes may be links, as people lay out subsets. An image may be a link to a file inside
+    ROOT or beside it; a link to elsewhere is refused.
     """
     root = data_root(config)
     given = [name for name in SPLITS if (root / name).is_dir()]
     alike = [name for name in _folders(root) if name.lower() in LIKE_SPLITS]
-    if len(alike) > 1 and (strange := next((name for name in alike if name not in SPLITS), "")):
-        raise ConfigError(f"data.root={root}: {strange}/: folders of splits are called train, val and test; rename it")
+    misnamed = [name for name in alike if name not in SPLITS]
+    if len(alike) > 1 and misnamed:
+        raise ConfigError(f"data.root={root}: {misnamed[0]}/: folders of splits are called train, val and test; rename")
     if given and "train" not in given:
         raise ConfigError(f"data.root={root}: has {given[0]}/ but no train/")
-    classes = _classes(root / given[0] if given else root)
-    for name in given[1:]:
-        _check_same(root, name, classes)
-    sources = {name: scan(root, root / name, classes) for name in given} or {"train": scan(root, root, classes)}
+    places = {name: root / name for name in given} or {"train": root}
+    classes = _classes(places["train"])
+    for name, place in places.items():
+        if unmatched := set(classes) ^ set(_classes(place)):
+            raise ConfigError(f"data.root={root}: train/ and {name}/ differ in the class {min(unmatched)!r}")
+    sources = {name: scan(root, place, classes) for name, place in places.items()}
     return stream_data(config, seed, sources, classes, threads=16)
 
 
 def data_root(config: DataConfig) -> Path:
-    """data.root, which has to be a folder."""
-    what = "your images" if config.name == "folder" else config.name
-    if not config.root:
-        raise ConfigError(f"data.root is not set: give the folder that holds {what}, data.root=/path/to/it")
-    root = Path(config.root)
-    if not root.is_dir():
-        wrong = "is a file" if root.exists() else "no such folder"
-        raise ConfigError(f"data.root={config.root}: {wrong}; give the folder that holds {what}")
-    return root
+    """data.root. Raises ConfigError unless it is a folder."""
+    if not config.root or not Path(config.root).is_dir():
+        what = "your images" if config.name == "folder" else config.name
+        wrong = f"={config.root}: no such folder" if config.root else " is not set"
+        raise ConfigError(f"data.root{wrong}; give the folder that holds {what}, data.root=/path/to/it")
+    return Path(config.root)
 
 
 def _folders(path: Path) -> list[str]:
-    with os.scandir(path) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
 
 
 def _classes(path: Path) -> list[str]:
@@ -71,57 +71,43 @@ def _classes(path: Path) -> list[str]:
     return names
 
 
-def _check_same(root: Path, name: str, classes: list[str]) -> None:
-    found = _classes(root / name)
-    if found != classes:
-        missing, extra = sorted({*classes} - {*found})[:3], sorted({*found} - {*classes})[:3]
-        raise ConfigError(
-            f"data.root={root}: train/ and {name}/ have different classes, "
-            f"only in train/: {missing}, only in {name}/: {extra}"
-        )
-
-
 def scan(root: Path, split: Path, classes: list[str]) -> Files:
-    """All images of a split, at any depth below their class folders, sorted by path."""
+    """All images of a split, at any depth below their class folders, sorted by class, then path."""
     paths, targets = [], []
     for target, label in enumerate(classes):
-        found = sorted(_images(root, str(split / label)))
-        if not found:
+        images = sorted(_images(root, split / label))
+        if not images:
             raise ConfigError(f"data.root: class folder {str(split / label)!r} holds no JPEG, PNG or WEBP image")
-        paths += [os.fsencode(os.path.relpath(path, root)) for path in found]
-        targets += [target] * len(found)
-    return Files(root, np.array(paths), np.array(targets))
+        paths += [os.fsencode(os.path.relpath(path, root)) for path in images]
+        targets += [target] * len(images)
+    return Files(np.array(targets), root, np.array(paths))
 
 
-def _images(root: Path, path: str) -> Iterator[str]:
+def _images(root: Path, class_folder: Path) -> Iterator[str]:
     """Paths of the images below a class folder. Leaving one out in silence would change the data set."""
-    left = [path]  # no recursion: it would end, and hold a descriptor for each level, at a thousand
-    while left:
-        with os.scandir(left.pop()) as entries:  # unlike os.walk it raises for a folder that may not be read
-            for entry in entries:
-                suffix = os.path.splitext(entry.name)[1].lower()
-                hidden = entry.name.startswith(".")  # macOS puts ._cat.jpg beside cat.jpg
-                if not hidden and (suffix in READ + NOT_READ or (entry.is_symlink() and entry.is_dir())):
-                    if problem := _problem(root, entry, suffix):
-                        raise ConfigError(f"data.root: {entry.path!r} {problem}")
-                    yield entry.path
-                elif entry.is_dir(follow_symlinks=False):
-                    left.append(entry.path)
+
+    def fail(error: OSError) -> None:  # os.walk would pass over a folder that may not be read
+        raise error
+
+    for place, folders, files in os.walk(class_folder, onerror=fail):
+        for name in folders:
+            _check_link(root, os.path.join(place, name))
+        for name in files:
+            path, suffix = os.path.join(place, name), os.path.splitext(name)[1].lower()
+            if name.startswith(".") or suffix not in READ + NOT_READ:  # macOS puts ._cat.jpg beside cat.jpg
+                continue
+            if suffix in NOT_READ:
+                raise ConfigError(f"data.root: {path!r} is not JPEG, PNG or WEBP; convert or remove it")
+            _check_link(root, path)
+            yield path
 
 
-def _problem(root: Path, entry: os.DirEntry[str], suffix: str) -> str:
-    """Why an entry with the name of an image, or a link to a folder, is no image; nothing where it may be one."""
-    if suffix in NOT_READ:
-        return "is not JPEG, PNG or WEBP; convert or remove it"
-    if entry.is_file(follow_symlinks=False):  # the folder says so: for a million images no call each
-        return ""
-    if entry.is_symlink():
-        target = os.path.realpath(entry.path)
-        if not os.path.exists(target):
-            return "is a link to nothing; remove it"
-        inside = (os.path.realpath(folder) for folder in (root, os.path.dirname(entry.path)))
-        if not any(target.startswith(os.path.join(folder, "")) for folder in inside):
-            return f"is a link out of the folder, to {target!r}; put the image itself there or remove it"
-    if entry.is_dir():
-        return f"is a {'link to a folder' if entry.is_symlink() else 'folder'}, must be an image; rename or remove it"
-    return "" if entry.is_file() else "is no regular file; remove it"
+def _check_link(root: Path, path: str) -> None:
+    """Raise ConfigError for a link to a folder, or to a file outside of the root and of the link's own folder."""
+    if not os.path.islink(path):
+        return
+    target = os.path.realpath(path)
+    inside = (os.path.join(os.path.realpath(place), "") for place in (root, os.path.dirname(path)))
+    if os.path.isdir(target) or not target.startswith(tuple(inside)):
+        where = "to a folder" if os.path.isdir(target) else "out of the folder"
+        raise ConfigError(f"data.root: {path!r} is a link {where}, {target!r}; put the images there or remove it")

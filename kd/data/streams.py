@@ -1,12 +1,10 @@
-"""Large sets: images are decoded and augmented one at a time, by worker processes, as they are needed."""
+"""Large data sets: worker processes decode and augment images one at a time, as they are needed."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import numpy as np
@@ -16,32 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kd.config.schema import DataConfig
-from kd.data.base import Batch, Data, digest
-from kd.data.image_files import Source, read
+from kd.data.base import Batch, Data, Split, digest, refuse_settings
+from kd.data.image_files import Source
 from kd.data.sample_rng import global_rng, sample_keys
 from kd.data.subsets import draw
 from kd.errors import ConfigError, ImageError
 
 Transform = Callable[[Image.Image], Tensor]
-
-
-@dataclass(frozen=True)
-class _View:
-    """One split, under one transform, in one epoch: what the workers see."""
-
-    split: StreamSplit
-    epoch: int | None
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor, int] | ImageError:
-        split = self.split
-        image = read(split.source, int(split.indices[index]))
-        if isinstance(image, ImageError):
-            return image
-        if self.epoch is None:
-            return index, split.evaluation(image), int(split.targets[index])
-        # transforms draw from all three global generators; with workers=0 those are the training process's own
-        with global_rng(int(sample_keys(split.seed, self.epoch, torch.tensor(index)))):
-            return index, split.augmentation(image), int(split.targets[index])
 
 
 def _collate(samples: list[Any]) -> Batch | ImageError:
@@ -53,27 +32,29 @@ def _collate(samples: list[Any]) -> Batch | ImageError:
     return Batch(torch.tensor(index), torch.stack(images), torch.tensor(targets))
 
 
-@dataclass(frozen=True)
-class StreamSplit:
-    """Some images of a source; see `kd.data.base.Split`."""
+@dataclass(frozen=True, kw_only=True)
+class StreamSplit(Split):
+    """Some images of a source, decoded when they are asked for."""
 
     source: Source
     indices: np.ndarray  # (N,) position in the source
-    targets: Tensor  # (N,) int64, on the CPU
     augmentation: Transform
     evaluation: Transform
     seed: int
     workers: int
     device: torch.device
-    posterior: None = None  # nobody knows it of photographs
 
-    @property
-    def augments(self) -> bool:
-        """Always: every training view is at least a random crop."""
-        return True
-
-    def __len__(self) -> int:
-        return len(self.indices)
+    def __getitem__(self, at: tuple[int, int | None]) -> tuple[int, Tensor, int] | ImageError:
+        """A sample (index, image, target) in its view of an epoch: what a worker process is asked for."""
+        index, epoch = at
+        image, target = self.source.read(int(self.indices[index])), int(self.targets[index])
+        if isinstance(image, ImageError):
+            return image
+        if epoch is None:
+            return index, self.evaluation(image), target
+        # transforms draw from all three global generators; with workers=0 those are the training process's own
+        with global_rng(int(sample_keys(self.seed, epoch, torch.tensor(index)))):
+            return index, self.augmentation(image), target
 
     def to(self, device: torch.device | str) -> StreamSplit:
         """The same split with its batches on `device`."""
@@ -84,10 +65,10 @@ class StreamSplit:
         return replace(self, indices=self.indices[index.numpy()], targets=self.targets[index])
 
     def batches(self, plan: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
-        """One batch for every index tensor of `plan`."""
+        """One batch for each index tensor of `plan`."""
         loader = DataLoader(
-            _View(self, epoch),  # type: ignore[arg-type]
-            batch_sampler=(index.tolist() for index in plan),  # type: ignore[arg-type]
+            self,  # type: ignore[arg-type]
+            batch_sampler=([(i, epoch) for i in index.tolist()] for index in plan),  # type: ignore[arg-type]
             num_workers=min(self.workers, len(plan)),
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
@@ -125,55 +106,66 @@ def transforms(config: DataConfig) -> tuple[Transform, Transform]:
     return augmentation, evaluation
 
 
-def check_settings(config: DataConfig) -> None:
-    """Refuse settings that would do nothing."""
-    for name in ("shift", "noise"):
-        if value := getattr(config, name):
-            raise ConfigError(f"data.{name}={value}: only for small sets, {config.name} is streamed; must be 0")
-
-
-def _problem(job: tuple[Source, int]) -> ImageError | None:
-    image = read(*job)
+def _unreadable(job: tuple[Source, int]) -> ImageError | None:
+    source, i = job
+    image = source.read(i)
     return image if isinstance(image, ImageError) else None
 
 
 def verify(splits: Iterable[StreamSplit], threads: int) -> None:
-    """Decode every image once; one ImageError for all that cannot be read."""
+    """Decode every image once. Raises one ImageError for all that cannot be read."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import track
 
     jobs = [(split.source, int(i)) for split in splits for i in split.indices]
-    console, bad, todo = Console(stderr=True), [], iter(jobs)
-    with Progress(console=console, disable=not sys.stderr.isatty()) as bar, ThreadPoolExecutor(threads) as pool:
-        task = bar.add_task("decoding every image", total=len(jobs))
-        while chunk := list(islice(todo, 1024)):  # all at once would hold a future, and an image, for each
-            bad += filter(None, pool.map(_problem, chunk))
-            bar.advance(task, len(chunk))
-    if bad:
-        others = f" (and {len(bad) - 1} other files cannot be read)" if len(bad) > 1 else ""
-        raise ImageError(f"{bad[0]}{others}")
+    console = Console(stderr=True)
+    show = {"total": len(jobs), "console": console, "disable": not console.is_terminal}
+    with ThreadPool(threads) as pool:
+        checked = pool.imap(_unreadable, jobs, chunksize=16)
+        errors = [error for error in track(checked, "decoding every image", **show) if error]
+    if errors:
+        others = f" (and {len(errors) - 1} other files cannot be read)" if len(errors) > 1 else ""
+        raise ImageError(f"{errors[0]}{others}")
 
 
 def stream_data(
     config: DataConfig, seed: int, given: Mapping[str, Source], class_names: list[str], threads: int
 ) -> Data:
-    """Data from the splits that a set comes with (see `assign`); `threads` may read a source at once."""
+    """Data from the splits that a data set comes with (see `subsets.assign`).
+
+    Args:
+        config: the data section of a recipe.
+        seed: the run's, for augmentation.
+        given: the images of each split, "train" among them.
+        class_names: names of the K classes.
+        threads: how many threads may read a source at once.
+    """
     from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    check_settings(config)
+    refuse_settings(config, ("shift", "noise"), f"only for small sets, {config.name} is streamed")
     parts = draw(config, {name: source.targets for name, source in given.items()}, class_names)
-    shared = *transforms(config), seed, config.workers, torch.device("cpu")
+    augmentation, evaluation = transforms(config)
     splits = {
-        name: StreamSplit(given[part.given], part.index, torch.from_numpy(part.targets), *shared)
+        name: StreamSplit(
+            targets=torch.from_numpy(part.targets),
+            augments=True,  # every training view is a random crop at least
+            source=given[part.given],
+            indices=part.index,
+            augmentation=augmentation,
+            evaluation=evaluation,
+            seed=seed,
+            workers=config.workers,
+            device=torch.device("cpu"),
+        )
         for name, part in parts.items()
     }
     if config.verify:
         verify(splits.values(), threads)
-    lines = [
+    lines = (
         f"{name} {split.source.identity(int(i))} {label}\n".encode(errors="surrogateescape")
         for name, split in splits.items()
         for i, label in zip(split.indices, split.targets.tolist(), strict=True)
-    ]
+    )
     return Data(
         name=config.name,
         **splits,

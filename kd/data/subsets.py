@@ -1,53 +1,95 @@
-"""What a study changes about the training images of any data set, tensors and streams alike: how many, how labelled."""
+"""Splits and subsets, for every family alike: which samples are in train, val and test, how many, how labelled."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 
 from kd.config.schema import DataConfig
-from kd.data.base import assign, class_indices
 from kd.errors import ConfigError
 
 
 class Part(NamedTuple):
-    """Where a split comes from."""
+    """Where the samples of a split come from."""
 
-    given: str  # one of the splits that the set comes with
-    index: np.ndarray  # (N,) which of its samples
-    targets: np.ndarray  # (N,) int64, their classes, the wrong ones of data.label_noise included
+    given: str  # one of the splits that the data set comes with
+    index: np.ndarray  # (N,) positions in it
+    targets: np.ndarray  # (N,) int64, their classes, wrong ones of data.label_noise included
+
+    def take(self, positions: np.ndarray) -> Part:
+        """The samples at these positions of the part."""
+        return Part(self.given, self.index[positions], self.targets[positions])
 
 
 def draw(config: DataConfig, targets: Mapping[str, np.ndarray], class_names: Sequence[str]) -> dict[str, Part]:
-    """Train, val and test as `assign` deals them, then data.train_size and data.label_noise on the training images.
+    """Train, val and test as `assign` divides them, then data.train_size and data.label_noise on the training samples.
 
     A function of the split seed: teacher, student, control and every run of a study see the same wrong labels.
+
+    Args:
+        config: the data section of a recipe.
+        targets: labels (N,) of each split that the data set comes with, "train" among them.
+        class_names: names of the K classes.
+
+    Raises:
+        ConfigError: the labels are not 0 to K - 1, or a setting leaves a split without a class.
     """
-    count = len(class_names)
-    targets = {name: class_indices(f"{config.name} {name}", labels, count) for name, labels in targets.items()}
-    if config.omit_class is not None and config.omit_class >= len(class_names):
-        raise ConfigError(
-            f"data.omit_class={config.omit_class}: must be ≤ {len(class_names) - 1}, {config.name} has "
-            f"{len(class_names)} classes counted from 0"
-        )
-    parts = {
-        name: Part(given, index, targets[given][index])
-        for name, (given, index) in assign(config, targets, class_names).items()
-    }
-    given, index, labels = parts["train"]
+    last = len(class_names) - 1
+    targets = {name: np.asarray(labels, dtype=np.int64) for name, labels in targets.items()}
+    for name, labels in targets.items():
+        if len(outside := labels[(labels < 0) | (labels > last)]):
+            raise ConfigError(f"{config.name} {name}: has the label {outside[0]}, must be 0 to {last}")
+    if config.omit_class is not None and config.omit_class > last:
+        raise ConfigError(f"data.omit_class={config.omit_class}: must be ≤ {last}, the last class of {config.name}")
+    parts = assign(config, targets, class_names)
+    train = parts["train"]
     if config.train_size is not None:
-        chosen = stratified(labels, config.train_size, config, class_names)
-        index, labels = index[chosen], labels[chosen]
-    parts["train"] = Part(given, index, wrong(labels, config.label_noise, config, len(class_names)))
+        train = train.take(stratified(train.targets, config.train_size, config, class_names))
+    parts["train"] = train._replace(targets=with_label_noise(train.targets, config, len(class_names)))
     return parts
 
 
-def stratified(targets: np.ndarray, size: int, config: DataConfig, class_names: Sequence[str]) -> np.ndarray:
-    """Sorted positions of `size` samples, of each class as large a share as of another; a smaller size's are among
-    a larger's.
+def assign(config: DataConfig, targets: Mapping[str, np.ndarray], class_names: Sequence[str]) -> dict[str, Part]:
+    """Which given split, and which of its samples, train, val and test are made of.
+
+    Three given splits are used as they are. Of two, the other than train is the *test* split even where it is called
+    val, as ImageNet's is, because a score on a split that was selected on means nothing; val is held out of train.
+    Where only train is given, test is held out of it, then val.
     """
+    given = {name: Part(name, np.arange(len(labels)), labels) for name, labels in targets.items()}
+    if len(given) == 3:
+        return given
+    rest = given.pop("train")
+    if given:
+        (test,) = given.values()
+    else:
+        rest, test = hold_out(config, "test_fraction", rest, class_names)
+    train, val = hold_out(config, "val_fraction", rest, class_names)
+    return {"train": train, "val": val, "test": test}
+
+
+def hold_out(config: DataConfig, setting: str, part: Part, class_names: Sequence[str]) -> tuple[Part, Part]:
+    """A part as (kept, held out) in sorted order, stratified, every class in both: a function of the split seed."""
+    from sklearn.model_selection import train_test_split
+
+    share, positions, halves = getattr(config, setting), np.arange(len(part.targets)), []
+    with suppress(ValueError):  # a class of one sample, or fewer places in a part than there are classes
+        halves = train_test_split(positions, test_size=share, stratify=part.targets, random_state=config.split_seed)
+    counts = np.bincount(part.targets, minlength=len(class_names))
+    if not halves or any(len(np.unique(part.targets[half])) < len(counts) for half in halves):
+        raise ConfigError(
+            f"data.{setting}={share}: cannot hold out images of every class of {config.name}, the smallest, "
+            f"{class_names[int(counts.argmin())]!r}, has {counts.min()}; raise it or add images"
+        )
+    kept, held_out = (part.take(np.sort(half)) for half in halves)
+    return kept, held_out
+
+
+def stratified(targets: np.ndarray, size: int, config: DataConfig, class_names: Sequence[str]) -> np.ndarray:
+    """Sorted positions of `size` samples, the same share of each class; a smaller choice is part of a larger one."""
     if size > len(targets):
         raise ConfigError(
             f"data.train_size={size}: must be ≤ {len(targets)}, the training images of {config.name}; null takes all"
@@ -67,18 +109,18 @@ def stratified(targets: np.ndarray, size: int, config: DataConfig, class_names: 
     return chosen
 
 
-def wrong(targets: np.ndarray, probability: float, config: DataConfig, num_classes: int) -> np.ndarray:
-    """The labels, each with this probability replaced by one of the other classes, all equally likely.
+def with_label_noise(targets: np.ndarray, config: DataConfig, num_classes: int) -> np.ndarray:
+    """Labels (N,), each replaced with probability data.label_noise by another class, all equally likely.
 
-    Symmetric noise. What is wrong at some probability is wrong in the same way at every greater one.
+    What is wrong at one probability is wrong in the same way at every greater one.
     """
-    if probability == 0:
+    if config.label_noise == 0:
         return targets
     random = _random(config, 2)
-    flipped = random.random_sample(len(targets)) < probability
+    flipped = random.random_sample(len(targets)) < config.label_noise
     return np.where(flipped, (targets + random.randint(1, num_classes, len(targets))) % num_classes, targets)
 
 
 def _random(config: DataConfig, purpose: int) -> np.random.RandomState:
-    """Apart from the generator that split, which has the seed alone; of RandomState numpy keeps the stream for ever."""
+    """A generator apart from the one that divided the splits. Numpy keeps the stream of RandomState for ever."""
     return np.random.RandomState([config.split_seed, purpose])

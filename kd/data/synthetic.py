@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from kd.config.schema import DataConfig
-from kd.data.base import Data
+from kd.data.base import Data, family
 from kd.data.sample_rng import global_rng
 from kd.data.tensors import tensor_data
 
@@ -24,6 +24,7 @@ def _mnist1d() -> dict[str, Any]:
         return make_dataset(get_dataset_args())
 
 
+@family
 def mnist1d(config: DataConfig, seed: int) -> Data:
     """MNIST-1D (Greydanus and Kobak 2024): 4,000 and 1,000 signals of length 40, with the published seed and split.
 
@@ -76,6 +77,7 @@ def _mixture() -> dict[str, tuple[Tensor, np.ndarray]]:
     return {name: mixture_sample(size, random) for name, size in MIXTURE_SIZES.items()}
 
 
+@family
 def mixture(config: DataConfig, seed: int) -> Data:
     """A hierarchical mixture of 12 Gaussians in 20 dimensions, 4 groups of 3, with its exact posterior.
 

@@ -1,4 +1,4 @@
-"""Small sets: a split is one tensor on the device, augmented a batch at a time with one draw per sample.
+"""Small data sets: a split is one tensor on the device, augmented a batch at a time with one draw per sample.
 
 torchvision's batched transforms draw one parameter for a whole batch, which is why these are our own.
 """
@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from kd.config.schema import DataConfig
-from kd.data.base import Batch, Data, digest
+from kd.data.base import Batch, Data, Split, digest, refuse_settings
 from kd.data.sample_rng import mix, normals, sample_keys, uniforms
 from kd.data.subsets import draw
 from kd.errors import ConfigError
@@ -35,25 +35,15 @@ def translate(images: Tensor, offset: Tensor, dim: int) -> Tensor:
     return torch.take_along_dim(images, source.clamp(0, length - 1), dim) * inside
 
 
-@dataclass(frozen=True)
-class TensorSplit:
-    """A split that fits in memory; see `kd.data.base.Split`."""
+@dataclass(frozen=True, kw_only=True)
+class TensorSplit(Split):
+    """A split that fits in memory."""
 
     images: Tensor  # (N, C, H, W) or (N, L), uint8 or float32, as stored
-    targets: Tensor  # (N,) int64, on the CPU
     mean: Tensor  # (C, 1, 1), or (1,) for signals
     std: Tensor
     config: DataConfig
     seed: int
-    posterior: Tensor | None = None  # (N, K) float64, on the CPU
-
-    @property
-    def augments(self) -> bool:
-        """Whether the recipe shifts, flips or adds noise."""
-        return bool(self.config.shift or self.config.hflip or self.config.noise)
-
-    def __len__(self) -> int:
-        return len(self.targets)
 
     def to(self, device: torch.device | str) -> TensorSplit:
         """The same split with its images on `device`."""
@@ -66,7 +56,7 @@ class TensorSplit:
         return replace(self, images=images, targets=self.targets[index], posterior=posterior)
 
     def batches(self, plan: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
-        """One batch for every index tensor of `plan`."""
+        """One batch for each index tensor of `plan`."""
         device = self.images.device
         for index in plan:
             images = self._view(index.to(device), epoch)
@@ -107,7 +97,7 @@ class TensorSplit:
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over all samples and places, (C,); one for signals."""
+    """Mean and standard deviation of each channel over all samples and places, (C,) float64; (1,) for signals."""
     if images.ndim == 2:
         images = rearrange(images, "n l -> n 1 l")
     total = squares = torch.zeros(images.shape[1], dtype=torch.float64)
@@ -119,30 +109,6 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (squares / count - mean.square()).sqrt()
 
 
-def check_settings(config: DataConfig, shape: tuple[int, ...]) -> None:
-    """Refuse settings that would do nothing, or nothing sensible, on stored samples of this shape."""
-    for name in ("color_jitter", "random_erase", "auto_augment"):
-        if value := getattr(config, name):
-            raise ConfigError(
-                f"data.{name}={value}: only for streamed sets, {config.name} is held in memory; leave it out"
-            )
-    if config.shift >= shape[-1]:
-        raise ConfigError(f"data.shift={config.shift}: must be < {shape[-1]}, the stored size of {config.name}")
-    for name in ("hflip", "mixup", "cutmix") if len(shape) == 1 else ():
-        if value := getattr(config, name):
-            raise ConfigError(f"data.{name}={value}: only for images, {config.name} holds signals; must be 0")
-
-
-def check_samples(what: str, images: Tensor, targets: np.ndarray) -> None:
-    """Refuse samples that cannot be trained on."""
-    if len(images) != len(targets):
-        raise ConfigError(f"{what}: has {len(images)} images and {len(targets)} labels")
-    if images.dtype not in (torch.uint8, torch.float32):
-        raise ConfigError(f"{what}: its images are {images.dtype}, must be torch.uint8 or torch.float32")
-    if images.is_floating_point() and len(wrong := (~images.flatten(1).isfinite().all(1)).nonzero()):
-        raise ConfigError(f"{what}: image {wrong[0].item()} has a value that is not finite")
-
-
 def tensor_data(
     config: DataConfig,
     seed: int,
@@ -150,33 +116,47 @@ def tensor_data(
     class_names: list[str],
     posterior: Callable[[Tensor], Tensor] | None = None,
 ) -> Data:
-    """Data from the (images, int64 targets) of the splits that a set comes with (see `assign`).
+    """Data from the splits that a data set comes with (see `subsets.assign`).
 
-    `posterior` gives the true p(class | image) of stored images, (N, K) float64, where it is known.
+    Args:
+        config: the data section of a recipe.
+        seed: the run's, for augmentation.
+        given: stored images, uint8 or float32, and labels of each split, "train" among them.
+        class_names: names of the K classes.
+        posterior: gives the true p(class | image) of stored images, (N, K) float64, where the task knows it.
     """
-    stored = tuple(given["train"][0].shape[1:])
-    check_settings(config, stored)
-    for name, (images, targets) in given.items():
-        check_samples(f"{config.name} {name}", images, targets)
+    shape = tuple(given["train"][0].shape[1:])
+    streamed = "color_jitter", "random_erase", "auto_augment"
+    refuse_settings(config, streamed, f"only for streamed sets, {config.name} is held in memory")
+    if len(shape) == 1:
+        refuse_settings(config, ("hflip", "mixup", "cutmix"), f"only for images, {config.name} holds signals")
+    if config.shift >= shape[-1]:
+        raise ConfigError(f"data.shift={config.shift}: must be < {shape[-1]}, the stored size of {config.name}")
     parts = draw(config, {name: targets for name, (_, targets) in given.items()}, class_names)
-    values = {name: (given[part.given][0][part.index], torch.from_numpy(part.targets)) for name, part in parts.items()}
-    mean, std = channel_statistics(values["train"][0])
-    if not (std > 1e-6 * mean.abs()).all():  # 0 but for rounding, or its nan: nothing can be divided by it
-        raise ConfigError(f"{config.name}: all values of a channel are the same in all training images")
-    per_image = "c -> c 1 1" if len(stored) == 3 else "c -> c"
-    shared = rearrange(mean.float(), per_image), rearrange(std.float(), per_image), config, seed
+    stored = {name: given[part.given][0][part.index] for name, part in parts.items()}
+    mean, std = channel_statistics(stored["train"])
+    per_image = "c -> c 1 1" if len(shape) == 3 else "c -> c"
     splits = {
-        name: TensorSplit(images, targets, *shared, posterior(images) if posterior else None)
-        for name, (images, targets) in values.items()
+        name: TensorSplit(
+            targets=torch.from_numpy(part.targets),
+            augments=bool(config.shift or config.hflip or config.noise),
+            posterior=posterior(stored[name]) if posterior else None,
+            images=stored[name],
+            mean=rearrange(mean.float(), per_image),
+            std=rearrange(std.float(), per_image),
+            config=config,
+            seed=seed,
+        )
+        for name, part in parts.items()
     }
     return Data(
         name=config.name,
         **splits,
         class_names=class_names,
-        input_shape=(stored[0], config.image_size, config.image_size) if len(stored) == 3 else stored,
+        input_shape=(shape[0], config.image_size, config.image_size) if len(shape) == 3 else shape,
         mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
-        hash=digest([part for split in splits.values() for part in (split.images.numpy(), split.targets.numpy())]),
+        hash=digest(values.numpy() for split in splits.values() for values in (split.images, split.targets)),
         omit_class=config.omit_class,
         val_is_given=parts["val"].given != "train",
     )

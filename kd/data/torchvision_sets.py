@@ -1,10 +1,11 @@
-"""Data sets that torchvision knows how to download and read."""
+"""Data sets that torchvision downloads and reads."""
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from einops import rearrange
 from torch import Tensor
 
 from kd.config.schema import DataConfig
-from kd.data.base import Data, class_indices
+from kd.data.base import Data, family
 from kd.data.folder import data_root
-from kd.data.image_files import FORMATS, Files, reason
+from kd.data.image_files import Files, reason
 from kd.data.streams import stream_data
 from kd.data.tensors import tensor_data
 from kd.errors import ConfigError
@@ -26,114 +27,51 @@ BY_SPLIT = {"train": {"split": "train"}, "test": {"split": "test"}}
 BY_TRAINVAL = {"train": {"split": "trainval"}, "test": {"split": "test"}}
 UNSPLIT = {"train": {}}
 
-# torchvision class: the arguments of its training and of its test images. A new set is a line here.
+# torchvision's class: the arguments of its training and of its test images.
 SETS: dict[str, dict[str, dict[str, Any]]] = {
-    "CIFAR10": BY_TRAIN,
-    "CIFAR100": BY_TRAIN,
-    "MNIST": BY_TRAIN,
-    "FashionMNIST": BY_TRAIN,
-    "KMNIST": BY_TRAIN,
-    "USPS": BY_TRAIN,
-    "SVHN": BY_SPLIT,
-    "STL10": BY_SPLIT,
-    "Country211": BY_SPLIT,
-    "DTD": BY_SPLIT,
-    "Flowers102": BY_SPLIT,
-    "Food101": BY_SPLIT,
-    "GTSRB": BY_SPLIT,
-    "RenderedSST2": BY_SPLIT,
-    "FGVCAircraft": BY_TRAINVAL,
-    "OxfordIIITPet": BY_TRAINVAL,
+    **dict.fromkeys(("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST", "USPS"), BY_TRAIN),
+    **dict.fromkeys(("SVHN", "STL10", "Country211", "DTD", "Flowers102"), BY_SPLIT),
+    **dict.fromkeys(("Food101", "GTSRB", "RenderedSST2"), BY_SPLIT),
+    **dict.fromkeys(("FGVCAircraft", "OxfordIIITPet"), BY_TRAINVAL),
+    **dict.fromkeys(("Caltech101", "Caltech256", "EuroSAT", "SEMEION", "SUN397"), UNSPLIT),
     "Imagenette": {"train": {"split": "train"}, "test": {"split": "val"}},
-    "Caltech101": UNSPLIT,
-    "Caltech256": UNSPLIT,
-    "EuroSAT": UNSPLIT,
-    "SEMEION": UNSPLIT,
-    "SUN397": UNSPLIT,
 }
 
 
+@family
 def torchvision(config: DataConfig, seed: int) -> Data:
     """data.dataset, one of SETS, in data.root. Sets that torchvision holds as one array become tensors."""
     if config.dataset not in SETS:
         near = difflib.get_close_matches(config.dataset, SETS, n=1, cutoff=0.4)
-        raise ConfigError(
-            f"data.dataset={config.dataset}: must be one of {', '.join(SETS)}"
-            + (f"; did you mean {near[0]}?" if near else "")
-        )
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"data.dataset={config.dataset}: must be one of {', '.join(SETS)}{hint}")
     sets = {name: _open(config, arguments) for name, arguments in SETS[config.dataset].items()}
-    classes = _class_names(sets["train"])
-    if isinstance(getattr(sets["train"], "data", None), np.ndarray | Tensor):
-        return tensor_data(config, seed, {name: (_pixels(s), _targets(s)) for name, s in sets.items()}, classes)
-    formats = ("PPM",) if config.dataset == "GTSRB" else FORMATS  # what its authors published
-    root = Path(config.root or "")
-    sources = {name: Files(root, _paths(root, s), _targets(s), formats) for name, s in sets.items()}
-    return stream_data(config, seed, sources, classes, threads=16)
+    if isinstance(vars(sets["train"]).get("data"), np.ndarray | Tensor):
+        arrays = {name: (_pixels(each), np.asarray(_labels(each))) for name, each in sets.items()}
+        return tensor_data(config, seed, arrays, _class_names(sets["train"], arrays["train"][1]))
+    files = {name: _files(Path(config.root or ""), each) for name, each in sets.items()}
+    return stream_data(config, seed, files, _class_names(sets["train"], files["train"].targets), threads=16)
 
 
 def _open(config: DataConfig, arguments: dict[str, Any]) -> Any:
     from torchvision import datasets
 
+    kind = getattr(datasets, config.dataset)
     if not config.download:
         data_root(config)
-    elif not config.root:
-        raise ConfigError(
-            f"data.root is not set: give the folder to download {config.dataset} to, data.root=/path/to/it"
-        )
+    # torchvision's own loader gives the pixels; this one leaves an image as its path, which kd decodes like any other
+    loader = {"loader": str} if "loader" in inspect.signature(kind).parameters else {}
     try:
-        return getattr(datasets, config.dataset)(config.root, download=config.download, **arguments)
-    except ImportError as error:
+        return kind(config.root, download=config.download, **loader, **arguments)
+    except Exception as error:  # the network, the disk, a missing package, a damaged file: each raises its own
         raise ConfigError(
-            f"data.dataset={config.dataset}: torchvision needs a package for it: {reason(error)}"
-        ) from error
-    except (OSError, RuntimeError) as error:
-        if config.download:
-            raise ConfigError(f"data.download=true: cannot download {config.dataset}: {reason(error)}") from error
-        raise ConfigError(
-            f"data.root={config.root}: {config.dataset} is not there or not complete; "
-            "give the folder that holds it, or data.download=true"
-        ) from error
-    except Exception as error:  # files that are not what their names say: their readers check little
-        raise ConfigError(
-            f"data.root={config.root}: {config.dataset} cannot be read, a file of it is damaged: {reason(error)}"
+            f"data.root={config.root}: torchvision cannot read {config.dataset} there ({reason(error)}); "
+            f"give the folder that holds it, or data.download=true"
         ) from error
 
 
-def _targets(dataset: Any) -> np.ndarray:
-    """The labels, wherever this class keeps them, without decoding the images."""
-    labels = None
-    for name in ("targets", "labels", "_labels", "y"):
-        if (labels := getattr(dataset, name, None)) is not None:
-            break
-    found = np.asarray(labels) if labels is not None else np.array([label for _, label in dataset._samples])
-    return class_indices(f"data.dataset={type(dataset).__name__}", found)
-
-
-def _paths(root: Path, dataset: Any) -> np.ndarray:
-    """Where its images are, from the root on, wherever this class keeps that: kd decodes them itself, all alike."""
-    for name in ("_image_files", "_images", "_samples", "samples"):
-        if (found := getattr(dataset, name, None)) is not None:
-            paths = [each[0] if isinstance(each, tuple) else each for each in found]
-            break
-    else:  # Caltech's two
-        paths = [_caltech(dataset, label, number) for label, number in zip(dataset.y, dataset.index, strict=True)]
-    relative = [os.path.relpath(path, root) for path in paths]
-    for path in relative:  # some are read from a list beside the images
-        if path.startswith(os.pardir):
-            raise ConfigError(f"data.dataset={type(dataset).__name__}: {path!r} is outside of data.root")
-    return np.array([os.fsencode(path) for path in relative])
-
-
-def _caltech(dataset: Any, label: int, number: int) -> str:
-    name = dataset.categories[label]
-    if type(dataset).__name__ == "Caltech101":
-        return os.path.join(dataset.root, "101_ObjectCategories", name, f"image_{number:04d}.jpg")
-    return os.path.join(dataset.root, "256_ObjectCategories", name, f"{label + 1:03d}_{number:04d}.jpg")
-
-
-def _class_names(dataset: Any) -> list[str]:
-    names: Sequence[Any] = getattr(dataset, "classes", None) or range(int(_targets(dataset).max()) + 1)
-    return [", ".join(name) if isinstance(name, tuple) else str(name) for name in names]
+def _labels(dataset: Any) -> Any:
+    return dataset.targets if "targets" in vars(dataset) else dataset.labels
 
 
 def _pixels(dataset: Any) -> Tensor:
@@ -142,3 +80,31 @@ def _pixels(dataset: Any) -> Tensor:
     if pixels.ndim == 3:
         return rearrange(pixels, "n h w -> n 1 h w")
     return rearrange(pixels, "n h w c -> n c h w") if pixels.shape[-1] == 3 else pixels
+
+
+def _files(root: Path, dataset: Any) -> Files:
+    """Its images as files below the root."""
+    samples = list(_samples(dataset))
+    paths = [os.fsencode(os.path.relpath(path, root)) for path, _ in samples]
+    return Files(np.array([label for _, label in samples]), root, np.array(paths))
+
+
+def _samples(dataset: Any) -> Iterable[tuple[str, int]]:
+    """(path, label) of every image, without decoding any."""
+    match type(dataset).__name__:
+        case "GTSRB":  # these two take no loader and decode each image that they are asked for
+            yield from dataset._samples
+        case "OxfordIIITPet":
+            yield from zip(dataset._images, dataset._labels, strict=True)
+        case "Caltech101" | "Caltech256":  # these two give images that Pillow has opened and not decoded yet
+            for i in range(len(dataset)):
+                image, label = dataset[i]
+                with image:
+                    yield image.filename, label
+        case _:
+            yield from (dataset[i] for i in range(len(dataset)))
+
+
+def _class_names(dataset: Any, targets: np.ndarray) -> list[str]:
+    names = getattr(dataset, "classes", None) or range(int(targets.max()) + 1)
+    return [", ".join(name) if isinstance(name, tuple) else str(name) for name in names]

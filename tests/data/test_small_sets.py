@@ -1,19 +1,18 @@
-"""Small sets: splits, augmentation that belongs to the sample, normalisation."""
+"""Data sets held in memory: normalisation, augmentation that belongs to the sample, and its random numbers."""
 
-import dataclasses
 import random
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
+from pictures import everything, rng_state
 
 from kd.config.schema import DataConfig
-from kd.data import FAMILIES, load_data
-from kd.data.base import assign
+from kd.data import load_data
 from kd.data.sample_rng import bits, global_rng, normals, sample_keys, uniforms
-from kd.data.tensors import translate
+from kd.data.synthetic import _mnist1d
+from kd.data.tensors import channel_statistics, translate
 from kd.errors import ConfigError
 
 
@@ -21,53 +20,13 @@ def config(**settings):
     return DataConfig(**{"image_size": 8, **settings})
 
 
-def everything(split, epoch, size=64):
-    """All samples of a split in their own order."""
-    batches = list(split.batches(torch.arange(len(split)).split(size), epoch))
-    return torch.cat([b.images for b in batches]), torch.cat([b.targets for b in batches])
-
-
-def rng_state():
-    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-
-
-def test_the_recipe_names_every_family_and_another_is_an_error():
-    field = next(f for f in dataclasses.fields(DataConfig) if f.name == "family")
-    assert all(name in field.metadata["doc"] for name in FAMILIES)
-    with pytest.raises(ConfigError, match=r"data\.family=mine: must be one of digits, mnist5k"):
-        load_data(config(family="mine"), 0)
-
-
-# --- splits
-
-
-def test_the_splits_of_digits_are_a_partition_of_the_published_images():
-    data = load_data(config(), 0)
-    stored = [s.images for s in (data.train, data.val, data.test)]
-    assert [len(s) for s in stored] == [1293, 144, 360]  # 20 % of 1,797, then 10 % of the 1,437 left, rounded up
-    ours = sorted((s * 16).long().flatten().tolist() for part in stored for s in part)
-    assert ours == sorted(image.flatten().astype(int).tolist() for image in load_digits().images)
-    assert data.input_shape == (1, 8, 8)
-    assert data.class_names == list("0123456789")
-    assert data.num_classes == 10
-
-
-def test_labels_stay_with_their_images():
-    found = load_digits()
-    label_of = {tuple(i.flatten().astype(int)): t for i, t in zip(found.images, found.target, strict=True)}
-    assert len(label_of) == 1797  # no image is there twice, so nothing of the test split can be in the training split
-    for split in (lambda d: (d.train, d.val, d.test))(load_data(config(), 0)):
-        for image, target in zip(split.images, split.targets, strict=True):
-            assert label_of[tuple((image * 16).long().flatten().tolist())] == target
-
-
-@pytest.mark.parametrize("family", ["digits", "mnist5k", "mnist1d"])
-def test_splits_are_stratified(family):
-    data = load_data(config(family=family), 0)
-    share = np.bincount(data.train.targets) / len(data.train)
-    for split in (data.val, data.test) if family != "mnist1d" else (data.val,):  # mnist1d's test split is published
-        assert split.targets.dtype == torch.int64
-        assert np.abs(np.bincount(split.targets) - share * len(split)).max() <= 1
+@pytest.fixture(scope="module", autouse=True)
+def _signals_are_generated_without_a_trace():
+    _mnist1d.cache_clear()
+    random.seed(123), np.random.seed(123)  # an earlier test may have left what generating again would leave
+    before = rng_state()
+    load_data(config(family="mnist1d"), 0)
+    assert rng_state() == before
 
 
 def test_sizes_and_content_of_the_embedded_sets():
@@ -83,79 +42,7 @@ def test_sizes_and_content_of_the_embedded_sets():
     assert pooled.double().std(correction=0).item() == pytest.approx(1, abs=1e-6)  # as its authors standardise it
 
 
-def test_the_split_follows_the_split_seed_and_not_the_run_seed():
-    first, other_run, other_split = (load_data(config(split_seed=s), seed) for s, seed in ((0, 0), (0, 1), (1, 0)))
-    assert torch.equal(first.train.images, other_run.train.images)
-    assert torch.equal(first.test.images, other_run.test.images)
-    assert first.hash == other_run.hash
-    assert not torch.equal(first.test.images, other_split.test.images)
-    assert first.hash != other_split.hash
-
-
-def test_the_hash_notices_one_changed_pixel_and_one_changed_label():
-    from kd.data.tensors import tensor_data
-
-    images, targets = torch.rand(40, 1, 8, 8), np.arange(40) % 2
-
-    def found():  # all splits given, so that a changed label changes nothing but itself
-        return tensor_data(config(), 0, dict.fromkeys(("train", "val", "test"), (images, targets)), ["a", "b"]).hash
-
-    hashes = [found(), found()]
-    images[7, 0, 3, 3] += 0.5
-    hashes.append(found())
-    targets[7] = 0
-    hashes.append(found())
-    assert hashes[0] == hashes[1]
-    assert len(set(hashes)) == 3
-
-
-def test_loading_leaves_the_global_generators_alone():
-    from kd.data.synthetic import _mnist1d
-
-    _mnist1d.cache_clear()
-    random.seed(123), np.random.seed(123)  # an earlier test may have left what generating again would leave
-    before = rng_state()
-    load_data(config(family="mnist1d"), 0)
-    load_data(config(), 0)
-    assert rng_state() == before
-
-
-@pytest.mark.parametrize(
-    ("counts", "setting"),
-    [
-        ((20, 1), "data.test_fraction=0.2"),  # one image cannot be in two splits
-        ((2, 2), "data.test_fraction=0.2"),  # a test split of one image cannot have both classes
-        ((50, 2), "data.test_fraction=0.2"),  # two of 52 at 20 %: the rare class is not in the test split
-        ((8, 3), "data.val_fraction=0.1"),  # enough to test on, nothing left to select on
-    ],
-)
-def test_a_class_with_too_few_images_is_an_error(counts, setting):
-    targets = np.repeat([0, 1], counts)
-    with pytest.raises(ConfigError) as error:
-        assign(config(), {"train": targets}, ["cat", "dog"])
-    assert str(error.value).startswith(f"{setting}: cannot hold out images of every class of digits")
-    assert "\n" not in str(error.value)
-    assert "'dog'" in str(error.value) or "'cat'" in str(error.value)
-
-
-def test_a_class_without_any_image_is_an_error():
-    with pytest.raises(ConfigError, match="the smallest, 'bird', has 0"):
-        assign(config(), {"train": np.repeat([0, 1], 50)}, ["cat", "dog", "bird"])
-
-
-def test_given_splits_are_kept():
-    labels = np.arange(100) % 2
-    both = assign(config(), {"train": labels, "val": labels[:10]}, ["a", "b"])
-    assert both["test"][0] == "val"  # ImageNet's: what others report on is not selected on
-    assert len(both["test"][1]) == 10
-    assert (both["train"][0], both["val"][0]) == ("train", "train")
-    assert np.sort(np.concatenate([both["train"][1], both["val"][1]])).tolist() == list(range(100))
-    three = assign(config(), {"train": labels, "val": labels[:10], "test": labels[:20]}, ["a", "b"])
-    assert {name: (given, len(index)) for name, (given, index) in three.items()} == {
-        "train": ("train", 100),
-        "val": ("val", 10),
-        "test": ("test", 20),
-    }
+# --- views
 
 
 # --- views
@@ -169,8 +56,6 @@ def test_training_images_are_normalised_to_mean_0_and_deviation_1():
 
 
 def test_channels_are_normalised_apart_and_in_parts():
-    from kd.data.tensors import channel_statistics
-
     images = torch.randint(0, 256, (5000, 3, 2, 2), dtype=torch.uint8) // torch.tensor([1, 2, 4]).view(3, 1, 1)
     mean, std = channel_statistics(images.to(torch.uint8))  # 5,000 is more than the 4,096 of one part
     plain = images.double().div(255).transpose(0, 1).flatten(1)
@@ -266,6 +151,13 @@ def test_noise_is_gaussian_of_the_given_size_and_moves_nothing_else(family):
 AUGMENTED = {"shift": 2, "hflip": 0.5, "noise": 0.2}
 
 
+@pytest.mark.parametrize("settings", [{}, {"shift": 1}, {"hflip": 0.5}, {"noise": 0.1}])
+def test_a_split_says_whether_its_views_differ_between_epochs(settings):
+    """A study reads it: what a teacher says of an image can be kept only where the image stays the same."""
+    split = load_data(config(**settings), 0).train
+    assert split.augments == (not torch.equal(everything(split, 0)[0], everything(split, 1)[0])) == bool(settings)
+
+
 @pytest.mark.parametrize("settings", [AUGMENTED, {"family": "mnist1d", "shift": 4, "noise": 0.2}])
 def test_a_sample_looks_the_same_in_any_batch_order_and_process(settings):
     split = load_data(config(**settings), 7).train
@@ -355,14 +247,9 @@ def test_global_rng_seeds_inside_and_restores_outside_even_after_an_error():
             {"color_jitter": 0.4},
             "data.color_jitter=0.4: only for streamed sets, digits is held in memory; leave it out",
         ),
-        ({"random_erase": 0.5}, "data.random_erase=0.5: only for streamed sets"),
         ({"auto_augment": "rand-m9"}, "data.auto_augment=rand-m9: only for streamed sets"),
         ({"shift": 8}, "data.shift=8: must be < 8, the stored size of digits"),
-        (
-            {"family": "mnist1d", "name": "mnist1d", "hflip": 0.5},
-            "data.hflip=0.5: only for images, mnist1d holds signals",
-        ),
-        ({"family": "mnist1d", "mixup": 0.2}, "data.mixup=0.2: only for images"),
+        ({"family": "mnist1d", "hflip": 0.5}, "data.hflip=0.5: only for images, digits holds signals"),
         ({"family": "mnist1d", "cutmix": 1.0}, "data.cutmix=1.0: only for images"),
     ],
 )

@@ -1,5 +1,6 @@
 """Data sets read through torchvision and through timm, from files made here."""
 
+import inspect
 import io
 import json
 import struct
@@ -9,12 +10,14 @@ import types
 import numpy as np
 import pytest
 import torch
+from pictures import picture
 from PIL import Image
 from sklearn.datasets import load_digits
+from torchvision import datasets
 
 from kd.config.schema import DataConfig
 from kd.data import load_data
-from kd.data.torchvision_sets import SETS
+from kd.data.torchvision_sets import SETS, torchvision
 from kd.errors import ConfigError, ImageError
 
 
@@ -55,8 +58,6 @@ def test_a_set_that_torchvision_holds_as_an_array_becomes_tensors(mnist):
 
 @pytest.mark.parametrize("layout", ["n h w c", "n c h w"])
 def test_arrays_with_channels_last_and_first(monkeypatch, tmp_path, layout):
-    from torchvision import datasets
-
     rng = np.random.default_rng(0)
     stored = rng.integers(0, 256, (200, 3, 8, 8), dtype=np.uint8)
 
@@ -107,44 +108,105 @@ def test_a_bad_file_of_a_streamed_set_is_one_line(food):
     assert str(error.value) == f"cannot read '{bad}': not a JPEG, PNG or WEBP image"
 
 
+def gtsrb(root):
+    folder = root / "gtsrb" / "GTSRB" / "Training"
+    for label in ("00000", "00001"):
+        (folder / label).mkdir(parents=True)
+        picture(int(label)).save(folder / label / "00000_00000.ppm")
+
+
+def pets(root):
+    base = root / "oxford-iiit-pet"
+    (base / "images").mkdir(parents=True)
+    (base / "annotations").mkdir()
+    for i, name in enumerate(("Abyssinian_1", "beagle_7")):
+        picture(i).save(base / "images" / f"{name}.jpg")
+    (base / "annotations" / "trainval.txt").write_text("Abyssinian_1 1 1 1\nbeagle_7 2 2 1\n")
+
+
+def caltech101(root):
+    for label in ("ant", "BACKGROUND_Google", "bee"):
+        (root / "caltech101" / "101_ObjectCategories" / label).mkdir(parents=True)
+        picture(3).save(root / "caltech101" / "101_ObjectCategories" / label / "image_0001.jpg")
+    (root / "caltech101" / "Annotations").mkdir()
+
+
+def caltech256(root):
+    for number, label in enumerate(("001.ant", "002.bee"), 1):
+        (root / "caltech256" / "256_ObjectCategories" / label).mkdir(parents=True)
+        picture(number).save(root / "caltech256" / "256_ObjectCategories" / label / f"{number:03}_0001.jpg")
+
+
+def eurosat(root):
+    for i, label in enumerate(("Forest", "River")):
+        (root / "eurosat" / "2750" / label).mkdir(parents=True)
+        picture(i).save(root / "eurosat" / "2750" / label / "1.jpg")
+
+
 @pytest.mark.parametrize(
-    ("dataset", "root", "settings", "message"),
+    ("name", "make"),
     [
-        ("CIFAR", "here", {}, "data.dataset=CIFAR: must be one of CIFAR10, .*; did you mean CIFAR10[0]?\\?$"),
-        ("os.system", "here", {}, "data.dataset=os.system: must be one of [^;]*$"),
-        ("CIFAR10", None, {}, "data.root is not set: give the folder that holds toy"),
-        ("CIFAR10", None, {"download": True}, "data.root is not set: give the folder to download CIFAR10 to"),
+        ("GTSRB", gtsrb),
+        ("OxfordIIITPet", pets),
+        ("Caltech101", caltech101),
+        ("Caltech256", caltech256),
+        ("EuroSAT", eurosat),
+    ],
+)
+def test_the_files_of_a_set_are_those_that_torchvision_reads(tmp_path, monkeypatch, name, make):
+    make(tmp_path)
+    given = {}
+    monkeypatch.setattr("kd.data.torchvision_sets.stream_data", lambda *args, **more: given.update(args[2]))
+    monkeypatch.setitem(SETS, name, {"train": SETS[name]["train"]})
+    torchvision(DataConfig(dataset=name, root=str(tmp_path)), 0)
+    theirs = getattr(datasets, name)(str(tmp_path), **SETS[name]["train"])
+    assert len(given["train"].targets) == len(theirs) == 2
+    for i in range(2):
+        image, label = theirs[i]
+        with image:
+            assert np.array_equal(np.asarray(given["train"].read(i)), np.asarray(image.convert("RGB")))
+        assert given["train"].targets[i] == label
+
+
+@pytest.mark.parametrize(
+    ("dataset", "root", "message"),
+    [
+        ("CIFAR", "here", r"data\.dataset=CIFAR: must be one of CIFAR10, .*; did you mean CIFAR10[0]?\?$"),
+        ("os.system", "here", r"data\.dataset=os.system: must be one of [^;]*$"),
+        ("CIFAR10", None, r"data\.root is not set; give the folder that holds toy"),
         (
             "CIFAR10",
             "here",
-            {},
-            "data.root=.*: CIFAR10 is not there or not complete; give the folder that holds it, or data.download=true$",
+            r"data\.root=.*: torchvision cannot read CIFAR10 there .*; give .* or data\.download=true$",
         ),
-        ("Food101", "here", {}, "data.root=.*: Food101 is not there or not complete; "),
-        ("USPS", "here", {}, "data.root=.*: USPS is not there or not complete; "),
+        ("USPS", "here", r"data\.root=.*: torchvision cannot read USPS there"),
     ],
 )
-def test_what_torchvision_cannot_find_is_one_line(tmp_path, dataset, root, settings, message):
+def test_what_torchvision_cannot_find_is_one_line(tmp_path, dataset, root, message):
     with pytest.raises(ConfigError, match="^" + message):
-        load("torchvision", dataset, root and tmp_path, **settings)
+        load("torchvision", dataset, root and tmp_path)
+
+
+def test_a_damaged_file_of_a_set_is_one_line(mnist):
+    root, *_ = mnist
+    file = root / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=r"^data\.root=.*: torchvision cannot read FashionMNIST there"):
+        load("torchvision", "FashionMNIST", root)
 
 
 def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
-    from torchvision import datasets
-
     def offline(self):
         raise OSError("no network\nat all")
 
     monkeypatch.setattr(datasets.CIFAR10, "download", offline)
-    with pytest.raises(ConfigError, match=r"^data.download=true: cannot download CIFAR10: no network at all$"):
+    with pytest.raises(
+        ConfigError, match=r"^data\.root=.*: torchvision cannot read CIFAR10 there \(no network at all\)"
+    ):
         load("torchvision", "CIFAR10", tmp_path, download=True)
 
 
 def test_every_set_of_the_table_exists_and_takes_these_arguments():
-    import inspect
-
-    from torchvision import datasets
-
     for name, splits in SETS.items():
         parameters = inspect.signature(getattr(datasets, name).__init__).parameters
         for arguments in splits.values():
@@ -238,7 +300,10 @@ def test_a_bad_image_of_a_hub_set_is_named_and_not_replaced(hub):
     [
         ("tfds/mnist", "data.dataset=tfds/mnist: must be hfds/NAME; for files on this machine data.family=folder"),
         ("hfds/org/none", "data.dataset=hfds/org/none: timm cannot open its split train: could not reach the hub"),
-        ("hfds/org/unsplit", "data.dataset=hfds/org/unsplit: has no labelled split 'train'"),
+        (
+            "hfds/org/unsplit",
+            "data.dataset=hfds/org/unsplit: needs a split 'train' whose 'label' has 2 or more named classes",
+        ),
     ],
 )
 def test_what_timm_cannot_open_is_one_line(hub, dataset, message):

@@ -1,0 +1,338 @@
+"""Folders of images: layouts, views by worker processes, and what stops a run before anything is written."""
+
+import os
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from pictures import CLASSES, contents, encoded, everything, load_folder, make_folder, names, picture, rng_state, splits
+from PIL import Image
+from torch.utils.data import get_worker_info
+
+from kd.config.schema import DataConfig
+from kd.data import load_data
+from kd.data.image_files import Files
+from kd.errors import ConfigError, ImageError
+from kd.models.factory import weights_metadata
+
+AUGMENTED = {"hflip": 0.5, "crop_scale": 0.3, "auto_augment": "rand-m9-n2-mstd0.5", "random_erase": 0.5}
+NETS = [f"{role}.{setting}" for role in ("teacher", "student") for setting in ("model=test_resnet", "pretrained=false")]
+NETS += ["teacher.finetune=false", "teacher.epochs=1", "student.epochs=1", "scheduler.warmup_epochs=0"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """An unsplit folder, not to be changed."""
+    return make_folder(tmp_path_factory.mktemp("images"), 20)
+
+
+@pytest.fixture
+def own(images, tmp_path):
+    """A copy of it to break."""
+    return shutil.copytree(images, tmp_path / "own")
+
+
+def trains(root, **settings):
+    words = {"data.workers": 0, "data.image_size": 24, "train.batch_size": 8, "data.val_fraction": 0.4} | settings
+    return ["recipe=timm_finetune", f"data.root={root}", *NETS, *(f"{key}={value}" for key, value in words.items())]
+
+
+def refused(kd_train, tmp_path, *words):
+    """The one line of a run that starts with nothing written and ends with exit code 2."""
+    before = contents(tmp_path)
+    done = kd_train(*words)
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert contents(tmp_path) == before
+    return done.err.removeprefix("error: ").removesuffix("\n")
+
+
+# --- layouts
+
+
+def test_an_unsplit_folder_is_divided_by_class_without_loss(images):
+    data = load_folder(images)
+    assert [len(s) for s in splits(data)] == [43, 5, 12]
+    assert sorted(name for s in splits(data) for name in names(s)) == sorted(str(p) for p in images.rglob("*.*"))
+    assert (data.class_names, data.input_shape) == (sorted(CLASSES), (3, 24, 24))
+    for split in splits(data):
+        assert [data.class_names[t] for t in split.targets] == [name.split(os.sep)[-2] for name in names(split)]
+    assert np.bincount(data.test.targets).tolist() == [4, 4, 4]
+    again = load_folder(images, seed=5)
+    assert [names(s) for s in splits(again)] == [names(s) for s in splits(data)]
+    assert names(load_folder(images, split_seed=1).test) != names(data.test)
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes", "test"),
+    [
+        ({"train": 20}, [43, 5, 12], "train"),
+        ({"train": 20, "val": 3}, [54, 6, 9], "val"),  # as in ImageNet
+        ({"train": 4, "val": 2, "test": 3}, [12, 6, 9], "test"),
+    ],
+)
+def test_given_splits_are_used(tmp_path, given, sizes, test):
+    for name, count in given.items():
+        make_folder(tmp_path / name, count)
+    data = load_folder(tmp_path)
+    assert [len(s) for s in splits(data)] == sizes
+    assert all(f"/{test}/" in name for name in names(data.test))
+    assert all("/train/" in name for name in names(data.train))
+    assert not set(names(data.train)) & {*names(data.val), *names(data.test)}
+
+
+def test_images_may_lie_deeper_and_other_files_beside_them(own):
+    before = load_folder(own)
+    (own / "one" / "deep").mkdir()
+    (own / "one" / "000.jpg").rename(own / "one" / "deep" / "000.jpg")
+    (own / "one" / "._001.JPEG").write_text("macOS")
+    (own / "one" / "Thumbs.db").write_text("Windows")
+    (own / ".cache").mkdir()
+    after = load_folder(own)
+    assert after.class_names == before.class_names
+    assert sum(len(s) for s in splits(after)) == 60
+
+
+def test_the_hash_follows_content_and_not_place(images, own):
+    assert load_folder(own).hash == load_folder(images).hash
+    with open(own / "one" / "000.jpg", "ab") as file:
+        file.write(b"\0")
+    assert load_folder(own).hash != load_folder(images).hash
+
+
+def test_links_inside_the_folder_and_linked_class_folders_are_followed(own, tmp_path):
+    subset = tmp_path / "subset"
+    subset.mkdir()
+    for label in CLASSES:
+        (subset / label).symlink_to(own / label)
+    (own / "one" / "twin.jpg").symlink_to("000.jpg")
+    for root in (own, subset):
+        assert sum(len(s) for s in splits(load_folder(root))) == 61
+
+
+def break_folder(root, kind):
+    train = root / "train"
+    make_folder(train, 3)
+    match kind:
+        case "no train":
+            train.rename(root / "val")
+        case "other classes":
+            make_folder(root / "val", 2, ("one", "three", "zwei"))
+        case "empty class":
+            (train / "four").mkdir()
+        case "one class":
+            shutil.rmtree(train / "one")
+            shutil.rmtree(train / "three")
+        case "misnamed":
+            make_folder(root / "validation", 3)
+        case "gif":
+            picture(0).save(train / "one" / "a.gif")
+        case "link out":
+            picture(0).save(root.parent / "x.jpg")
+            (train / "one" / "a.jpg").symlink_to(root.parent / "x.jpg")
+        case "link to a folder":
+            (train / "one" / "more").symlink_to(train / "three")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no train", "data.root={root}: has val/ but no train/"),
+        ("other classes", "data.root={root}: train/ and val/ differ in the class 'two words'"),
+        ("empty class", "data.root: class folder '{root}/train/four' holds no JPEG, PNG or WEBP image"),
+        ("one class", "data.root: {root}/train holds 1 class folders, needs at least 2; images lie in train/CLASS"),
+        ("misnamed", "data.root={root}: validation/: folders of splits are called train, val and test"),
+        ("gif", "data.root: '{root}/train/one/a.gif' is not JPEG, PNG or WEBP; convert or remove it"),
+        ("link out", "data.root: '{root}/train/one/a.jpg' is a link out of the folder, "),
+        ("link to a folder", "data.root: '{root}/train/one/more' is a link to a folder, "),
+        ("too few", "data.test_fraction=0.2: cannot hold out images of every class of toy, the smallest, 'one', has 3"),
+    ],
+)
+def test_a_folder_that_cannot_work_is_one_line(tmp_path, kind, message):
+    root = tmp_path / "root"
+    break_folder(root, kind)
+    with pytest.raises(ConfigError) as error:
+        load_folder(root)
+    assert str(error.value).startswith(message.format(root=root))
+    assert "\n" not in str(error.value)
+
+
+def test_classes_may_be_called_like_a_split(tmp_path):
+    make_folder(tmp_path, 20, ("invalid", "valid"))
+    assert load_folder(tmp_path).class_names == ["invalid", "valid"]
+
+
+@pytest.mark.parametrize(
+    ("root", "said"), [(None, " is not set; give"), ("/no/such", "=/no/such: no such folder; give")]
+)
+def test_a_root_that_is_missing(root, said):
+    with pytest.raises(ConfigError, match=rf"^data\.root{said} the folder that holds toy, data\.root=/path/to/it$"):
+        load_data(DataConfig(name="toy", family="folder", root=root), 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shift": 2}, r"data\.shift=2: only for small sets, toy is streamed; leave it out"),
+        ({"noise": 0.1}, r"data\.noise=0\.1: only for small sets"),
+        ({"auto_augment": "best"}, r"data\.auto_augment=best: timm has no such policy"),
+        ({"auto_augment": "rand-zz9"}, r"data\.auto_augment=rand-zz9: timm has no such policy"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_an_error(images, settings, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        load_folder(images, **settings)
+
+
+# --- views
+
+
+def test_the_evaluation_view_is_resized_cropped_and_normalised(images):
+    data = load_folder(images, crop_pct=0.75, **AUGMENTED)
+    seen, targets = everything(data.test, None)
+    assert torch.equal(targets, data.test.targets)
+    for name, image in zip(names(data.test), seen, strict=True):
+        small = Image.open(name).convert("RGB").resize((40, 32), Image.Resampling.BILINEAR)  # 24 / 0.75 = 32 high
+        crop = np.asarray(small, dtype=np.float64)[4:28, 8:32] / 255
+        expected = (crop - data.mean) / data.std
+        torch.testing.assert_close(image.permute(1, 2, 0).double().numpy(), expected, rtol=0, atol=1e-5)
+
+
+def test_workers_batches_order_and_resume_do_not_change_a_sample(images):
+    split = load_folder(images, seed=3, **AUGMENTED).train
+    assert split.augments
+    alone = everything(split, 2, size=1)[0]
+    assert torch.equal(alone, everything(split, 2, size=7)[0])
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    worked = load_folder(images, seed=3, workers=2, **AUGMENTED).train
+    seen = []
+    for batch in worked.batches(list(order.split(6))[2:], 2):  # from the third batch of the epoch on
+        assert torch.equal(batch.images, alone[batch.index])
+        assert torch.equal(batch.targets, split.targets[batch.index])
+        seen += batch.index.tolist()
+    assert seen == order[12:].tolist()
+
+
+def test_augmentation_differs_between_epochs_samples_and_seeds(images, tmp_path):
+    first, other = (load_folder(images, seed=seed, **AUGMENTED).train for seed in (0, 1))
+    for images_again in (everything(first, 1)[0], everything(other, 0)[0]):
+        same = (everything(first, 0)[0] == images_again).flatten(1).all(1)
+        assert same.double().mean() < 0.2
+    for label in CLASSES:  # the same image many times: only the index differs
+        (tmp_path / label).mkdir()
+        for i in range(20):
+            picture(0).save(tmp_path / label / f"{i}.png")
+    clones = load_folder(tmp_path, **AUGMENTED).train
+    assert len(everything(clones, 0)[0].unique(dim=0)) > 0.9 * len(clones)
+    assert len(everything(clones, None)[0].unique(dim=0)) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_neither_uses_nor_moves_the_global_generators(images, workers):
+    split = load_folder(images, workers=workers, **AUGMENTED).train
+    first = everything(split, 0)[0]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = rng_state()
+    assert torch.equal(everything(split, 0)[0], first)
+    everything(split, None)
+    assert rng_state() == before
+
+
+def test_an_empty_plan_and_a_moved_split(images):
+    split = load_folder(images, workers=2).val
+    assert list(split.batches([], None)) == []
+    assert next(split.to("meta").batches([torch.tensor([1])], None)).images.is_meta
+    assert split.device.type == "cpu"
+
+
+# --- files that cannot be read
+
+
+def test_every_unreadable_file_is_found_before_training(own, capfd):
+    load_folder(own, verify=True)
+    bad = [own / name for name in ("one/000.jpg", "three/004.jpg", "two words/008.jpg")]
+    for path in bad:
+        path.write_bytes(b"")
+    with pytest.raises(ImageError) as error:
+        load_folder(own, verify=True)
+    first, others = str(error.value).split(" (")
+    assert first in {f"cannot read '{path}': not a JPEG, PNG or WEBP image" for path in bad}
+    assert others == "and 2 other files cannot be read)"
+    assert capfd.readouterr() == ("", "")  # no progress bar where there is no terminal
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_file_is_one_line_with_its_path(own, workers):
+    bad = own / "three" / "007.webp"
+    bad.write_bytes(encoded(picture(3), "JPEG")[:500])
+    split = next(s for s in splits(load_folder(own, workers=workers)) if str(bad) in names(s))
+    for epoch in (0, None):
+        with pytest.raises(ImageError) as error:
+            everything(split, epoch, size=4)
+        assert str(error.value).startswith(f"cannot read '{bad}': ")
+        assert "runcated" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_class_folder_that_may_not_be_read_is_not_passed_over(own, monkeypatch):
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("three"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(PermissionError, match="three"):
+        load_folder(own)
+
+
+# --- whole runs
+
+
+def test_a_bad_file_stops_a_run_before_it_writes(kd_train, own, tmp_path):
+    bad = own / "one" / "a\nb<script>.jpg"
+    bad.write_bytes(b"<html>404</html>")
+    said = refused(kd_train, tmp_path, *trains(own))
+    assert said == f"cannot read '{own}/one/a\\nb<script>.jpg': not a JPEG, PNG or WEBP image"
+
+
+def test_too_few_validation_images_to_tell_a_teacher_from_chance_are_said_to_be_so(kd_train, own, tmp_path):
+    said = refused(kd_train, tmp_path, *trains(own, **{"data.val_fraction": 0.07}))
+    assert said.startswith("data.val_fraction=0.07: gives 4 validation images, on which no teacher could be told from")
+
+
+def test_a_file_that_vanishes_while_it_trains_is_one_line(kd_train, own, monkeypatch):
+    opened, count = Files.open, []
+
+    def vanish(self, i):
+        if get_worker_info() is not None:
+            count.append(i)
+            if len(count) == 3:
+                os.remove(self.name(i))
+        return opened(self, i)
+
+    monkeypatch.setattr(Files, "open", vanish)
+    done = kd_train(*trains(own, **{"data.workers": 1, "output": "out"}))
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert done.err.startswith(f"error: cannot read '{own}/")
+    assert done.err.endswith(": No such file or directory\n")
+
+
+HOSTILE = ["<script>alert(1)<", "=cmd|' -C calc'!A0", "a\nb", "a..b", "\x1b[31mred", "[bold]x[", "caf\udcff", "x" * 200]
+
+
+def test_class_names_of_any_characters_train_and_write_nothing_of_their_own(kd_train, tmp_path):
+    for c, name in enumerate(HOSTILE):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(20):  # told apart by their colour: the teacher must be better than chance
+            colour = 255 * (c & 1), 255 * (c >> 1 & 1), 255 * (c >> 2)
+            Image.new("RGB", (32, 32), colour).save(tmp_path / "images" / name / f"{i}.png")
+    settings = {"output": "out", "control": "false", "teacher.epochs": 4, "optimizer.lr": 0.01, "data.color_jitter": 0}
+    done = kd_train(*trains(tmp_path / "images", **settings))
+    assert done.code == 0, done.err
+    assert "\x1b" not in done.out + done.err
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "out"}
+    weights = next((tmp_path / "out").rglob("student/last.safetensors"))
+    assert weights_metadata(weights)["class_names"] == sorted(HOSTILE)
