@@ -78,7 +78,7 @@ class DataConfig(Checked):
     section: ClassVar[str] = "data."
 
     name: str = setting("digits", "name of the data set in tables and folders")
-    family: str = setting("digits", "function of kd/data that reads it, such as digits, folder or torchvision; a wrong name lists all")
+    family: str = setting("digits", "how it is read, such as digits, folder or torchvision; a wrong name lists all")
     dataset: str = setting("", "torchvision class (CIFAR10) or timm data set name, for those two families")
     root: str | None = setting(None, "folder on this machine that holds the data set")
     download: bool = setting(False, "fetch a torchvision set into data.root when it is not there")
