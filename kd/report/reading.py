@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kd.errors import ConfigError
 from kd.metrics import MISLEADING
 from kd.report import words
-from kd.study.checks import check_alike
-from kd.study.folder import Folder, read_card
+from kd.study.folder import Folder
 from kd.study.grid import difference, sides_of
 
 if TYPE_CHECKING:
@@ -171,9 +170,8 @@ def read(folder: Path) -> Study:
     from kd.study.table import load
 
     files, table = Folder(folder), load(folder)  # checks every entry
-    card = read_card(folder)
-    points = {identifier: files.found(identifier) for identifier in card["points"]}
-    check_alike({files.point(identifier): point for identifier, point in points.items() if point})
+    card = files.read_card()
+    points = {identifier: files.read_point(identifier) for identifier in card["points"]}
     if any(words.number(value) is None for value in card["axes"].get(EPS, ())):
         raise ConfigError(f"{files.card}: axes.{EPS}: must be numbers")
     return Study(folder, card, points, table)

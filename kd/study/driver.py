@@ -1,19 +1,17 @@
-"""What ``python -m kd.study`` does: plan, launch what is missing, gather the table, say what the contrasts are."""
+"""Run of a study: plan, launch the missing jobs, write the table, print the contrasts."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -23,8 +21,8 @@ from rich.table import Table
 
 from kd.checkpoint import write_json
 from kd.cli.console import terminal
-from kd.config.schema import DataConfig, Recipe, content_hash
-from kd.config.types import settings as known_settings
+from kd.config import types
+from kd.config.schema import DataConfig, Recipe
 from kd.data import Data
 from kd.errors import ConfigError
 from kd.losses.methods import registry as methods
@@ -42,123 +40,127 @@ from kd.study.train_population import data_of, network
 from kd.study.worker import work
 from kd.text import shown
 from kd.training.dry_run import duration
-from kd.training.preflight import check_batch, check_environment, check_output
+from kd.training.preflight import check_batch, check_environment, check_places
 
-INNER = ("points", "teachers", "runs", "jobs", "jobs/hydra")  # the folders of a study
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int:
-    """Run a study to its table; `words` are those of the command line that Hydra's launcher is to have.
+    """Run a study to its table; returns the exit code.
 
-    `narrowed`: the grid is not the recipe's own, and may lack what its contrasts compare.
+    Parameters
+    ----------
+    study : the study's recipe
+    words : what the command line says to Hydra's launcher
+    narrowed : whether the grid differs from the recipe's own, and may lack what its contrasts compare
     """
     console = terminal()
-    folder = Folder(folder_of(study))
-    folder.replaced(())  # whose study.json it is, before any work
-    sets = _Sets(base_recipe(study))
+    folder = Folder(_directory(study))
+    before = folder.read_card()["points"] if folder.card.exists() else None
+    sets = DataSets(base_recipe(study))
     planned = plan(study, sets.hash, sets.knows_posterior, narrowed)
-    engine = _engines(study, sets)
+    engine = Engines(study, sets)
     all_jobs = jobs(planned, engine)
     pending = [job for job in all_jobs if not all(folder.is_finished(point) for point in job.points)]
-    console.print(_summary(planned, all_jobs, pending, folder), soft_wrap=True, highlight=False, markup=False)
-    for text in planned.left_out:
-        console.print(f"left out {shown(text)}", soft_wrap=True, highlight=False, markup=False)
+    _say(console, _summary(planned, all_jobs, pending, folder))
     if study.dry_run:
-        estimate = sum(seconds_of(job) for job in pending)
-        console.print(
-            f"about {duration(estimate)} of one core; would write {shown(folder.path)}",
-            soft_wrap=True,
-            markup=False,
-        )
+        _say(console, f"about {duration(sum(map(seconds_of, pending)))} of one core; would write {folder.path}")
         return 0
     with folder.lock("study", wait=False):
-        if before := folder.replaced(planned.points):
-            console.print(before, soft_wrap=True, highlight=False, markup=False)
-        write_json(folder.card, card(study, planned, sets, {engine(point) for point in planned.points.values()}))
+        if before is not None and set(before) != planned.points.keys():
+            _say(
+                console,
+                f"study.json was of another grid, of {len(before)} points, and is now of this one, of "
+                f"{len(planned.points)}; the other's finished points are kept, and its own command makes it "
+                f"study.json again",
+            )
+        write_json(folder.card, card(study, planned, sets, {job.engine for job in all_jobs}))
         started = time.perf_counter()
         for phase in PHASES:
-            _launch([job for job in pending if job.phase == phase], phase, folder, planned, words, console)
+            _launch([job for job in pending if job.phase == phase], phase, folder, words, console)
         table = write_table(folder.path)
-    print_contrasts(planned, folder, console)
+    print_contrasts(planned.contrasts, table, console)
     for row in table[table["state"] == "failed"].to_dict("records"):
-        text = f"failed: {row['role']} {row['point']}: {shown(row['error'])}"
-        console.print(text, soft_wrap=True, markup=False)
+        _say(console, f"failed: {row['role']} {row['point']}: {row['error']}")
     done = int((table["state"] == "finished").sum())
-    console.print(f"{done} of {len(table)} points in {duration(time.perf_counter() - started)}")
+    _say(console, f"{done} of {len(table)} points in {duration(time.perf_counter() - started)}")
     print(folder.table)
     return int(done < len(table))
 
 
-def folder_of(study: StudyRecipe) -> Path:
-    """Where a study lives. Raises ConfigError for what would leave the output folder, or cannot be written."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,150}", study.name):
-        raise ConfigError(f"name={study.name!r}: must be a plain folder name of letters, digits, '_', '.' and '-'")
-    check_output(study.output, write=True)
-    folder = Path(study.output) / "studies" / study.name
-    key, inner = f"name={study.name}", [folder / each for each in INNER]
-    for path in (folder, *inner):
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"{key}: {path} is a file; choose another name or output=FOLDER")
-    return folder
+def _say(console: Console, text: str) -> None:
+    lines = map(shown, text.splitlines())
+    console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
 
 
-class _Sets:
+def _directory(study: StudyRecipe) -> Path:
+    """The directory of a study. Raises ConfigError for a name or an output that cannot be one."""
+    directory = Path(study.output) / "studies" / study.name
+    check_places(replace(base_recipe(study), run=study.name), directory)
+    return directory
+
+
+class DataSets:
     """The data sets of a study, each loaded once."""
 
     def __init__(self, base: Recipe):
-        self.base, self.seen = base, {}
+        self.base = base
+        self.loaded: dict[str, Data] = {}
 
     def data(self, config: DataConfig) -> Data:
-        key = content_hash(asdict(config))
-        if key not in self.seen:
-            self.seen[key] = data_of(replace(self.base, data=config))
-        return self.seen[key]
+        """The data set of these settings."""
+        key = json.dumps(asdict(config))
+        if key not in self.loaded:
+            self.loaded[key] = data_of(replace(self.base, data=config))
+        return self.loaded[key]
 
     def hash(self, config: DataConfig) -> str:
+        """Its content hash."""
         return self.data(config).hash
 
     def knows_posterior(self, config: DataConfig) -> bool:
-        """Whether p* of the training views is known: augmentation makes other views."""
+        """Whether p* of the training views is known: augmented ones are other images."""
         train = self.data(config).train
         return train.posterior is not None and not train.augments
 
 
-def _engines(study: StudyRecipe, sets: _Sets) -> Callable[[Point], str]:
-    """Which engine trains a point. Raises ConfigError where the recipe asks for one that cannot."""
+class Engines:
+    """Which engine trains a point: the population where it can, else a run of its own."""
 
-    @cache
-    def reason(role: str, key: str) -> str | None:
-        point = known[key]
-        data = sets.data(point.recipe.data)
-        check_environment(point.recipe)
-        check_batch(point.recipe, data, 1)
-        if role == "student":
-            methods.build(point.recipe.loss.methods)
-        return why_not(point.recipe, role, network(point.recipe, role, data), data.num_classes)
+    def __init__(self, study: StudyRecipe, sets: DataSets):
+        self.asked, self.sets = study.study.engine, sets
+        self._reasons: dict[str, str | None] = {}
 
-    known: dict[str, Point] = {}
-
-    def engine(point: Point) -> str:
-        role = "teacher" if point.role == "teacher" else "student"
+    def __call__(self, point: Point) -> str:
+        """`population` or `runs`. Raises ConfigError where the recipe asks for one that cannot train the point."""
+        # Neither the seed nor the teacher's smoothing decides what can be trained, and checking builds a network.
         settings = {k: v for k, v in point.settings.items() if k not in ("seed", "teacher.label_smoothing")}
-        key = json.dumps([role, settings], sort_keys=True)
-        known.setdefault(key, point)
-        against = reason(role, key) or ("study.engine=runs" if study.study.engine == "runs" else None)
-        if study.study.engine == "population" and against:
-            raise ConfigError(
-                f"study.engine=population: cannot train a {point.role}, {against}; type study.engine=auto"
-            )
-        if point.control == "bayes" and against:
-            raise ConfigError(f"study.controls: bayes needs the population engine, which cannot: {against}")
-        return "runs" if against else "population"
+        key = json.dumps([point.role, settings], sort_keys=True)
+        if key not in self._reasons:
+            self._reasons[key] = self._why_not(point)
+        reason = self._reasons[key] or ("study.engine=runs" if self.asked == "runs" else None)
+        if reason and self.asked == "population":
+            raise ConfigError(f"study.engine=population: cannot train a {point.role}, {reason}; type study.engine=auto")
+        if reason and point.control == "bayes":
+            raise ConfigError(f"study.controls: bayes needs the population engine, which cannot: {reason}")
+        return "runs" if reason else "population"
 
-    return engine
+    def _why_not(self, point: Point) -> str | None:
+        recipe, role = point.recipe, "teacher" if point.role == "teacher" else "student"
+        data = self.sets.data(recipe.data)
+        check_environment(recipe)
+        check_batch(recipe, data, 1)
+        methods.build(recipe.loss.methods)
+        if recipe.teacher.members > 1:
+            raise ConfigError(f"teacher.members={recipe.teacher.members}: must be 1 in a study")
+        return why_not(recipe, role, network(recipe, role, data), data.num_classes)
 
 
-def card(study: StudyRecipe, planned: Plan, sets: _Sets, engines: set[str]) -> dict[str, Any]:
-    """What study.json holds; the package's docstring says what each entry is."""
+def card(study: StudyRecipe, planned: Plan, sets: DataSets, engines: set[str]) -> dict[str, Any]:
+    """The content of study.json; the docstring of `kd.study` says what each entry is."""
     axes = labelled(study.study.grid)
-    named = {axis: values for axis, values in axes.items() if axis not in known_settings()}
+    named = {axis: values for axis, values in axes.items() if axis not in types.settings()}
     return {
         "schema": SCHEMA,
         "name": study.name,
@@ -169,22 +171,24 @@ def card(study: StudyRecipe, planned: Plan, sets: _Sets, engines: set[str]) -> d
         "recipe": asdict(base_recipe(study)),
         "seeds": list(range(study.seed, study.seed + study.study.seeds)),
         "axes": {axis: list(values) for axis, values in axes.items()},
-        "labels": {axis: {str(k): v for k, v in values.items()} for axis, values in named.items()},
+        "labels": {axis: {str(label): each for label, each in values.items()} for axis, values in named.items()},
         "cells": planned.cells,
         "controls": planned.controls,
         "contrasts": planned.contrasts,
         "points": sorted(planned.points),
-        "data": {
-            data.hash: {
-                "name": data.name,
-                "class_names": data.class_names,
-                **{split: len(getattr(data, split)) for split in ("train", "val", "test")},
-                "posterior": data.train.posterior is not None,
-            }
-            for data in sets.seen.values()
-        },
+        "data": {data.hash: _about(data) for data in sets.loaded.values()},
         "misleading": MISLEADING,
         "provenance": provenance(1),
+    }
+
+
+def _about(data: Data) -> dict[str, Any]:
+    sizes = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
+    return {
+        "name": data.name,
+        "class_names": data.class_names,
+        **sizes,
+        "posterior": data.train.posterior is not None,
     }
 
 
@@ -192,21 +196,21 @@ def _summary(planned: Plan, all_jobs: list[Job], pending: list[Job], folder: Fol
     roles = [point.role for point in planned.points.values()]
     counts = ", ".join(f"{roles.count(role)} {role}s" for role in ("teacher", "student", "control") if role in roles)
     done = sum(folder.is_finished(point) for point in planned.points.values())
-    engines = {job.engine for job in all_jobs}
-    return (
-        f"study    {len(planned.points)} points ({counts}) of {len(planned.cells)} cells, {len(planned.contrasts)} "
-        f"contrasts\n"
-        f"jobs     {len(all_jobs)} ({', '.join(sorted(engines))}), {len(pending)} to do; {done} points are finished"
-    )
+    engines = ", ".join(sorted({job.engine for job in all_jobs}))
+    lines = [
+        f"study    {len(planned.points)} points ({counts}) of {len(planned.cells)} cells, "
+        f"{len(planned.contrasts)} contrasts",
+        f"jobs     {len(all_jobs)} ({engines}), {len(pending)} to do; {done} points are finished",
+        *(f"left out {contrast}" for contrast in planned.left_out),
+    ]
+    return "\n".join(lines)
 
 
 # ---- launching
 
 
-def _launch(
-    pending: list[Job], phase: str, folder: Folder, planned: Plan, words: Sequence[str], console: Console
-) -> None:
-    """Hand the jobs to Hydra's launcher and wait; where a person is looking, show how many points are written."""
+def _launch(pending: list[Job], phase: str, folder: Folder, words: Sequence[str], console: Console) -> None:
+    """Hand the jobs to Hydra's launcher and wait for them."""
     if not pending:
         return
     for job in pending:
@@ -214,12 +218,10 @@ def _launch(
     wanted = [folder.point(point.id) for job in pending for point in job.points]
     before = sys.argv
     try:
-        # Hydra's own command line, in its own grammar; the folder is in the job's config, where nothing is parsed.
+        # Hydra's own command line, in its own grammar; the directory is in the job's config, where nothing is parsed.
         sys.argv = [before[0], "--multirun", "job=" + ",".join(job.name for job in pending), *words]
         with _progress(phase, wanted, console):
             _register_job(folder)
-            # Hydra would write through a link.
-            (folder.path / "jobs" / "hydra" / "multirun.yaml").unlink(missing_ok=True)
             import hydra
 
             hydra.main(config_path=None, config_name="kd_job")(work)()
@@ -227,9 +229,7 @@ def _launch(
         if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf"):
             raise
         text = str(error).strip().splitlines()
-        console.print(
-            f"{phase}: {type(error).__name__}: {shown(text[0]) if text else ''}", soft_wrap=True, markup=False
-        )
+        _say(console, f"{phase}: {type(error).__name__}: {text[0] if text else ''}")
     finally:
         sys.argv = before
 
@@ -237,23 +237,30 @@ def _launch(
 def _register_job(folder: Folder) -> None:
     from hydra.core.config_store import ConfigStore
 
+    def plain(path: Path) -> str:
+        return str(path).replace("${", "\\${")  # no interpolation
+
     quiet = [{"override hydra/job_logging": "disabled"}, {"override hydra/hydra_logging": "disabled"}]
-    defaults = ["_self_", {"override hydra/launcher": "joblib"}, *quiet]
-    sweep = {"dir": _plain(folder.path / "jobs" / "hydra"), "subdir": "."}
-    places = {"output_subdir": None, "run": {"dir": "."}, "sweep": sweep, "job": {"chdir": False, "name": "kd"}}
-    node = {"defaults": defaults, "hydra": places, "study": _plain(folder.path.resolve()), "job": "???"}
+    places = {
+        "output_subdir": None,
+        "run": {"dir": "."},
+        "sweep": {"dir": plain(folder.path / "jobs" / "hydra"), "subdir": "."},
+        "job": {"chdir": False, "name": "kd"},
+    }
+    node = {
+        "defaults": ["_self_", {"override hydra/launcher": "joblib"}, *quiet],
+        "hydra": places,
+        "study": plain(folder.path.resolve()),
+        "job": "???",
+    }
     ConfigStore.instance().store(name="kd_job", node=node, replace=True)
-
-
-def _plain(path: Path) -> str:
-    return str(path).replace("${", "\\${")  # no interpolation
 
 
 @contextmanager
 def _progress(phase: str, wanted: list[Path], console: Console) -> Iterator[None]:
-    """A bar over the points that have been written, whoever writes them."""
+    """A bar over the points that have been written, by whichever process."""
     if not console.is_terminal:
-        console.print(f"{phase:8} {len(wanted)} points", soft_wrap=True)
+        _say(console, f"{phase:8} {len(wanted)} points")
         yield
         return
     stop = threading.Event()
@@ -274,40 +281,29 @@ def _progress(phase: str, wanted: list[Path], console: Console) -> Iterator[None
             thread.join()
 
 
-# ---- what came out
+# ---- results
 
 
-def print_contrasts(planned: Plan, folder: Folder, console: Console) -> None:
-    """Every declared contrast: mean, standard error over seeds, n. Intervals and corrections are the report's."""
-    table = Table(title="contrasts, paired by seed", title_justify="left", box=SIMPLE_HEAD)
+def print_contrasts(contrasts: Sequence[Mapping[str, Any]], table: DataFrame, console: Console) -> None:
+    """Print mean, standard error over seeds and n of every contrast; the report has intervals and corrections."""
+    if not contrasts:
+        return
+    shown_as = Table(title="contrasts, paired by seed", title_justify="left", box=SIMPLE_HEAD)
     for column in ("", "metric", "difference", "± SE", "n"):
-        table.add_column(column, justify="left" if column in ("", "metric") else "right")
-    for contrast in planned.contrasts:
-        values = differences(contrast, folder)
-        mean, error = mean_and_error(values)
-        numbers = [f"{mean:+.4f}" if values else "-", f"{error:.4f}" if len(values) > 1 else "-"]
-        table.add_row(*(escape(shown(contrast[key])) for key in ("name", "metric")), *numbers, str(len(values)))
-    if planned.contrasts:
-        console.print(table)
+        shown_as.add_column(column, justify="left" if column in ("", "metric") else "right")
+    for contrast in contrasts:
+        values = differences(contrast, table)
+        mean = f"{statistics.mean(values):+.4f}" if values else "-"
+        error = f"{statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else "-"
+        names = (escape(shown(contrast[key])) for key in ("name", "metric"))
+        shown_as.add_row(*names, mean, error, str(len(values)))
+    console.print(shown_as)
 
 
-def differences(contrast: dict[str, Any], folder: Folder) -> list[float]:
-    """One paired difference for each seed of which all sides are finished."""
-    split, _, name = contrast["metric"].partition(".")
-    found = []
-    for ids in zip(*(side["points"] for side in sides_of(contrast)), strict=True):
-        points = [folder.found(identifier) for identifier in ids]
-        values = [(p or {"metrics": {}})["metrics"].get(split, {}).get(name) for p in points]
-        if all(value is not None for value in values):
-            found.append(difference(values))
-    return found
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and standard error of it; nan where there are too few."""
-    if not values:
-        return math.nan, math.nan
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+def differences(contrast: Mapping[str, Any], table: DataFrame) -> list[float]:
+    """One paired difference for each seed that has a value on every side."""
+    if contrast["metric"] not in table:
+        return []
+    values = table.set_index("point")[contrast["metric"]].astype(float)
+    sides = (values[side["points"]] for side in sides_of(contrast))
+    return [difference(each) for each in zip(*sides, strict=True) if not any(value != value for value in each)]

@@ -1,4 +1,4 @@
-"""What a study would cost: a few updates of one job of each kind, and arithmetic."""
+"""Cost of a study for dry_run=true: a few updates of one job of each kind, times the number of updates."""
 
 from __future__ import annotations
 
@@ -12,37 +12,35 @@ from kd.study.population import Cohort, Member, Population, Training
 from kd.study.train_population import data_of, network
 
 UPDATES = 3
-_SEEN: dict[tuple, float] = {}  # seconds per update and member
+MEASURING = 0.1  # seconds a point
+_measured: dict[tuple, float] = {}  # seconds of one update, by kind of job
 
 
 def seconds_of(job: Job) -> float:
-    """Seconds that one core needs for a job's updates; measuring comes on top, about 0.1 s a point."""
+    """Seconds that one core needs for a job. A run of kd.train takes its loop's own overhead in addition."""
     recipe = job.points[0].recipe
     role = "teacher" if job.phase == "teachers" else "student"
     section = recipe.teacher if role == "teacher" else recipe.student
     data = data_of(recipe)
+    losses = [str(point.recipe.loss.methods) for point in job.points]
+    kind = (role, section.model, str(section.model_kwargs), recipe.train.batch_size, data.hash, str(losses))
+    if kind not in _measured:
+        _measured[kind] = _seconds_per_update(job, role)
     updates = section.epochs * (len(data.train) // recipe.train.batch_size)
-    members = len(job.points) if job.engine == "population" else 1
-    groups = len({str(point.recipe.loss.methods) for point in job.points}) if role == "student" else 0
-    kind = (role, section.model, str(section.model_kwargs), recipe.train.batch_size, members, groups, data.hash)
-    if kind not in _SEEN:
-        _SEEN[kind] = _measured(job, role, members)
-    return _SEEN[kind] * updates + 0.1 * len(job.points)
+    return _measured[kind] * updates + MEASURING * len(job.points)
 
 
-def _measured(job: Job, role: str, members: int) -> float:
-    """Seconds of one update of so many members; the runs of kd.train take the loop's own overhead in addition."""
+def _seconds_per_update(job: Job, role: str) -> float:
     recipe = job.points[0].recipe
     data = data_of(recipe)
     teachers = Population.start(network(recipe, "teacher", data), 1) if role == "student" else None
-    losses = [point.recipe.loss if teachers else point.recipe.teacher.own_loss() for point in job.points[:members]]
-    if job.engine != "population":  # whose methods may be none that a population can have
+    losses = [point.recipe.loss if teachers else point.recipe.teacher.own_loss() for point in job.points]
+    if job.engine != "population":  # whose methods a population may not be able to train
         losses = [LossConfig()]
-    chosen = [Member(loss, 0 if teachers else None) for loss in losses]
+    members = [Member(loss, 0 if teachers else None) for loss in losses]
     source = (lambda images, index: teachers.logits(images)) if teachers else None
-    training = Training(Cohort(recipe, data, 1, network(recipe, role, data), chosen, source))
-    batches = training.cohort.batches(0)
-    batch = next(batches)
+    training = Training(Cohort(recipe, data, 1, network(recipe, role, data), members, source))
+    batch = next(training.cohort.batches(0))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     training.step(batch)

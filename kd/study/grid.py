@@ -1,27 +1,26 @@
-"""From a study's recipe to its points: the grid spelled out, every distinct network once, and which cell is which.
-
-Nothing here needs torch. A setting is a dotted name, as on the command line.
-"""
+"""Grid of a study: its cells, the distinct networks (points) that they need, and the points of each contrast."""
 
 from __future__ import annotations
 
+import copy
+import difflib
 import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
 from typing import Any
 
-from kd.config import compose
+from kd.config.compose import build
 from kd.config.schema import DataConfig, LossConfig, Recipe, content_hash, identity
-from kd.config.types import wrong_type
 from kd.errors import ConfigError
+from kd.metrics import METRICS
 from kd.study.axes import NotInGrid, Settings, expand, labelled
 from kd.study.schema import Contrast, StudyRecipe
 
 MOST = 10_000  # cells times seeds: as many recipes are built and checked before anything is trained
 ROUNDING = 1e-12  # of the largest value; four doubles differ by 1e-15 of it, one of a million samples by 1e-6
+SECTIONS = {"teacher": ("teacher",), "student": ("teacher", "student", "loss"), "control": ("student", "loss")}
 
 
 @dataclass(frozen=True)
@@ -37,32 +36,32 @@ class Point:
 
     @property
     def settings(self) -> Settings:
-        """Everything that decides the point, flat."""
-        return flat(_identity(self.role, self.control, self.recipe))
+        """Every setting that decides the network, by dotted name."""
+        return flat(_identity(self.role, self.recipe))
 
 
 @dataclass
 class Plan:
-    """A study spelled out: `points` by id, and the rest as the card has it."""
+    """A study spelled out: `points` by id, and the rest as study.json has it."""
 
     points: dict[str, Point] = field(default_factory=dict)
     cells: list[dict[str, Any]] = field(default_factory=list)
     controls: list[dict[str, Any]] = field(default_factory=list)
     contrasts: list[dict[str, Any]] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)  # contrasts that a narrower grid has no points for
+    left_out: list[str] = field(default_factory=list)  # contrasts whose points a narrower grid does not have
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Settings:
     """Nested settings by dotted name; the methods of a loss stay one value."""
-    found: Settings = {}
+    settings: Settings = {}
     for key, value in values.items():
         nested = isinstance(value, Mapping) and key not in ("methods", "model_kwargs")
-        found |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return found
+        settings |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return settings
 
 
 def base_recipe(study: StudyRecipe) -> Recipe:
-    """The recipe without its study: what every point departs from."""
+    """The recipe from which every point departs, without the section `study`."""
     return Recipe(**{f.name: getattr(study, f.name) for f in fields(Recipe)})
 
 
@@ -70,18 +69,18 @@ def base_recipe(study: StudyRecipe) -> Recipe:
 
 
 class Maker:
-    """Makes points of a base recipe; equal settings are built once."""
+    """Makes the points of a study from its base recipe."""
 
-    def __init__(self, base: Recipe, data_hash: Callable[[DataConfig], str]):
-        self.base, self.data_hash = base, data_hash
+    def __init__(self, study: StudyRecipe, data_hash: Callable[[DataConfig], str]):
+        self.base, self.data_hash = base_recipe(study), data_hash
+        self.control_smoothing = study.study.control_smoothing
         self._made: dict[str, Recipe] = {}
-        self._plain = asdict(base)
 
     def recipe(self, settings: Settings, seed: int) -> Recipe:
-        """The base recipe with these settings: typed, checked."""
+        """The base recipe with these settings, checked."""
         key = json.dumps(settings, sort_keys=True)
-        if key not in self._made:
-            self._made[key] = _typed(self._plain, settings)
+        if key not in self._made:  # building takes milliseconds, and every seed has the same
+            self._made[key] = build(_nested(asdict(self.base), settings))
         return replace(self._made[key], seed=seed)
 
     def teacher(self, recipe: Recipe) -> Point:
@@ -89,21 +88,20 @@ class Maker:
         return self._point("teacher", None, recipe, None)
 
     def student(self, recipe: Recipe) -> Point:
-        """The point of a recipe's student. Raises ConfigError where nothing would come from the teacher."""
+        """The point of a recipe's student. Raises ConfigError where its loss does not involve the teacher."""
         loss = recipe.loss
         if loss.kd_weight == 0 and not loss.methods:
             raise ConfigError("loss.kd_weight=0: is the control `hard`, not a point of the grid; must be > 0 in it")
         recipe = replace(recipe, loss=_canonical(loss))
         return self._point("student", None, recipe, self.teacher(recipe).id)
 
-    def control(self, name: str, recipe: Recipe, label_smoothing: float) -> Point:
-        """The same student without its teacher."""
-        mass = label_smoothing if name == "smoothed" else 0.0
+    def control(self, name: str, recipe: Recipe) -> Point:
+        """The point of the same student without its teacher."""
         loss = replace(
             self.base.loss,
             kd_weight=0.0,
             ce_weight=1.0,
-            label_smoothing=mass,
+            label_smoothing=self.control_smoothing if name == "smoothed" else 0.0,
             smoothing="uniform",
             temperature=1.0,
             student_temperature=None,
@@ -114,12 +112,26 @@ class Maker:
 
     def _point(self, role: str, control: str | None, recipe: Recipe, teacher: str | None) -> Point:
         data_hash = self.data_hash(recipe.data)
-        identifier = content_hash([role, control, _identity(role, control, recipe), data_hash])
+        identifier = content_hash([role, control, _identity(role, recipe), data_hash])
         return Point(identifier, role, control, recipe, teacher, data_hash)
 
 
+def _nested(base: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """A recipe's nested values with the settings in their places."""
+    values = copy.deepcopy(base)
+    for key, value in settings.items():
+        *sections, last = key.split(".")
+        node = values
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = value
+    # `loss=NAME` of the command line sets the methods that it replaces to null.
+    values["loss"]["methods"] = {k: v for k, v in values["loss"]["methods"].items() if v is not None}
+    return values
+
+
 def _canonical(loss: LossConfig) -> LossConfig:
-    """The same loss, with what makes no difference to it at its plainest."""
+    """The same loss, where settings without an effect have their plainest value, so that equal losses are one point."""
     if loss.student_temperature == loss.temperature:
         loss = replace(loss, student_temperature=None)
     if loss.kd_weight == 0:
@@ -127,45 +139,14 @@ def _canonical(loss: LossConfig) -> LossConfig:
     return replace(loss, label_smoothing=0.0, smoothing="uniform") if loss.ce_weight == 0 else loss
 
 
-@cache
-def _schema() -> Any:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.structured(Recipe)
-
-
-def _typed(base: dict[str, Any], settings: Settings) -> Recipe:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    values = json.loads(json.dumps(base))
-    for key, value in settings.items():
-        node = values
-        *sections, last = key.split(".")
-        for section in sections:
-            node = node.setdefault(section, {}) if isinstance(node, dict) else None
-        if not isinstance(node, dict):
-            raise ConfigError(f"{key}={value}: what it belongs to is set to a value of its own; keep one of them")
-        node[last] = value
-    if isinstance(named := values["loss"]["methods"], dict):
-        values["loss"]["methods"] = {k: v for k, v in named.items() if v is not None}
-    try:
-        return compose.typed(OmegaConf.merge(_schema(), values))
-    except OmegaConfBaseException as error:
-        key = str(getattr(error, "full_key", ""))
-        raise ConfigError(wrong_type(key, settings.get(key), str(error).splitlines()[0])) from error
-
-
-def _identity(role: str, control: str | None, recipe: Recipe) -> dict[str, Any]:
+def _identity(role: str, recipe: Recipe) -> dict[str, Any]:
     """The settings that decide a network of this role."""
     values = identity(recipe)
-    own = {"teacher": ("teacher",), "student": ("teacher", "student", "loss"), "control": ("student", "loss")}[role]
-    found = {name: values[name] for name in ("data", "optimizer", "scheduler", "train", *own)}
-    found.get("teacher", {}).pop("layers", None)
+    values["teacher"].pop("layers", None)
+    values["loss"].pop("backend", None)  # every backend gives the same
     if role == "teacher":
-        found["data"] = {k: v for k, v in found["data"].items() if k != "omit_class"}  # which it sees all the same
-    found.get("loss", {}).pop("backend", None)  # every backend gives the same
-    return {"seed": values["seed"], **found}
+        values["data"].pop("omit_class")  # a teacher sees the class all the same
+    return {key: values[key] for key in ("seed", "data", "optimizer", "scheduler", "train", *SECTIONS[role])}
 
 
 # ---- the plan
@@ -179,25 +160,34 @@ def plan(
 ) -> Plan:
     """Spell a study out. Raises ConfigError for settings that cannot work.
 
-    `posterior` says whether a data set's true posterior is known: without it the control `bayes` cannot be. A contrast
-    between points outside the grid is an error too, unless the grid is `narrowed`, another than the recipe's own.
+    Parameters
+    ----------
+    study : the study's recipe
+    data_hash : the content hash of a data set
+    posterior : whether a data set's true posterior is known, which the control `bayes` needs
+    narrowed : whether the grid differs from the recipe's own; a contrast without points is then left out, not an error
     """
     axes = labelled(study.study.grid)
-    maker = Maker(base_recipe(study), data_hash)
     seeds = range(study.seed, study.seed + study.study.seeds)
-    made = Plan()
-    sizes = [len(values) for values in axes.values()]
-    if (cells := math.prod(sizes) * len(seeds)) > MOST:
-        times = " x ".join(map(str, [*sizes, len(seeds)]))
-        raise ConfigError(f"study.grid: {times} (seeds) are {cells:,} cells; must be ≤ {MOST:,}")
-    combinations = list(_combinations(axes))
-    for seed in seeds:
-        for values, settings in combinations:
-            recipe = maker.recipe(settings, seed)
-            point = _add(made, maker.student(recipe))
-            _add(made, maker.teacher(recipe))
-            made.cells.append({"axes": values, "seed": seed, "point": point.id})
-            _add_controls(made, maker, study, axes, values, recipe, posterior)
+    sizes = [*map(len, axes.values()), len(seeds)]
+    if (cells := math.prod(sizes)) > MOST:
+        raise ConfigError(f"study.grid: {' x '.join(map(str, sizes))} (seeds) are {cells:,} cells; must be ≤ {MOST:,}")
+    maker, made = Maker(study, data_hash), Plan()
+    for seed, (labels, settings) in itertools.product(seeds, list(_combinations(axes))):
+        recipe = maker.recipe(settings, seed)
+        point = _add(made, maker.student(recipe))
+        _add(made, maker.teacher(recipe))
+        made.cells.append({"axes": labels, "seed": seed, "point": point.id})
+        shared = {axis: label for axis, label in labels.items() if _changes_controls(axes[axis])}
+        for name in study.study.controls:
+            if name == "bayes" and not posterior(recipe.data):
+                raise ConfigError(
+                    f"study.controls: bayes needs a data set whose posterior is known, not {recipe.data.name}"
+                )
+            point = maker.control(name, recipe)
+            if point.id not in made.points:
+                _add(made, point)
+                made.controls.append({"control": name, "axes": shared, "seed": seed, "point": point.id})
     for contrast in study.study.contrasts:
         try:
             made.contrasts.append(_contrast(made, maker, contrast, axes, seeds))
@@ -206,19 +196,6 @@ def plan(
                 raise
             made.left_out.append(f"{contrast.name or contrast.metric}: {error}")
     return made
-
-
-def _contrast(made: Plan, maker: Maker, contrast: Contrast, axes: Mapping, seeds: range) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": contrast.name or contrast.metric, "metric": contrast.metric}
-    for name, settings in (("a", contrast.a), ("b", contrast.b)):
-        entry[name] = _side(made, maker, settings, axes, seeds)
-    minus = contrast.minus
-    both = {"a": minus.a, "b": minus.b} if minus else {}
-    entry["minus"] = {name: _side(made, maker, side, axes, seeds) for name, side in both.items()} or None
-    for sides in filter(None, (entry, entry["minus"])):
-        if sides["a"]["points"] == sides["b"]["points"]:
-            raise NotInGrid(f"study.contrasts: {entry['name']}: a and b are the same points; name two settings")
-    return entry
 
 
 def _combinations(axes: Mapping[str, Mapping[Any, Settings]]) -> Iterator[tuple[Settings, Settings]]:
@@ -232,76 +209,65 @@ def _add(made: Plan, point: Point) -> Point:
     return made.points.setdefault(point.id, point)
 
 
-def _add_controls(
-    made: Plan,
-    maker: Maker,
-    study: StudyRecipe,
-    axes: Mapping[str, Mapping[Any, Settings]],
-    values: Settings,
-    recipe: Recipe,
-    posterior: Callable[[DataConfig], bool],
-) -> None:
-    for name in study.study.controls:
-        if name == "bayes" and not posterior(recipe.data):
-            raise ConfigError(
-                f"study.controls: bayes needs a data set whose posterior is known, not {recipe.data.name}"
-            )
-        point = maker.control(name, recipe, study.study.control_smoothing)
-        if point.id not in made.points:
-            _add(made, point)
-            shown = {axis: value for axis, value in values.items() if _matters(axes[axis])}
-            made.controls.append({"control": name, "axes": shown, "seed": recipe.seed, "point": point.id})
-
-
-def _matters(axis: Mapping[Any, Settings]) -> bool:
+def _changes_controls(axis: Mapping[Any, Settings]) -> bool:
     """Whether an axis changes anything for a network without a teacher."""
     return any(not key.startswith(("teacher.", "loss.")) for settings in axis.values() for key in settings)
 
 
-def _side(made: Plan, maker: Maker, settings: Settings, axes: Mapping, seeds: range) -> dict[str, Any]:
-    """One side of a contrast, a student's point for each seed; `control: NAME` asks for the control instead."""
-    settings = dict(settings)
-    control, role = settings.pop("control", None), settings.pop("role", "student")
+# ---- contrasts
+
+
+def _contrast(made: Plan, maker: Maker, contrast: Contrast, axes: Mapping, seeds: range) -> dict[str, Any]:
+    """A contrast as study.json has it. Raises NotInGrid where it compares nothing in the grid."""
+
+    def pair(sides: Any) -> dict[str, Any]:
+        a, b = (_side(made, maker, settings, axes, seeds) for settings in (sides.a, sides.b))
+        if a["points"] == b["points"]:
+            raise NotInGrid(f"study.contrasts: {name}: a and b are the same points; name two settings")
+        return {"a": a, "b": b}
+
+    columns = [f"{split}.{name}" for name, metric in METRICS.items() for split in metric.splits]
+    if contrast.metric not in columns:
+        near = difflib.get_close_matches(contrast.metric, columns, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"must be one of {', '.join(columns)}"
+        raise ConfigError(f"study.contrasts: metric={contrast.metric}: no such metric; {hint}")
+    name = contrast.name or contrast.metric
+    entry = {"name": name, "metric": contrast.metric, **pair(contrast)}
+    return entry | {"minus": pair(contrast.minus) if contrast.minus else None}
+
+
+def _side(made: Plan, maker: Maker, given: Settings, axes: Mapping, seeds: range) -> dict[str, Any]:
+    """One side of a contrast: a point for each seed, of students unless `role` or `control` says otherwise."""
+    settings = {key: value for key, value in given.items() if key not in ("control", "role")}
+    control, role = given.get("control"), given.get("role", "student")
     if role not in ("student", "teacher"):
         raise ConfigError(f"study.contrasts: role={role}: must be student or teacher; a control is control: NAME")
-    expanded: Settings = {}
-    for values in axes.values():
-        if len(values) == 1:
-            (only,) = values.values()
-            expanded |= only
+    single = [axis for axis in axes.values() if len(axis) == 1]  # whose only value goes without saying
+    expanded = {key: value for axis in single for only in axis.values() for key, value in only.items()}
     expanded |= expand(settings, axes)
     points = []
     for seed in seeds:
         recipe = maker.recipe(expanded, seed)
-        if control:
-            point = maker.control(control, recipe, 0.0 if control != "smoothed" else _smoothing(made))
-        else:
-            point = maker.teacher(recipe) if role == "teacher" else maker.student(recipe)
+        point = maker.control(control, recipe) if control else getattr(maker, role)(recipe)
         if point.id not in made.points:
-            known = {**settings, **({"control": control} if control else {})}
             raise NotInGrid(
-                f"study.contrasts: {json.dumps(known)} is not in the grid; every other setting is as in the recipe"
+                f"study.contrasts: {json.dumps(given)} is not in the grid; every other setting is as in the recipe"
             )
         points.append(point.id)
-    shown = dict(settings) | ({"control": control} if control else {}) | ({"role": role} if role != "student" else {})
-    return {"settings": shown, "points": points}
-
-
-def _smoothing(made: Plan) -> float:
-    return next((p.recipe.loss.label_smoothing for p in made.points.values() if p.control == "smoothed"), 0.1)
+    return {"settings": dict(given), "points": points}
 
 
 def sides_of(contrast: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The two or four sides of a contrast of the card."""
+    """The two or four sides of a contrast of study.json."""
     minus = contrast.get("minus")
     return [contrast["a"], contrast["b"], *((minus["a"], minus["b"]) if minus else ())]
 
 
 def difference(values: Sequence[float]) -> float:
-    """a - b, or (a - b) - (c - d), of one seed's values in the order of `sides_of`, exactly 0 where it is rounding.
+    """a - b, or (a - b) - (c - d), of one seed's values in the order of `sides_of`; exactly 0 where it is rounding.
 
-    230 - 202 and 272 - 244 right answers are equal; as shares of 300 they differ by 1e-16, which, of one sign in a few
-    seeds, a t test takes for an effect.
+    Of 300 images, 230 - 202 and 272 - 244 right answers are equal; as accuracies they differ by 1e-16, which a t test
+    over a few seeds of one sign takes for an effect.
     """
-    found = sum(sign * value for sign, value in zip((1, -1, -1, 1), values, strict=False))
-    return 0.0 if abs(found) <= ROUNDING * max(map(abs, values)) else found
+    total = sum(sign * value for sign, value in zip((1, -1, -1, 1), values, strict=False))
+    return 0.0 if abs(total) <= ROUNDING * max(map(abs, values)) else total

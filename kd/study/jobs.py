@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 from kd.checkpoint import read_json, write_json
+from kd.config.compose import build
 from kd.config.schema import content_hash
-from kd.study.folder import Folder, packed, unpacked
+from kd.study.folder import Folder
 from kd.study.grid import Plan, Point
 
-PHASES = ("teachers", "students")  # the second needs what the first wrote
+PHASES = ("teachers", "students")  # students need the weights of the first phase
 CHUNK = 40  # members trained at once: the stacked parameters of small networks then stay in a core's cache
 
 
@@ -26,29 +27,29 @@ class Job:
     points: tuple[Point, ...]
 
     def write(self, folder: Folder) -> None:
-        """Leave what there is to do where the launched process finds it."""
-        values = {"phase": self.phase, "engine": self.engine, "points": [packed(point) for point in self.points]}
-        write_json(folder.job(self.name), values)
+        """Write the job to where the launched process reads it."""
+        write_json(folder.job(self.name), asdict(self))
 
     @classmethod
     def read(cls, folder: Folder, name: str) -> Job:
         """The inverse of `write`."""
         values = read_json(folder.job(name))
-        return cls(name, values["phase"], values["engine"], tuple(unpacked(p) for p in values["points"]))
+        points = (Point(**{**point, "recipe": build(point["recipe"])}) for point in values.pop("points"))
+        return cls(**values, points=tuple(points))
 
 
 def jobs(plan: Plan, engine_of: Callable[[Point], str]) -> list[Job]:
     """Every job of a study, those of the first phase first.
 
-    They follow from the plan alone and not from what is finished: a job that was killed half done is done again with
-    the same members, because the rounding of a batched product can depend on how many there are.
+    They follow from the plan alone and not from what is finished: a half-finished job is done again with the same
+    members, because the rounding of a batched product can depend on their number.
     """
     cohorts: dict[tuple[str, str, str], list[Point]] = {}
     for point in plan.points.values():
         engine = engine_of(point)
         phase = PHASES[0] if point.role == "teacher" else PHASES[1]
-        key = point.id if engine == "runs" else _shared(point)
-        cohorts.setdefault((phase, engine, key), []).append(point)
+        shared = point.id if engine == "runs" else _shared(point)
+        cohorts.setdefault((phase, engine, shared), []).append(point)
     made = [_job(phase, engine, chunk) for (phase, engine, _), points in cohorts.items() for chunk in _chunks(points)]
     return sorted(made, key=lambda job: PHASES.index(job.phase))
 
@@ -58,11 +59,11 @@ def _job(phase: str, engine: str, points: list[Point]) -> Job:
 
 
 def _shared(point: Point) -> str:
-    """What the members of a cohort have in common."""
+    """What the members of a population have in common."""
     recipe = point.recipe
     own = asdict(recipe.teacher if point.role == "teacher" else recipe.student)
     network = {key: own[key] for key in ("model", "model_kwargs", "epochs")}
-    # Students of one cohort may have different teachers, but of one architecture: they are run as a population too.
+    # Students may have different teachers, but of one architecture: they run as a population too.
     taught = [recipe.teacher.model, recipe.teacher.model_kwargs]
     settings = [asdict(section) for section in (recipe.data, recipe.optimizer, recipe.scheduler, recipe.train)]
     return json.dumps([point.role == "teacher", recipe.seed, network, taught, settings], sort_keys=True)

@@ -1,10 +1,10 @@
-"""The engine for small networks: one architecture, one seed, many members, trained as one batched network.
+"""Many small networks of one architecture, trained as one batched network.
 
-All members of a cohort start from the same weights and see the same batches in the same order with the same
-augmentation, as runs of `kd.train` with the same seed do; what differs is each member's loss and teacher. So a member
-is the very network that `kd.train` would have trained, up to the rounding of floating point, and comparisons within a
-seed are paired as tightly as can be. The forward pass is torch.func's; the optimizer is timm's on stacked parameters,
-which is each member's own because its update is elementwise.
+The members of a population start from the same weights and see the same augmented batches in the same order, as runs
+of `kd.train` with the same seed do; they differ in loss and teacher. So a member is the network that `kd.train` would
+have trained, up to floating-point rounding, and comparisons within a seed are paired. The forward pass is
+torch.func's. The optimizer is timm's on stacked parameters; its update must be elementwise, so that no member
+influences another.
 
 M: members, B: batch, K: classes, E: teachers.
 """
@@ -31,15 +31,16 @@ from kd.smoothing import to_uniform, unsmooth
 from kd.training.objective import Objective
 from kd.training.schedule import epoch_order, optimizer, schedule
 
-ELEMENTWISE = ("sgd", "nesterov", "momentum", "adam", "adamw", "nadamw")  # timm's optimizers whose members never mix
-LARGEST = 2_000_000  # parameters of a network from which a batch of members is no cheaper than one after the other
+ELEMENTWISE = ("sgd", "nesterov", "momentum", "adam", "adamw", "nadamw")  # timm's optimizers with elementwise updates
+# With more parameters than this, a batch of members is no cheaper than one after the other.
+LARGEST = 2_000_000
 
 
 # ---- the stacked network
 
 
 class Population:
-    """M networks of one architecture as one: every parameter has a leading dimension of members."""
+    """M networks of one architecture; every parameter has a leading dimension of members."""
 
     def __init__(self, network: nn.Module, parameters: dict[str, Tensor]):
         self.network, self.parameters = network.to("meta"), parameters
@@ -49,35 +50,34 @@ class Population:
 
     @classmethod
     def start(cls, network: nn.Module, size: int) -> Population:
-        """`size` members that all start as `network` is."""
+        """`size` members with the weights of `network`."""
         named = network.named_parameters()
         return cls(network, {name: repeat(p.detach(), "... -> m ...", m=size).clone() for name, p in named})
 
     @classmethod
     def of(cls, network: nn.Module, states: Sequence[dict[str, Tensor]]) -> Population:
-        """Members of the given weights."""
+        """Members with the given weights."""
         names = [name for name, _ in network.named_parameters()]
         return cls(network, {name: torch.stack([state[name].detach() for state in states]) for name in names})
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, ...) -> (M, B, K)."""
+        """Logits (M, B, K) for images (B, ...)."""
         return self.outputs(images)[0]
 
     def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Everything that the network gives, each with a leading dimension of members."""
+        """Every output of the network, each with a leading dimension of members."""
 
         def one(parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            found = functional_call(self.network, parameters, (images,))
-            return found if isinstance(found, tuple) else (found,)
+            output = functional_call(self.network, parameters, (images,))
+            return output if isinstance(output, tuple) else (output,)
 
         if self.batched:
             return vmap(one)(self.parameters)
-        unbound = {name: p.unbind() for name, p in self.parameters.items()}
-        each = [one(dict(zip(unbound, parts, strict=True))) for parts in zip(*unbound.values(), strict=True)]
+        each = [one(dict(zip(self.parameters, p, strict=True))) for p in zip(*self.parameters.values(), strict=True)]
         return tuple(map(torch.stack, zip(*each, strict=True)))
 
     def member(self, index: int) -> dict[str, Tensor]:
-        """The weights of one member."""
+        """A copy of one member's weights."""
         return {name: p[index].detach().clone() for name, p in self.parameters.items()}
 
 
@@ -86,18 +86,19 @@ class Population:
 
 @dataclass(frozen=True)
 class Member:
-    """What makes a member of a cohort its own: its loss, and its teacher's place among the cohort's (None: labels)."""
+    """A member's loss, and the index of its teacher among the population's (None: labels only)."""
 
     loss: LossConfig
     teacher: int | None = None
 
 
 class Losses:
-    """The gradients of the members' losses at their logits: plain ones at once, in closed form; others by torch.func.
+    """Gradients of the members' losses with respect to their logits.
 
-    ``losses(student (M, B, K), teachers (E, B, K), target (B,), ...)`` gives the gradient of each member's mean over
-    the batch, (M, B, K). The closed form is ``ce_weight (softmax(s) - q) + kd_weight Ts (softmax(s / Ts) -
-    softmax(t / T))`` with q the smoothed labels, the derivative of what `kd.losses.reference` defines.
+    ``losses(student (M, B, K), teachers (E, B, K), target (B,), ...)`` returns the gradient of each member's mean over
+    the batch, (M, B, K). Losses without methods are differentiated at once, in closed form:
+    ``ce_weight (softmax(s) - q) + kd_weight Ts (softmax(s / Ts) - softmax(t / T))`` with q the smoothed labels, the
+    derivative of `kd.losses.reference`. Losses with methods go through torch.func, equal ones together.
     """
 
     def __init__(self, members: Sequence[Member], num_classes: int, dtype: torch.dtype = torch.float32):
@@ -113,23 +114,22 @@ class Losses:
         self.kd_weight = column(loss.kd_weight for loss in losses)
         self.ce_weight = column(loss.ce_weight for loss in losses)
         self.mass = column(to_uniform(loss.label_smoothing, num_classes, loss.smoothing) for loss in losses)
-        self.unsmoothed = _by(self.plain, lambda i: members[i].loss.teacher_smoothing)
-        self.groups = _by(
-            [i for i, member in enumerate(members) if member.loss.methods],
-            lambda i: json.dumps(asdict(members[i].loss), sort_keys=True),
-        ).values()
-        self.objectives = [_objective(members[group[0]].loss) for group in self.groups]
+        groups: dict[str, list[int]] = {}
+        for i, member in enumerate(members):
+            if member.loss.methods:
+                groups.setdefault(json.dumps(asdict(member.loss), sort_keys=True), []).append(i)
+        self.groups = [(group, _objective(members[group[0]].loss)) for group in groups.values()]
 
     def __call__(self, student: Tensor, teachers: Tensor | None, target: Tensor, **when) -> Tensor:
-        """(M, B, K); `when` holds the index, epoch and epochs that methods may read."""
+        """(M, B, K); `when` has the index, epoch and epochs that methods may read."""
         if not self.groups:  # without the copies that picking members makes
             return self._plain(student, self._taught(teachers, self.plain), target)
-        found = torch.empty_like(student)
+        gradient = torch.empty_like(student)
         if self.plain:
-            found[self.plain] = self._plain(student[self.plain], self._taught(teachers, self.plain), target)
-        for group, objective in zip(self.groups, self.objectives, strict=True):
-            found[group] = _each(objective, student[group], self._taught(teachers, group), target, when)
-        return found
+            gradient[self.plain] = self._plain(student[self.plain], self._taught(teachers, self.plain), target)
+        for group, objective in self.groups:
+            gradient[group] = _each(objective, student[group], self._taught(teachers, group), target, when)
+        return gradient
 
     def _plain(self, student: Tensor, taught: Tensor | None, target: Tensor) -> Tensor:
         # Classes in the middle: a softmax over a last dimension of 10 took 15 times as long (0.67 against 0.04 ms).
@@ -138,21 +138,16 @@ class Losses:
         share = (1 - self.mass) * (torch.arange(classes)[:, None] == target) + self.mass / classes
         total = self.ce_weight * (student.softmax(1) - share)
         if taught is not None:
-            taught = self._unsmooth(taught)
+            for place, i in enumerate(self.plain):
+                if mass := self.members[i].loss.teacher_smoothing:
+                    taught[place] = unsmooth(taught[place], mass)
             taught = rearrange(taught, "m b k -> m k b").contiguous()
             gap = (student / self.student_temperature).softmax(1) - (taught / self.temperature).softmax(1)
             total += self.kd_weight * self.student_temperature * gap
         return rearrange(total, "m k b -> m b k") / len(target)
 
-    def _unsmooth(self, taught: Tensor) -> Tensor:
-        for mass, which in self.unsmoothed.items():
-            if mass:
-                place = [self.plain.index(i) for i in which]
-                taught[place] = unsmooth(taught[place], mass)
-        return taught
-
     def _taught(self, teachers: Tensor | None, which: Sequence[int]) -> Tensor | None:
-        """The logits of these members' teachers, any one's where the weight is 0."""
+        """A copy of the teachers' logits for these members; the first teacher's where a member has none."""
         if teachers is None:
             return None
         return teachers.index_select(0, torch.tensor([self.members[i].teacher or 0 for i in which]))
@@ -172,36 +167,28 @@ def _each(objective: Objective, student: Tensor, taught: Tensor | None, target: 
     return vmap(grad(one))(student, torch.zeros_like(student) if taught is None else taught)
 
 
-def _by(members: Iterable[int], key: Callable[[int], Any]) -> dict[Any, list[int]]:
-    """Members of equal keys together."""
-    groups: dict[Any, list[int]] = {}
-    for i in members:
-        groups.setdefault(key(i), []).append(i)
-    return groups
-
-
 # ---- training
 
 
 @dataclass
 class Cohort:
-    """Everything that members share, from one recipe: its seed, data, schedule, optimizer and batches."""
+    """What the members of a population share: the recipe with its seed, data, epochs, starting weights and teachers."""
 
     recipe: Recipe
     data: Data
     epochs: int
-    network: nn.Module  # as every member starts
+    network: nn.Module  # with the weights that every member starts from
     members: Sequence[Member]
     teachers: Callable[[Tensor, Tensor], Tensor] | None = None  # (images, index) -> logits (E, B, K)
     dtype: torch.dtype = torch.float32
 
     @property
     def updates_per_epoch(self) -> int:
-        """The last incomplete batch is left out, as in `kd.training.loop`."""
+        """The last incomplete batch is dropped, as in `kd.training.loop`."""
         return len(self.data.train) // self.recipe.train.batch_size
 
     def batches(self, epoch: int) -> Iterator:
-        """The batches of an epoch, as `kd.training.loop` has them on one process."""
+        """The batches that `kd.training.loop` has in this epoch on one process."""
         size = self.recipe.train.batch_size
         order = epoch_order(len(self.data.train), self.recipe.seed, epoch)
         plan = list(order[: self.updates_per_epoch * size].split(size))
@@ -209,7 +196,7 @@ class Cohort:
 
 
 class Training:
-    """Trains a cohort; `fit` gives its population, and `diverged` says which members went wrong, and when."""
+    """Training of a cohort. `diverged` has the members whose logits became non-finite, and when."""
 
     def __init__(self, cohort: Cohort):
         self.cohort = cohort
@@ -218,6 +205,7 @@ class Training:
         groups: Any = param_groups_weight_decay(
             network, o.weight_decay, weight_decay_exclude_1d=not o.decay_norm_and_bias
         )
+        # Names first: Population.start moves the network itself to the meta device.
         groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]
         self.population = Population.start(network, len(cohort.members))
         for p in self.population.parameters.values():
@@ -229,15 +217,15 @@ class Training:
         self.diverged: dict[int, str] = {}
         self.update = 0
 
-    def fit(self, tell: Callable[[int], None] = lambda epoch: None) -> Population:
-        """Train to the last epoch; `tell` is called after each."""
+    def fit(self) -> Population:
+        """Train to the last epoch."""
         for epoch in range(self.cohort.epochs):
             logits = torch.zeros(len(self.cohort.members), 1)
             for batch in self.cohort.batches(epoch):
                 logits = self.step(batch)
+            # Once an epoch: a member that is not finite stays so, and looking costs a synchronisation.
             for i in torch.nonzero(~logits.flatten(1).isfinite().all(1)).flatten().tolist():
                 self.diverged.setdefault(i, f"its logits are not finite in epoch {epoch + 1}")
-            tell(epoch)
         return self.population
 
     def step(self, batch) -> Tensor:
@@ -245,11 +233,9 @@ class Training:
         self.scheduler.step_update(self.update)
         epoch = self.update / self.cohort.updates_per_epoch
         images = batch.images.to(self.cohort.dtype)
-        teachers = None
         logits = self.population.logits(images)
         with torch.no_grad():
-            if self.cohort.teachers:
-                teachers = self.cohort.teachers(images, batch.index)
+            teachers = self.cohort.teachers(images, batch.index) if self.cohort.teachers else None
             when = {"index": batch.index, "epoch": epoch, "epochs": self.cohort.epochs}
             gradient = self.losses(logits.detach(), teachers, batch.targets, **when)
         logits.backward(gradient)  # a member's logits depend on its own weights only: each gets its own gradient
@@ -259,41 +245,36 @@ class Training:
         return logits.detach()
 
 
-# ---- what it cannot do
+# ---- what a population cannot train
 
 
 def why_not(recipe: Recipe, role: str, network: nn.Module, num_classes: int) -> str | None:
-    """Why a point needs a run of its own; None where it can be a member of a population."""
-    own = recipe.teacher if role == "teacher" else recipe.student
-    if own.pretrained or getattr(own, "checkpoint", None):
-        return f"{own.section}pretrained or checkpoint: starts from weights of its own"
-    for section, name, allowed in (
-        (recipe.data, "mixup", 0),
-        (recipe.data, "cutmix", 0),
-        (recipe.train, "clip_grad", 0),
-        (recipe.train, "ema_decay", 0),
-        (recipe.train, "precision", "fp32"),
-    ):
-        if (value := getattr(section, name)) != allowed:
-            return f"{section.section}{name}={value}"
-    if recipe.optimizer.name not in ELEMENTWISE:
-        return f"optimizer.name={recipe.optimizer.name}: its update may not be elementwise"
-    if any(True for _ in network.buffers()):
-        return f"{own.model} has buffers, such as batch normalisation's"
-    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules()):
-        return f"{own.model} has dropout"
-    if (size := sum(p.numel() for p in network.parameters())) > LARGEST:
-        return f"{own.model} has {size / 1e6:.1f} M parameters"
-    if role == "student":
-        return _why_not_loss(recipe.loss, num_classes)
-    methods.build(recipe.teacher.methods, "teacher")  # whether they can do without a teacher
-    return _why_not_loss(recipe.teacher.own_loss(), num_classes)
+    """The reason why a population cannot train this teacher or student; None where it can."""
+    own, data, train = recipe.teacher if role == "teacher" else recipe.student, recipe.data, recipe.train
+    size = sum(p.numel() for p in network.parameters())
+    reasons = {
+        f"{own.section}pretrained or checkpoint: starts from weights of its own": (
+            own.pretrained or getattr(own, "checkpoint", None)
+        ),
+        f"data.mixup={data.mixup}": data.mixup,
+        f"data.cutmix={data.cutmix}": data.cutmix,
+        f"train.clip_grad={train.clip_grad}": train.clip_grad,
+        f"train.ema_decay={train.ema_decay}": train.ema_decay,
+        f"train.precision={train.precision}": train.precision != "fp32",
+        f"optimizer.name={recipe.optimizer.name}: its update may not be elementwise": (
+            recipe.optimizer.name not in ELEMENTWISE
+        ),
+        f"{own.model} has buffers, such as batch normalisation's": any(True for _ in network.buffers()),
+        f"{own.model} has dropout": any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules()),
+        f"{own.model} has {size / 1e6:.1f} M parameters": size > LARGEST,
+    }
+    first = next((reason for reason, holds in reasons.items() if holds), None)
+    loss = recipe.teacher.own_loss() if role == "teacher" else recipe.loss
+    return first or (_why_not_methods(loss, num_classes) if loss.methods else None)
 
 
-def _why_not_loss(loss: LossConfig, num_classes: int) -> str | None:
-    """Whether every method is a pure function of a batch's logits: by what it states, and by trying it."""
-    if not loss.methods:
-        return None
+def _why_not_methods(loss: LossConfig, num_classes: int) -> str | None:
+    """Whether every method is a pure function of a batch's logits: by what it declares, and by trying it."""
     objective = _objective(loss)
     if beyond := sorted(objective.needs - {"teacher"}):
         return f"loss.methods needs {', '.join(beyond)}"
@@ -301,10 +282,10 @@ def _why_not_loss(loss: LossConfig, num_classes: int) -> str | None:
     student, teacher = torch.randn(2, 2, 8, num_classes, generator=generator)
     target = torch.arange(8) % num_classes
     objective.build(Seen(View(student[0]), View(teacher[0]), target), 8)
-    if any(True for _ in objective.parameters()) or any(True for _ in objective.buffers()):
+    if [*objective.parameters(), *objective.buffers()]:
         return "loss.methods learns or keeps something"
     try:
-        values = _each(objective, student, teacher, target, {"epoch": 1.0, "epochs": 2})
-    except RuntimeError as error:  # what torch.func cannot follow, such as a decision on values
+        gradient = _each(objective, student, teacher, target, {"epoch": 1.0, "epochs": 2})
+    except RuntimeError as error:  # what torch.func cannot follow, such as a branch on values
         return f"loss.methods: {str(error).splitlines()[0]}"
-    return None if bool(values.isfinite().all()) else "loss.methods is not finite on random logits"
+    return None if bool(gradient.isfinite().all()) else "loss.methods is not finite on random logits"

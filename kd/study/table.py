@@ -1,22 +1,22 @@
-"""The points of a study as a table: `load(folder)`, and the CSV that it writes."""
+"""Table of a study: its points as a DataFrame, and as the CSV that `kd.study` writes."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.checkpoint import write_atomically
-from kd.metrics import transfer_efficiency
-from kd.study.folder import Folder, read_card
-from kd.study.schema import FIRST
+from kd.metrics import METRICS
+from kd.study.folder import Folder
+from kd.study.schema import COLUMNS
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-ALWAYS = (  # settings that are columns even where they are the same everywhere
+Points = Mapping[str, dict[str, Any] | None]  # by id; None for a point that has not run
+ALWAYS = {  # settings that are columns even where they are the same everywhere
     "data.name",
     "teacher.model",
     "teacher.label_smoothing",
@@ -27,48 +27,44 @@ ALWAYS = (  # settings that are columns even where they are the same everywhere
     "loss.ce_weight",
     "loss.label_smoothing",
     "loss.methods",
-)
-ROLES = ("teacher", "control", "student")
+}
+ROLES = ["teacher", "control", "student"]
 
 
 def load(folder: str | Path) -> DataFrame:
-    """The points of a study, one row each, in the order of the card's grid; see `kd.study` for the columns.
+    """The points of a study, one row each, sorted by role and id; see `kd.study` for the columns.
 
-    A point that has not run yet has the state "missing". Raises ConfigError where the folder holds no study.
+    A point that has not run yet has the state "missing". Raises ConfigError where the directory holds no study, or one
+    of another version of kd.
     """
     from pandas import DataFrame
 
-    card = read_card(Path(folder))
-    files = Folder(Path(folder))
-    found = {identifier: files.found(identifier) for identifier in card["points"]}
-    shown, labels = _columns(found), _labels(card, found)
-    rows = [
-        _row(point, shown, found) | {"point": identifier} | labels.get(identifier, {})
-        for identifier, point in found.items()
-    ]
-    _add_efficiency(rows, found)
-    columns = dict.fromkeys([*FIRST, *(key for row in rows for key in sorted(row))])
-    table = DataFrame(rows, columns=list(columns))
-    order = table["role"].map({role: i for i, role in enumerate(ROLES)})
-    return table.assign(_order=order).sort_values(["_order", "point"]).drop(columns="_order").reset_index(drop=True)
+    files = Folder(folder)
+    card = files.read_card()
+    points: Points = {identifier: files.read_point(identifier) for identifier in card["points"]}
+    settings, labels = _columns(points.values()), _labels(card, points)
+    rows = [_row(i, point, points, settings) | labels.get(i, {}) for i, point in points.items()]
+    _add_efficiency(rows, points)
+    columns = dict.fromkeys([*COLUMNS, *(key for row in rows for key in sorted(row))])
+    rows.sort(key=lambda row: (ROLES.index(row["role"]) if "role" in row else len(ROLES), row["point"]))
+    return DataFrame(rows, columns=list(columns))
 
 
-def _row(point: Mapping[str, Any] | None, shown: set[str], found: Mapping[str, Any]) -> dict[str, Any]:
+def _row(identifier: str, point: dict[str, Any] | None, points: Points, settings: set[str]) -> dict[str, Any]:
     if point is None:
-        return {"state": "missing"}
-    row = {key: point[key] for key in ("role", "control", "state", "error", "seed")}
+        return {"point": identifier, "state": "missing"}
+    row = {"point": identifier} | {key: point[key] for key in ("role", "control", "state", "error", "seed")}
     row |= {"teacher_point": point["teacher"]}
-    row |= {key: _cell(value) for key, value in point["settings"].items() if key in shown}
-    row |= _metrics(point)
-    taught_by = found.get(point["teacher"])
-    return row | ({f"teacher.{key}": value for key, value in _metrics(taught_by).items()} if taught_by else {})
+    row |= {key: _cell(value) for key, value in point["settings"].items() if key in settings}
+    teacher = points.get(point["teacher"] or "")
+    return row | _metrics(point) | ({f"teacher.{k}": v for k, v in _metrics(teacher).items()} if teacher else {})
 
 
-def _columns(found: Mapping[str, Any]) -> set[str]:
-    """Settings of which there are several values, and those of ALWAYS."""
+def _columns(points: Iterable[dict[str, Any] | None]) -> set[str]:
+    """The settings that have several values, and those of ALWAYS."""
     values: dict[str, set[str]] = {}
-    for point in found.values():
-        for key, value in (point or {"settings": {}})["settings"].items():
+    for point in filter(None, points):
+        for key, value in point["settings"].items():
             values.setdefault(key, set()).add(json.dumps(value, sort_keys=True))
     return {key for key, several in values.items() if len(several) > 1 or key in ALWAYS} - {"seed"}
 
@@ -77,10 +73,10 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, sort_keys=True) if isinstance(value, list | dict) else value
 
 
-def _labels(card: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The values of the study's own axes by point: the first cell's where several are the same student.
+def _labels(card: Mapping[str, Any], points: Points) -> dict[str, dict[str, Any]]:
+    """The values of the study's own axes by point, of the first cell where several cells are the same student.
 
-    A teacher has those that all of its students share.
+    A teacher has the values that all of its students share.
     """
     own = {
         cell["point"]: {axis: value for axis, value in cell["axes"].items() if axis in card["labels"]}
@@ -88,9 +84,8 @@ def _labels(card: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, dict
     }
     of_teachers: dict[str, dict[str, Any]] = {}
     for identifier, labels in own.items():
-        teacher = (found[identifier] or {}).get("teacher")
-        if teacher:
-            shared = of_teachers.setdefault(teacher, labels)
+        if teacher := (points[identifier] or {}).get("teacher"):
+            shared = of_teachers.get(teacher, labels)
             of_teachers[teacher] = {axis: value for axis, value in shared.items() if labels.get(axis) == value}
     return own | of_teachers
 
@@ -99,51 +94,29 @@ def _metrics(point: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{split}.{name}": value for split, named in point["metrics"].items() for name, value in named.items()}
 
 
-def _add_efficiency(rows: list[dict[str, Any]], found: Mapping[str, Any]) -> None:
-    """Transfer efficiency of each student, from the hard and the Bayes-label control of its seed and data."""
-    finished = [row for row in rows if row["state"] == "finished"]
-    controls: dict[str, dict[str, float | None]] = {}
-    for row in finished:
-        if row["role"] == "control":
-            controls.setdefault(_cohort(found[row["point"]]), {})[row["control"]] = row.get("test.nt_kl")
-    for row in finished:
-        pair = controls.get(_cohort(found[row["point"]]), {})
-        values = row.get("test.nt_kl"), pair.get("hard"), pair.get("bayes")
-        if row["role"] == "student" and all(value is not None and value >= 0 for value in values):
-            value = transfer_efficiency(*values)  # type: ignore[arg-type]
-            row["test.transfer_efficiency"] = value if math.isfinite(value) else None
+def _add_efficiency(rows: list[dict[str, Any]], points: Points) -> None:
+    """Add each student's transfer efficiency, which needs the hard and the Bayes control of its seed and data."""
+    finished = [(row, _without_teacher(points[row["point"]])) for row in rows if row["state"] == "finished"]
+    nt_kl = {(shared, row["control"]): row.get("test.nt_kl") for row, shared in finished if row["role"] == "control"}
+    for row, shared in finished:
+        evidence = {
+            "nt_kl": row.get("test.nt_kl"),
+            "nt_kl_hard": nt_kl.get((shared, "hard")),
+            "nt_kl_bayes": nt_kl.get((shared, "bayes")),
+        }
+        # Of nearly equal predictions a KL may be rounded to below 0.
+        if row["role"] == "student" and all(value is not None and value >= 0 for value in evidence.values()):
+            row["test.transfer_efficiency"] = METRICS["transfer_efficiency"].value(evidence)
 
 
-def _cohort(point: Mapping[str, Any]) -> str:
-    """What a student and its controls have in common."""
-    different = ("loss.", "teacher.")
-    return json.dumps({k: v for k, v in point["settings"].items() if not k.startswith(different)}, sort_keys=True)
+def _without_teacher(point: Any) -> str:
+    """The settings that a student and its controls have in common."""
+    shared = {k: v for k, v in point["settings"].items() if not k.startswith(("loss.", "teacher."))}
+    return json.dumps(shared, sort_keys=True)
 
 
 def write_table(folder: Path) -> DataFrame:
-    """Write table.csv, with every digit; what a spreadsheet would take for a formula has a ' before it."""
+    """Write table.csv, with every digit, and return the table."""
     table = load(folder)
-    plain = table.rename(columns=inert)
-    for name in plain.columns[[column.kind == "O" for column in plain.dtypes]]:
-        plain[name] = plain[name].map(inert)
-    # backslashreplace: half a surrogate pair, as in a file name that is no UTF-8
-    write_atomically(Folder(folder).table, lambda path: plain.to_csv(path, index=False, errors="backslashreplace"))
+    write_atomically(Folder(folder).table, lambda path: table.to_csv(path, index=False))
     return table
-
-
-def inert(cell: Any) -> Any:
-    """A cell that no spreadsheet computes: text that starts like a formula gets a ' in front, numbers stay numbers.
-
-    The characters are OWASP's (CSV Injection), = + - @ and a tab. Text is on one line: a carriage return would go out
-    without quotes and end the row.
-    """
-    if not isinstance(cell, str):
-        return cell
-    text = " ".join(cell.splitlines()) if len(cell.splitlines()) > 1 else cell
-    if not text.lstrip(" ").startswith(("=", "+", "-", "@", "\t")):
-        return text
-    try:
-        float(text)
-    except ValueError:
-        return f"'{text}"
-    return text

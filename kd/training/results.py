@@ -58,14 +58,15 @@ def networks(run: Run) -> dict[str, dict[str, Teacher]]:
     for name in names:
         teacher = found["teacher"]["last"] if found else None
         paths = {which: weights_of(run, name, which) for which in WEIGHTS}
-        built = {path: Teacher(_evaluated(run, name, path, teacher)) for path in set(paths.values())}
+        built = {path: Teacher(evaluated_network(run, name, path, teacher)) for path in set(paths.values())}
         for model in built.values():
             model.to(run.accelerator.device)
         found[name] = {which: built[path] for which, path in paths.items()}
     return found
 
 
-def _evaluated(run: Run, name: str, weights: Path | None, teacher: Teacher | None) -> nn.Module:
+def evaluated_network(run: Run, name: str, weights: Path | None, teacher: Teacher | None) -> nn.Module:
+    """A network as it is evaluated, by the name of its stage; the student may need the teacher."""
     if name == "teacher":
         return teacher_network(run, weights)
     if name == "control":

@@ -1,12 +1,10 @@
 """Names that are code elsewhere: on a terminal, in a spreadsheet, in Markdown, on a page."""
 
-import csv
 import io
 import json
 import random
 import re
 
-import pandas as pd
 import pytest
 import yaml
 from conftest import TINY_STUDY
@@ -16,7 +14,6 @@ from test_report import ATTRIBUTES, DRAWN, ELEMENTS, Outline, browsed
 
 from kd.cli import errors
 from kd.report import __main__ as report
-from kd.study.table import inert, write_table
 from kd.training.results import print_result
 
 FORMULAS = [
@@ -40,45 +37,6 @@ def hostile(count):
     return [
         f"{rng.choice(BREAKS)}<{rng.choice(TAGS)}>{rng.choice(FORMULAS)}{rng.choice(BREAKS)} {i}" for i in range(count)
     ]
-
-
-# --- a spreadsheet
-
-
-@pytest.mark.parametrize("text", FORMULAS)
-def test_a_formula_gets_an_apostrophe(text):
-    assert inert(text) == "'" + text.replace("\r", " ").replace("\n", " ")
-    assert inert(f"a\r{text}\nb\u2028c").startswith("a ")
-    assert len(inert(f"a\r{text}\nb\u2028c").splitlines()) == 1
-
-
-@pytest.mark.parametrize("cell", ["-1", "+2.5e-3", "-inf", -1.5, 0, None, "a=b", "", "mlp", "['a']", True])
-def test_numbers_and_plain_text_stay_as_they_are(cell):
-    assert inert(cell) is cell
-
-
-def test_no_cell_of_a_studys_table_is_a_formula(tmp_path):
-    texts = iter(FORMULAS * 100)
-    study = Maker(
-        tmp_path / "it", axes={EPS: [0.0, 0.4], "=axis": ["=a", "@b"]}, seeds=1, text=lambda name: next(texts)
-    )
-    for point, text in zip(study.points.values(), FORMULAS, strict=False):
-        point["settings"] |= {"=setting": text, "negative": -1.5 * len(text), "half": "\ud800"}
-        point["metrics"]["test"]["=metric"] = -0.25
-    study.fail(max(study.points), "=error")
-    folder = study.write()
-    table = write_table(folder)
-    content = (folder / "table.csv").read_text()
-    rows = list(csv.reader(io.StringIO(content)))
-    cells = [cell for row in rows for cell in row]
-    dangerous = [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))]
-    assert dangerous  # the numbers
-    for cell in dangerous:
-        float(cell)
-    assert {"'=error", "'=axis", "'=a", "'@b", "'=setting"} <= set(cells)
-    read = pd.read_csv(io.StringIO(content))
-    assert read["negative"].dropna().tolist() == table["negative"].dropna().tolist()  # still numbers
-    assert read["test.=metric"].dropna().unique().tolist() == [-0.25]
 
 
 # --- a page and its Markdown

@@ -32,7 +32,7 @@ from kd.config.schema import Recipe, content_hash, identity
 from kd.errors import CheckpointError, ConfigError
 from kd.models.ensemble import load_exactly
 from kd.models.factory import build, weights_metadata
-from kd.study.folder import read_card
+from kd.study.folder import Folder
 from kd.training import replay, results
 from kd.training.logger import Logger
 from kd.verify import rows
@@ -113,7 +113,7 @@ def rewound(path: Path) -> None:
 
 
 def card(path: Path) -> object:
-    return read_card(Path(shutil.copy(path, path.with_name("study.json"))).parent)
+    return Folder(Path(shutil.copy(path, path.with_name("study.json"))).parent).read_card()
 
 
 READERS: dict[str, Callable[[Path], object]] = {

@@ -1,0 +1,116 @@
+"""Command line of a study: the recipe with its grid, and the words for Hydra's launcher."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+from kd.config import compose as recipes
+from kd.config import types, yaml_reader
+from kd.config.arguments import check_words
+from kd.errors import ConfigError
+from kd.study.axes import check_overlap, is_setting
+from kd.study.schema import LOSS, StudyRecipe
+
+STUDIES = recipes.STUDIES  # the directory of the recipes
+GROUPS = ("recipe", "data")
+
+
+def compose(words: list[str]) -> tuple[StudyRecipe, list[str], bool] | None:
+    """The study that a command line names, the launcher's words, and whether its grid differs from the recipe's own.
+
+    None where Hydra has printed what was asked for, as with --cfg. Raises ConfigError.
+    """
+    words = recipes.own_methods(words)
+    check_words(words)
+    composed, axes, launcher = _split(words)
+    composed = types.check_kinds(composed, StudyRecipe)
+    with recipes.explained(StudyRecipe, STUDIES):
+        config = _compose(composed, launcher)
+        if config is None:
+            return None
+        fixed = {word.partition("=")[0].lstrip("+") for word in composed}
+        differs = _set_grid(config, axes, fixed)
+        study = recipes.typed(config, StudyRecipe)
+    check_overlap(study.study.grid, axes.keys(), fixed)
+    return study, launcher, differs
+
+
+def _compose(composed: list[str], launcher: list[str]) -> Any:
+    import hydra
+
+    configs: list[Any] = []
+    recipes.register(composed, StudyRecipe, STUDIES, launcher="joblib")
+    before = sys.argv
+    try:
+        sys.argv = [before[0], *composed, *launcher]
+        hydra.main(config_path=None, config_name="kd")(configs.append)()
+    finally:
+        sys.argv = before
+    return configs[0] if configs else None
+
+
+def _split(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list[str]]:
+    """The words that Hydra composes, the axes, and the words for Hydra's launcher.
+
+    An axis is a setting with several values, or a name that no setting has. Raises ConfigError.
+    """
+    composed, axes, launcher = [], {}, []
+    known, seen = types.settings(StudyRecipe), set()
+    for word in words:
+        key, equals, text = word.partition("=")
+        if key in ("-m", "--multirun"):
+            raise ConfigError(f"{word}: a study is many runs by itself; leave it out")
+        if key in seen and equals:
+            raise ConfigError(f"{word}: {key} is given twice; keep one")
+        seen.add(key)
+        if key.lstrip("+") == "study.grid":  # Hydra would merge it with the recipe's, and not replace it
+            raise ConfigError(f"{word}: type an axis as SETTING=A,B, or NAME=LABEL,LABEL of the recipe's own")
+        if key.lstrip("+").startswith("hydra"):
+            launcher.append(word)
+        elif key == LOSS and equals:
+            axes[key] = recipes.losses(word)
+        elif not equals or key in GROUPS or key.startswith(("+", "-")):
+            composed.append(word)
+        else:
+            values = yaml_reader.values(text)
+            if values is None and (key not in known or re.match(r"[^\[{'\"].*,", text)):
+                raise ConfigError(f"{word}: cannot be read; type A,B, each inside quotes unless it is a plain word")
+            if key in known and len(values or ()) < 2:
+                composed.append(word)
+            else:
+                axes[key] = [_per_point(value) for value in values or ()]
+    return composed, axes, launcher
+
+
+def _per_point(value: Any) -> Any:
+    """A value whose references are resolved in each point, not once in the base recipe."""
+    return re.sub(r"(?<!\\)\$\{", r"\\${", value) if isinstance(value, str) else value
+
+
+def _set_grid(config: Any, axes: dict[str, list[Any]], fixed: set[str]) -> bool:
+    """Put what the command line says of the grid into the config; returns whether it says anything."""
+    from omegaconf import OmegaConf
+
+    grid: Any = OmegaConf.to_container(config.study.grid)
+    for key, values in axes.items():
+        labels = grid.get(key)
+        if isinstance(labels, dict):
+            if wrong := [value for value in values if value not in list(labels)]:
+                raise ConfigError(f"{key}={wrong[0]}: must be some of {', '.join(map(str, labels))}")
+            grid[key] = {value: labels[value] for value in values}
+        elif is_setting(key) or key == LOSS:
+            grid[key] = values
+        elif key in types.settings(StudyRecipe):
+            raise ConfigError(f"{key}: is no axis; type one value, a list as [A,B]")
+        else:
+            raise ConfigError(types.no_such_setting(key, StudyRecipe))
+    narrowed = fixed & grid.keys() - axes.keys()
+    for key in narrowed:  # one value of an axis of the recipe's
+        grid[key] = [OmegaConf.select(config, key)]
+    for key, value in yaml_reader.leaves(OmegaConf.to_container(config)):
+        if isinstance(value, str) and "${" in value and "." in key and key in types.settings() and key not in grid:
+            grid[key] = [_per_point(value)]  # such as loss.teacher_smoothing=${teacher.label_smoothing}
+    config.study.grid = grid
+    return bool(axes or narrowed)
