@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.methods import pure
-from kd.training.replay import saved_recipe
+from kd.config.compose import saved_recipe
 from kd.training.stored import read_result
 
 ROOT = Path(__file__).parent.parent

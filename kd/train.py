@@ -30,6 +30,7 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
     from kd.training import results
     from kd.training.dry_run import print_layers, print_plan
     from kd.training.run import alone_on_run, claim
+    from kd.training.stored import read_result
 
     go_on = signals.GO_ON if recipe.resume else "resume=true goes on, the same command starts again"
     run = stages.prepare(recipe)
@@ -53,7 +54,7 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
                 if run.accelerator.is_main_process:
                     results.print_result(result, run.logger.console)
             elif run.accelerator.is_main_process:
-                results.print_stored(path, run.logger.console)
+                results.print_result(read_result(path), run.logger.console)
         if run.accelerator.is_main_process:
             print(path)
     except signals.Interrupted as stop:

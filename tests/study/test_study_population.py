@@ -28,6 +28,7 @@ from kd.study.population import Cohort, Member, Population, Training, why_not
 from kd.training import pipeline as stages
 from kd.training.run import claim
 from kd.training.schedule import epoch_order
+from kd.training.teacher_smoothing import recorded_smoothing
 
 EPOCHS = 2
 RECIPE = Recipe(
@@ -218,8 +219,8 @@ def test_a_teacher_is_trained_with_an_alternative_to_smoothing_in_a_run_and_in_a
     record = weights_metadata(found["method"])
     assert record["methods"] == asked
     assert "label_smoothing" not in record
-    assert stages.recorded_smoothing(recipes["method"]) is None
-    assert stages.recorded_smoothing(recipes["setting"]) == (0.4, "uniform")
+    assert recorded_smoothing(recipes["method"]) is None
+    assert recorded_smoothing(recipes["setting"]) == (0.4, "uniform")
 
 
 @pytest.mark.parametrize(
