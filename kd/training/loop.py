@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import chain, islice
 from typing import Any, NoReturn, cast
 
@@ -23,7 +23,6 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from kd import checkpoint
-from kd.checkpoint.fit import check_alike, check_optimizer, number, whole_number
 from kd.config.schema import Recipe
 from kd.data import Batch, mixer
 from kd.errors import CheckpointError, TrainingError
@@ -39,7 +38,7 @@ from kd.training.predict import not_finite, predict
 from kd.training.schedule import epoch_order, mixed_seed, optimizer, schedule, share
 from kd.training.stage import Stage, as_trained, build
 
-MOST_SKIPPED = 32  # halves fp16's scale from 65,536 to 1.5e-5
+MOST_SKIPPED = 32  # halvings take fp16's loss scale from 65,536 to 1.5e-5: by then it is not the scale that overflows
 
 
 @dataclass
@@ -48,9 +47,9 @@ class Progress:
 
     update: int = 0
     seconds: float = 0.0
-    selected: dict[str, float] = field(default_factory=dict)
-    epochs: int = 0  # validated; a run that is stopped while it validates goes on with that
-    skipped: int = 0  # updates that fp16's scaler left out
+    selected: dict[str, float] = field(default_factory=dict)  # epoch, val_top1 and val_nll of the selected weights
+    epochs: int = 0  # validated; a run that is stopped while it validates resumes with that validation
+    skipped: int = 0  # updates that fp16's gradient scaler left out
 
 
 class Trainer:
@@ -74,15 +73,14 @@ class Trainer:
         self.optimizer = optimizer(stage.model.model, recipe)
         self._add_learned()
         self.scheduler = schedule(self.optimizer, recipe, stage.epochs, self.updates_per_epoch)
-        decay = recipe.train.ema_decay
-        self.ema = ModelEmaV3(self.deployed, decay=decay) if decay else None
+        self.ema = ModelEmaV3(self.deployed, decay=recipe.train.ema_decay) if recipe.train.ema_decay else None
         for network in stage.networks() if recipe.train.compile else ():
             network.compile()
         self.model, self.stepper = accelerator.prepare(stage.model, self.optimizer)
         self.mix = mixer(recipe.data, self.data.num_classes)
 
     def _add_learned(self) -> None:
-        """What the objective learns joins the student's optimizer, under the same rule for weight decay."""
+        """Add what the objective learns to the student's optimizer, under the same rule for weight decay."""
         o = self.recipe.optimizer
         groups = param_groups_weight_decay(
             self.stage.objective, o.weight_decay, weight_decay_exclude_1d=not o.decay_norm_and_bias
@@ -90,11 +88,10 @@ class Trainer:
         for group in groups:
             self.optimizer.add_param_group(group)
 
-    def _learned(self) -> Iterator[nn.Parameter]:
-        return chain(self.model.parameters(), self.stage.objective.parameters())
+    # ---- epochs
 
     def fit(self) -> None:
-        """Train to the last epoch, from the saved state where there is one, and write the weights."""
+        """Train to the last epoch, from the newest checkpoint where there is one, and write the weights."""
         self._load()
         self.logger.rewind(self.stage.name, self.progress.update, self.progress.epochs)
         with self.logger.progress(self.stage.name, self.updates, self.progress.update):
@@ -109,9 +106,10 @@ class Trainer:
             if self.selected_weights:
                 weights["selected"] = self.selected_weights
             self.logger.flush()
-            done = {"updates": self.updates, "seconds": self.progress.seconds, "selected": self.progress.selected}
-            done["skipped"] = self.progress.skipped
-            checkpoint.finish(self.stage.directory, weights, self.stage.metadata, done, self.owner)
+            about = {"updates": self.updates} | {
+                k: getattr(self.progress, k) for k in ("seconds", "selected", "skipped")
+            }
+            checkpoint.finish(self.stage.directory, weights, self.stage.metadata, about, self.owner)
         self.accelerator.wait_for_everyone()
 
     def measure(self, updates: int = 2) -> float:
@@ -140,29 +138,16 @@ class Trainer:
             started = time.perf_counter()
             logged = self._update(list(islice(batches, self.recipe.train.accumulation)))
             seconds = time.perf_counter() - started
+            will_log = self._logs_next()
             self.progress.update += 1
             self.progress.seconds += seconds
             self.logger.advance(self.progress.update)
-            if self.progress.update % self.recipe.train.log_every == 0 or self.progress.update == self.updates:
+            if will_log:
                 self._log(epoch, logged, seconds)
-            if self.progress.update % self.updates_per_epoch:  # after an epoch's last update comes its validation
+            if self.progress.update % self.updates_per_epoch:  # an epoch's last update is saved after its validation
                 self._save_or_stop()
 
-    def _save_or_stop(self) -> None:
-        """Save when asked to stop, and otherwise from time to time."""
-        if stop_requested(self.accelerator):
-            self._stop()
-        if time.monotonic() - self.saved_at >= self.recipe.train.save_every:
-            self._save_all()
-
-    def _save_all(self) -> None:
-        self.logger.flush()  # no state may tell of updates whose lines are lost
-        self._save()
-
-    def _stop(self) -> NoReturn:
-        self._save_all()
-        self.accelerator.wait_for_everyone()
-        raise Interrupted(f"{self.stage.name} stopped after update {self.progress.update} of {self.updates}")
+    # ---- one update
 
     def _update(self, batches: list[Batch]) -> dict[str, Tensor]:
         """One optimizer step over the global batch; returns what there is to log, as sums over this process."""
@@ -177,7 +162,8 @@ class Trainer:
                     logged[name] = logged.get(name, 0) + value
         self._average_gradients()
         limit = self.recipe.train.clip_grad or math.inf
-        norm = cast(Tensor, self.accelerator.clip_grad_norm_(self._learned(), limit))
+        learned = chain(self.model.parameters(), self.stage.objective.parameters())
+        norm = cast(Tensor, self.accelerator.clip_grad_norm_(learned, limit))
         # fp16's scaler looks by itself, and leaves out an update that is not finite.
         if self.accelerator.scaler is None and not torch.isfinite(norm):
             self._refuse(f"gradient norm {float(norm)}", batches)
@@ -189,7 +175,9 @@ class Trainer:
         return {**logged, "grad_norm": norm}
 
     def _average_gradients(self) -> None:
-        """Of what the objective learns, over the processes: DDP would send its buffers, a memory bank, every time."""
+        """Average the objective's gradients over the processes. DDP would also send its buffers, such as a memory bank,
+        on every update.
+        """
         if self.accelerator.num_processes > 1:
             for parameter in self.stage.objective.parameters():
                 if parameter.grad is not None:
@@ -198,7 +186,7 @@ class Trainer:
     def _forward(self, batch: Batch, i: int) -> tuple[Seen, Terms]:
         """The i-th piece of the next update; all that is random in it comes from its position."""
         seed = mixed_seed(self.recipe.seed, self.progress.update, self.accelerator.process_index, i)
-        torch.manual_seed(seed)  # dropout knows no other state
+        torch.manual_seed(seed)  # dropout has no other state
         epoch = self.progress.update / self.updates_per_epoch
         batch = as_trained(batch, self.mix, seed, self.recipe.train.channels_last)
         seen = self.stage.see(batch, epoch, self.model, self.accelerator)
@@ -210,8 +198,8 @@ class Trainer:
         # the number of processes and accumulation steps, also where their shares are uneven.
         scale = self.accelerator.num_processes / self.recipe.train.batch_size
         logged = _observe(terms, self.stage.objective, seen) if self._logs_next() else {}
-        # A loss that is not finite makes the gradient so on every process, also where its own derivative is: one look
-        # at the norm, which all share, then sees both. To any other loss this adds 0.
+        # A loss that is not finite makes the gradient so on every process, also where its own derivative is finite: one
+        # look at the norm, which all share, then sees both. To any other loss this adds 0.
         self.accelerator.backward(terms.loss * (scale + 0 * terms.loss.detach()))
         return {**logged, "loss": terms.loss.detach()}
 
@@ -220,7 +208,7 @@ class Trainer:
         return done % self.recipe.train.log_every == 0 or done == self.updates
 
     def _count_skipped(self, batches: list[Batch]) -> None:
-        """Count what fp16's scaler leaves out: a few while it finds its scale, more are no matter of scale."""
+        """Count the updates that fp16's scaler leaves out: a few while it finds its scale, more are an error."""
         if not self.stepper.step_was_skipped:
             self.skipped_in_a_row = 0
             return
@@ -230,18 +218,18 @@ class Trainer:
             self._refuse(f"{MOST_SKIPPED} updates in a row without a finite gradient in fp16", batches)
 
     def _refuse(self, what: str, batches: list[Batch]) -> NoReturn:
-        """Stop before the update that would carry NaN into the weights, with what the same update again shows."""
+        """Stop before NaN reaches the weights, and run the update again to find where it comes from."""
         self.stepper.zero_grad()
-        found = Suspects()
+        suspects = Suspects()
         for i, batch in enumerate(batches):
             with self.accelerator.no_sync(self.model):
                 seen, terms = self._forward(batch, i)
                 terms.loss.backward()
-            found.add(seen, self.stage.objective)
-        found.parameter = first_bad_gradient(self.stage.model.model, self.stage.objective)
+            suspects.add(seen, self.stage.objective)
+        suspects.parameter = first_bad_gradient(self.stage.model.model, self.stage.objective)
         raise TrainingError(
             f"{self.stage.name}: {what} in update {self.progress.update + 1} of {self.updates}, which was not made; "
-            f"the last saved state is kept. {describe(gather_object([found]))}"
+            f"the last saved state is kept. {describe(gather_object([suspects]))}"
         )
 
     def _log(self, epoch: int, logged: dict[str, Tensor], seconds: float) -> None:
@@ -262,23 +250,22 @@ class Trainer:
             values["skipped"] = self.progress.skipped
         self.logger.write({"stage": self.stage.name, "update": self.progress.update, "epoch": epoch, **values})
 
+    # ---- validation
+
     def _evaluated(self) -> Student:
-        """The weights that count: the averaged ones where there is an average."""
+        """The network that is evaluated and saved: the averaged one where train.ema_decay is set."""
         return self.ema.module if self.ema else self.deployed
 
-    def _share_buffers(self) -> None:
-        """Every process validates the network that the first one saves: running statistics are each one's own."""
+    def _validate(self, epoch: int) -> None:
         if self.accelerator.num_processes > 1:
+            # Running statistics are each process's own: all validate the network that the first one saves.
             for buffer in self._evaluated().buffers():
                 torch.distributed.broadcast(buffer, 0)
-
-    def _validate(self, epoch: int) -> None:
-        self._share_buffers()
         try:
             logits = predict(self._evaluated(), self.data.val, self.recipe.train.batch_size, self.accelerator)
         except Interrupted:
             self._stop()
-        if wrong := not_finite(logits):  # no gradient tells of what an epoch's last update did
+        if wrong := not_finite(logits):  # the gradient cannot show what an epoch's last update did
             raise TrainingError(
                 f"{self.stage.name}: {wrong} after update {self.progress.update} of {self.updates}; the last saved "
                 f"state is kept. Try a smaller optimizer.lr, or train.clip_grad=1"
@@ -296,7 +283,21 @@ class Trainer:
             weights = self._evaluated().model.state_dict()
             self.selected_weights = {name: weight.cpu().contiguous().clone() for name, weight in weights.items()}
 
+    # ---- checkpoints
+
+    def _save_or_stop(self) -> None:
+        if stop_requested(self.accelerator):
+            self._stop()
+        if time.monotonic() - self.saved_at >= self.recipe.train.save_every:
+            self._save()
+
+    def _stop(self) -> NoReturn:
+        self._save()
+        self.accelerator.wait_for_everyone()
+        raise Interrupted(f"{self.stage.name} stopped after update {self.progress.update} of {self.updates}")
+
     def _save(self) -> None:
+        self.logger.flush()  # a checkpoint must not be newer than the lines that are on disk
         if self.accelerator.is_main_process:
             stage, state = self.stage, self._state()
             checkpoint.save(
@@ -304,86 +305,70 @@ class Trainer:
             )
         self.saved_at = time.monotonic()
 
+    def _modules(self) -> dict[str, nn.Module]:
+        modules = {"model": self.stage.model.model, "objective": self.stage.objective}
+        return modules | ({"ema": self.ema.module} if self.ema else {})
+
     def _state(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
-        return {
-            "model": self.stage.model.model.state_dict(),
-            "objective": self.stage.objective.state_dict(),
+        modules = {name: module.state_dict() for name, module in self._modules().items()}
+        return {"ema": None, **modules, **asdict(self.progress)} | {
             "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema else None,
             "scaler": scaler.state_dict() if scaler else None,
-            "update": self.progress.update,
-            "seconds": self.progress.seconds,
-            "selected": self.progress.selected,
-            "epochs": self.progress.epochs,
-            "skipped": self.progress.skipped,
         }
 
     def _load(self) -> None:
         stage = self.stage
-        found = checkpoint.load(
-            stage.directory, self.logger.say, checkpoint.advice(stage.name, stage.directory), self.owner
-        )
+        advice = checkpoint.advice(stage.name, stage.directory)
+        newest = checkpoint.load(stage.directory, self.logger.say, advice, self.owner)
         if self.accelerator.is_main_process:
-            checkpoint.clean(self.stage.directory)
-            checkpoint.retire(found.damaged if found else [])
-        names = gather_object([found.path.name if found else "none"])
+            checkpoint.clean(stage.directory)
+            checkpoint.retire(newest.damaged if newest else [])
+        names = gather_object([newest.path.name if newest else "none"])
         if len(set(names)) > 1:  # they would train from different weights, and average their gradients
             raise CheckpointError(
-                f"{self.stage.directory}: not all processes find the same checkpoint ({', '.join(names)}): a file "
-                f"system may lag behind; {GO_ON}"
+                f"{stage.directory}: not all processes find the same checkpoint ({', '.join(names)}): a file system "
+                f"may lag behind; {GO_ON}"
             )
-        if found is None:
+        if newest is None:
             return
         try:
-            self._restore(found.state, found.selected)
-        except (LookupError, AttributeError, TypeError, RuntimeError, ValueError) as error:
-            said = str(error).partition("\n")[0]
-            raise CheckpointError(f"{found.path}: does not fit this run ({said})") from error
-        self.logger.say(f"{self.stage.name:8} goes on after update {self.progress.update} of {self.updates}")
+            self._restore(newest.state)
+        except (LookupError, AttributeError, TypeError, RuntimeError, ValueError) as error:  # of another torch or timm
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(f"{newest.path}: does not fit this run ({reason})") from error
+        self.selected_weights = newest.selected
+        self.logger.say(f"{stage.name:8} goes on after update {self.progress.update} of {self.updates}")
 
-    def _restore(self, state: dict[str, Any], selected: dict[str, Tensor] | None) -> None:
-        modules = {"model": self.stage.model.model, "objective": self.stage.objective}
-        if self.ema:
-            modules["ema"] = self.ema.module
-        for name, module in modules.items():
-            check_alike(name, state[name], module.state_dict())
+    def _restore(self, state: dict[str, Any]) -> None:
+        for name, module in self._modules().items():
             module.load_state_dict(state[name])
-        check_optimizer(state["optimizer"], self.optimizer)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        best = state["selected"]
-        if best:
-            check_alike("selected weights", selected, self._evaluated().model.state_dict())
-            best = {key: number(f"selected: {key}", best[key]) for key in ("epoch", "val_top1", "val_nll")}
-            self.selected_weights = selected
-        self.progress = Progress(
-            whole_number("update", state["update"], self.updates),
-            number("seconds", state["seconds"]),
-            best,
-            whole_number("epochs", state["epochs"], self.stage.epochs),
-            whole_number("skipped", state["skipped"], self.updates),
-        )
+        self.progress = Progress(**{f.name: state[f.name] for f in fields(Progress)})
+
+
+# ---- what is logged of a batch
 
 
 def _observe(terms: Terms, objective: Objective, seen: Seen) -> dict[str, Tensor]:
     """Sums over the batch of what is worth watching; the terms unweighted, their gradients weighted as they act."""
-    logits, values, evaluated = seen.student.logits, terms.values, objective.logits(seen.student)
-    found = {"student_entropy": _entropy(evaluated), **values}
+    logits, evaluated = seen.student.logits, objective.logits(seen.student)
+    observed = {"student_entropy": _entropy(evaluated), **terms.values}
     if seen.teacher is None:
-        return found
+        return observed
     teacher_logits = seen.teacher.logits
-    found["teacher_entropy"] = _entropy(teacher_logits)
-    found["agreement"] = (evaluated.argmax(-1) == teacher_logits.argmax(-1)).float().sum()
-    if {"kd", "ce"} <= values.keys():
-        found["grad_kd"] = _gradient_norm(objective.loss, "ce_weight", logits, teacher_logits, seen.target)
-        found["grad_ce"] = _gradient_norm(objective.loss, "kd_weight", logits, teacher_logits, seen.target)
-    return found
+    observed["teacher_entropy"] = _entropy(teacher_logits)
+    observed["agreement"] = (evaluated.argmax(-1) == teacher_logits.argmax(-1)).float().sum()
+    if {"kd", "ce"} <= terms.values.keys():
+        for name, without in (("grad_kd", "ce_weight"), ("grad_ce", "kd_weight")):
+            observed[name] = _gradient_norm(objective.loss, without, logits, teacher_logits, seen.target)
+    return observed
 
 
 def _gradient_norm(loss: DistillLoss, without: str, logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over images of the norm of the gradient at the logits that the loss has without one of its terms."""
+    """Sum over images of the norm of the gradient at the logits (B, K) of the loss without one of its terms."""
     alone = copy(loss)
     setattr(alone, without, 0.0)
     leaf = logits.detach().requires_grad_()

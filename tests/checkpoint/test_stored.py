@@ -72,7 +72,7 @@ def test_the_line_names_the_entry_before_anything_is_loaded(at, wrong, said, tmp
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text("name: smoke\n")
     (folder / "result.json").write_text(json.dumps(mutated(RESULT, at, wrong)))
-    for read_it in (lambda: evaluate.main([f"run={folder}"]), lambda: replay.read(folder)):
+    for read_it in (lambda: evaluate.main([f"run={folder}"]), lambda: results.read_run(folder, [])):
         with pytest.raises(CheckpointError) as error:
             read_it()
         assert f"{folder}/result.json: {said}" in str(error.value)

@@ -35,6 +35,7 @@ from kd.models.factory import build, weights_metadata
 from kd.study.folder import Folder
 from kd.training import replay, results
 from kd.training.logger import Logger
+from kd.training.stored import read_result
 from kd.verify import rows
 from tests.torture.faults import ABOUT, finish, save, weights
 from tests.torture.gadget_files import gadgets
@@ -95,7 +96,7 @@ def replayed(path: Path) -> None:
         whole = place.read_bytes()
         place.write_bytes(path.read_bytes())
         try:
-            replay.report(replay.read(place.parent).result, json.loads((path.parent / "new.json").read_text()))
+            replay.report(results.read_run(place.parent, [])[1], json.loads((path.parent / "new.json").read_text()))
         except (ConfigError, CheckpointError):
             if name == "recipe.yaml":
                 raise
@@ -104,7 +105,7 @@ def replayed(path: Path) -> None:
 
 
 def printed(path: Path) -> None:
-    results.print_stored(path, Console(file=io.StringIO()))
+    results.print_result(read_result(path), Console(file=io.StringIO()))
 
 
 def rewound(path: Path) -> None:
