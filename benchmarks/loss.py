@@ -16,9 +16,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kd.config.yaml_reader import whole
-from kd.errors import ConfigError
-
 SHAPES = "8x10,256x100,1024x1000,128x21841,64x128256"
 LINEAR = "2048x512x32768"
 
@@ -289,10 +286,9 @@ def _dtypes(text: str) -> list[str]:
 
 
 def _at_least_one(text: str) -> int:
-    try:
-        return whole(text, "it")
-    except ConfigError:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number ≥ 1") from None
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number ≥ 1")
+    return int(text)
 
 
 def _out(text: str) -> Path:

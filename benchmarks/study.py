@@ -19,8 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from kd.config.yaml_reader import whole
-
 
 def pairs(arguments: list[str]) -> dict[str, str]:
     """The words of a command line that are all key=value."""
@@ -55,7 +53,7 @@ def main(arguments: list[str]) -> None:
     given = {"recipe": "studies/mnist1d_grid", "sample": "3"} | pairs(arguments)
     if wrong := given.keys() - {"recipe", "sample", "output"}:
         raise SystemExit(f"{', '.join(wrong)}: type recipe=, sample= or output=")
-    sample, python = whole(given["sample"], "sample"), [sys.executable, "-m"]
+    sample, python = int(given["sample"]), [sys.executable, "-m"]
     with tempfile.TemporaryDirectory() as folder:
         output = str(Path(given.get("output", folder)).resolve())
         study, wall = spent([*python, "kd.study", f"recipe={given['recipe']}", f"output={output}"], folder)

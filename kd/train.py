@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from kd.cli.environment import check_torchrun
 from kd.cli.errors import fail, one_line_errors
 from kd.cli.help import help_text
-from kd.config import compose
-from kd.config.arguments import check_words
+from kd.config import arguments, compose
 from kd.config.schema import Recipe
-from kd.config.types import check_kinds
 from kd.errors import ConfigError
+from kd.losses.methods import registry as methods
 from kd.runtime import signals
 
 if TYPE_CHECKING:
@@ -85,39 +85,32 @@ def lost(error: RuntimeError) -> str | None:
 
 
 def main(words: list[str], run: Callable[..., int] = run) -> int:
-    """Compose the recipe that the command line names, or take that of a run to replay, and run it."""
+    """Run the recipe that the command line names, several with -m, or replay a run; returns the exit code."""
     if {"-h", "--help"} & set(words):
-        print(help_text(PROGRAM))
+        print(help_text("all" in words))
         return 0
-    words = compose.own_methods(words)
-    check_words(words)
-    if any(word.startswith("replay=") for word in words):
+    try:
+        check_torchrun()
+    except ConfigError as error:
+        fail(str(error), everyone=True)
+    settings, options = arguments.options(words)
+    if any(word.startswith("replay=") for word in settings):
         from kd.training import replay
 
-        return replay.main(words, run)
-    for word in words:
-        if word.startswith(f"recipe={compose.STUDIES}/"):
-            raise ConfigError(f"{word}: is a study; type python -m kd.study {word}")
-    import hydra
-
-    def job(config: Any) -> None:
-        with one_line_errors(PROGRAM):  # here too: Hydra would print a line of its own
-            with compose.explained():
-                recipe = compose.typed(config)
-            if code := run(recipe):
-                raise SystemExit(code)
-
-    words = check_kinds(words)
-    compose.register(words)
-    spelled = {word: f"loss={','.join(compose.losses(word))}" for word in words if word.startswith("loss=")}
-    before = sys.argv
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing several lines and exiting
-    try:
-        sys.argv = [before[0], *(spelled.get(word, word) for word in words)]
-        with compose.explained():
-            hydra.main(config_path=None, config_name="kd")(job)()
-    finally:
-        sys.argv = before
+        return replay.main(settings, run)
+    if study := next((word for word in settings if word.startswith(f"recipe={compose.STUDIES}/")), None):
+        raise ConfigError(f"{study}: is a study; type python -m kd.study {study}")
+    if options.sweep and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("-m: trains one run after another, which torchrun cannot; type one run at a time")
+    for path in options.imports:
+        methods.import_own(path)
+    configs = [compose.compose(line) for line in (compose.sweep(settings) if options.sweep else [settings])]
+    recipes = [compose.typed(config) for config in configs]  # all of them: a wrong one stops before the first trains
+    for config, recipe in zip(configs, recipes, strict=True):
+        if options.show:
+            print(compose.to_yaml(config))
+        elif code := run(recipe):
+            return code
     return 0
 
 

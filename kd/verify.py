@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kd.cli.errors import fail, one_line_errors
-from kd.config.arguments import check_text
 from kd.text import shown
 
 if TYPE_CHECKING:
@@ -186,8 +185,6 @@ def main(words: list[str]) -> int:
     if not words or {"-h", "--help"} & set(words):
         print(HELP)
         return 0
-    for word in words:
-        check_text(word)
     if words[0] != "verify" or len(words) == 1 or any(word.startswith("-") for word in words):
         fail(f"{' '.join(words)}: type verify PATH [PATH ...]; --help says more")
     return verify([Path(word) for word in words[1:]])

@@ -1,4 +1,4 @@
-"""Where commands print while they work."""
+"""The console that commands print on."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ import sys
 from rich.console import Console
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise  # the BrokenPipeError that it is called for; rich would exit without a word
-
-
 def terminal() -> Console:
-    """The terminal, or a log file, which has no width of its own."""
-    return _Console(width=None if sys.stdout.isatty() else 120)
+    """The terminal, or 120 columns for a pipe or a log file, which have no width of their own."""
+    return Console(width=None if sys.stdout.isatty() else 120)

@@ -4,59 +4,87 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from kd.config import yaml_reader
 from kd.config.compose import recipe_files
-from kd.config.schema import allowed
+from kd.config.schema import Recipe, allowed
 from kd.config.types import settings
+from kd.config.yaml_reader import MAX_BYTES
 from kd.losses.methods import registry as methods
 from kd.text import plain
 
+WIDTH = 100
+
 
 def claim(path: Path) -> str:
-    """The claim on top of a recipe."""
-    if not path.is_file():  # a FIFO would wait for somebody to write
-        return ""
+    """The claim at the top of a recipe file."""
     with path.open(encoding="utf-8", errors="replace") as file:
-        found = re.search(r"^# claim:\s*(.+)$", file.read(yaml_reader.MAX_BYTES), re.MULTILINE)
-    return plain(found[1]) if found else ""
+        claimed = re.search(r"^# claim:\s*(.+)$", file.read(MAX_BYTES), re.MULTILINE)
+    return plain(claimed[1]) if claimed else ""
 
 
-def help_text(program: str) -> str:
-    """What --help prints; nothing is imported for it."""
-    lines = [
-        f"usage: python -m {program} recipe=NAME [key=value ...]",
-        "",
-        "Trains a teacher, distils a student, trains the same student alone, and says which was better.",
-        "Run it again to go on: a stopped run where it was saved last, a finished one with its result at once.",
-        "",
-        "recipes",
-        *(f"  {name:24} {claim(path)}" for name, path in recipe_files().items()),
-        "",
-        "data sets (data=NAME brings its usual schedule; a recipe's own settings win)",
-        f"  {', '.join(recipe_files('data'))}",
-        "",
-        "methods (loss=NAME, or several as loss=[A,B]; NAME:imagenet takes another of its presets)",
-        *(f"  {line}" for line in textwrap.wrap(", ".join(sorted(methods.names())), 100)),
-        "",
-        "settings",
-    ]
-    for name, f in settings().items():
-        limits = allowed(f.metadata)
-        lines.append(f"  {name:32} {f.metadata['doc']}" + (f" [{limits}]" if limits else ""))
-    lines += [
-        "",
-        "  --cfg job     print the resolved recipe and stop",
-        "  -m, --multirun key=a,b   one run for each value",
-        "  --import FILE.py         a file of yours, or a module, with a method of your own; may be repeated",
-        "  replay=DIR    train a finished run again from its recipe, and say whether weights and scores are identical;",
-        "                allow_differences=true: with other versions, hardware or data too; output=FOLDER: where",
-        "  dry_run=true  build everything, take two steps, print the plan, write nothing",
-        "",
-        "Exit code 0 when it is done, or saved after SIGTERM or SIGUSR1; 1 when it cannot go on (a loss that is not",
-        "finite, a lost process) or a replay differs; 2 when a setting or a file is wrong; 130 after ctrl-C.",
-        "",
-        f"example: python -m {program} recipe=resnet50_to_18 loss.temperature=2 seed=1",
-    ]
-    return "\n".join(lines)
+def recipe_lines(folder: str = "") -> Iterator[str]:
+    """A line for each recipe, with as much of its claim as fits."""
+    for name, path in recipe_files(folder).items():
+        typed = f"{folder}/{name}" if folder else name
+        yield f"  {typed:26} {textwrap.shorten(claim(path), WIDTH - 29, placeholder=' ...')}"
+
+
+def setting_lines(schema: type, wanted: Callable[[str], bool], everything: bool = True) -> Iterator[str]:
+    """A line for each setting whose name is `wanted`, grouped by section; without `everything` the common ones only."""
+    section = ""
+    for name, f in settings(schema).items():
+        if not wanted(name) or not (everything or f.metadata["common"]):
+            continue
+        if section and name.partition(".")[0] != section and everything:
+            yield ""
+        section = name.partition(".")[0]
+        limits = f" [{limits}]" if (limits := allowed(f.metadata)) else ""
+        yield from textwrap.wrap(
+            f"{name:25} {f.metadata['doc']}{limits}", WIDTH, initial_indent="  ", subsequent_indent=" " * 30
+        )
+
+
+TRAIN = """usage: python -m kd.train recipe=NAME [key=value ...]
+
+Trains a teacher, distils a student, trains the same student alone, and compares the two. The same command
+resumes a stopped run from its last checkpoint, and prints the result of a finished one.
+
+recipes
+{recipes}
+
+data=NAME, a data set with its usual training schedule (the recipe's own settings override it)
+{data}
+
+loss=NAME or loss=[A,B], a distillation method or several; NAME:imagenet is another of its presets
+{methods}
+
+settings{which}
+{settings}
+
+  --cfg job          print the resolved recipe and exit
+  -m key=A,B         train one run after another, one for each value
+  --import FILE.py   import a method of your own, from a file or a module
+  replay=DIR         train a finished run again and compare weights and scores; with output=DIR,
+                     allow_differences=true for other versions, hardware or data
+
+Exit code: 0 finished, or saved after SIGTERM or SIGUSR1; 1 cannot go on, or a replay differs;
+2 a setting or a file is wrong; 130 ctrl-C. The same command resumes.
+
+example: python -m kd.train recipe=resnet50_to_18 loss.temperature=2 seed=1"""
+
+
+def help_text(everything: bool = False) -> str:
+    """The --help of kd.train; `everything` is --help all. Nothing but the recipe files is read for it."""
+
+    def wrapped(names: Iterable[str]) -> str:
+        return textwrap.fill(", ".join(names), WIDTH, initial_indent="  ", subsequent_indent="  ")
+
+    return TRAIN.format(
+        recipes="\n".join(recipe_lines()),
+        data=wrapped(recipe_files("data")),
+        methods=wrapped(sorted(methods.names())),
+        which="" if everything else " (--help all lists the others)",
+        settings="\n".join(setting_lines(Recipe, lambda name: True, everything)),
+    )

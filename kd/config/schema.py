@@ -1,6 +1,6 @@
-"""The recipe: every setting of a run, its unit and its allowed range, and how text from a user becomes one.
+"""The recipe: every setting of a run with its unit, default and allowed range, and the hash of what a run computes.
 
-Only this file and Hydra read what a user typed. Nothing here imports torch, so that ``--help`` answers at once.
+Nothing here imports torch, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,139 +20,121 @@ PACKAGE = Path(__file__).resolve().parent.parent
 TEMPERATURES = {"ge": LOWEST_TEMPERATURE, "le": HIGHEST_TEMPERATURE}
 WEIGHTS = {"ge": 0, "le": LARGEST_WEIGHT}
 MOST_EPOCHS = 1_000_000
-RATES = {"le": 1_000_000}  # far beyond any that trains, and float32 has room for what optimizers make of it
+CONVENTIONS = {"among": ("uniform", "others")}  # of label smoothing with mass eps over K classes
+SCHEDULES = ("cosine", "step", "multistep", "poly", "tanh", "constant")
+RATES = {"le": 1_000_000}  # far beyond any that trains; optimizers square it, and float32 holds 1e38
 
 
-def setting(default: Any, doc: str, *, ge=None, gt=None, le=None, lt=None, among: tuple = ()) -> Any:
-    """A field of the recipe with one line of documentation and its allowed range."""
-    metadata = {"doc": doc, "ge": ge, "gt": gt, "le": le, "lt": lt, "among": among}
+def setting(default: Any, doc: str, *, common=False, ge=None, gt=None, le=None, lt=None, among: tuple = ()) -> Any:
+    """A field of the recipe: its default, one line of documentation, and the allowed range.
+
+    The plain --help shows the `common` settings, and --help all shows the others too.
+    """
+    metadata = {"doc": doc, "common": common, "ge": ge, "gt": gt, "le": le, "lt": lt, "among": among}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
+BOUNDS = {"ge": ("≥", operator.ge), "gt": (">", operator.gt), "le": ("≤", operator.le), "lt": ("<", operator.lt)}
+
+
 def allowed(metadata: Any) -> str:
-    """The allowed values of a field in words, '' where everything of its type is."""
+    """The allowed values of a setting in words; "" where every value of its type is allowed."""
     if metadata["among"]:
         return "one of " + ", ".join(metadata["among"])
-    bounds = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    return " and ".join(f"{sign} {metadata[key]}" for key, sign in bounds.items() if metadata[key] is not None)
+    return " and ".join(f"{sign} {metadata[key]}" for key, (sign, _) in BOUNDS.items() if metadata[key] is not None)
 
 
-def _in_range(value: Any, m: Any) -> bool:
-    if value is None or not allowed(m):
-        return True
-    if m["among"]:
-        return value in m["among"]
-    return (
-        math.isfinite(value)
-        and (m["ge"] is None or value >= m["ge"])
-        and (m["gt"] is None or value > m["gt"])
-        and (m["le"] is None or value <= m["le"])
-        and (m["lt"] is None or value < m["lt"])
-    )
+def _in_range(value: Any, metadata: Any) -> bool:
+    if metadata["among"]:
+        return value in metadata["among"]
+    bounds = [(compare, metadata[key]) for key, (_, compare) in BOUNDS.items() if metadata[key] is not None]
+    return not bounds or (math.isfinite(value) and all(compare(value, bound) for compare, bound in bounds))
 
 
 class Checked:
-    """A section of the recipe; raises ConfigError when a value is outside its range."""
+    """A section of the recipe. Making one raises ConfigError for a value outside its range."""
 
     section: ClassVar[str] = ""
 
     def __post_init__(self):
         for f in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            if f.metadata and not _in_range(value, f.metadata):
-                finite = "finite and " if isinstance(value, float) and not math.isfinite(value) else ""
-                raise ConfigError(
-                    f"{self.section}{f.name}={value}: must be {finite}{allowed(f.metadata)} ({f.metadata['doc']})"
-                )
-            if value == "" and f.type == "str | None":  # as of a shell variable that is not set
-                raise ConfigError(
-                    f"{self.section}{f.name}=: must not be empty; null, or left out, is none ({f.metadata['doc']})"
-                )
+            value, key = getattr(self, f.name), f"{self.section}{f.name}"
+            if f.metadata and value is not None and not _in_range(value, f.metadata):
+                raise ConfigError(f"{key}={value}: must be {allowed(f.metadata)} ({f.metadata['doc']})")
+            # A shell variable that is not set leaves an empty value, which must not stand for null in silence.
+            if value == "" and f.type == "str | None":
+                raise ConfigError(f"{key}=: must not be empty; type null, or leave it out ({f.metadata['doc']})")
 
 
 @dataclass
 class DataConfig(Checked):
-    """Which images, how they are split, and how training images are augmented."""
+    """The data set, its split, and the augmentation of training images."""
 
     section: ClassVar[str] = "data."
 
-    name: str = setting("digits", "name of the data set in tables and folders")
-    family: str = setting("digits", "how it is read, such as digits, folder or torchvision; a wrong name lists all")
-    dataset: str = setting("", "torchvision class (CIFAR10) or timm data set name, for those two families")
-    root: str | None = setting(None, "folder on this machine that holds the data set")
-    download: bool = setting(False, "fetch a torchvision set into data.root when it is not there")
-    image_size: int = setting(32, "height and width the model sees, in pixels", ge=1, le=4096)
-    val_fraction: float = setting(0.1, "share of the training images held out to select on", gt=0, lt=0.5)
-    test_fraction: float = setting(0.2, "share held out to test on, for sets that come unsplit", gt=0, lt=0.5)
-    split_seed: int = setting(
-        0, "seed of the split, apart from `seed` so that all runs test on the same images", ge=0, lt=2**32
-    )
-    train_size: int | None = setting(None, "training images, stratified by class; null: all", ge=1)
-    omit_class: int | None = setting(
-        None, "class, from 0, that student and control never see; teacher and test images keep it", ge=0
-    )
-    label_noise: float = setting(
-        0.0, "probability that a training label is replaced by another class, by split_seed", ge=0, lt=1
-    )
-    shift: int = setting(0, "largest random shift, in pixels of the stored image (small sets)", ge=0)
+    name: str = setting("digits", "name of the data set in tables and directories")
+    family: str = setting("digits", "reader, such as digits, folder or torchvision; a wrong name lists all")
+    dataset: str = setting("", "torchvision class such as CIFAR10, or timm dataset name (those two families)")
+    root: str | None = setting(None, "directory that holds the data set", common=True)
+    download: bool = setting(False, "download a torchvision set that data.root does not hold")
+    image_size: int = setting(32, "input height and width in pixels", ge=1, le=4096, common=True)
+    val_fraction: float = setting(0.1, "fraction of the training images held out for validation", gt=0, lt=0.5)
+    test_fraction: float = setting(0.2, "fraction held out for testing, for sets without a test split", gt=0, lt=0.5)
+    split_seed: int = setting(0, "seed of the split, apart from `seed`", ge=0, lt=2**32)
+    train_size: int | None = setting(None, "number of training images, stratified by class; null: all", ge=1)
+    omit_class: int | None = setting(None, "class index that the student's and control's training leaves out", ge=0)
+    label_noise: float = setting(0.0, "probability that a training label is replaced, by split_seed", ge=0, lt=1)
+    shift: int = setting(0, "maximum random shift in pixels of the stored image (sets held in memory)", ge=0)
     hflip: float = setting(0.0, "probability of a horizontal flip", ge=0, le=1)
-    noise: float = setting(0.0, "standard deviation of added Gaussian noise, in units of normalised pixels", ge=0)
-    crop_scale: float = setting(0.08, "smallest area of a random resized crop (streamed sets)", gt=0, le=1)
-    crop_pct: float = setting(
-        0.875, "image_size over the size resized to before the centre crop (streamed)", gt=0, le=1
-    )
-    color_jitter: float = setting(0.0, "strength of random colour changes (streamed sets)", ge=0)
-    auto_augment: str = setting("", "timm policy such as rand-m9-mstd0.5 (streamed sets); empty for none")
+    noise: float = setting(0.0, "standard deviation of added Gaussian noise, in normalised pixel units", ge=0)
+    crop_scale: float = setting(0.08, "minimum area of a random resized crop (streamed sets)", gt=0, le=1)
+    crop_pct: float = setting(0.875, "image_size over the size before the centre crop (streamed)", gt=0, le=1)
+    color_jitter: float = setting(0.0, "strength of the colour jitter (streamed sets)", ge=0)
+    auto_augment: str = setting("", "timm policy such as rand-m9-mstd0.5 (streamed sets); empty: none")
     random_erase: float = setting(0.0, "probability of random erasing (streamed sets)", ge=0, le=1)
-    mixup: float = setting(0.0, "Beta parameter of mixup; 0 for none", ge=0)
-    cutmix: float = setting(0.0, "Beta parameter of CutMix; 0 for none", ge=0)
-    workers: int = setting(2, "worker processes of each loader (streamed sets)", ge=0)
-    verify: bool = setting(False, "decode every image once before training starts (streamed sets)")
+    mixup: float = setting(0.0, "parameter of mixup's Beta distribution; 0: no mixup", ge=0)
+    cutmix: float = setting(0.0, "parameter of CutMix's Beta distribution; 0: no CutMix", ge=0)
+    workers: int = setting(2, "worker processes per data loader (streamed sets)", ge=0)
+    verify: bool = setting(False, "decode every image once before training (streamed sets)")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.omit_class is not None and self.label_noise:  # wrong labels would show the class after all
+        if self.omit_class is not None and self.label_noise:  # a wrong label would show the omitted class
             raise ConfigError(
-                f"data.omit_class={self.omit_class} with data.label_noise={self.label_noise}: one of them only, "
-                f"omit_class=null or label_noise=0"
+                f"data.omit_class={self.omit_class} with data.label_noise={self.label_noise}: only one of them works; "
+                f"type omit_class=null or label_noise=0"
             )
 
 
 @dataclass
 class TeacherConfig(Checked):
-    """The network that is learned from."""
+    """The network that the student learns from."""
 
     section: ClassVar[str] = "teacher."
 
-    model: str = setting("resnet50.tv_in1k", "timm model name, hf-hub:... or local-dir:...")
-    pretrained: bool = setting(False, "start from timm's weights instead of training from nothing")
-    checkpoint: str | None = setting(None, "path of weights of your own (.safetensors, or .pth read as tensors only)")
-    finetune: bool = setting(
-        False, "train pretrained or checkpoint weights further; a head that does not fit is replaced"
-    )
-    epochs: int = setting(
-        10, "passes over the training images, where the teacher is trained here", ge=1, le=MOST_EPOCHS
-    )
-    label_smoothing: float = setting(0.0, "smoothing mass of the teacher's own training targets", ge=0, lt=1)
-    smoothing: str = setting("uniform", "convention of that mass", among=("uniform", "others"))
-    ce_weight: float = setting(1.0, "weight of the cross entropy in the teacher's own training", **WEIGHTS)
-    methods: dict[str, Any] = setting({}, "methods beside it that need no teacher, such as {maxsup: {weight: 1}}")
-    members: int = setting(1, "networks, each trained from its own seed, that teach as one", ge=1, le=64)
-    averaging_temperature: float = setting(
-        1.0, "temperature at which the members' probabilities are averaged", **TEMPERATURES
-    )
+    model: str = setting("resnet50.tv_in1k", "timm model name, hf-hub:NAME or local-dir:PATH", common=True)
+    pretrained: bool = setting(False, "start from timm's pretrained weights", common=True)
+    checkpoint: str | None = setting(None, "file of weights, .safetensors or .pth", common=True)
+    finetune: bool = setting(False, "train loaded weights further, with a new head if needed", common=True)
+    epochs: int = setting(10, "epochs of the teacher", ge=1, le=MOST_EPOCHS, common=True)
+    label_smoothing: float = setting(0.0, "label-smoothing mass of its training targets", ge=0, lt=1, common=True)
+    smoothing: str = setting("uniform", "convention: eps/K on every class, or eps/(K-1) on the others", **CONVENTIONS)
+    ce_weight: float = setting(1.0, "weight of the cross entropy in the teacher's own loss", **WEIGHTS)
+    methods: dict[str, Any] = setting({}, "other terms of its own loss, such as {maxsup: {weight: 1}}")
+    members: int = setting(1, "networks of different seeds that are averaged into one", ge=1, le=64)
+    averaging_temperature: float = setting(1.0, "temperature at which members are averaged", **TEMPERATURES)
     model_kwargs: dict[str, Any] = setting({}, "further arguments of timm.create_model")
-    layers: list[str] = setting([], "layers that feature methods read, from shallow to deep; empty: timm's stages")
+    layers: list[str] = setting([], "teacher layers for feature losses, shallow to deep; empty: timm's stages")
 
     def __post_init__(self):
         super().__post_init__()
         if self.ce_weight == 0 and not self.methods:
-            raise ConfigError("teacher.ce_weight=0 without teacher.methods leaves nothing to learn: make it > 0")
+            raise ConfigError("teacher.ce_weight=0 without teacher.methods: nothing to learn; must be > 0")
 
     def own_loss(self) -> LossConfig:
-        """What the teacher itself minimises."""
+        """The loss that the teacher itself is trained with."""
         return LossConfig(
             kd_weight=0.0,
             ce_weight=self.ce_weight,
@@ -163,73 +146,70 @@ class TeacherConfig(Checked):
 
 @dataclass
 class StudentConfig(Checked):
-    """The network that learns; its control is the same network with hard labels."""
+    """The network that learns. Its control is the same network trained on labels alone."""
 
     section: ClassVar[str] = "student."
 
-    model: str = setting("resnet18.tv_in1k", "timm model name")
-    pretrained: bool = setting(False, "start from timm's weights")
-    epochs: int = setting(
-        10, "passes over the training images, for the student and for its control", ge=1, le=MOST_EPOCHS
-    )
+    model: str = setting("resnet18.tv_in1k", "timm model name", common=True)
+    pretrained: bool = setting(False, "start from timm's pretrained weights", common=True)
+    epochs: int = setting(10, "epochs of student and control", ge=1, le=MOST_EPOCHS, common=True)
     model_kwargs: dict[str, Any] = setting({}, "further arguments of timm.create_model")
-    layers: list[str] = setting([], "the student's, as many; list_layers=true prints those of both")
+    layers: list[str] = setting(
+        [], "student layers for feature losses, as many as teacher.layers (list_layers=true prints the names)"
+    )
 
 
 @dataclass
 class LossConfig(Checked):
-    """ce_weight * CE(label_smoothing) + kd_weight * T² * KL(teacher || student), and further methods."""
+    """``ce_weight * CE(label_smoothing) + kd_weight * T² * KL(teacher || student)``, and further methods."""
 
     section: ClassVar[str] = "loss."
 
-    temperature: float = setting(4.0, "divides both logits before the softmax", **TEMPERATURES)
-    student_temperature: float | None = setting(None, "the student's own temperature; null: the same", **TEMPERATURES)
-    kd_weight: float = setting(0.9, "weight of the distillation term", **WEIGHTS)
-    ce_weight: float = setting(0.1, "weight of the cross entropy with the labels", **WEIGHTS)
-    label_smoothing: float = setting(0.0, "smoothing mass of the student's and its control's labels", ge=0, lt=1)
-    smoothing: str = setting(
-        "uniform", "convention: eps/K on every class, or eps/(K-1) on the others", among=("uniform", "others")
-    )
+    temperature: float = setting(4.0, "divides both logits before the softmax", **TEMPERATURES, common=True)
+    student_temperature: float | None = setting(None, "temperature of the student; null: the same", **TEMPERATURES)
+    kd_weight: float = setting(0.9, "weight of the distillation term", **WEIGHTS, common=True)
+    ce_weight: float = setting(0.1, "weight of the cross entropy with the labels", **WEIGHTS, common=True)
+    label_smoothing: float = setting(0.0, "label-smoothing mass of student and control", ge=0, lt=1, common=True)
+    smoothing: str = setting("uniform", "convention: eps/K on every class, or eps/(K-1) on the others", **CONVENTIONS)
     teacher_smoothing: float = setting(
-        0.0, "uniform smoothing mass to take out of the teacher's probabilities, exactly", ge=0, lt=1
+        0.0, "uniform smoothing mass to remove from the teacher", ge=0, lt=1, common=True
     )
-    backend: str = setting("auto", "which implementation computes it", among=("auto", "reference", "cpu", "triton"))
-    methods: dict[str, Any] = setting({}, "further methods by name, their weights and settings; loss=NAME writes them")
+    backend: str = setting("auto", "implementation of the loss", among=("auto", "reference", "cpu", "triton"))
+    methods: dict[str, Any] = setting({}, "further methods with their weights and settings; loss=NAME fills it in")
 
     def __post_init__(self):
         super().__post_init__()
+        # `loss=NAME` sets the methods of a recipe that it replaces to null.
         self.methods = {name: settings for name, settings in self.methods.items() if settings is not None}
         if self.kd_weight == 0 and self.ce_weight == 0 and not self.methods:
-            raise ConfigError("loss.kd_weight=0 with loss.ce_weight=0 leaves nothing to learn: make one of them > 0")
+            raise ConfigError("loss.kd_weight=0 with loss.ce_weight=0: nothing to learn; one of them must be > 0")
 
 
 @dataclass
 class OptimizerConfig(Checked):
-    """Any optimizer of timm, by name."""
+    """A timm optimizer."""
 
     section: ClassVar[str] = "optimizer."
 
-    name: str = setting("adamw", "timm optimizer: sgd (Nesterov), momentum, adamw, lamb, ...")
-    lr: float = setting(1e-3, "learning rate at the given batch size", gt=0, **RATES)
+    name: str = setting("adamw", "timm optimizer: sgd (Nesterov), momentum, adamw, lamb, ...", common=True)
+    lr: float = setting(1e-3, "learning rate at train.batch_size", gt=0, **RATES, common=True)
     weight_decay: float = setting(0.05, "weight decay", ge=0, **RATES)
-    momentum: float = setting(0.9, "momentum, for the optimizers that have one", ge=0, lt=1)
-    decay_norm_and_bias: bool = setting(False, "apply weight decay to normalisation parameters and biases too")
+    momentum: float = setting(0.9, "momentum, for optimizers that have one", ge=0, lt=1)
+    decay_norm_and_bias: bool = setting(False, "apply weight decay to normalisation and bias parameters too")
 
 
 @dataclass
 class SchedulerConfig(Checked):
-    """Any schedule of timm, stepped after every update."""
+    """A timm learning-rate schedule, stepped after every update."""
 
     section: ClassVar[str] = "scheduler."
 
-    name: str = setting(
-        "cosine", "shape of the decay", among=("cosine", "step", "multistep", "poly", "tanh", "constant")
-    )
-    warmup_epochs: int = setting(0, "epochs of linear warm-up", ge=0)
-    warmup_lr: float = setting(1e-6, "learning rate at the start of the warm-up", ge=0, **RATES)
-    min_lr: float = setting(0.0, "learning rate at the end", ge=0, **RATES)
+    name: str = setting("cosine", "schedule", among=SCHEDULES, common=True)
+    warmup_epochs: int = setting(0, "epochs of linear warmup", ge=0)
+    warmup_lr: float = setting(1e-6, "learning rate at the start of warmup", ge=0, **RATES)
+    min_lr: float = setting(0.0, "learning rate at the end of the decay", ge=0, **RATES)
     decay_epochs: int = setting(30, "epochs between decays (step)", ge=1)
-    milestones: list[int] = setting([], "epochs at which to decay (multistep)")
+    milestones: list[int] = setting([], "epochs at which the learning rate decays (multistep)")
     decay_rate: float = setting(0.1, "factor of each decay (step, multistep)", gt=0, le=1)
 
     def __post_init__(self):
@@ -244,29 +224,27 @@ class SchedulerConfig(Checked):
 
 @dataclass
 class TrainConfig(Checked):
-    """How the one loop steps; the same for teacher, student and control."""
+    """The training loop; teacher, student and control share these settings."""
 
     section: ClassVar[str] = "train."
 
-    batch_size: int = setting(128, "images in one update, over all processes and accumulation steps", ge=1)
-    accumulation: int = setting(1, "forward passes that make one update", ge=1)
-    clip_grad: float = setting(0.0, "largest norm of the gradient; 0 for no clipping", ge=0)
-    ema_decay: float = setting(
-        0.0, "decay of the averaged weights that are evaluated and saved; 0 for none", ge=0, lt=1
-    )
-    precision: str = setting("fp32", "autocast", among=("fp32", "bf16", "fp16"))
-    compile: bool = setting(False, "torch.compile the models")
-    channels_last: bool = setting(False, "keep images with their channels last in memory")
-    log_every: int = setting(10, "updates between two lines of metrics.jsonl", ge=1)
-    save_every: float = setting(60.0, "seconds between two saves of the state that a killed run resumes from", ge=0)
+    batch_size: int = setting(128, "images per update, over all processes and passes", ge=1, common=True)
+    accumulation: int = setting(1, "forward and backward passes per update", ge=1, common=True)
+    clip_grad: float = setting(0.0, "maximum gradient norm; 0: no clipping", ge=0)
+    ema_decay: float = setting(0.0, "decay of the averaged weights (EMA) that are kept; 0: none", ge=0, lt=1)
+    precision: str = setting("fp32", "autocast precision", among=("fp32", "bf16", "fp16"), common=True)
+    compile: bool = setting(False, "compile the networks with torch.compile")
+    channels_last: bool = setting(False, "keep images in channels-last memory format")
+    log_every: int = setting(10, "updates between lines of metrics.jsonl", ge=1)
+    save_every: float = setting(60.0, "seconds between checkpoints", ge=0)
 
 
 @dataclass
 class Recipe(Checked):
-    """Everything that decides a run. Read it with --cfg job."""
+    """All settings of a run. ``--cfg job`` prints them."""
 
-    name: str = setting("", "name of the recipe; the run lands in <output>/<name>/")
-    seed: int = setting(0, "seed of weights, order, augmentation and dropout", ge=0, lt=2**31)
+    name: str = setting("", "name of the recipe; its runs are kept in OUTPUT/NAME/")
+    seed: int = setting(0, "seed of weights, data order and augmentation", ge=0, lt=2**31, common=True)
     data: DataConfig = field(default_factory=DataConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -274,27 +252,28 @@ class Recipe(Checked):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    control: bool = setting(True, "also train the same student alone, with equal budget")
-    tracker: str = setting("none", "also log to", among=("none", "tensorboard", "trackio"))
-    output: str = setting("checkpoints", "folder of all runs, not empty")
-    run: str | None = setting(None, "name of the run's folder; null: made from the seed and the recipe's hash")
-    resume: bool = setting(True, "go on where the same run stopped; false: set the old run aside and start again")
-    dry_run: bool = setting(False, "build everything, take two steps, print the plan, write nothing")
-    list_layers: bool = setting(False, "print the layers of both networks and stop")
+    control: bool = setting(True, "also train the same student on labels alone", common=True)
+    tracker: str = setting("none", "experiment tracker", among=("none", "tensorboard", "trackio"))
+    output: str = setting("checkpoints", "directory of all runs, not empty", common=True)
+    run: str | None = setting(None, "name of the run directory; null: from seed and recipe hash", common=True)
+    resume: bool = setting(True, "resume the run; false: set it aside and start again", common=True)
+    dry_run: bool = setting(False, "build, take two steps, print the plan, write nothing", common=True)
+    list_layers: bool = setting(False, "print the layer names of both networks and exit")
 
 
-# Where a run is kept, how it is watched and how quickly it is fed do not change what it computes.
+# Where a run is kept, how it is logged and how quickly it is fed do not change what it computes.
 _NOT_IDENTITY = {"output", "run", "resume", "dry_run", "list_layers", "tracker"}
 _NOT_TRAIN_IDENTITY = {"log_every", "save_every"}
 _NOT_DATA_IDENTITY = {"root", "download", "workers", "verify"}
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """The settings that decide what the run computes, as plain values."""
+    """The settings that determine what a run computes, as plain values."""
     values: dict[str, Any] = {k: v for k, v in asdict(recipe).items() if k not in _NOT_IDENTITY}
-    if recipe.teacher.members == 1:  # then there is nothing to average
+    # Settings that were added later are left out at their defaults, so that older runs keep their hashes.
+    if recipe.teacher.members == 1:
         del values["teacher"]["members"], values["teacher"]["averaging_temperature"]
-    if recipe.teacher.ce_weight == 1 and not recipe.teacher.methods:  # as all teachers were before there were others
+    if recipe.teacher.ce_weight == 1 and not recipe.teacher.methods:
         del values["teacher"]["ce_weight"], values["teacher"]["methods"]
     values["data"] = {k: v for k, v in values["data"].items() if k not in _NOT_DATA_IDENTITY}
     values["train"] = {k: v for k, v in values["train"].items() if k not in _NOT_TRAIN_IDENTITY}
@@ -302,5 +281,5 @@ def identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def content_hash(values: Any) -> str:
-    """First 12 hex digits of the sha256 of plain values, whatever the order of their keys."""
+    """First 12 hex digits of the sha256 of plain values. The order of keys does not matter."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

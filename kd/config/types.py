@@ -1,128 +1,113 @@
-"""Which settings there are and of what type, and one line for a value that is of another. No torch here."""
+"""Settings by dotted name: reading a value from text, checking its type, and suggesting the nearest spelling."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
 
-from kd.config import yaml_reader as strict
+from kd.config import yaml_reader
 from kd.config.schema import Recipe, allowed
 from kd.errors import ConfigError
-from kd.losses.methods import registry as methods
 
-KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str, "list": list, "dict": dict}
-UNBOUNDED = ("nan", "inf", "-inf", "+inf")  # their range refuses them
-NUMBER_LIKE = re.compile(r"[-+]?[\d.][\w.+-]*|(?i:true|false|[-+]?inf|nan)")  # what Hydra may take for no text
+# What YAML must have read for each kind of setting, and what to type.
+KINDS = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "text, numbers inside quotes"),
+    "list": (list, "a list such as [A,B]"),
+    "list[int]": (list, "a list of whole numbers such as [30,60]"),
+    "list[str]": (list, "a list of names such as [A,B], numbers inside quotes"),
+    "dict": (dict, "settings by name; on a command line +NAME.KEY=VALUE for each"),
+}
 
 
 @cache
 def settings(schema: type = Recipe, prefix: str = "") -> dict[str, Any]:
-    """Every setting's dotted name with its dataclass field."""
-    found: dict[str, Any] = {}
+    """The dataclass field of every setting, by dotted name."""
+    by_name: dict[str, Any] = {}
     for f in fields(schema):
-        nested = f.default_factory if is_dataclass(f.default_factory) else None
-        found |= settings(nested, f"{prefix}{f.name}.") if nested else {f"{prefix}{f.name}": f}  # type: ignore[arg-type]
-    return found
+        section = f.default_factory if is_dataclass(f.default_factory) else None
+        name = f"{prefix}{f.name}"
+        by_name |= settings(section, f"{name}.") if section else {name: f}  # type: ignore[arg-type]
+    return by_name
 
 
-def given(values: dict[str, Any], schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings in nested values, by dotted name."""
-    for key, value in values.items():
-        if f"{prefix}{key}" in settings(schema):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, dict):
-            yield from given(value, schema, f"{prefix}{key}.")
-
-
-def check_kind(key: str, value: Any, schema: type = Recipe, at: str = "") -> None:
-    """Refuse a value that is not of its setting's type, such as what OmegaConf would make a number or a truth value of:
-    `no`, `on`, 1 for true, `1_0`, "010". Raises ConfigError, which begins with `at`.
-    """
-    if key not in settings(schema) or (isinstance(value, str) and ("${" in value or value.lower() in UNBOUNDED)):
+def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested mappings and lists, with its dotted name."""
+    pairs = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else None
+    if pairs is None:
+        yield prefix, values
         return
-    kind, *rest = re.findall(r"\w+", str(settings(schema)[key].type))
-    fits = _is(value, kind)
-    if fits and kind == "list" and rest[0] in KINDS:
-        fits = all(_is(each, rest[0]) for each in value)
-    if not (fits or (value is None and "None" in rest)):
-        raise ConfigError(f"{at}{wrong_type(key, value, '', schema)}")
+    for key, value in pairs:
+        yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def read(key: str, text: str, schema: type = Recipe) -> Any:
+    """The value of ``key=text`` on a command line. Raises ConfigError where it is not of the setting's type."""
+    kind = str(getattr(settings(schema).get(key), "type", ""))
+    if kind.startswith("str") and not text.startswith(("'", '"')):
+        return None if text == "null" and "None" in kind else text  # as it was typed: 1e5, no, a#b
+    value = yaml_reader.value(text, f"{key}={text}")
+    if value == text and len(several(text)) > 1:
+        raise ConfigError(f"{key}={text}: is several values; add -m for a run of each, or type one")
+    check_kind(key, value, schema)
+    return value
+
+
+def several(text: str) -> list[str]:
+    """The parts of ``A,B`` between the commas that are outside brackets and quotes."""
+    return re.findall(r"""(?:\[[^\]]*\]|\{[^}]*\}|'[^']*'|"[^"]*"|[^,])+""", text) or [""]
+
+
+def check(values: Mapping[str, Any], schema: type = Recipe, prefix: str = "") -> None:
+    """Raise ConfigError for a nested value whose setting does not exist or is of another type."""
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if name in settings(schema):
+            check_kind(name, value, schema)
+        elif isinstance(value, Mapping) and any(other.startswith(f"{name}.") for other in settings(schema)):
+            check(value, schema, f"{name}.")
+        else:
+            raise ConfigError(no_such_setting(name, schema))
+
+
+def check_kind(key: str, value: Any, schema: type = Recipe) -> None:
+    """Raise ConfigError for a value that is not of its setting's type.
+
+    OmegaConf would convert `no`, 1 or "010". References such as ${seed} have a type only once they are resolved.
+    """
+    field = settings(schema).get(key)
+    if field is None or (isinstance(value, str) and "${" in value):
+        return
+    kind, _, optional = str(field.type).partition(" | ")
+    outer, inner = re.match(r"(\w+)(?:\[(\w+))?", kind).groups()  # type: ignore[union-attr]
+    fits = _is(value, outer) and (outer != "list" or all(_is(each, inner) for each in value))
+    if not fits and not (value is None and optional):
+        typed = json.dumps(value) if isinstance(value, bool | None) else value  # true and null, not True and None
+        words = KINDS.get(kind, KINDS[outer])[1]
+        limits = f" {limits}" if (limits := allowed(field.metadata)) else ""
+        raise ConfigError(f"{key}={typed}: must be {words}{limits} ({field.metadata['doc']})")
 
 
 def _is(value: Any, kind: str) -> bool:
-    return isinstance(value, KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
-
-
-def check_kinds(words: list[str], schema: type = Recipe) -> list[str]:
-    """`check_kind` for every value in the words of a command line, of which -m and studies may have several.
-
-    Gives the words with what is text inside quotes: Hydra would make 1234e567 infinite and 1_0 ten.
-    """
-    found = []
-    for word in words:
-        key, equals, text = word.partition("=")
-        field = settings(schema).get(key)
-        if field and str(field.type).startswith("str") and re.fullmatch(r"[\w.+,-]+", text):
-            several = [repr(each) if NUMBER_LIKE.fullmatch(each) else each for each in text.split(",")]
-            word = f"{key}={','.join(several)}"
-        elif field is None and "." in key and re.search(r"(?:^|[\[{,:])[-+]?\d+_[\d_]+(?=$|[\]},])", text):
-            raise ConfigError(f"{word}: is no number with _; type {text.replace('_', '')}, or text inside quotes")
-        else:
-            for value in strict.values(text) or () if equals and "(" not in text else ():  # Hydra answers to the others
-                check_kind(key, value, schema)
-        found.append(word)
-    return found
-
-
-def wrong_type(key: str, value: Any, cause: str, schema: type = Recipe) -> str:
-    """What to say of a value that is not of its setting's type."""
-    field = settings(schema).get(key)
-    if field is None:
-        section = [name for name in settings(schema) if name.startswith(f"{key}.")]
-        return (
-            f"{key}={value}: is a group of settings; type for example {section[0]}=..."
-            if section
-            else f"{key}: {cause.partition(chr(10))[0]}"
-        )
-    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    kinds |= {"list[int]": "a list of whole numbers such as [30,60]", "list[str]": "a list of names such as [A,B]"}
-    kinds |= {"list": "a list", "dict": "settings by name; on a command line +NAME.KEY=VALUE for each"}
-    kind = next((words for name, words in kinds.items() if str(field.type).startswith(name)), str(field.type))
-    limits = allowed(field.metadata)
-    quotes = ", numbers inside quotes" if "str" in str(field.type) and cause == "" else ""
-    value = str(value).lower().replace("none", "null") if isinstance(value, bool | None) else value
-    return f"{key}={value}: must be {kind}{quotes}{f' {limits}' if limits else ''} ({field.metadata['doc']})"
+    """Whether a value is of a kind, true and false of `bool` only; kinds that are not here are OmegaConf's matter."""
+    return kind not in KINDS or (isinstance(value, KINDS[kind][0]) and (kind == "bool") == isinstance(value, bool))
 
 
 def no_such_setting(key: str, schema: type = Recipe) -> str:
-    """What to say of a setting that a schema does not have."""
+    """What to say of a name that is no setting: the nearest spelling, or how it is typed."""
     names = list(settings(schema))
-    if found := re.match(r"loss\.methods\.(\w+)(?:\.(\w+))?", key):
-        return _no_such_method_setting(key, found[1], found[2])
-    if section := re.match(r"(teacher|student)\.model_kwargs", key):
-        return f"{key}: type +{section[0]}.NAME=VALUE for each argument of timm.create_model"
-    if key == "loss.methods":
-        return f"{key}: type loss=NAME, or loss=[A,B] for both together"
-    if key in names and str(settings(schema)[key].type).startswith("dict"):
-        return f"{key}: is settings by name; type +{key}.NAME=VALUE for each"
-    if key in names:
-        return f"{key}: is a setting; type {key}=VALUE without + before it"
-    same_leaf = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
-    near = same_leaf or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    near = near or [n for n in names if difflib.get_close_matches(key.split(".")[-1], [n.split(".")[-1]], cutoff=0.7)]
-    hint = f"did you mean {' or '.join(near[:3])}?" if near else "--help lists all"
+    if inside := [name for name in names if name.startswith(f"{key}.")]:
+        return f"{key}: is a group of settings; type for example {inside[0]}=VALUE"
+    leaf = key.rpartition(".")[2]
+    near = [name for name in names if name.rpartition(".")[2] == leaf]
+    near = near or difflib.get_close_matches(key, names, n=1)
+    near = near or [name for name in names if difflib.get_close_matches(leaf, [name.rpartition(".")[2]], cutoff=0.7)]
+    hint = f"did you mean {' or '.join(near[:3])}?" if near else "--help all lists the settings"
     return f"{key}: no such setting; {hint}"
-
-
-def _no_such_method_setting(key: str, method: str, setting: str | None) -> str:
-    """The method is not chosen, or has no such setting, or its recipe leaves the setting at its default."""
-    known = [*methods.names(), *methods.library()]
-    if method not in known:
-        near = difflib.get_close_matches(method, known, n=1)
-        return f"{key}: no such method; " + (f"did you mean loss.methods.{near[0]}?" if near else "--help lists them")
-    if setting and methods.has(method, setting):
-        return f"{key}: is not in this recipe; type loss={method} before it, or +{key}=VALUE"
-    return f"{key}: no such setting; {methods.did_you_mean(method, setting or '')}"

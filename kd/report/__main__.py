@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kd.cli.errors import one_line_errors
-from kd.config.arguments import check_target, check_text
+from kd.config.arguments import check_target
 from kd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,8 +72,6 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(HELP)
         return 0
-    for argument in arguments:
-        check_text(argument)
     given = dict(
         argument.split("=", 1) for argument in arguments if "=" in argument and argument.split("=")[0] in FILES
     )

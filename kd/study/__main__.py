@@ -6,10 +6,7 @@ import sys
 from contextlib import suppress
 
 from kd.cli.errors import one_line_errors
-from kd.cli.help import claim
-from kd.config import types
-from kd.config.compose import recipe_files
-from kd.config.schema import allowed
+from kd.cli.help import recipe_lines, setting_lines
 from kd.runtime import signals
 from kd.study.compose import STUDIES, compose
 from kd.study.schema import StudyRecipe
@@ -44,13 +41,8 @@ example: python -m kd.study recipe=studies/mnist1d_grid study.seeds=2 loss.tempe
 
 def help_text() -> str:
     """What --help prints."""
-    studies = [f"  {f'{STUDIES}/{name}':28} {claim(path)}" for name, path in recipe_files(STUDIES).items()]
-    settings = []
-    for name, field in types.settings(StudyRecipe).items():
-        if name.startswith("study."):
-            limits = f" [{allowed(field.metadata)}]" if allowed(field.metadata) else ""
-            settings.append(f"  {name:26} {field.metadata['doc']}{limits}")
-    return HELP.format(studies="\n".join(studies), settings="\n".join(settings))
+    settings = setting_lines(StudyRecipe, lambda name: name.startswith("study."))
+    return HELP.format(studies="\n".join(recipe_lines(STUDIES)), settings="\n".join(settings))
 
 
 def main(words: list[str]) -> int:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from typing import Any
 
+from kd.config import arguments, types, yaml_reader
 from kd.config import compose as recipes
-from kd.config import types, yaml_reader
-from kd.config.arguments import check_words
 from kd.errors import ConfigError
+from kd.losses.methods import registry as methods
 from kd.study.axes import check_overlap, is_setting
 from kd.study.schema import LOSS, StudyRecipe
 
@@ -20,35 +19,24 @@ GROUPS = ("recipe", "data")
 def compose(words: list[str]) -> tuple[StudyRecipe, list[str], bool] | None:
     """The study that a command line names, the launcher's words, and whether its grid differs from the recipe's own.
 
-    None where Hydra has printed what was asked for, as with --cfg. Raises ConfigError.
+    None where --cfg job only prints the recipe. Raises ConfigError.
     """
-    words = recipes.own_methods(words)
-    check_words(words)
-    composed, axes, launcher = _split(words)
-    composed = types.check_kinds(composed, StudyRecipe)
-    with recipes.explained(StudyRecipe, STUDIES):
-        config = _compose(composed, launcher)
-        if config is None:
-            return None
-        fixed = {word.partition("=")[0].lstrip("+") for word in composed}
-        differs = _set_grid(config, axes, fixed)
-        study = recipes.typed(config, StudyRecipe)
+    settings, options = arguments.options(words)
+    if options.sweep:
+        raise ConfigError("-m: a study is many runs by itself; leave it out")
+    for path in options.imports:
+        methods.import_own(path)
+    composed, axes, launcher = _split(settings)
+    default = [] if any(word.startswith("hydra/launcher=") for word in launcher) else ["hydra/launcher=joblib"]
+    config = recipes.compose(composed, StudyRecipe, STUDIES, [*default, *launcher])
+    fixed = {word.partition("=")[0].lstrip("+") for word in composed}
+    differs = _set_grid(config, axes, fixed)
+    study = recipes.typed(config)
     check_overlap(study.study.grid, axes.keys(), fixed)
+    if options.show:
+        print(recipes.to_yaml(config))
+        return None
     return study, launcher, differs
-
-
-def _compose(composed: list[str], launcher: list[str]) -> Any:
-    import hydra
-
-    configs: list[Any] = []
-    recipes.register(composed, StudyRecipe, STUDIES, launcher="joblib")
-    before = sys.argv
-    try:
-        sys.argv = [before[0], *composed, *launcher]
-        hydra.main(config_path=None, config_name="kd")(configs.append)()
-    finally:
-        sys.argv = before
-    return configs[0] if configs else None
 
 
 def _split(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list[str]]:
@@ -59,19 +47,17 @@ def _split(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list[str]
     composed, axes, launcher = [], {}, []
     known, seen = types.settings(StudyRecipe), set()
     for word in words:
-        key, equals, text = word.partition("=")
-        if key in ("-m", "--multirun"):
-            raise ConfigError(f"{word}: a study is many runs by itself; leave it out")
-        if key in seen and equals:
+        key, _, text = word.partition("=")
+        if key in seen:
             raise ConfigError(f"{word}: {key} is given twice; keep one")
         seen.add(key)
         if key.lstrip("+") == "study.grid":  # Hydra would merge it with the recipe's, and not replace it
             raise ConfigError(f"{word}: type an axis as SETTING=A,B, or NAME=LABEL,LABEL of the recipe's own")
         if key.lstrip("+").startswith("hydra"):
             launcher.append(word)
-        elif key == LOSS and equals:
-            axes[key] = recipes.losses(word)
-        elif not equals or key in GROUPS or key.startswith(("+", "-")):
+        elif key == LOSS:
+            axes[key] = recipes.losses(text)
+        elif key in GROUPS or key.startswith("+"):
             composed.append(word)
         else:
             values = yaml_reader.values(text)
@@ -109,7 +95,7 @@ def _set_grid(config: Any, axes: dict[str, list[Any]], fixed: set[str]) -> bool:
     narrowed = fixed & grid.keys() - axes.keys()
     for key in narrowed:  # one value of an axis of the recipe's
         grid[key] = [OmegaConf.select(config, key)]
-    for key, value in yaml_reader.leaves(OmegaConf.to_container(config)):
+    for key, value in types.leaves(OmegaConf.to_container(config)):
         if isinstance(value, str) and "${" in value and "." in key and key in types.settings() and key not in grid:
             grid[key] = [_per_point(value)]  # such as loss.teacher_smoothing=${teacher.label_smoothing}
     config.study.grid = grid

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.checkpoint.layout import ANY, NUMBER, Each, check, short
-from kd.config.yaml_reader import leaves
+from kd.config.types import leaves
 from kd.errors import ConfigError
 
 SCORE = {**dict.fromkeys(("top1", "nll", "ece", "brier"), NUMBER), "agreement?": NUMBER}

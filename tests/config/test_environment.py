@@ -1,0 +1,105 @@
+"""Errors of the commands: torchrun's variables, the working directory, pipes and memory."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kd.cli.environment import check_torchrun
+from kd.cli.errors import NO_MEMORY, one_line_errors
+from kd.config.schema import PACKAGE
+from kd.errors import CheckpointError, ConfigError
+
+TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    def change(**values):
+        for name in TORCHRUN:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        TORCHRUN,
+        {"WORLD_SIZE": "1"},
+        {"MASTER_PORT": "tcp://10.0.0.1:1234"},  # what a pod beside a service named master gets
+    ],
+)
+def test_what_launchers_set_is_fine(variables, values):
+    variables(**values)
+    check_torchrun()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc: must be whole numbers"),
+        ({"RANK": ""}, "RANK= LOCAL_RANK=0"),
+        (TORCHRUN | {"RANK": "5"}, "RANK < WORLD_SIZE"),
+        ({"RANK": "3"}, "RANK < WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: not set beside WORLD_SIZE=2"),
+    ],
+)
+def test_variables_that_torchrun_would_not_set(variables, values, said):
+    variables(**values)
+    with pytest.raises(ConfigError, match=said):
+        check_torchrun()
+
+
+def test_an_error_that_all_processes_have_is_printed_by_the_first(variables, capsys):
+    variables(**TORCHRUN)
+    for error, said in ((ConfigError("said"), ""), (CheckpointError("mine"), "error: mine\n")):
+        with pytest.raises(SystemExit) as stop, one_line_errors("kd.train"):
+            raise error
+        assert (stop.value.code, capsys.readouterr().err) == (2, said)
+    variables(RANK="1", WORLD_SIZE="2")  # a pod, of which torchrun knows nothing
+    with pytest.raises(SystemExit), one_line_errors("kd.report"):
+        raise ConfigError("said\nin\x1btwo lines")
+    assert capsys.readouterr().err == "error: said\\nin\\x1btwo lines\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (MemoryError(), 1, NO_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), 1, NO_MEMORY),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "data.workers=0 needs less"),
+        (FileNotFoundError(2, "No such file or directory", "x.pth"), 2, "x.pth: No such file or directory"),
+        (ModuleNotFoundError("No module", name="hydra"), 2, "kd.train needs hydra: pip install 'kd-torch[train]'"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(capsys, error, code, said):
+    with pytest.raises(SystemExit) as stop, one_line_errors("kd.train"):
+        raise error
+    assert stop.value.code == code
+    message = capsys.readouterr().err
+    assert said in message
+    assert message.count("\n") == 1
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError), one_line_errors("kd.train"):
+        _ = 1 // 0
+
+
+def test_a_reader_that_has_enough_and_a_directory_that_is_gone(tmp_path):
+    program = (
+        "from kd.cli.errors import one_line_errors\nwith one_line_errors('kd.report'):\n    print('line\\n' * 10**5)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "PROGRAM": program}
+    line = f'{sys.executable} -c "$PROGRAM" | head -1'
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("line\n", "")
+    gone = f'mkdir gone; cd gone; rmdir ../gone; {sys.executable} -c "$PROGRAM"'
+    done = subprocess.run(["bash", "-c", gone], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stderr == "error: the working directory no longer exists; change to one that does\n"

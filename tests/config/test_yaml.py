@@ -1,0 +1,48 @@
+"""The one reader of YAML: each scalar has one reading, and no file runs code."""
+
+import pytest
+
+from kd.config import yaml_reader
+from kd.errors import ConfigError
+from tests.torture import fuzz, harness
+
+
+def test_scalars_have_one_reading():
+    text = b"\xef\xbb\xbfa: 1e-3\nb: no\nc: 010\nd: true\ne: ~\nf: 1:30\ng: on\nh: 2020-01-01\ni: -2.5\nj: ${seed}"
+    read = [0.001, "no", 10, True, None, "1:30", "on", "2020-01-01", -2.5, "${seed}"]
+    assert list(yaml_reader.parse(text, "x").values()) == read
+    assert isinstance(yaml_reader.parse(b"a: 1", "x")["a"], int)
+    assert yaml_reader.values("1,[2],'a,b'") == [1, [2], "a,b"]
+    assert yaml_reader.values("[1") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"a: 1\nb: {c: 1, c: 2}", "line 2: c is given twice"),
+        (b"a: !!python/name:os.system", "could not determine a constructor"),
+        (b"a: !!python/object/apply:os.system [x]", "could not determine a constructor"),
+        (b"a: [{_target_: x}]", "line 1: _target_ names code"),
+        (b"a: ${oc.env:HOME}", "only references to settings"),
+        (b"a: '\\${oc.decode:1}'", "only references to settings"),
+        (b"a: ${${b}}", "only references to settings"),
+        (b"a: \xff", "byte 3 is not"),
+        (b"a: [", "line 1: "),
+        (b"name: a\x00", "special characters"),
+        (b"[" * 3000, "nested too deeply"),
+        (b"x" * 70_000, "must be ≤ 64 KiB"),
+        (b"- 1", "must be settings such as seed: 1"),
+    ],
+)
+def test_what_would_run_or_could_be_read_in_two_ways_is_refused(text, said):
+    with pytest.raises(ConfigError) as error:
+        yaml_reader.parse(text, "FILE")
+    assert str(error.value).startswith("FILE: not a readable recipe (")
+    assert said in str(error.value)
+
+
+@pytest.mark.torture
+def test_fuzzed_recipes_and_lines(tmp_path):
+    outcome = harness.run(fuzz.PARTS[0], fuzz.PARTS[0].small, seed=0, folder=tmp_path)
+    assert not outcome.broken
+    assert min(outcome.counts[f"{what} that may run"] for what in ("recipes", "studies")) > 5
