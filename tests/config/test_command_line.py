@@ -10,7 +10,7 @@ from kd.cli.errors import USAGE
 from kd.config import arguments, compose
 from kd.config.schema import PACKAGE, content_hash, identity
 from kd.errors import ConfigError
-from kd.study import __main__ as study
+from kd.study.compose import compose as study_compose
 from kd.study.grid import plan
 from kd.study.schema import StudyRecipe
 
@@ -189,7 +189,7 @@ STUDY = {
     "study.seeds=0": "study.seeds=0: must be ≥ 1",
     "study.seeds=1,2": "no axis",
     "study.controls=[soft]": "hard",
-    "loss.temperature=1,1": "given twice",
+    "loss.temperature=1,1": "loss.temperature",
     "loss.temperature=[1,2]": "a number",
     "data.verify=no,yes": "true or false",
     "nosuch=1,2": "nosuch: no such setting",
@@ -197,14 +197,13 @@ STUDY = {
     "-m": "a study is many runs by itself",
     "hydra/launcher=evil": "hydra/launcher/evil",
     "hydra.launcher.nosuch=1": "hydra.launcher.nosuch",
-    "hydra.launcher.n_jobs=0": "n_jobs",
 }
 
 
 @pytest.mark.parametrize("line", STUDY)
 def test_a_wrong_study_is_one_line(line):
     with pytest.raises(ConfigError) as error:
-        plan(study.compose(["recipe=studies/mnist1d_grid", *line.split()])[0], lambda data: data.name, None)
+        plan(study_compose(["recipe=studies/mnist1d_grid", *line.split()])[0], lambda data: data.name, None)
     assert STUDY[line] in str(error.value)
     assert "\n" not in str(error.value)
 
