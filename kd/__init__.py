@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from kd import smoothing
     from kd.losses.distill import DistillLoss, DistillTerms, distill_loss
     from kd.losses.linear import LinearDistillLoss
-    from kd.models.factory import Student, Teacher
+    from kd.models.wrappers import Student, Teacher
 
 __version__ = "0.1.0"
 
@@ -19,8 +19,8 @@ _HOME = {
     "DistillTerms": "kd.losses.distill",
     "distill_loss": "kd.losses.distill",
     "LinearDistillLoss": "kd.losses.linear",
-    "Student": "kd.models.factory",
-    "Teacher": "kd.models.factory",
+    "Student": "kd.models.wrappers",
+    "Teacher": "kd.models.wrappers",
 }
 
 __all__ = ["DistillLoss", "DistillTerms", "LinearDistillLoss", "Student", "Teacher", "distill_loss", "smoothing"]

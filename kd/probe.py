@@ -41,7 +41,7 @@ ARGUMENTS |= {"data.": "VALUE", "teacher.model_kwargs.": "VALUE"}
 def run(given: dict[str, str], overrides: Sequence[str]) -> int:
     """Load, estimate, print; returns the exit code."""
     from kd.data import load_data
-    from kd.models.factory import weights_metadata
+    from kd.models.weights import weights_metadata
     from kd.training.teacher_smoothing import describe
 
     checkpoint = given.get("checkpoint")
@@ -70,7 +70,8 @@ def estimate_for(recipe: Recipe, data: Data, split: str) -> SmoothingEstimate:
     import torch
     from accelerate import Accelerator
 
-    from kd.models.factory import Teacher, build
+    from kd.models.factory import build
+    from kd.models.wrappers import Teacher
     from kd.training.teacher_smoothing import estimate_teacher_smoothing
 
     t = recipe.teacher

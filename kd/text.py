@@ -1,5 +1,8 @@
 """Safe, short text for a terminal."""
 
+import difflib
+from collections.abc import Iterable
+
 
 def plain(text: str, longest: int = 800) -> str:
     """Text on one line with control characters escaped, its middle cut out beyond `longest` characters."""
@@ -9,3 +12,9 @@ def plain(text: str, longest: int = 800) -> str:
 def shown(text: object) -> str:
     """Text on one line, with an escape for each character that a terminal would act on or cannot show."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def did_you_mean(name: str, names: Iterable[str], most: int = 1) -> str:
+    """The end of a message about an unknown name: '; did you mean X?' with at most `most` near names, or nothing."""
+    near = difflib.get_close_matches(name, list(dict.fromkeys(names)), n=most, cutoff=0.5)
+    return f"; did you mean {', '.join(near)}?" if near else ""

@@ -137,7 +137,7 @@ def _weights(path: Path) -> Row:
     from kd.checkpoint.safetensors_io import spoilt
     from kd.checkpoint.store import CHECKPOINTS
     from kd.errors import CheckpointError
-    from kd.models.factory import weights_metadata
+    from kd.models.weights import weights_metadata
 
     try:
         folder = _place(path).parent

@@ -6,19 +6,15 @@ Both take what their parts take and give logits (n, k), so that a Teacher or Stu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kd.checkpoint import read_weights
-from kd.checkpoint.files import brief
-from kd.errors import CheckpointError, ConfigError
 from kd.losses.methods.base import Method
 from kd.losses.methods.temperature import arithmetic_mean
-from kd.models.factory import Student
 from kd.models.layers import Taps
+from kd.models.wrappers import Student
 
 
 class Reclassified(nn.Module):
@@ -51,11 +47,3 @@ class Ensemble(nn.Module):
         """Logits (n, k)."""
         logits = torch.stack([member(*inputs) for member in self.members])
         return arithmetic_mean(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.temperature)
-
-
-def load_exactly(network: nn.Module, path: Path) -> None:
-    """Load a .safetensors file that holds the network's tensors, all of them and no others. Raises ConfigError."""
-    try:
-        network.load_state_dict(read_weights(path))
-    except (CheckpointError, RuntimeError) as error:
-        raise ConfigError(f"{path}: does not fit this run's {type(network).__name__} ({brief(error)})") from error

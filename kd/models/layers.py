@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kd.losses.methods.base import View
-from kd.models.factory import INPUT, Output
+from kd.models.wrappers import INPUT, Output
 
 
 @dataclass(frozen=True)

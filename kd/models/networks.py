@@ -7,7 +7,7 @@ Every network gives logits (n, k), and with num_classes=0 the features (n, d) in
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange, reduce
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 class _Network(nn.Module):
     """timm's conventions around a linear head `fc` on averaged features.
 
-    A subclass ends its construction with `reset_classifier` and gives `forward_features`.
+    A subclass ends its construction with `reset_classifier` and gives `forward_features` and `cfg`.
     """
+
+    cfg: ClassVar[dict[str, Any]]  # what timm should know of the network beside its input and its head's name
 
     def __init__(self, num_features: int, in_chans: int):
         super().__init__()
@@ -92,6 +94,8 @@ class CifarResNet(_Network):
         in_chans: channels of the images.
     """
 
+    cfg: ClassVar = {"num_classes": 100, "first_conv": "conv1"}
+
     def __init__(self, depth: int, num_classes: int = 100, in_chans: int = 3):
         super().__init__(64, in_chans)
         blocks = (depth - 2) // 6
@@ -127,6 +131,8 @@ class Mlp(_Network):
         img_size: height and width of the images, one number where they are equal; (1, l) for vectors.
     """
 
+    cfg: ClassVar = {"num_classes": 10, "fixed_input_size": True}
+
     def __init__(
         self, hidden: Sequence[int], num_classes: int = 10, in_chans: int = 3, img_size: int | Sequence[int] = 32
     ):
@@ -156,6 +162,8 @@ class SmallCnn(_Network):
         in_chans: channels of the images, which are 28x28, 32x32 or alike.
     """
 
+    cfg: ClassVar = {"num_classes": 10, "first_conv": "layer1.0"}
+
     def __init__(self, widths: tuple[int, int, int], groups: int, num_classes: int = 10, in_chans: int = 3):
         super().__init__(widths[2], in_chans)
         self.layer1 = self._layer(in_chans, widths[0], groups, stride=1)
@@ -174,94 +182,34 @@ class SmallCnn(_Network):
         return self.layer3(self.layer2(self.layer1(x)))
 
 
-_CIFAR: dict[str, Any] = {"input_size": (3, 32, 32), "num_classes": 100, "first_conv": "conv1", "classifier": "fc"}
-_CNN: dict[str, Any] = {"input_size": (3, 32, 32), "num_classes": 10, "first_conv": "layer1.0", "classifier": "fc"}
-_MLP: dict[str, Any] = {"input_size": (3, 32, 32), "num_classes": 10, "fixed_input_size": True, "classifier": "fc"}
+# Every network by name: its class, and what makes it this one. A new network is an entry here.
+NETWORKS: dict[str, tuple[type[_Network], dict[str, Any]]] = {
+    # for 32x32 images: 0.28, 0.47, 0.67, 0.86 and 1.74 M parameters with 100 classes
+    **{f"resnet{depth}_cifar": (CifarResNet, {"depth": depth}) for depth in (20, 32, 44, 56, 110)},
+    "mlp_nano": (Mlp, {"hidden": (24,)}),
+    "mlp_tiny": (Mlp, {"hidden": (64,)}),
+    "mlp_mini": (Mlp, {"hidden": (128, 128)}),
+    "mlp_small": (Mlp, {"hidden": (256, 256)}),
+    "mlp_wide": (Mlp, {"hidden": (1200, 1200)}),  # as wide as the teacher of Hinton et al. 2015, section 3
+    "cnn_tiny": (SmallCnn, {"widths": (8, 16, 32), "groups": 4}),  # 6 k parameters with 10 classes and one channel
+    "cnn_small": (SmallCnn, {"widths": (32, 64, 128), "groups": 8}),  # 0.09 M
+}
 
-# register_model reads this name, and takes timm's img_size for networks of a fixed input size.
+# register_model reads this name; timm gives img_size to networks of a fixed input size.
 default_cfgs = generate_default_cfgs(
-    {
-        **{f"resnet{depth}_cifar": _CIFAR for depth in (20, 32, 44, 56, 110)},
-        **{f"mlp_{size}": _MLP for size in ("nano", "tiny", "mini", "small", "wide")},
-        **{f"cnn_{size}": _CNN for size in ("tiny", "small")},
-    }
+    {name: {"input_size": (3, 32, 32), "classifier": "fc", **network.cfg} for name, (network, _) in NETWORKS.items()}
 )
 
 
-def _mlp(variant: str, hidden: Sequence[int], pretrained: bool, **kwargs) -> nn.Module:
-    size = kwargs.get("img_size")
-    if size is not None and not isinstance(size, int) and len(size) == 1:
-        kwargs["img_size"] = (1, *size)  # timm knows heights and widths only: a vector is an image one pixel high
-    return build_model_with_cfg(Mlp, variant, pretrained, hidden=hidden, **kwargs)
+def _register(name: str, network: type[_Network], settings: dict[str, Any]) -> None:
+    """Have timm.create_model(name) make the network."""
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build_model_with_cfg(network, name, pretrained, **settings, **kwargs)
+
+    create.__name__ = name  # by which timm registers it
+    register_model(create)
 
 
-@register_model
-def resnet20_cifar(pretrained: bool = False, **kwargs) -> nn.Module:
-    """ResNet-20 for 32x32 images, 0.28 M parameters with 100 classes."""
-    return build_model_with_cfg(CifarResNet, "resnet20_cifar", pretrained, depth=20, **kwargs)
-
-
-@register_model
-def resnet32_cifar(pretrained: bool = False, **kwargs) -> nn.Module:
-    """ResNet-32 for 32x32 images, 0.47 M parameters with 100 classes."""
-    return build_model_with_cfg(CifarResNet, "resnet32_cifar", pretrained, depth=32, **kwargs)
-
-
-@register_model
-def resnet44_cifar(pretrained: bool = False, **kwargs) -> nn.Module:
-    """ResNet-44 for 32x32 images, 0.67 M parameters with 100 classes."""
-    return build_model_with_cfg(CifarResNet, "resnet44_cifar", pretrained, depth=44, **kwargs)
-
-
-@register_model
-def resnet56_cifar(pretrained: bool = False, **kwargs) -> nn.Module:
-    """ResNet-56 for 32x32 images, 0.86 M parameters with 100 classes."""
-    return build_model_with_cfg(CifarResNet, "resnet56_cifar", pretrained, depth=56, **kwargs)
-
-
-@register_model
-def resnet110_cifar(pretrained: bool = False, **kwargs) -> nn.Module:
-    """ResNet-110 for 32x32 images, 1.74 M parameters with 100 classes."""
-    return build_model_with_cfg(CifarResNet, "resnet110_cifar", pretrained, depth=110, **kwargs)
-
-
-@register_model
-def mlp_nano(pretrained: bool = False, **kwargs) -> nn.Module:
-    """One hidden layer of 24."""
-    return _mlp("mlp_nano", (24,), pretrained, **kwargs)
-
-
-@register_model
-def mlp_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
-    """One hidden layer of 64."""
-    return _mlp("mlp_tiny", (64,), pretrained, **kwargs)
-
-
-@register_model
-def mlp_mini(pretrained: bool = False, **kwargs) -> nn.Module:
-    """Two hidden layers of 128."""
-    return _mlp("mlp_mini", (128, 128), pretrained, **kwargs)
-
-
-@register_model
-def mlp_small(pretrained: bool = False, **kwargs) -> nn.Module:
-    """Two hidden layers of 256."""
-    return _mlp("mlp_small", (256, 256), pretrained, **kwargs)
-
-
-@register_model
-def mlp_wide(pretrained: bool = False, **kwargs) -> nn.Module:
-    """Two hidden layers of 1200, as wide as the teacher of Hinton et al. 2015, §3."""
-    return _mlp("mlp_wide", (1200, 1200), pretrained, **kwargs)
-
-
-@register_model
-def cnn_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
-    """Three convolutions of 8, 16 and 32 with GroupNorm, 6 k parameters with 10 classes and one channel."""
-    return build_model_with_cfg(SmallCnn, "cnn_tiny", pretrained, widths=(8, 16, 32), groups=4, **kwargs)
-
-
-@register_model
-def cnn_small(pretrained: bool = False, **kwargs) -> nn.Module:
-    """Three convolutions of 32, 64 and 128 with GroupNorm, 0.09 M parameters with 10 classes."""
-    return build_model_with_cfg(SmallCnn, "cnn_small", pretrained, widths=(32, 64, 128), groups=8, **kwargs)
+for _name, (_class, _settings) in NETWORKS.items():
+    _register(_name, _class, _settings)

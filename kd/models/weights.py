@@ -1,121 +1,83 @@
-"""A file of weights into a network: exactly, or one line that says what does not fit."""
+"""Files of weights: what kd recorded in them, and loading one into a network that it has to fit exactly."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from kd.errors import ConfigError
+from kd.checkpoint import read_weights, regular, weights_header
+from kd.errors import CheckpointError
 
 
-def load(model: nn.Module, path: Path, num_classes: int, role: str, finetune: bool) -> None:
-    """Load a file into the network, exactly; only when fine-tuning may the head be another, and is left fresh.
+def weights_metadata(path: str | Path) -> dict[str, Any]:
+    """What kd wrote beside the weights; empty for other files.
 
-    Raises ConfigError.
+    The model's name, num_classes, label_smoothing and smoothing (or the methods of the teacher), class_names,
+    input_shape, and mean and std of pixels from 0 to 1, with which new images are prepared.
+
+    Raises:
+        CheckpointError: there is no such file, or a .safetensors file is not one.
     """
-    setting = f"{role}.checkpoint={path}"
-    weights = _read(path, setting)
-    own, head = model.state_dict(), _head(model)
-    misfits = [key for key in weights if key in own and weights[key].shape != own[key].shape]
-    other_head = [key for key in misfits if key in head]
-    _raise_first(setting, [key for key in misfits if key not in head], "tensors of another shape")
-    if finetune and (other_head or not head & weights.keys()):
-        weights = weights | {key: own[key] for key in head}
-    elif other_head:
-        for classes in weights[other_head[0]].shape[:1]:  # none of a single number
-            check_classes(setting, classes, num_classes, role)
-    _load_exactly(model, weights, setting)
+    path = Path(path)
+    regular(path)
+    return weights_header(path) if path.suffix == ".safetensors" else {}
 
 
-def load_named(model: nn.Module, path: Path) -> None:
-    """Load a file into a network that no recipe names, exactly. Raises CheckpointError."""
-    from kd.checkpoint import read_weights
-    from kd.errors import CheckpointError
+def load_weights(model: nn.Module, path: Path, finetune: bool = False) -> None:
+    """Load a file into a network that it fits exactly: the same names, shapes and nothing else, all finite.
 
-    weights = read_weights(path)
-    try:
-        _load_exactly(model, weights, str(path))
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
+    Args:
+        model: the network.
+        path: .safetensors, or .pth and its like, which is read without code.
+        finetune: the network will be trained further, so that a head that is missing or of other classes stays the
+            fresh one of the network.
 
-
-def _load_exactly(model: nn.Module, weights: dict[str, Tensor], setting: str) -> None:
-    from kd.checkpoint.safetensors_io import spoilt
-
-    own = model.state_dict()
-    misfits = [key for key in weights if key in own and weights[key].shape != own[key].shape]
-    _raise_first(setting, misfits, "tensors of another shape")
-    other_kind = [k for k, v in weights.items() if k in own and _kind(v) != _kind(own[k])]  # torch would convert them
-    _raise_first(setting, other_kind, "tensors of another kind of number")
-    found = model.load_state_dict(weights, strict=False)
-    _raise_first(setting, found.missing_keys, "tensors missing")
-    _raise_first(setting, found.unexpected_keys, "tensors that the network does not have")
-    parameters, held = dict(model.named_parameters()), model.state_dict()
-    wrong = [
-        key
-        for key, value in weights.items()  # a buffer may hold infinities, as attention masks do
-        if spoilt(held[key], value) or (key in parameters and not bool(held[key].isfinite().all()))
-    ]
-    if wrong:
-        dtype = str(held[wrong[0]].dtype).removeprefix("torch.")
-        raise ConfigError(f"{setting}: {len(wrong)} tensors with NaN or infinite values as {dtype}, first {wrong[0]}")
-
-
-def _read(path: Path, setting: str) -> dict[str, Tensor]:
-    """The state dict in a file of weights, with the wrappings of training scripts removed as timm does."""
-    from kd.checkpoint import read_weights
-    from kd.errors import CheckpointError
-
-    check_file(path, setting)
-    try:
-        return read_weights(path)
-    except CheckpointError as error:
-        said = str(error).removeprefix(f"{path}: ")
-        raise ConfigError(f"{setting}: {said}") from error
+    Raises:
+        CheckpointError: the file cannot be read, or does not fit; names the first tensor of each kind of misfit.
+    """
+    weights, own, head = read_weights(path), model.state_dict(), _head(model)
+    reshaped = [key for key in weights if key in own and weights[key].shape != own[key].shape]
+    reshaped_head = [key for key in reshaped if key in head]
+    if finetune and (reshaped_head or not head & weights.keys()):
+        weights |= {key: own[key] for key in head}
+        reshaped = [key for key in reshaped if key not in head]
+    elif reshaped and reshaped == reshaped_head:
+        classes, needed = (tensors[reshaped[0]].shape[:1] for tensors in (weights, own))
+        if classes != needed and classes:  # not another width in front of the head, nor a single number
+            raise CheckpointError(f"{path}: {other_classes(classes[0], needed[0])}")
+    misfits = {
+        "missing": [key for key in own if key not in weights],
+        "that the network does not have": [key for key in weights if key not in own],
+        "of another shape": reshaped,
+        "with NaN or infinite values": _not_finite(model, weights),
+    }
+    said = [f"{len(keys)} tensors {what}, first {keys[0]}" for what, keys in misfits.items() if keys]
+    if said:
+        raise CheckpointError(f"{path}: does not fit the network: {'; '.join(said)}")
+    model.load_state_dict(weights)
 
 
-def _kind(tensor: Tensor) -> tuple[bool, bool]:
-    return tensor.is_floating_point(), tensor.is_complex()
+def other_classes(classes: int, needed: int) -> str:
+    """What is wrong with a head of other classes than the data has, and what helps."""
+    return f"its head has {classes} classes, the data has {needed}; in a recipe teacher.finetune=true trains a new head"
 
 
 def _head(model: nn.Module) -> set[str]:
-    """The state dict keys of the classifier, of all of them where a network has more, as timm names them."""
-    cfg: Any = model.pretrained_cfg
-    names = cfg["classifier"] or ()
+    """The state dict's keys of the classifier, or of all classifiers, as timm's networks name them."""
+    cfg: Any = getattr(model, "pretrained_cfg", {})
+    names = cfg.get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
     return {key for key in model.state_dict() if key.startswith(prefixes)}
 
 
-def _raise_first(setting: str, keys: Sequence[str], what: str) -> None:
-    if keys:
-        raise ConfigError(
-            f"{setting}: does not fit the network, {len(keys)} {what}, first {keys[0]}; it must be a file of this very "
-            f"model, for as many channels as the data has"
-        )
-
-
-def check_file(path: Path, setting: str) -> None:
-    """Raise ConfigError, naming the setting, where no file is."""
-    from kd.checkpoint import regular
-    from kd.errors import CheckpointError
-
-    try:
-        regular(path)
-        path.open("rb").close()
-    except OSError as error:
-        raise ConfigError(f"{setting}: cannot be read ({error.strerror})") from error
-    except CheckpointError as error:
-        said = str(error).removeprefix(f"{path}: ").removesuffix(", must be a file")
-        raise ConfigError(f"{setting}: {said}; give the path of a .safetensors or .pth file") from error
-
-
-def check_classes(setting: str, found: int, num_classes: int, role: str) -> None:
-    """Raise ConfigError for a head of other classes than the data has."""
-    if found != num_classes:
-        raise ConfigError(
-            f"{setting}: its head has {found} classes, the data has {num_classes}: {role}.finetune=true trains a new "
-            f"head, or give {role}.checkpoint=/path/to/weights.safetensors of {num_classes} classes"
-        )
+def _not_finite(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Keys of NaN, or of infinite parameters, in the network's type; a buffer may be infinite, as masks are."""
+    parameters, wrong = dict(model.named_parameters()), []
+    for key, held in model.state_dict().items():
+        value = weights.get(key, held).to(held.dtype)
+        if bool(value.isnan().any()) or (key in parameters and not bool(value.isfinite().all())):
+            wrong.append(key)
+    return wrong

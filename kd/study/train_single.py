@@ -9,7 +9,7 @@ from dataclasses import replace
 from accelerate.state import AcceleratorState
 
 from kd.checkpoint import advice, finished, read_sealed, read_weights, save_sealed, weights_header
-from kd.models.factory import Teacher
+from kd.models.wrappers import Teacher
 from kd.study.folder import Folder, train_again
 from kd.study.grid import Point
 from kd.study.jobs import Job

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from kd.models.factory import Teacher
 from kd.models.layers import list_layers, tap
+from kd.models.wrappers import Teacher
 from kd.text import shown
 from kd.training.loop import Trainer
 from kd.training.pipeline import control_stage, student_network, student_stage, teacher_network, teacher_stage

@@ -29,7 +29,7 @@ from kd.errors import CheckpointError, TrainingError
 from kd.losses.distill import DistillLoss
 from kd.losses.methods.base import Seen
 from kd.metrics import nll, top_k_accuracy
-from kd.models.factory import Student
+from kd.models.wrappers import Student
 from kd.runtime.signals import GO_ON, Interrupted, stop_requested
 from kd.training.logger import Logger
 from kd.training.nonfinite import Suspects, describe, first_bad_gradient

@@ -23,9 +23,11 @@ from kd.errors import ConfigError
 from kd.losses.distill import DistillLoss
 from kd.losses.methods import registry as methods
 from kd.metrics import top_k_accuracy
-from kd.models.ensemble import Ensemble, load_exactly
-from kd.models.factory import Student, Teacher, build
+from kd.models.ensemble import Ensemble
+from kd.models.factory import build
 from kd.models.layers import needed
+from kd.models.weights import load_weights
+from kd.models.wrappers import Student, Teacher
 from kd.runtime.signals import held
 from kd.training.logger import Logger
 from kd.training.loop import Trainer
@@ -77,7 +79,7 @@ def teacher_network(run: Run, weights: Path | None = None) -> nn.Module:
     if own.members > 1:
         ensemble = Ensemble([teacher_network(_member(run, i)) for i in range(own.members)], own.averaging_temperature)
         if weights:
-            load_exactly(ensemble, weights)
+            load_weights(ensemble, weights)
         return ensemble
     if weights:
         return _network(run, own, checkpoint=weights)
@@ -108,7 +110,7 @@ def evaluated_student(run: Run, weights: Path, teacher: Teacher) -> nn.Module:
     if not methods.classifies(run.recipe.loss.methods):
         return student_network(run, weights)
     deployed = build_objective(student_stage(run, teacher), run.recipe, run.accelerator).model
-    load_exactly(deployed, weights)
+    load_weights(deployed, weights)
     return deployed
 
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from kd.data import Split
-from kd.models.factory import Student, Teacher
+from kd.models.wrappers import Student, Teacher
 from kd.runtime.signals import check
 
 

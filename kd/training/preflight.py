@@ -16,8 +16,7 @@ from kd.config.schema import Recipe
 from kd.data import Data
 from kd.errors import CheckpointError, ConfigError
 from kd.losses.methods import registry as methods
-from kd.models.factory import weights_metadata
-from kd.models.weights import check_file
+from kd.models.weights import weights_metadata
 from kd.training.run import run_name, teacher_is_trained
 from kd.training.schedule import optimizer
 
@@ -64,7 +63,6 @@ def _check_teacher(recipe: Recipe) -> None:
             f"with weights of teacher.checkpoint or timm type teacher.members=1, or teacher.finetune=true"
         )
     if checkpoint := recipe.teacher.checkpoint:
-        check_file(Path(checkpoint), f"teacher.checkpoint={checkpoint}")
         try:
             weights_metadata(checkpoint)
         except CheckpointError as error:

@@ -18,7 +18,7 @@ from kd.config.compose import saved_recipe
 from kd.config.schema import Recipe, content_hash, identity
 from kd.errors import ConfigError
 from kd.metrics import compute, reliability_bins
-from kd.models.factory import Teacher
+from kd.models.wrappers import Teacher
 from kd.runtime.provenance import provenance
 from kd.text import plain
 from kd.training.pipeline import evaluated_student, student_network, teacher_network

@@ -15,8 +15,8 @@ from kd.data import Batch, Data, mixer
 from kd.data.mixing import Mixer
 from kd.losses.methods.base import Seen, View
 from kd.models.ensemble import Reclassified
-from kd.models.factory import Output, Student, Teacher
 from kd.models.layers import Taps
+from kd.models.wrappers import Output, Student, Teacher
 from kd.training.objective import Objective
 from kd.training.schedule import epoch_order, mixed_seed, share
 

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from kd.config.schema import LossConfig, Recipe
 from kd.data import Split
 from kd.metrics import SmoothingEstimate, estimate_smoothing
-from kd.models.factory import Teacher, weights_metadata
+from kd.models.weights import weights_metadata
+from kd.models.wrappers import Teacher
 from kd.smoothing import to_uniform
 from kd.training.predict import predict
 from kd.training.run import Run, teacher_is_trained

@@ -13,8 +13,7 @@ from kd.checkpoint import load_state, read_json, read_weights, weights_header, w
 from kd.checkpoint.manifest import read_manifest
 from kd.config.compose import read_recipe
 from kd.errors import CheckpointError, ConfigError
-from kd.models.factory import build, weights_metadata
-from kd.models.weights import load_named
+from kd.models.factory import build
 from kd.training.stored import read_card
 from kd.verify import main
 
@@ -211,12 +210,10 @@ CHANGES = {
     "missing": (lambda w: {k: v for k, v in w.items() if k != FIRST}, f"1 tensors missing, first {FIRST}"),
     "extra": (lambda w: {**w, "more": w[FIRST].clone()}, "1 tensors that the network does not have, first more"),
     "misshapen": (change(FIRST, lambda v: v[:1].clone()), f"tensors of another shape, first {FIRST}"),
-    "whole numbers": (change(FIRST, lambda v: v.int()), f"another kind of number, first {FIRST}"),
-    "complex": (change(FIRST, lambda v: v.to(torch.complex64)), f"another kind of number, first {FIRST}"),
-    "nan": (change(FIRST, lambda v: v * float("nan")), f"NaN or infinite values as float32, first {FIRST}"),
-    "infinite": (change(FIRST, lambda v: v / 0), f"NaN or infinite values as float32, first {FIRST}"),
-    "beyond float32": (change(FIRST, lambda v: v.double() - 1e300), f"infinite values as float32, first {FIRST}"),
-    "nan of 8 bits": (change(FIRST, lambda v: (v / 0 * 0).to(torch.float8_e4m3fn)), f"as float32, first {FIRST}"),
+    "nan": (change(FIRST, lambda v: v * float("nan")), f"NaN or infinite values, first {FIRST}"),
+    "infinite": (change(FIRST, lambda v: v / 0), f"NaN or infinite values, first {FIRST}"),
+    "beyond float32": (change(FIRST, lambda v: v.double() - 1e300), f"infinite values, first {FIRST}"),
+    "nan of 8 bits": (change(FIRST, lambda v: (v / 0 * 0).to(torch.float8_e4m3fn)), f"infinite values, first {FIRST}"),
     "single number": (change(HEAD, lambda v: v.sum()), f"tensors of another shape, first {HEAD}"),
     "classes": (lambda w: {k: v[:7].clone() if len(v) == 10 else v for k, v in w.items()}, "its head has 7 classes"),
 }
@@ -267,49 +264,12 @@ def test_tensors_that_nothing_computes_with_are_named_by_training_and_by_verify(
     assert f"{path}: {said}" in capsys.readouterr().out
 
 
-def test_infinities_of_the_file_are_a_buffers_own_and_those_of_the_conversion_are_not(tmp_path):
-    net = torch.nn.Linear(2, 2)
-    net.register_buffer("mask", torch.zeros(2))
-    for value, fits in ((float("-inf"), True), (-1e300, False), (float("nan"), False)):
-        path = tmp_path / "w.safetensors"
-        save_file(net.state_dict() | {"mask": torch.tensor([0.0, value], dtype=torch.float64)}, path)
-        assert main(["verify", str(path)]) == (0 if fits else 1)
-        if fits:
-            load_named(net, path)
-            assert net.mask[1] == value
-        else:
-            with pytest.raises(CheckpointError, match="infinite values as float32, first mask"):
-                load_named(net, path)
-
-
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_no_tensors_are_no_weights(suffix, tmp_path):
     path = tmp_path / f"w.{suffix}"
     (save_file if suffix == "safetensors" else torch.save)({}, path)
     with pytest.raises(CheckpointError, match="holds no state_dict of tensors"):
         read_weights(path)
-    assert main(["verify", str(path)]) == 1
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"label_smoothing": "much"},
-        {"label_smoothing": [1]},
-        {"label_smoothing": 2},
-        {"label_smoothing": "0.1"},
-        {"smoothing": "others"},
-        {"smoothing": "os.system", "label_smoothing": "0.1"},
-        {"model": ["mlp_nano"]},
-        [],
-        3,
-    ],
-)
-def test_metadata_that_kd_never_writes_is_refused(record, tmp_path):
-    path = tmp_path / "w.safetensors"
-    save_file(weights(), path, {"kd": json.dumps(record)})
-    with pytest.raises(CheckpointError, match=str(path)):
-        weights_metadata(path)
     assert main(["verify", str(path)]) == 1
 
 

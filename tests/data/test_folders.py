@@ -15,7 +15,7 @@ from kd.config.schema import DataConfig
 from kd.data import load_data
 from kd.data.image_files import Files
 from kd.errors import ConfigError, ImageError
-from kd.models.factory import weights_metadata
+from kd.models.weights import weights_metadata
 
 AUGMENTED = {"hflip": 0.5, "crop_scale": 0.3, "auto_augment": "rand-m9-n2-mstd0.5", "random_erase": 0.5}
 NETS = [f"{role}.{setting}" for role in ("teacher", "student") for setting in ("model=test_resnet", "pretrained=false")]

@@ -82,7 +82,7 @@ def test_cifar_resnet_starts_with_the_published_initialisation():
 
 
 def test_mlp_is_affine_maps_with_relu_between():
-    model = timm.create_model("mlp_small", in_chans=1, img_size=(6,), num_classes=3)
+    model = timm.create_model("mlp_small", in_chans=1, img_size=(1, 6), num_classes=3)
     x = torch.randn(4, 6)
     one, two, head = (m for m in model.modules() if isinstance(m, nn.Linear))
     hidden = (x @ one.weight.T + one.bias).clamp(min=0)
@@ -93,7 +93,7 @@ def test_mlp_is_affine_maps_with_relu_between():
 
 @pytest.mark.parametrize("size", HIDDEN)
 def test_mlps_have_the_widths_of_their_description_and_nothing_but_linear_layers(size):
-    model = timm.create_model(f"mlp_{size}", in_chans=1, img_size=(20,), num_classes=12)
+    model = timm.create_model(f"mlp_{size}", in_chans=1, img_size=(1, 20), num_classes=12)
     widths = [20, *HIDDEN[size], 12]
     assert [tuple(p.shape) for p in model.parameters() if p.ndim == 2] == list(zip(widths[1:], widths, strict=False))
     assert len(list(model.parameters())) == 2 * (len(widths) - 1)
@@ -104,7 +104,7 @@ def test_mlp_flattens_images():
     torch.manual_seed(0)
     on_images = timm.create_model("mlp_tiny", in_chans=2, img_size=(3, 5))
     torch.manual_seed(0)
-    on_vectors = timm.create_model("mlp_tiny", in_chans=1, img_size=(30,))
+    on_vectors = timm.create_model("mlp_tiny", in_chans=1, img_size=(1, 30))
     x = torch.randn(4, 2, 3, 5)
     torch.testing.assert_close(on_images(x), on_vectors(x.flatten(1)), rtol=0, atol=0)
     assert timm.create_model("mlp_tiny", img_size=7).img_size == (7, 7)

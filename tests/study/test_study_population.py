@@ -23,7 +23,8 @@ from kd.data import load_data
 from kd.errors import ConfigError
 from kd.losses.methods.base import Seen, View
 from kd.losses.methods.decoupled import DKD
-from kd.models.factory import build, weights_metadata
+from kd.models.factory import build
+from kd.models.weights import weights_metadata
 from kd.study.population import Cohort, Member, Population, Training, why_not
 from kd.training import pipeline as stages
 from kd.training.run import claim

@@ -30,8 +30,8 @@ from kd.cli.errors import one_line_errors
 from kd.config import compose
 from kd.config.schema import Recipe, content_hash, identity
 from kd.errors import CheckpointError, ConfigError
-from kd.models.ensemble import load_exactly
-from kd.models.factory import build, weights_metadata
+from kd.models.factory import build
+from kd.models.weights import load_weights, weights_metadata
 from kd.study.folder import Folder
 from kd.training import replay, results
 from kd.training.logger import Logger
@@ -52,7 +52,7 @@ def network(path: Path) -> object:
 
 
 def exactly(path: Path) -> object:
-    return load_exactly(build("mlp_nano", num_classes=10, input_shape=(1, 8, 8)), path)
+    return load_weights(build("mlp_nano", num_classes=10, input_shape=(1, 8, 8)), path)
 
 
 def in_place_of(places: str, read: Callable[[Path], object], path: Path) -> None:

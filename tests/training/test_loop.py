@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from kd.config.schema import DataConfig
 from kd.errors import ConfigError, TrainingError
 from kd.losses.distill import DistillLoss
-from kd.models.factory import Teacher
+from kd.models.wrappers import Teacher
 from kd.training import preflight
 from kd.training.predict import predict
 from kd.training.schedule import epoch_order, mixed_seed, share

@@ -12,7 +12,7 @@ from kd.errors import TrainingError
 from kd.losses.distill import DistillLoss
 from kd.losses.methods.base import METHODS, Method
 from kd.losses.methods.registry import Weighted
-from kd.models.factory import Teacher
+from kd.models.wrappers import Teacher
 from kd.training.nonfinite import SHOWN, Suspects, describe
 from kd.training.objective import Objective
 from tests.torture import forked

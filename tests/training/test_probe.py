@@ -224,7 +224,8 @@ def test_a_doubted_estimate_is_said_to_be_and_exits_with_1(monkeypatch, capsys, 
 def test_the_split_it_reads_is_a_sample_of_at_most_2000(monkeypatch, weights):
     from kd.config.schema import DataConfig
     from kd.data import load_data
-    from kd.models.factory import Teacher, build
+    from kd.models.factory import build
+    from kd.models.wrappers import Teacher
 
     seen = []
     monkeypatch.setattr(

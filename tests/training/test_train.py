@@ -23,7 +23,7 @@ import kd.models.networks
 from kd import evaluate
 from kd.checkpoint import write_manifest
 from kd.config.schema import PACKAGE
-from kd.models.factory import weights_metadata
+from kd.models.weights import weights_metadata
 from kd.training import results
 from tests.torture import forked
 

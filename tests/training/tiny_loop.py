@@ -11,7 +11,7 @@ from kd.config.schema import DataConfig, OptimizerConfig, Recipe, SchedulerConfi
 from kd.data import load_data
 from kd.losses.distill import DistillLoss
 from kd.losses.methods.registry import build
-from kd.models.factory import Student
+from kd.models.wrappers import Student
 from kd.training.logger import Logger
 from kd.training.loop import Trainer
 from kd.training.objective import Objective

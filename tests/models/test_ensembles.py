@@ -4,7 +4,6 @@ students that become teachers.
 
 import json
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,13 +16,9 @@ from kd.checkpoint import write_manifest
 from kd.config.schema import DataConfig
 from kd.data import load_data
 from kd.errors import CheckpointError
-from kd.losses.distill import DistillLoss
-from kd.losses.methods import registry as methods
-from kd.losses.methods.base import METHODS, Method
 from kd.models.ensemble import Ensemble
 from kd.models.factory import build
 from kd.training import loop
-from kd.training.objective import Objective
 
 SMALL = ("recipe=smoke", "control=false", "run=one", "output=runs")
 MAPS = (*SMALL, "teacher.model=cnn_small", "student.model=cnn_small", "data.image_size=4")
@@ -125,25 +120,6 @@ def test_logging_leaves_the_running_statistics_alone(kd_train, tmp_path):
     assert often.read_bytes() == seldom.read_bytes()
 
 
-@dataclass(eq=False)
-class Own(Method, name="test_own"):
-    """One more with a classifier."""
-
-    classifies = True
-
-    def values(self, seen):
-        return seen.student.logits.sum(-1)
-
-
-METHODS.pop("test_own")
-
-
-def test_two_classifiers_are_one_too_many():
-    weighted = {name: methods.Weighted(Own(), 1.0, 0.0) for name in ("a", "b")}
-    with pytest.raises(ValueError, match="a and b: each has a classifier of its own to evaluate; choose one"):
-        Objective(DistillLoss(reduction="sum"), weighted)
-
-
 # ---- several teachers
 
 
@@ -182,14 +158,6 @@ def test_several_teachers_are_trained_kept_and_averaged(kd_train, tmp_path):
     assert "teacher  found in" in kd_train(*SMALL, "loss=kd", "teacher.members=3", "run=more").out
     more = kd_train(*SMALL, "loss=kd", "teacher.members=4", "run=four").out
     assert more.count("teacher  found in") == 3
-
-
-def test_a_teacher_that_is_not_trained_here_is_alone(kd_train, tmp_path):
-    weights = tmp_path / "w.safetensors"
-    save_file(build("mlp_wide", num_classes=10, input_shape=(1, 8, 8)).state_dict(), weights)
-    done = kd_train(*SMALL, "teacher.members=2", f"teacher.checkpoint={weights}")
-    assert done.err.startswith("error: teacher.members=2: needs teachers that are trained here")
-    assert kd_train(*SMALL, "teacher.members=0").err.startswith("error: teacher.members=0: must be ≥ 1")
 
 
 # ---- a student becomes the next teacher; settings by name

@@ -11,8 +11,8 @@ from kd.losses.methods import connectors as transforms
 from kd.losses.methods import contrastive as contrast
 from kd.losses.methods import features, relations
 from kd.losses.methods.base import Seen, Setup
-from kd.models.factory import Student, Teacher
 from kd.models.layers import Layer, as_map, classifier_name, list_layers, tap, tap_pair
+from kd.models.wrappers import Student, Teacher
 
 K = 7
 

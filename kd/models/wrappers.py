@@ -1,0 +1,186 @@
+"""Teacher and Student: wrappers around any network that give its logits and the outputs of named modules.
+
+n: images or vectors, k: classes. Wrapping an ``nn.Module`` needs torch only; networks by name need timm.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kd.text import did_you_mean
+
+
+class Output(NamedTuple):
+    """What a Teacher or Student gives: logits (n, k), and the features asked for by the name of their module."""
+
+    logits: Tensor
+    features: dict[str, Tensor]
+
+
+INPUT = ":input"  # behind the name of a module, it means what the module takes instead of what it gives
+
+
+class _Hooks:
+    """Forward hooks that keep what named modules give, or take, while `run` is running, and nothing afterwards.
+
+    They are registered once, because torch.compile recompiles for every new hook.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]):
+        self.names = tuple(names)
+        self.running: list[dict[str, tuple[Tensor, int]]] = []
+        modules = {name: module for name, module in model.named_modules() if name}
+        for name in self.names:
+            module = name.removesuffix(INPUT)
+            if module not in modules:
+                raise ValueError(f"features={name!r}: no such module{did_you_mean(module, modules, 3)}")
+            if name.endswith(INPUT):
+                modules[module].register_forward_pre_hook(partial(self._keep_input, name))
+            else:
+                modules[module].register_forward_hook(partial(self._keep, name))
+
+    def _keep_input(self, name: str, module: nn.Module, inputs: Any) -> None:
+        if self.running:  # a copy, because the module may write into it, as a ReLU in place does
+            first = inputs[0].clone() if inputs and isinstance(inputs[0], Tensor) else inputs
+            self._keep(name, module, inputs, first)
+
+    def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self.running:  # else someone calls the network itself
+            if not isinstance(output, Tensor):
+                verb = "takes" if name.endswith(INPUT) else "gives"
+                raise ValueError(f"features={name!r}: the module {verb} a {type(output).__name__}, not a tensor")
+            self.running[-1][name] = (output, _writes(output))
+
+    def run(self, model: nn.Module, inputs: tuple[Any, ...]) -> Output:
+        self.running.append({})
+        try:
+            logits = model(*inputs)
+        finally:
+            kept = self.running.pop()
+        if not isinstance(logits, Tensor):
+            raise ValueError(f"the network gives a {type(logits).__name__}, not logits (n, k)")
+        for name in self.names:
+            if name not in kept:
+                raise ValueError(f"features={name!r}: the forward pass does not call this module")
+            feature, writes = kept[name]
+            if _writes(feature) != writes:
+                raise ValueError(f"features={name!r}: overwritten in place by a later module; name that one instead")
+        return Output(logits, {name: kept[name][0] for name in self.names})
+
+
+class Teacher(nn.Module):
+    """A network that is learned from: in eval mode and without gradients whatever its surroundings do.
+
+    It is held outside PyTorch's registries: `parameters`, `state_dict`, `train` and `requires_grad_`, of the teacher
+    and of any parent, do not reach it, while `to`, `half` and their like do. The network itself is frozen, not a copy:
+    give a deep copy of one that goes on training.
+
+    Args:
+        model: a network, or a timm name.
+        features: names of modules, as in `named_modules`, whose outputs to give, or with ":input" behind the name
+            their first inputs; of a module that runs more than once, the last.
+        create_kwargs: arguments of timm.create_model, such as pretrained=True, where `model` is a name;
+            checkpoint_path is read by kd, without code.
+
+    Raises:
+        TypeError: `model` is neither a network nor a name.
+        CheckpointError: the file of checkpoint_path is no weights, or does not fit the network exactly.
+        ValueError: a feature's name is unknown, checkpoint_path is no path, or pretrained weights meet another number
+            of classes, for which timm would make a random head.
+    """
+
+    def __init__(self, model: nn.Module | str, *, features: Sequence[str] = (), **create_kwargs: Any):
+        super().__init__()
+        if (
+            isinstance(model, str)
+            and "pretrained" not in create_kwargs
+            and create_kwargs.get("checkpoint_path") is None
+        ):
+            warnings.warn(
+                f"Teacher({model!r}) has random weights: pretrained=True or checkpoint_path=...", stacklevel=2
+            )
+        model = _network(model, create_kwargs)
+        if create_kwargs.get("pretrained"):
+            weights: Any = model.pretrained_cfg
+            published, classes = weights["num_classes"], model.num_classes
+            if published != classes:
+                raise ValueError(
+                    f"num_classes={classes}: the pretrained weights have {published}; fine-tune them first"
+                )
+        self._hooks = _Hooks(model, features)
+        self._held = (model.eval().requires_grad_(False),)  # modules in a tuple are not registered
+        self.eval()
+
+    def extra_repr(self) -> str:
+        """The class of the network, for print(teacher)."""
+        return type(self.model).__name__
+
+    @property
+    def model(self) -> nn.Module:
+        """The frozen network."""
+        return self._held[0]
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in eval mode, whatever the mode of the parent."""
+        return super().train(False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Teacher:
+        self.model._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    @torch.no_grad()
+    def forward(self, *inputs: Any) -> Output:
+        """Logits (n, k) and features without gradient, from what the network takes."""
+        if self.model.training:
+            self.model.eval()  # someone reached in; BatchNorm must not move
+        return self._hooks.run(self.model, inputs)
+
+
+class Student(nn.Module):
+    """A network that learns; `student.model.state_dict()` is what timm loads.
+
+    Args:
+        model: a network, or a timm name.
+        features: as the teacher's, with their graph.
+        create_kwargs: as the teacher's.
+
+    Raises:
+        TypeError, CheckpointError: as the teacher does.
+        ValueError: a feature's name is unknown, or checkpoint_path is no path.
+    """
+
+    def __init__(self, model: nn.Module | str, *, features: Sequence[str] = (), **create_kwargs: Any):
+        super().__init__()
+        self.model = _network(model, create_kwargs)
+        self._hooks = _Hooks(self.model, features)
+
+    def forward(self, *inputs: Any) -> Output:
+        """Logits (n, k) and features from what the network takes."""
+        return self._hooks.run(self.model, inputs)
+
+
+def _network(model: nn.Module | str, create_kwargs: dict[str, Any]) -> nn.Module:
+    if isinstance(model, nn.Module):
+        if create_kwargs:
+            raise ValueError(f"{', '.join(create_kwargs)}: only for networks given by name")
+        return model
+    if not isinstance(model, str):
+        raise TypeError(f"model is a {type(model).__name__}, must be an nn.Module or the name of a network")
+    try:
+        from kd.models.factory import create
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"a network by name, {model!r}, needs {error.name}: pip install 'kd-torch[train]'"
+        ) from error
+    return create(model, **create_kwargs)
+
+
+def _writes(tensor: Tensor) -> int:
+    """How often the tensor's memory was written in place; neither inference mode nor compiled code counts."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version

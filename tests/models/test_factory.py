@@ -1,0 +1,297 @@
+"""Networks by name: fitted to the data, with timm's weights or a file's, or one line that says why not."""
+
+import json
+import logging
+import os
+import pickle
+import socket
+import time
+
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from kd.errors import CheckpointError, ConfigError
+from kd.models import Student, Teacher, weights_metadata
+from kd.models.factory import build
+
+PUBLISHED = "test_resnet.r160_in1k"  # timm's smallest network with weights on the hub
+SMALL = {"num_classes": 10, "input_shape": (3, 32, 32)}
+
+
+def copied(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- which networks
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("resnet10t", (1, 32, 32)),
+        ("vit_tiny_patch16_224", (3, 32, 48)),
+        ("mlp_tiny", (40,)),
+        ("mlp_tiny", (2, 8, 9)),
+        ("cnn_small", (1, 28, 28)),
+        ("resnet20_cifar", (3, 32, 32)),
+    ],
+)
+def test_build_fits_the_network_to_the_data(name, shape):
+    model = build(name, num_classes=6, input_shape=shape)
+    assert model.training
+    assert model(torch.randn(2, *shape)).shape == (2, 6)
+
+
+def test_build_passes_model_kwargs_on():
+    model = build("resnet10t", num_classes=6, input_shape=(3, 32, 32), model_kwargs={"drop_rate": 0.3})
+    assert model.drop_rate == 0.3
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("resnet20_cifra", {}, "timm and kd know no such network; did you mean resnet20_cifar"),
+        ("resnet18.tv_in1kk", {}, "did you mean resnet18.tv_in1k, "),
+        ("resnet18", {"input_shape": (40,)}, "mlp_nano, mlp_tiny, mlp_mini, mlp_small and mlp_wide take vectors"),
+        ("inception_v3", {}, "does not work for inputs of shape (3, 32, 32) (Calculated"),
+        ("mlp_tiny", {"model_kwargs": {"dept": 3}}, "student.model_kwargs={'dept': 3}: does not work for"),
+        ("mlp_tiny", {"model_kwargs": {"num_classes": 3}}, "got multiple values for keyword argument 'num_classes'"),
+        ("mlp_tiny", {"model_kwargs": {"checkpoint_path": "x"}}, "got multiple values for keyword argument 'checkp"),
+        ("resnet10t", {"model_kwargs": {"features_only": True}}, "gives list where logits (1, 10) are needed"),
+        ("mlp_tiny", {"pretrained": True}, "timm has no weights for it; student.pretrained=false starts from random"),
+        ("local-dir:/no/such", {}, "cannot be loaded (Config file not found"),
+    ],
+)
+def test_build_says_what_cannot_be(name, more, message, hub):
+    with pytest.raises(ConfigError) as error:
+        build(name, role="student", **(SMALL | more))
+    assert str(error.value).startswith(f"student.model={name}")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- weights of timm
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """A machine without network, whose hub cache is an empty folder."""
+
+    def fail(*args, **kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    for variable in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+        monkeypatch.delenv(variable.upper(), raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def hub(no_network):
+    """The weights of PUBLISHED in the hub's cache, still without network."""
+    torch.manual_seed(1)
+    weights = timm.create_model(PUBLISHED).state_dict()
+    folder = no_network / f"models--timm--{PUBLISHED}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    save_file(weights, folder / "snapshots" / ("0" * 40) / "model.safetensors")
+    return weights
+
+
+@pytest.mark.parametrize("name", [PUBLISHED, f"hf-hub:timm/{PUBLISHED}"])
+def test_no_network_is_one_line_within_seconds(name, no_network, monkeypatch, capfd):
+    logger, records, start = logging.getLogger("huggingface_hub"), [], time.perf_counter()
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", records.append)
+    monkeypatch.setattr(logger, "handlers", [handler])
+    logger.setLevel(logging.WARNING)  # the hub's own default
+    with pytest.raises(ConfigError) as error:
+        build(name, num_classes=1000, input_shape=(3, 32, 32), pretrained=True)
+    assert time.perf_counter() - start < 10  # the hub's client alone takes 45 s
+    assert str(error.value).startswith(f"teacher.model={name}: cannot be loaded (")
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+    assert not records
+    assert (constants.HF_HUB_OFFLINE, logger.level) == (False, logging.WARNING)
+
+
+def test_pretrained_weights_are_the_published_ones(hub):
+    assert same(copied(build(PUBLISHED, num_classes=1000, input_shape=(3, 32, 32), pretrained=True)), hub)
+
+
+def test_pretrained_weights_must_fit_the_data(hub):
+    with pytest.raises(ConfigError, match=r"its head has 1000 classes, the data has 10; .* teacher\.finetune=true"):
+        build(PUBLISHED, num_classes=10, input_shape=(3, 32, 32), pretrained=True)
+    with pytest.raises(ConfigError, match=r"its weights are for 3 channels, the data has 1; teacher\.finetune=true"):
+        build(PUBLISHED, num_classes=1000, input_shape=(1, 32, 32), pretrained=True)
+    with pytest.raises(ValueError, match="num_classes=10: the pretrained weights have 1000"):
+        Teacher(PUBLISHED, pretrained=True, num_classes=10)  # timm would make a random head
+    assert Teacher(PUBLISHED, pretrained=True).model.num_classes == 1000
+
+
+def test_fine_tuning_replaces_the_head_only(hub):
+    weights = copied(build(PUBLISHED, num_classes=10, input_shape=(3, 32, 32), pretrained=True, finetune=True))
+    assert weights["fc.weight"].shape[0] == 10
+    assert same({k: v for k, v in weights.items() if "fc" not in k}, {k: v for k, v in hub.items() if "fc" not in k})
+
+
+# --- weights of a file
+
+
+def load(path, name="resnet20_cifar", **more):
+    return build(name, **(SMALL | {"checkpoint": path} | more))
+
+
+@pytest.fixture
+def weights():
+    return timm.create_model("resnet20_cifar", num_classes=10).state_dict()
+
+
+@pytest.mark.parametrize(
+    "dress",
+    [
+        lambda weights: weights,
+        lambda weights: {"state_dict": weights, "epoch": 3},
+        lambda weights: {"model": {f"module.{name}": tensor for name, tensor in weights.items()}},
+    ],
+)
+def test_checkpoints_load_however_they_are_wrapped(dress, weights, tmp_path):
+    torch.save(dress(weights), tmp_path / "weights.pth")
+    assert same(copied(load(tmp_path / "weights.pth")), weights)
+
+
+def test_a_checkpoint_is_taken_instead_of_pretrained_weights(weights, tmp_path, no_network):
+    save_file(weights, tmp_path / "weights.safetensors")
+    assert same(copied(load(tmp_path / "weights.safetensors", pretrained=True)), weights)
+
+
+@pytest.mark.parametrize("drop_head", [False, True])
+def test_fine_tuning_a_checkpoint_replaces_a_head_that_does_not_fit(drop_head, weights, tmp_path):
+    body = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
+    save_file(body if drop_head else weights, tmp_path / "w.safetensors")
+    torch.manual_seed(7)
+    fresh = copied(build("resnet20_cifar", num_classes=4, input_shape=(3, 32, 32)))
+    torch.manual_seed(7)
+    tuned = copied(load(tmp_path / "w.safetensors", num_classes=4, finetune=True))
+    assert same(tuned, body | {name: fresh[name] for name in ("fc.weight", "fc.bias")})
+
+
+def test_fine_tuning_keeps_a_head_that_fits(weights, tmp_path):
+    save_file(weights, tmp_path / "w.safetensors")
+    assert same(copied(load(tmp_path / "w.safetensors", finetune=True)), weights)
+
+
+def without(weights, *names):
+    return {name: tensor for name, tensor in weights.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "message"),
+    [
+        (lambda w: w, {"num_classes": 4}, "its head has 10 classes, the data has 4; in a recipe teacher.finetune=true"),
+        (lambda w: without(w, "fc.weight", "fc.bias"), {}, "2 tensors missing, first fc.weight"),
+        (lambda w: without(w, "bn1.bias"), {"finetune": True}, "1 tensors missing, first bn1.bias"),
+        (lambda w: w | {"extra": torch.ones(1)}, {}, "1 tensors that the network does not have, first extra"),
+        (lambda w: w, {"input_shape": (1, 32, 32)}, "1 tensors of another shape, first conv1.weight"),
+        (lambda w: w | {"fc.weight": torch.ones(10, 3)}, {}, "1 tensors of another shape, first fc.weight"),
+        (lambda w: w | {"bn1.bias": torch.full((16,), torch.inf)}, {}, "NaN or infinite values, first bn1.bias"),
+        (
+            lambda w: w | {"bn1.running_mean": torch.full((16,), torch.nan)},
+            {},
+            "first bn1.running_mean",
+        ),
+    ],
+)
+def test_checkpoints_that_do_not_fit(change, more, message, weights, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file(change(weights), path)
+    with pytest.raises(ConfigError) as error:
+        load(path, **more)
+    assert str(error.value).startswith(f"teacher.checkpoint={path}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_buffer_may_hold_infinities(tmp_path):
+    from kd.models.weights import load_weights
+
+    network = torch.nn.Linear(2, 2)
+    network.register_buffer("mask", torch.zeros(2))
+    save_file(network.state_dict() | {"mask": torch.tensor([0.0, -torch.inf])}, tmp_path / "w.safetensors")
+    load_weights(network, tmp_path / "w.safetensors")
+    assert network.mask.tolist() == [0, -torch.inf]
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["KD_TRAP"],)
+
+
+@pytest.mark.parametrize(
+    ("file", "write", "message"),
+    [
+        ("none.pth", lambda path: None, "no such file"),
+        ("folder", lambda path: path.mkdir(), "is a folder"),
+        ("empty.safetensors", lambda path: path.touch(), "is empty"),
+        ("text.safetensors", lambda path: path.write_text("hello\n" * 9), "not a readable .safetensors file"),
+        ("text.pth", lambda path: path.write_text("hello\n" * 9), "not a file of weights"),
+        ("half.pth", lambda path: path.write_bytes(b"PK\x03\x04" + bytes(99)), "not a file of weights"),
+        ("plain.pth", lambda path: torch.save({"lr": 0.1}, path), "holds no state_dict of tensors"),
+        ("code.pth", lambda path: torch.save({"model": Trap()}, path), "or one that holds code, which kd never runs"),
+    ],
+)
+def test_files_that_are_no_weights(file, write, message, tmp_path, monkeypatch):
+    path = tmp_path / file
+    monkeypatch.setenv("KD_TRAP", str(tmp_path / "sprung"))
+    write(path)
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    assert str(error.value).startswith(f"teacher.checkpoint={path}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("wrap", [Teacher, Student])
+def test_teacher_and_student_by_name_read_a_file_without_its_code(wrap, weights, tmp_path, monkeypatch):
+    torch.save(weights, tmp_path / "w.pth")
+    made = wrap("resnet20_cifar", num_classes=10, checkpoint_path=str(tmp_path / "w.pth"))
+    assert same(copied(made.model), weights)
+    monkeypatch.setenv("KD_TRAP", str(tmp_path / "sprung"))
+    (tmp_path / "code.pth").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(CheckpointError, match="or one that holds code"):
+        wrap("resnet20_cifar", num_classes=10, checkpoint_path=tmp_path / "code.pth")
+    assert not (tmp_path / "sprung").exists()
+    with pytest.raises(CheckpointError, match="its head has 10 classes"):
+        wrap("resnet20_cifar", num_classes=7, checkpoint_path=tmp_path / "w.pth")
+
+
+def test_metadata_is_read_from_the_header(weights, tmp_path):
+    record = {"label_smoothing": "0.1", "smoothing": "uniform"}
+    save_file(weights, tmp_path / "w.safetensors", {"kd": json.dumps(record)})
+    save_file(weights, tmp_path / "bare.safetensors")
+    torch.save(weights, tmp_path / "w.pth")
+    assert weights_metadata(tmp_path / "w.safetensors") == record
+    assert weights_metadata(str(tmp_path / "bare.safetensors")) == weights_metadata(tmp_path / "w.pth") == {}
+    (tmp_path / "torn.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:100])
+    for broken in ("torn.safetensors", "none.safetensors", "none.pth"):
+        with pytest.raises(CheckpointError, match=f"^{tmp_path / broken}: "):
+            weights_metadata(tmp_path / broken)
+
+
+def test_a_bad_teacher_checkpoint_stops_a_run_before_it_writes(kd_train, tmp_path):
+    (tmp_path / "w.safetensors").write_text("no weights")
+    done = kd_train("recipe=smoke", "output=runs", "teacher.checkpoint=w.safetensors")
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert done.err.startswith("error: teacher.checkpoint=w.safetensors: not a readable .safetensors file")
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,257 @@
+import copy
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+import kd.models.networks  # noqa: F401 (registers resnet20_cifar)
+from kd.models.wrappers import Student, Teacher
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 3, 32, 32)
+
+
+@pytest.fixture
+def net():
+    """A network whose BatchNorm would move in train mode."""
+    return timm.create_model("resnet20_cifar", num_classes=5)
+
+
+def copied(model: nn.Module) -> dict:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Parent(nn.Module):
+    def __init__(self, teacher: Teacher, student: Student):
+        super().__init__()
+        self.teacher, self.student = teacher, student
+
+
+# --- Teacher
+
+
+def test_teacher_is_bit_unchanged_by_training_its_parent(net, x):
+    teacher = Teacher(net, features=["layer2"])
+    parent = Parent(teacher, Student("resnet20_cifar", num_classes=5, features=["layer2"]))
+    before, student = copied(teacher.model), copied(parent.student.model)
+    optimizer = torch.optim.SGD(parent.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        parent.train()
+        parent.requires_grad_(True)
+        taught, learned = parent.teacher(x), parent.student(x)
+        loss = (taught.logits - learned.logits).square().mean()
+        loss = loss + (taught.features["layer2"] - learned.features["layer2"]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert same(copied(teacher.model), before)
+    assert not any(torch.equal(parent.student.model.state_dict()[name], student[name]) for name in student)
+
+
+def test_teacher_is_invisible_to_its_parent(net):
+    teacher = Teacher(net)
+    parent = Parent(teacher, Student(nn.Linear(2, 2)))
+    assert list(teacher.parameters()) == list(teacher.buffers()) == []
+    assert not teacher.state_dict()
+    assert set(parent.state_dict()) == {"student.model.weight", "student.model.bias"}
+    assert len(list(parent.parameters())) == 2
+    assert teacher.model is net
+
+
+@pytest.mark.parametrize("awaken", [lambda t: t.train(), lambda t: nn.Sequential(t).train(), lambda t: t.model.train()])
+def test_teacher_stays_in_eval_mode(awaken, net, x):
+    teacher = Teacher(net)
+    assert not any(module.training for module in (teacher, *net.modules()))
+    expected, before = teacher(x).logits, copied(net)
+    awaken(teacher)
+    assert not teacher.training
+    torch.testing.assert_close(teacher(x).logits, expected, rtol=0, atol=0)
+    assert same(copied(net), before)
+    assert not any(module.training for module in net.modules())
+
+
+def test_teacher_gives_no_gradient(net, x):
+    teacher = Teacher(net, features=["layer3"])
+    x.requires_grad_()
+    logits, features = teacher(x)
+    assert not logits.requires_grad
+    assert not features["layer3"].requires_grad
+    assert not logits.is_inference()  # those cannot be saved for the student's backward
+    teacher.requires_grad_(True)
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("of", [lambda teacher: teacher, lambda teacher: nn.Sequential(teacher)])
+def test_conversions_reach_the_teacher(of, net):
+    teacher = Teacher(net)
+    of(teacher).double()
+    assert {t.dtype for t in net.state_dict().values()} == {torch.float64, torch.int64}
+    assert teacher(torch.randn(1, 3, 32, 32, dtype=torch.float64)).logits.dtype == torch.float64
+    of(teacher).half()
+    assert next(net.parameters()).dtype == torch.float16
+    of(teacher).to("meta")
+    assert {t.device.type for t in net.state_dict().values()} == {"meta"}
+
+
+# --- Teacher and Student
+
+BOTH = pytest.mark.parametrize("wrap", [Teacher, Student])
+
+
+@BOTH
+def test_features_are_what_the_modules_give(wrap, net, x):
+    wrapped = wrap(net, features=["layer3", "layer1.0.conv1"]).eval()
+    logits, features = wrapped(x)
+    assert list(features) == ["layer3", "layer1.0.conv1"]
+    torch.testing.assert_close(net.forward_head(features["layer3"]), logits, rtol=0, atol=0)
+    stem = net.bn1(net.conv1(x)).relu()
+    torch.testing.assert_close(features["layer1.0.conv1"], net.layer1[0].conv1(stem), rtol=0, atol=0)
+    torch.testing.assert_close(logits, net(x), rtol=0, atol=0)
+
+
+@BOTH
+def test_features_of_a_timm_network_by_name(wrap, x):
+    if wrap is Teacher:
+        with pytest.warns(UserWarning, match="random weights: pretrained=True"):
+            wrapped = wrap("resnet10t", num_classes=3, features=["layer4"])
+    else:
+        wrapped = wrap("resnet10t", num_classes=3, features=["layer4"]).eval()
+    logits, features = wrapped(x)
+    torch.testing.assert_close(wrapped.model.forward_head(features["layer4"]), logits, rtol=0, atol=0)
+
+
+def test_a_teacher_without_a_path_is_said_to_be_random():
+    with pytest.warns(UserWarning, match="random weights"):
+        Teacher("mlp_nano", checkpoint_path=None)
+
+
+def test_student_features_keep_their_graph(net, x):
+    student = Student(net, features=["layer1"])
+    student(x).features["layer1"].sum().backward()
+    assert net.conv1.weight.grad.abs().sum() > 0
+    assert net.layer2[0].conv1.weight.grad is None
+
+
+@BOTH
+def test_nothing_is_kept_between_calls(wrap, net, x):
+    wrapped = wrap(net, features=["layer1"])
+    first = wrapped(x).features["layer1"].clone()
+    for _ in range(3):
+        features = wrapped(-x).features
+    assert not torch.equal(features["layer1"], first)
+    net(x)  # past the wrapper
+    assert len(net.layer1._forward_hooks) == 1
+    assert not wrapped._hooks.running
+
+
+@BOTH
+def test_nothing_is_kept_after_a_failure(wrap, net, x):
+    wrapped = wrap(net, features=["layer1"])
+    with pytest.raises(RuntimeError):
+        wrapped(x[:, :2])
+    assert not wrapped._hooks.running
+    assert set(wrapped(x).features) == {"layer1"}
+
+
+@BOTH
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w))])
+def test_copies_are_whole_and_independent(wrap, again, net, x):
+    wrapped = wrap(net, features=["layer1"]).eval()
+    copied = again(wrapped)
+    torch.testing.assert_close(copied(x).logits, wrapped(x).logits, rtol=0, atol=0)
+    with torch.no_grad():
+        copied.model.conv1.weight.zero_()
+    assert copied(x).features["layer1"].std((0, 2, 3)).max() < 1e-6 < wrapped(x).features["layer1"].std((0, 2, 3)).max()
+
+
+@BOTH
+def test_compiled_gives_the_same_in_one_graph(wrap, net, x):
+    wrapped = wrap(net, features=["layer1", "layer3"]).eval()
+    graphs = CompileCounter()  # runs them eagerly
+    compiled = torch.compile(wrapped, backend=graphs, fullgraph=True)
+    for batch in (x, -x, 2 * x):
+        expected, found = wrapped(batch), compiled(batch)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert found.logits.requires_grad == (wrap is Student)
+    assert graphs.frame_count == 1
+
+
+@BOTH
+def test_inference_mode_is_allowed(wrap, net, x):
+    wrapped = wrap(net, features=["layer1"]).eval()
+    expected = wrapped(x).features["layer1"]
+    with torch.inference_mode():
+        torch.testing.assert_close(wrapped(x).features["layer1"], expected, rtol=0, atol=0)
+
+
+@BOTH
+def test_unknown_feature_names_the_nearest(wrap, net):
+    with pytest.raises(ValueError, match=r"features='layer4': no such module; did you mean layer3, layer2, layer1\?"):
+        wrap(net, features=["layer4"])
+
+
+class Odd(nn.Module):
+    def __init__(self, gives: str):
+        super().__init__()
+        self.norm, self.act, self.tuple, self.unused = (
+            nn.ReLU(),
+            nn.ReLU(inplace=True),
+            nn.MaxPool1d(2),
+            nn.Linear(2, 2),
+        )
+        self.tuple.return_indices = True
+        self.gives = gives
+
+    def forward(self, x):
+        x = self.act(self.norm(x) - 1)
+        written = self.act(self.norm(x))
+        return {"logits": written} if self.gives == "dict" else written + self.tuple(x)[0].sum()
+
+
+@pytest.mark.parametrize(
+    ("feature", "gives", "message"),
+    [
+        ("norm", "logits", "features='norm': overwritten in place by a later module"),
+        ("tuple", "logits", "features='tuple': the module gives a tuple, not a tensor"),
+        ("unused", "logits", "features='unused': the forward pass does not call this module"),
+        ("act", "dict", r"the network gives a dict, not logits \(n, k\)"),
+    ],
+)
+def test_features_and_logits_that_would_mislead_are_refused(feature, gives, message):
+    with pytest.raises(ValueError, match=message):
+        Student(Odd(gives), features=[feature])(torch.randn(2, 4))
+
+
+def test_what_is_no_network_is_named(net):
+    for model in (3, None, nn.Linear):
+        with pytest.raises(TypeError, match=r"^model is a \w+, must be an nn\.Module or the name of a network$"):
+            Student(model)
+    with pytest.raises(ValueError, match="num_classes: only for networks given by name"):
+        Student(net, num_classes=3)
+
+
+def test_wrapping_a_module_needs_torch_only():
+    code = """
+import sys
+for name in ("timm", "einops", "safetensors", "torchvision", "huggingface_hub"):
+    sys.modules[name] = None  # importing it raises
+import torch
+from kd import Student, Teacher
+net = torch.nn.Linear(2, 3)
+print(Teacher(net)(torch.ones(1, 2)).logits.shape, Student(net)(torch.ones(1, 2)).logits.shape)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["torch.Size([1,", "3])"] * 2, done.stderr
