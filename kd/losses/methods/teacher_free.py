@@ -27,10 +27,10 @@ class TfSelf(Method, name="tf_self"):
     KD (Re-KD, De-KD) is the same with another teacher.
 
     Args:
-        temperature: T. released_code: multiplies by T²/K, as the authors' code does: T² as Hinton, and 1/K from
-        nn.KLDivLoss's mean over
-            all elements; 0.36 at T = 6 and K = 100. Its multiplier of 1, 10 or 50, which the paper does not have,
-            belongs into the weight, as in the preset ``cifar100_released``.
+        temperature: T.
+        released_code: multiplies by T²/K, as the authors' code does: T² as Hinton, and 1/K from nn.KLDivLoss's mean
+            over all elements; 0.36 at T = 6 and K = 100. Its multiplier of 1, 10 or 50, which the paper does not have,
+            belongs in the weight, as in the preset ``cifar100_released``.
     """
 
     temperature: Temperature = 6.0
@@ -65,7 +65,7 @@ class TfReg(Method, name="tf_reg"):
         released_code: the authors' code, another function. It takes the softmax of p^d/T, as if probabilities were
             logits, which is nearly uniform at T = 20: the label gets e^0.05 = 1.05 times the others' share, against
             1.58 times here for K = 100. The student is at T = 1, and the value is divided by K. A multiplier of 100,
-            which the paper does not have, belongs into the weight, as in the preset ``cifar100_released``.
+            which the paper does not have, belongs in the weight, as in the preset ``cifar100_released``.
     """
 
     correct_probability: Share = 0.99
