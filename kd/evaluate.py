@@ -55,7 +55,7 @@ def save_picture(console: Any, path: Path, title: str) -> None:
     """Write what a recording console printed, as an SVG without rich's links to fonts on the web."""
     from rich.console import CONSOLE_SVG_FORMAT
 
-    from kd.checkpoint import write_text
+    from kd.checkpoint.files import write_text
 
     local = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
     write_text(path, console.export_svg(title=title, code_format=local))

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kd.checkpoint import read_weights, regular, weights_header
+from kd.checkpoint.files import file_size
+from kd.checkpoint.safetensors_io import read_weights, weights_header
 from kd.errors import CheckpointError
 
 
@@ -22,7 +23,7 @@ def weights_metadata(path: str | Path) -> dict[str, Any]:
         CheckpointError: there is no such file, or a .safetensors file is not one.
     """
     path = Path(path)
-    regular(path)
+    file_size(path)
     return weights_header(path) if path.suffix == ".safetensors" else {}
 
 

@@ -30,7 +30,7 @@ FILES = {"html": ".html", "markdown": ".md", "figures": ""}
 
 def report(folder: Path, html: Path, markdown: Path, drawings: Path | None) -> int:
     """Write the report of a study's folder; returns the exit code."""
-    from kd.checkpoint import write_text
+    from kd.checkpoint.files import write_text
     from kd.report import contrasts, drawing, page, reading, words
 
     study = reading.read(folder)

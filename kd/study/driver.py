@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kd.checkpoint import write_json
+from kd.checkpoint.files import write_json
 from kd.cli.console import terminal
 from kd.config import types
 from kd.config.schema import DataConfig, Recipe
@@ -67,7 +67,7 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
     if study.dry_run:
         _say(console, f"about {duration(sum(map(seconds_of, pending)))} of one core; would write {folder.path}")
         return 0
-    with folder.lock("study", wait=False):
+    with folder.lock():
         if before is not None and set(before) != planned.points.keys():
             _say(
                 console,

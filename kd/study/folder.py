@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from kd.checkpoint import read_json, write_json
+from kd.checkpoint.files import read_json, write_json
 from kd.errors import ConfigError
-from kd.runtime.lock import alone
+from kd.runtime.lock import locked
 from kd.study.grid import Point
 
 SCHEMA = 1  # of study.json and of points
@@ -77,19 +77,9 @@ class Folder:
         }
         write_json(self.point(point.id), values)
 
-    @contextmanager
-    def lock(self, name: str, wait: bool) -> Iterator[None]:
-        """Hold a lock that ends with the process. Raises ConfigError where another holds it, unless told to `wait`."""
-
-        def busy(holder: str) -> None:
-            if not wait:
-                raise ConfigError(
-                    f"{self.path}: {holder} is running this study; wait for it, or choose another output=DIR"
-                )
-            time.sleep(0.5)
-
-        with alone(self.path / "jobs" / name, busy):
-            yield
+    def lock(self, job: str | None = None) -> AbstractContextManager[None]:
+        """The lock of a job, for which this waits, or of the whole study: ConfigError where another process has it."""
+        return locked(self.path / "jobs" / job, lambda holder: time.sleep(0.5)) if job else locked(self.path)
 
 
 def train_again(teacher: str) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
-from kd.checkpoint import read_json, write_json
+from kd.checkpoint.files import read_json, write_json
 from kd.config.compose import build
 from kd.config.schema import content_hash
 from kd.study.folder import Folder

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd.checkpoint import write_atomically
+from kd.checkpoint.files import write_atomically
 from kd.metrics import METRICS
 from kd.study.folder import Folder
 from kd.study.schema import COLUMNS

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd.checkpoint import read_sealed, save_sealed
+from kd.checkpoint.store import read_sealed, save_sealed
 from kd.config.schema import DataConfig, Recipe
 from kd.data import Data, Split, load_data
 from kd.errors import ConfigError

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from accelerate.state import AcceleratorState
 
-from kd.checkpoint import advice, finished, read_sealed, read_weights, save_sealed, weights_header
+from kd.checkpoint.safetensors_io import read_weights, weights_header
+from kd.checkpoint.store import advice, finished, read_sealed, save_sealed
 from kd.models.wrappers import Teacher
 from kd.study.folder import Folder, train_again
 from kd.study.grid import Point

@@ -26,7 +26,7 @@ def work(config: Any) -> None:
     if _is_of_joblib():
         _end_with_command()
     try:
-        with signals.listening(), folder.lock(name, wait=True):  # a worker of a killed command may still be at it
+        with signals.listening(), folder.lock(name):  # a worker of a killed command may still be at it
             job = Job.read(folder, name)
             if not all(folder.is_finished(point) for point in job.points):
                 do(folder, job)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kd.checkpoint import write_text, writing
+from kd.checkpoint.files import sync, write_text, writing
 from kd.text import shown
 
 
@@ -56,8 +55,8 @@ class Logger:
     def flush(self) -> None:
         """Have the lines reach the disk. Raises CheckpointError."""
         if self.accelerator.is_main_process and self.path.exists():
-            with writing(self.path, 0), self.path.open("a") as file:
-                os.fsync(file.fileno())
+            with writing(self.path, 0):
+                sync(self.path)
 
     @contextmanager
     def progress(self, stage: str, total: int, done: int) -> Iterator[None]:

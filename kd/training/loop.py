@@ -22,7 +22,7 @@ from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from kd import checkpoint
+from kd.checkpoint import store
 from kd.config.schema import Recipe
 from kd.data import Batch, mixer
 from kd.errors import CheckpointError, TrainingError
@@ -109,7 +109,7 @@ class Trainer:
             about = {"updates": self.updates} | {
                 k: getattr(self.progress, k) for k in ("seconds", "selected", "skipped")
             }
-            checkpoint.finish(self.stage.directory, weights, self.stage.metadata, about, self.owner)
+            store.finish(self.stage.directory, weights, self.stage.metadata, about, self.owner)
         self.accelerator.wait_for_everyone()
 
     def measure(self, updates: int = 2) -> float:
@@ -300,9 +300,7 @@ class Trainer:
         self.logger.flush()  # a checkpoint must not be newer than the lines that are on disk
         if self.accelerator.is_main_process:
             stage, state = self.stage, self._state()
-            checkpoint.save(
-                stage.directory, self.progress.update, state, self.selected_weights, stage.metadata, self.owner
-            )
+            store.save(stage.directory, self.progress.update, state, self.selected_weights, stage.metadata, self.owner)
         self.saved_at = time.monotonic()
 
     def _modules(self) -> dict[str, nn.Module]:
@@ -319,11 +317,10 @@ class Trainer:
 
     def _load(self) -> None:
         stage = self.stage
-        advice = checkpoint.advice(stage.name, stage.directory)
-        newest = checkpoint.load(stage.directory, self.logger.say, advice, self.owner)
+        advice = store.advice(stage.name, stage.directory)
+        newest = store.load(stage.directory, self.logger.say, advice, self.owner)
         if self.accelerator.is_main_process:
-            checkpoint.clean(stage.directory)
-            checkpoint.retire(newest.damaged if newest else [])
+            store.clean(stage.directory)
         names = gather_object([newest.path.name if newest else "none"])
         if len(set(names)) > 1:  # they would train from different weights, and average their gradients
             raise CheckpointError(

@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from kd.checkpoint import CHECKPOINTS, advice, belongs, finish, finished, read_weights, retire
+from kd.checkpoint.safetensors_io import read_weights
+from kd.checkpoint.store import CHECKPOINTS, advice, finish, finished, remove
 from kd.cli.console import terminal
 from kd.config.schema import LossConfig, Recipe, StudentConfig, TeacherConfig
 from kd.data import Data, load_data
@@ -286,7 +287,6 @@ def check_teacher(run: Run, teacher: Teacher) -> None:
 def _is_finished(run: Run, name: str) -> bool:
     """Whether the student or control is finished. Raises CheckpointError where its files are damaged or another's."""
     directory = run.directory / name
-    belongs(directory, advice(name, directory), run.owner(name))
     if done := (directory / "stage.json").exists():
         _check_finished(run, name, directory)
     return done
@@ -297,4 +297,4 @@ def _check_finished(run: Run, name: str, directory: Path) -> None:
     for which in ("last", "selected"):  # both are scored when everything is trained, which may be days later
         finished(directory / f"{which}.safetensors", advice(name, directory), run.owner(name))
     if run.accelerator.is_main_process:
-        retire([directory / CHECKPOINTS])
+        remove(directory / CHECKPOINTS)

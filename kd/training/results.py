@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from kd.checkpoint import advice, finished, write_json
+from kd.checkpoint.files import write_json
+from kd.checkpoint.store import advice, finished
 from kd.config.compose import saved_recipe
 from kd.config.schema import Recipe, content_hash, identity
 from kd.errors import ConfigError

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from typing import Any
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 
-from kd.checkpoint import digest, write_json, write_text
+from kd.checkpoint.files import digest, write_json, write_text
 from kd.config.schema import Recipe, content_hash, identity
 from kd.data import Data
 from kd.errors import ConfigError
-from kd.runtime.lock import alone, told
+from kd.runtime.lock import unless_done
 from kd.runtime.signals import check
 from kd.training.logger import Logger
 from kd.training.stored import read_card
@@ -142,31 +141,17 @@ def _flat(values: dict, prefix: str = "") -> dict:
     return flat
 
 
-@contextmanager
-def alone_on_run(run: Run) -> Iterator[bool]:
-    """Keep every other process out of the run directory; yields whether the run is finished.
+def alone_on_run(run: Run) -> AbstractContextManager[bool]:
+    """Keep every other process out of the run directory; gives whether the run is finished, and so only read.
 
-    A finished run is only read, by any number of processes. Raises ConfigError while another process trains there.
+    Raises ConfigError while another process trains there.
     """
-
-    def busy(holder: str) -> None:
-        raise ConfigError(
-            f"run={run.directory.name}: {holder} is at work on {run.directory}; wait for it, or choose another run=NAME"
-        )
-
-    def finished() -> bool:
-        return told(run.accelerator, run.recipe.resume and (run.directory / "result.json").exists())
-
-    if finished():
-        yield True
-        return
-    with alone(run.directory, busy, run.accelerator):
-        yield finished()  # another process may have finished it since
+    result = run.directory / "result.json"
+    return unless_done(run.directory, lambda: run.recipe.resume and result.exists(), accelerator=run.accelerator)
 
 
-@contextmanager
-def alone_on_teacher(run: Run) -> Iterator[bool]:
-    """Wait while another run trains the same teacher, which all runs share; yields whether it is finished."""
+def alone_on_teacher(run: Run) -> AbstractContextManager[bool]:
+    """Wait while another run trains the same teacher, which all runs share; gives whether it is finished."""
     announced: set[str] = set()
 
     def busy(holder: str) -> None:
@@ -176,11 +161,4 @@ def alone_on_teacher(run: Run) -> Iterator[bool]:
         check(run.accelerator)
         time.sleep(0.5)
 
-    def finished() -> bool:
-        return told(run.accelerator, (run.teacher_directory / "stage.json").exists())
-
-    if finished():
-        yield True
-        return
-    with alone(run.teacher_directory, busy, run.accelerator):
-        yield finished()
+    return unless_done(run.teacher_directory, (run.teacher_directory / "stage.json").exists, busy, run.accelerator)

@@ -1,7 +1,6 @@
-"""One process at a time on a folder: who is late is told, waits where that helps, and no dead process is in the way."""
+"""One process at a time in a run directory: who is late is told, or waits, and no dead process is in the way."""
 
 import errno
-import fcntl
 import os
 import signal
 import socket
@@ -13,112 +12,76 @@ from pathlib import Path
 
 import pytest
 
-from kd.errors import CheckpointError
-from kd.runtime.lock import alone, path_of
+from kd.errors import ConfigError
+from kd.runtime.lock import locked, unless_done
 from tests.torture import forked
 
 WORDS = ("recipe=smoke", "run=one", "output=runs", "control=false")
 HOST = socket.gethostname()
 
 
-class Busy(Exception):
-    pass
-
-
-def refuse(holder: str) -> None:
-    raise Busy(holder)
-
-
-def test_a_second_holder_is_told_of_the_first_and_nothing_is_left(tmp_path):
-    folder = tmp_path / "run"
-    with alone(folder, refuse), pytest.raises(Busy, match=f"process {os.getpid()} on {HOST}"), alone(folder, refuse):
+def test_a_second_holder_is_told_of_the_first(tmp_path):
+    run = tmp_path / "run"
+    said = rf"run: process {os.getpid()} on {HOST} is at work on it; wait for it, or choose another run="
+    with locked(run), pytest.raises(ConfigError, match=said), locked(run):
         pass
-    assert not list(tmp_path.iterdir())
-    with alone(folder, refuse), alone(tmp_path / "other", refuse):
-        folder.mkdir()
-        folder.rename(tmp_path / "aside")  # resume=false does so
-        with pytest.raises(Busy), alone(folder, refuse):
+    with locked(run), locked(tmp_path / "other"):
+        run.mkdir()
+        run.rename(tmp_path / "aside")  # as resume=false does
+        with pytest.raises(ConfigError), locked(run):
             pass
 
 
-def test_who_waits_does_not_end_up_on_a_file_that_its_holder_removed(tmp_path, monkeypatch):
-    """Between opening the file and locking it, the holder ends and a third process takes a new file of that name."""
-    folder, flock = tmp_path / "run", fcntl.flock
-    others = []
+def test_what_is_done_is_read_without_a_lock(tmp_path):
+    run, done = tmp_path / "run", []
+    with locked(run), unless_done(run, lambda: True) as is_done:
+        assert is_done
 
-    def slow(file, how):
-        monkeypatch.setattr(fcntl, "flock", flock)
-        path_of(folder).unlink()
-        others.append(alone(folder, refuse))
-        others[0].__enter__()
-        flock(file, how)
+    def finish(holder: str) -> None:
+        done.append(holder)
+        holding.__exit__(None, None, None)
 
-    monkeypatch.setattr(fcntl, "flock", slow)
-    with pytest.raises(Busy), alone(folder, refuse):
-        pass
-    others[0].__exit__(None, None, None)
+    holding = locked(run)
+    holding.__enter__()
+    with unless_done(run, lambda: bool(done), finish) as is_done:
+        assert is_done
 
 
 HOLDER = """
-import os, sys, time
+import os, time
 from pathlib import Path
-from kd.runtime.lock import alone
-with alone(Path("run"), lambda holder: sys.exit(f"busy: {holder}")):
+from kd.runtime.lock import locked
+with locked(Path("run")):
     child = os.fork()  # as data workers are
-    print(os.getpid(), flush=True) if not child else None  # from where it has closed its copy
+    print(os.getpid(), flush=True) if not child else None
     time.sleep(60)
 """
 
 
-def test_neither_a_killed_process_nor_its_forked_children_hold_it(tmp_path):
+def test_neither_a_killed_process_nor_its_forked_data_workers_keep_it(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     child = int(holder.stdout.readline())
-    with pytest.raises(Busy, match=f"process {holder.pid} on"), alone(tmp_path / "run", refuse):
+    with pytest.raises(ConfigError, match=f"process {holder.pid} on"), locked(tmp_path / "run"):
         pass
     holder.kill()
     holder.wait()
     os.kill(child, 0)  # is still there
-    assert path_of(tmp_path / "run").exists()
-    with alone(tmp_path / "run", refuse):
+    with locked(tmp_path / "run"):
         pass
     os.kill(child, signal.SIGKILL)
     holder.stdout.close()
 
 
-@pytest.mark.timeout(20)
-@pytest.mark.parametrize(
-    ("make", "said"),
-    [(os.mkfifo, "is a pipe"), (Path.mkdir, "is a folder"), (lambda p: p.symlink_to("x"), "is a link")],
-)
-def test_what_stands_in_the_place_of_a_lock_is_neither_followed_nor_waited_for(make, said, tmp_path):
-    """The holder's name would be written into whatever a link points to."""
-    (tmp_path / "x").write_text("of somebody else")
-    make(path_of(tmp_path / "run"))
-    with pytest.raises(CheckpointError, match=rf"\.run\.lock: {said}, must be a file"), alone(tmp_path / "run", refuse):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSPC])
+def test_a_file_system_without_locks_or_without_room_does_not_stop_a_run(number, tmp_path, monkeypatch, capsys):
+    def failing(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("filelock.FileLock.acquire", failing)
+    with locked(tmp_path / "run"):
         pass
-    assert (tmp_path / "x").read_text() == "of somebody else"
-
-
-def test_a_forked_child_that_leaves_the_block_does_not_take_the_lock_with_it(tmp_path):
-    held = alone(tmp_path / "run", refuse)
-    held.__enter__()
-    if not (child := os.fork()):
-        held.__exit__(None, None, None)
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert path_of(tmp_path / "run").exists()
-    held.__exit__(None, None, None)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_file_system_without_locks_is_told_and_no_obstacle(tmp_path, monkeypatch, capsys):
-    def unknown(*arguments):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", unknown)
-    with alone(tmp_path / "run", refuse):
-        pass
-    assert capsys.readouterr().err == f"{tmp_path}: no locks here (No locks available); start no second process on it\n"
+    said = f"{os.strerror(number)}; start no second process on this directory\n"
+    assert capsys.readouterr().err == f"{tmp_path / '.run.lock'}: {said}"
 
 
 def pause(stage: str) -> None:
@@ -143,7 +106,7 @@ def until(condition, what: str) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.torture)])
 def test_a_second_process_on_a_run_is_refused_until_the_first_is_dead(processes, tmp_path):
     """The first is killed: its lock goes with it, and the second command then finishes the run."""
     first = forked.start(*WORDS, folder=tmp_path, hook=partial(pause, "student"))
@@ -151,18 +114,15 @@ def test_a_second_process_on_a_run_is_refused_until_the_first_is_dead(processes,
     before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
     second = forked.start(*WORDS, folder=tmp_path, processes=processes, log="second.txt")
     assert forked.finish(second) == [2] * processes
-    assert (tmp_path / "second.txt").read_text() == (
-        f"error: run=one: process {first[0].pid} on {HOST} is at work on runs/smoke/one; wait for it, or choose "
-        "another run=NAME\n"
-    )
+    said = f"error: runs/smoke/one: process {first[0].pid} on {HOST} is at work on it; wait for it, or choose another"
+    assert (tmp_path / "second.txt").read_text() == f"{said} run= or output=\n"
     assert {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()} == before
     forked.kill(first[0], signal.SIGKILL)
     assert forked.finish(first) == [-signal.SIGKILL]
     forked.whole(*WORDS, folder=tmp_path, processes=processes, log="third.txt")
-    assert not list((tmp_path / "runs").rglob("*.lock"))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.torture)])
 def test_a_run_waits_for_the_teacher_that_another_trains(processes, tmp_path):
     """It is that of both, and would be trained again otherwise."""
     first = forked.start(*WORDS, folder=tmp_path, hook=partial(pause, "teacher"))
@@ -174,11 +134,12 @@ def test_a_run_waits_for_the_teacher_that_another_trains(processes, tmp_path):
     time.sleep(1)
     (tmp_path / "go").touch()
     assert forked.finish([*first, *second]) == [0] * (1 + processes)
-    assert (tmp_path / "second.txt").read_text().count("waits for") == 1
-    assert "teacher  found in" in (tmp_path / "second.txt").read_text()
-    assert "teacher  epoch" not in (tmp_path / "second.txt").read_text()
+    log = (tmp_path / "second.txt").read_text()
+    assert log.count("waits for") == log.count("teacher  found in") == 1
+    assert "teacher  epoch" not in log
 
 
+@pytest.mark.torture
 def test_a_run_that_waits_can_be_stopped(tmp_path):
     first = forked.start(*WORDS, folder=tmp_path, hook=partial(pause, "teacher"))
     until((tmp_path / "training").exists, "the first run does not train")
@@ -189,16 +150,3 @@ def test_a_run_that_waits_can_be_stopped(tmp_path):
     assert (tmp_path / "second.txt").read_text().endswith("\nstopped; run the same command to go on\n")
     forked.kill(first[0], signal.SIGKILL)
     forked.finish(first)
-
-
-def test_a_full_disk_is_no_reason_to_be_refused_a_lock(tmp_path, monkeypatch):
-    """Its file says who holds it to those who wait, and no more: what must be written is told of by whoever writes."""
-
-    def full(number, text):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "write", full)
-    folder = tmp_path / "run"
-    with alone(folder, refuse), pytest.raises(Busy, match="another process"), alone(folder, refuse):
-        pass
-    assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kd import evaluate
-from kd.checkpoint import write_manifest
+from kd.checkpoint.manifest import write_manifest
 from kd.config.schema import DataConfig
 from kd.data import load_data
 from kd.errors import CheckpointError

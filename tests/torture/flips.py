@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from kd import checkpoint
+from kd.checkpoint import store
 from kd.errors import CheckpointError
 from kd.verify import rows
 from tests.torture.faults import ABOUT, finish, loaded, save, weights
@@ -28,7 +28,7 @@ def prepare(folder: Path) -> None:
     save(folder / "training", 1)
     save(folder / "training", 2)
     finish(folder / "done")
-    checkpoint.save_sealed(folder / "sealed" / SEALED[0], weights(1), ABOUT)
+    store.save_sealed(folder / "sealed" / SEALED[0], weights(1), ABOUT)
 
 
 def kind(i: int) -> str:
@@ -73,15 +73,15 @@ def trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
         if path.parent == checkpoints[1]:
             _falls_back(folder / "training", path, where)
         elif path.name in SEALED:
-            _refused(path, where, [path.with_name(SEALED[0])], partial(checkpoint.read_sealed, advice=""))
+            _refused(path, where, [path.with_name(SEALED[0])], partial(store.read_sealed, advice=""))
         elif path.name == "stage.json":  # then all of them
-            _refused(path, where, list(path.parent.glob("*.safetensors")), checkpoint.finished)
+            _refused(path, where, list(path.parent.glob("*.safetensors")), store.finished)
         else:
-            _refused(path, where, [path], checkpoint.finished)
+            _refused(path, where, [path], store.finished)
         if path.name not in SEALED:
             told = [row.wrong for row in rows(path.parent) if row.wrong]
-            assert len(told) == 1, f"{path.name}, {where}: kd.checkpoint verify says {told}"
-            assert str(path) in told[0], f"{path.name}, {where}: kd.checkpoint verify says {told}"
+            assert len(told) == 1, f"{path.name}, {where}: kd.verify says {told}"
+            assert str(path) in told[0], f"{path.name}, {where}: kd.verify says {told}"
     finally:
         path.write_bytes(raw)
     return {how: 1, "detected": 1, "fallbacks": int(path.parent == checkpoints[1])}
@@ -90,7 +90,7 @@ def trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
 def _falls_back(stage: Path, path: Path, where: str) -> None:
     assert loaded(stage) == 1, f"{path.name}, {where}: was loaded"
     said: list[str] = []
-    checkpoint.load(stage, said.append, "")
+    store.load(stage, said.append, "")
     assert len(said) == 1, f"{path.name}, {where}: {len(said)} warnings"
     assert "\n" not in said[0], f"{path.name}, {where}: {said[0]!r} is not one line"
     assert str(path) in said[0], f"{path.name}, {where}: {said[0]!r} does not name it"

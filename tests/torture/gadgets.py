@@ -24,8 +24,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from safetensors.torch import save as safetensors_bytes
 
-from kd import checkpoint
+from kd.checkpoint import store
+from kd.checkpoint.files import read_json
 from kd.checkpoint.manifest import read_manifest
+from kd.checkpoint.safetensors_io import load_state, read_weights, weights_header
 from kd.cli.errors import one_line_errors
 from kd.config import compose
 from kd.config.schema import Recipe, content_hash, identity
@@ -70,13 +72,13 @@ def in_place_of(places: str, read: Callable[[Path], object], path: Path) -> None
 
 
 def resumed(folder: Path) -> None:
-    checkpoint.load(folder / "stage", print, "")
+    store.load(folder / "stage", print, "")
 
 
 def finished(folder: Path) -> None:
     for name in ("last", "selected"):
-        checkpoint.finished(folder / f"done/{name}.safetensors")
-    checkpoint.read_sealed(folder / "done/sealed.safetensors", "")
+        store.finished(folder / f"done/{name}.safetensors")
+    store.read_sealed(folder / "done/sealed.safetensors", "")
 
 
 def as_command(read: Callable[[Path], object], path: Path) -> object:
@@ -118,15 +120,15 @@ def card(path: Path) -> object:
 
 
 READERS: dict[str, Callable[[Path], object]] = {
-    "state": checkpoint.load_state,
-    "weights": checkpoint.read_weights,
-    "header": checkpoint.weights_header,
+    "state": load_state,
+    "weights": read_weights,
+    "header": weights_header,
     "metadata": weights_metadata,
     "network": network,
     "exactly": exactly,
     "resume": partial(in_place_of, "stage/checkpoints/*/*", resumed),
     "finished": partial(in_place_of, "done/*", finished),
-    "json": checkpoint.read_json,
+    "json": read_json,
     "manifest": read_manifest,
     "recipe": compose.read_recipe,
     "verify": lambda path: rows(path),
@@ -244,7 +246,7 @@ def in_child(folder: Path, jobs: list[tuple[str, bytes, list[str]]]) -> Counter:
     shutil.rmtree(folder / "stage", ignore_errors=True)
     save(folder / "stage", 1)
     finish(folder / "done")
-    checkpoint.save_sealed(folder / "done/sealed.safetensors", weights(1), ABOUT)
+    store.save_sealed(folder / "done/sealed.safetensors", weights(1), ABOUT)
     (folder / "past").mkdir(exist_ok=True)
     for name, raw in past().items():
         (folder / "past" / name).write_bytes(raw)
@@ -304,7 +306,7 @@ PARTS = (
         "gadgets",
         "40 gadget files and 10,000 mutants through every reader: nothing runs, hangs, or ends in a traceback",
         GADGETS + BATCHES,
-        GADGETS + 2,
+        6,
         trial,
         prepare,
     ),

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from kd.checkpoint.store import found_in
+from kd.checkpoint.store import checkpoints_in
 from tests.torture import forked
 from tests.torture.faults import watched
 from tests.torture.harness import Part
@@ -24,7 +24,7 @@ CALLS = 300  # system calls, of some eight saves
 # Augmentation, mixup, averaged weights, accumulation and a schedule; 10 updates an epoch.
 WORDS = ("recipe=smoke", "run=one", "output=runs", "teacher.epochs=2", "student.epochs=3", "train.batch_size=128")
 WORDS += ("data.shift=1", "data.mixup=0.2", "train.ema_decay=0.9", "train.accumulation=2", "scheduler.warmup_epochs=1")
-COMPLAINT = re.compile(r"(?i)traceback|^error|corrupt|damaged|not a whole|f[ae]ll(s|ing)? back|before it is taken")
+COMPLAINT = re.compile(r"(?i)traceback|^error|corrupt|damaged|not a whole|f[ae]ll(s|ing)? back")
 
 
 _watching = ExitStack()  # for as long as the process lives
@@ -93,8 +93,9 @@ def die(at: int) -> None:
 
 def newest(place: Path) -> dict[str, int]:
     """The update of the newest checkpoint of each stage that is not finished."""
-    folders = [path.parent for path in place.rglob("checkpoints") if not (path.parent / "stage.json").exists()]
-    return {str(f.relative_to(place)): int(found[0].name.split("-")[1]) for f in folders if (found := found_in(f))}
+    stages = [path.parent for path in place.rglob("checkpoints") if not (path.parent / "stage.json").exists()]
+    saved = {str(stage.relative_to(place)): checkpoints_in(stage) for stage in stages}
+    return {stage: int(paths[0].name.split("-")[1]) for stage, paths in saved.items() if paths}
 
 
 def goes_on(saved: dict[str, int], log: str) -> int:

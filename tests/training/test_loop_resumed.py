@@ -165,7 +165,7 @@ def test_a_save_that_takes_long_is_not_followed_by_the_next_at_once(tmp_path, mo
     monkeypatch.setattr(
         "kd.training.loop.time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter)
     )
-    monkeypatch.setattr("kd.checkpoint.save", save)
+    monkeypatch.setattr("kd.checkpoint.store.save", save)
     t._update, t.saved_at = updating, 0.0
     t.fit()
     assert saves == [10, 20]
@@ -175,7 +175,7 @@ def test_what_was_logged_is_on_the_disk_before_a_stage_is_finished(tmp_path, mon
     t, done = trainer(tmp_path, recipe()), []
     for name in ("write", "flush"):
         monkeypatch.setattr(t.logger, name, lambda *values, name=name: done.append(name))
-    monkeypatch.setattr("kd.checkpoint.finish", lambda *arguments: done.append("finish"))
+    monkeypatch.setattr("kd.checkpoint.store.finish", lambda *arguments: done.append("finish"))
     t.fit()
     assert done[-3:] == ["write", "flush", "finish"]
 

@@ -21,7 +21,7 @@ from sklearn.metrics import accuracy_score, log_loss
 
 import kd.models.networks
 from kd import evaluate
-from kd.checkpoint import write_manifest
+from kd.checkpoint.manifest import write_manifest
 from kd.config.schema import PACKAGE
 from kd.models.weights import weights_metadata
 from kd.training import results
@@ -130,7 +130,7 @@ def test_evaluate_finds_weights_that_are_not_the_results(finished, tmp_path):
     shutil.copy(run / "control/last.safetensors", run / "student/last.safetensors")
     done = command(tmp_path, "run=runs/smoke/one", program=("-m", "kd.evaluate"))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "student/last.safetensors: has sha256" in done.stderr
+    assert "student/last.safetensors: is damaged, has sha256" in done.stderr
     shutil.copy(run / "control/stage.json", run / "student/stage.json")
     shutil.copy(run / "control/selected.safetensors", run / "student/selected.safetensors")
     done = command(tmp_path, "run=runs/smoke/one", program=("-m", "kd.evaluate"))

@@ -1,0 +1,200 @@
+"""Files of others: what is no checkpoint or no weights is one line, and nothing in it runs."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kd.checkpoint.safetensors_io import load_state, read_weights, weights_header
+from kd.config.compose import read_recipe
+from kd.errors import CheckpointError, ConfigError
+from kd.models.factory import build
+from kd.models.weights import load_named
+from kd.verify import main
+
+READERS = [load_state, read_weights, weights_header]
+
+
+def saved(tmp_path, weights, **options):
+    path = tmp_path / "w.pth"
+    torch.save(weights, path, **options)
+    return path
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: None, "No such file"),
+        (lambda path: path.touch(), "is empty"),
+        (lambda path: path.mkdir(), "must be a file, is a directory"),
+        (lambda path: path.write_bytes(bytes(100)), "not a readable .safetensors file"),
+        (lambda path: save_file({"w": torch.ones(99)}, path) or os.truncate(path, 200), "not a readable .safetensors"),
+    ],
+)
+def test_what_is_no_file_of_tensors_is_one_line(read, make, said, tmp_path):
+    path = tmp_path / "a.safetensors"
+    make(path)
+    with pytest.raises(CheckpointError) as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_flipped_bit_of_a_tensor_in_a_pth_is_seen(tmp_path):
+    """torch.load does not look at the zip's checksums: it gives the wrong weight."""
+    path = saved(tmp_path, {"w": torch.full((1000,), 1.5)})
+    raw = path.read_bytes()
+    at = raw.index(torch.full((2,), 1.5).numpy().tobytes()) + 400
+    path.write_bytes(raw[:at] + bytes([raw[at] ^ 4]) + raw[at + 1 :])
+    assert not torch.equal(torch.load(path, weights_only=True)["w"], torch.full((1000,), 1.5))
+    with pytest.raises(CheckpointError, match="checksum of its part 'w/data/0' differs"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("wrapped", [lambda w: w, lambda w: {"state_dict": w}, lambda w: {"model": w, "epoch": 3}])
+@pytest.mark.parametrize("new", [True, False])
+def test_a_pth_of_either_format_is_read(tmp_path, wrapped, new):
+    weights = {"a": torch.randn(3), "b": torch.arange(4)}
+    read = read_weights(saved(tmp_path, wrapped(weights), _use_new_zipfile_serialization=new))
+    assert read.keys() == weights.keys()
+    assert all(torch.equal(read[key], weights[key]) for key in weights)
+
+
+def test_a_pth_that_holds_code_is_refused_and_told_from_weights(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    with pytest.raises(CheckpointError, match="holds code, which kd never runs; save the state_dict"):
+        read_weights(saved(tmp_path, {"w": Code()}))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path):
+    path = tmp_path / "w.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**24))
+    with pytest.raises(CheckpointError, match="unpacks to 16,777,216 bytes"):
+        read_weights(path)
+
+
+def test_a_tensor_that_claims_more_than_the_file_has_is_refused(tmp_path):
+    path = saved(tmp_path, {"w": torch.as_strided(torch.zeros(1), (10**12,), (0,))})
+    with pytest.raises(CheckpointError, match="its tensors claim 4,000,000,000,000 bytes"):
+        read_weights(path)
+
+
+@pytest.mark.torture
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read from /proc")
+def test_memory_stays_within_twice_the_file(tmp_path):
+    """Of what torch allocates on the CPU, saving and reading."""
+    code = f"""
+import torch, timm
+from pathlib import Path
+from kd.checkpoint import safetensors_io
+from kd.checkpoint import store
+peak = lambda: 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+weights, directory = {{str(i): torch.ones(2**20) for i in range(32)}}, Path({str(tmp_path)!r})
+store.save(directory / "small", 1, {{"w": torch.ones(1)}})
+start = peak()
+store.save(directory, 1, weights)
+print((peak() - start) / 2**27)
+store.load(directory, print, "")
+torch.save(weights, directory / "w.pth")
+safetensors_io.read_weights(directory / "w.pth")
+print((peak() - start) / 2**27)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    saving, reading = map(float, done.stdout.split())
+    assert 0.5 < saving < 2
+    assert reading < 2
+
+
+# ---- weights for a network
+
+
+def weights():
+    torch.manual_seed(0)
+    return build("mlp_nano", num_classes=10, input_shape=(1, 8, 8)).state_dict()
+
+
+def test_weights_of_8_bits_are_loaded_and_found_whole(tmp_path, capsys):
+    """Some of torch's comparisons do not know these numbers."""
+    given = {key: value.to(torch.float8_e4m3fn) for key, value in weights().items()}
+    for name, save in (("w.safetensors", save_file), ("w.pth", torch.save)):
+        save(given, tmp_path / name)
+        held = build("mlp_nano", num_classes=10, input_shape=(1, 8, 8), checkpoint=tmp_path / name).state_dict()
+        assert all(torch.equal(held[key], value.float()) for key, value in given.items())
+        assert main([f"path={tmp_path / name}"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantize|nested|Nested)")
+@pytest.mark.parametrize(
+    ("alter", "kind"),
+    [
+        (lambda v: v.to("meta"), "meta"),
+        (lambda v: v.to_sparse(), "sparse"),
+        (lambda v: torch.nested.nested_tensor([v, v[:1]]), "nested"),
+        (lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), "torch.qint8"),
+        (lambda v: v.to(torch.uint8).view(torch.float4_e2m1fn_x2), "torch.float4_e2m1fn_x2"),
+    ],
+)
+def test_tensors_that_nothing_computes_with_are_named_by_training_and_by_verify(alter, kind, tmp_path, capsys):
+    given = weights()
+    first = next(iter(given))
+    path = saved(tmp_path, {**given, first: alter(given[first])})
+    said = f"{first} is a {kind} tensor, must be a dense one"
+    with pytest.raises(ConfigError, match=f"w.pth: {said}"):
+        build("mlp_nano", num_classes=10, input_shape=(1, 8, 8), checkpoint=path)
+    assert main([f"path={path}"]) == 1
+    assert f"{path}: {said}" in capsys.readouterr().out
+
+
+def test_infinities_of_the_file_are_a_buffers_own_and_those_of_the_conversion_are_not(tmp_path):
+    net = torch.nn.Linear(2, 2)
+    net.register_buffer("mask", torch.zeros(2))
+    for value, fits in ((float("-inf"), True), (-1e300, False), (float("nan"), False)):
+        path = tmp_path / "w.safetensors"
+        save_file(net.state_dict() | {"mask": torch.tensor([0.0, value], dtype=torch.float64)}, path)
+        assert main([f"path={path}"]) == (0 if fits else 1)
+        if fits:
+            load_named(net, path)
+            assert net.mask[1] == value
+        else:
+            with pytest.raises(CheckpointError, match="infinite values as float32, first mask"):
+                load_named(net, path)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_no_tensors_are_no_weights(suffix, tmp_path):
+    path = tmp_path / f"w.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)({}, path)
+    with pytest.raises(CheckpointError, match="holds no state_dict of tensors"):
+        read_weights(path)
+    assert main([f"path={path}"]) == 1
+
+
+def test_a_runs_recipe_names_no_code(tmp_path):
+    path, canary = tmp_path / "recipe.yaml", tmp_path / "canary"
+    for text in (f"name: !!python/object/apply:os.system ['touch {canary}']", "a: " + "[" * 5000, "a: [", "a: \x00"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"recipe\.yaml"):
+            read_recipe(path)
+    assert not canary.exists()
+
+
+def test_a_file_cannot_choose_what_is_fetched(tmp_path):
+    from kd.probe import main
+
+    path = tmp_path / "w.safetensors"
+    save_file(weights(), path, {"kd": json.dumps({"model": "hf-hub:some/where"})})
+    with pytest.raises(ConfigError, match=r"records model='hf-hub:some/where'; type it"):
+        main([f"checkpoint={path}", "data=digits"])
