@@ -7,6 +7,7 @@ Everything random in it is a function of the seed and the position: the order of
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -332,7 +333,7 @@ class Trainer:
         try:
             self._restore(newest.state)
         except (LookupError, AttributeError, TypeError, RuntimeError, ValueError) as error:  # of another torch or timm
-            reason = str(error).partition("\n")[0]
+            reason = textwrap.shorten(str(error), 300)  # torch writes several lines
             raise CheckpointError(f"{newest.path}: does not fit this run ({reason})") from error
         self.selected_weights = newest.selected
         self.logger.say(f"{stage.name:8} goes on after update {self.progress.update} of {self.updates}")
