@@ -62,7 +62,7 @@ def test_a_state_refuses_what_could_hold_code(tmp_path):
 
 
 def test_equal_weights_are_equal_files_and_keep_their_metadata(tmp_path):
-    from kd.models.factory import weights_metadata
+    from kd.models.weights import weights_metadata
 
     about = {"model": "m", "num_classes": "10", "label_smoothing": "0.1", "smoothing": "uniform"}
     contents = set()
