@@ -14,7 +14,7 @@ from hypothesis import settings
 from kd.cli.errors import one_line_errors
 
 # Property tests draw the same 50 examples each time; `--hypothesis-profile=nightly`, or KD_NIGHTLY=1, draws 1,000 new
-# ones. KD_NIGHTLY=1 also takes the whole matrix through DistillLoss on the interpreted kernels.
+# ones.
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
 settings.register_profile("nightly", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("nightly" if os.environ.get("KD_NIGHTLY") == "1" else "ci")

@@ -100,7 +100,7 @@ SETTINGS = {
 def test_equals_linear_then_distill_loss(settings, soft, reduction, backend):
     settings = {**settings, "reduction": reduction, "backend": backend}
     row = REFERENCE_ROW if backend == "reference" else ROW
-    for bias, kind, rows in itertools.product([True, False], ["head", "logits"], [1, 3, N]):
+    for bias, kind, rows in ((True, "head", 1), (False, "logits", 3), (True, "logits", N), (False, "head", 3)):
         case = Case(bias=bias, soft=soft)
         ours = case.ours(LinearDistillLoss(**settings, memory_budget=int(rows * row)), kind)
         theirs = case.unfused(**settings)
@@ -140,19 +140,6 @@ def test_leading_dimensions(lead, soft, reduction):
     theirs = case.unfused(reduction=reduction, label_smoothing=0.1)
     assert ours.shape == theirs.shape
     assert_close([ours, *case.gradients(ours)], [theirs, *case.gradients(theirs)])
-
-
-def test_layout_does_not_matter():
-    case = Case((2, 4))
-    expected = case.gradients(case.unfused())
-    case.x = case.x.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0).requires_grad_()
-    case.w = case.w.detach().T.contiguous().T.requires_grad_()
-    case.tx, case.y = case.tx.transpose(0, 1).contiguous().transpose(0, 1), case.y.T.contiguous().T
-    loss = LinearDistillLoss(memory_budget=3 * ROW)
-    assert_close(case.gradients(case.ours(loss)), expected)
-    row = case.teacher("logits")["teacher_logits"][:1, :1].expand(2, 4, K)
-    given = case.x, case.w, case.y
-    torch.testing.assert_close(loss(*given, teacher_logits=row), loss(*given, teacher_logits=row.contiguous()))
 
 
 def test_terms_are_the_unweighted_parts():
@@ -318,29 +305,6 @@ def test_nothing_to_learn_from_is_zero_with_a_graph(lead, reduction):
         assert torch.equal(gradient, torch.zeros_like(tensor))
 
 
-def test_an_ignored_position_gives_exactly_zero():
-    case = Case()
-    case.tx[2] = math.nan
-    value = case.ours(LinearDistillLoss(reduction="none", memory_budget=ROW))
-    gradients = case.gradients(value)
-    assert value[2] == 0
-    assert torch.equal(gradients[0][2], torch.zeros(D, dtype=torch.float64))
-    assert all(gradient.isfinite().all() for gradient in gradients)
-
-
-def test_one_class():
-    case = Case(k=1)
-    case.y = torch.zeros(N, dtype=torch.int64)
-    value = case.ours(LinearDistillLoss(memory_budget=50))
-    assert_close([value, *case.gradients(value)], [torch.zeros_like(t) for t in (value, *case.leaves)], 1e-14)
-
-
-def test_nan_in_gives_nan_out():
-    case = Case()
-    case.x.data[4, 0] = math.nan
-    assert case.ours(LinearDistillLoss(reduction="none")).isnan().tolist() == [i == 4 for i in range(N)]
-
-
 # ---- precision
 
 
@@ -441,10 +405,15 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kind", ["head", "logits"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "reduction", "backend"),
+    [
+        ("head", torch.float32, "mean", "reference"),
+        ("head", torch.bfloat16, "none", "auto"),
+        ("logits", torch.bfloat16, "mean", "reference"),
+        ("logits", torch.float32, "none", "auto"),
+    ],
+)
 def test_logits_are_never_held(kind, dtype, reduction, backend):
     n, d, k, budget = 300, 4, 64, 3000
     case = Case((n,), dtype=dtype, d=d, k=k)
@@ -482,22 +451,6 @@ def test_settings_may_be_scheduled_and_are_shown():
 
 
 # ---- bad input
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"memory_budget": 0}, ValueError, r"memory_budget=0: must be None or a whole number of bytes ≥ 1"),
-        ({"memory_budget": 1.5}, ValueError, r"memory_budget=1.5: "),
-        ({"memory_budget": "1G"}, TypeError, r"memory_budget='1G': .* got str"),
-        ({"temperature": 0}, ValueError, r"temperature=0: "),
-        ({"class_weight": [1.0]}, TypeError, r"class_weight is list"),
-        ({"reduction": "avg"}, ValueError, r"reduction='avg': "),
-    ],
-)
-def test_bad_settings(settings, error, message):
-    with pytest.raises(error, match=message):
-        LinearDistillLoss(**settings)
 
 
 X, W, Y, TL = draw(4, 3, seed=1), draw(5, 3, seed=2), torch.tensor([0, 1, 2, 4]), draw(4, 5, seed=3)
@@ -572,8 +525,3 @@ def test_without_a_teacher_nothing_of_it_is_looked_at():
     torch.testing.assert_close(
         loss(X, W, Y, teacher_logits=TX, teacher_weight="no tensor"), F.cross_entropy(X @ W.T, Y)
     )
-
-
-def test_a_teacher_of_probabilities_warns():
-    with pytest.warns(UserWarning, match=r"teacher_logits look like probabilities"):
-        LinearDistillLoss()(X, W, Y, teacher_logits=TL.softmax(-1))

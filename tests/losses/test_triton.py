@@ -1,9 +1,4 @@
-"""The Triton kernels, run on the CPU by Triton's interpreter.
-
-Whether Triton interprets is settled when it is imported, so the checks, tests/losses/interpreted_*.py, run in a process
-of their own. Rows meet every combination of settings on both kernels; KD_NIGHTLY=1 takes all of them through
-DistillLoss with its reductions too, which takes an hour or so.
-"""
+"""The Triton kernels, run on the CPU by Triton's interpreter: interpreted_triton.py in a process of its own."""
 
 import os
 import subprocess
@@ -15,15 +10,19 @@ import pytest
 pytest.importorskip("triton", reason="triton is published for Linux only")
 
 
-# Minutes on a slow core: every operation of a kernel is Python here.
-@pytest.mark.timeout(4 * 3600 if os.environ.get("KD_NIGHTLY") == "1" else 1200)
-def test_the_kernels_under_the_interpreter():
-    checks = [str(Path(__file__).with_name(name)) for name in ("interpreted_triton.py", "interpreted_loss.py")]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *checks],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
+def interpret(*arguments):
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    checks = str(Path(__file__).with_name("interpreted_triton.py"))
+    done = subprocess.run([*words, checks], capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
     print(done.stdout, done.stderr)
     assert done.returncode == 0
+
+
+def test_a_sample_under_the_interpreter():
+    interpret()
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(3600)  # every operation of a kernel is Python here
+def test_all_under_the_interpreter():
+    interpret("-m", "torture", "--timeout=3600")

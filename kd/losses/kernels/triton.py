@@ -1,7 +1,7 @@
-"""The rows of the distillation loss on a GPU (CUDA or ROCm) and their gradient, in one launch of a Triton kernel.
+"""The distillation loss of N rows on a GPU (CUDA or ROCm) and its gradient, in one launch of a Triton kernel.
 
-No atomics, so two runs give the same bits. Nothing waits for the GPU and no memory depends on values, so a CUDA graph
-may capture a call, if an earlier one with the same dtypes has compiled its kernel.
+It uses no atomics, so two runs give the same bits. It does not wait for the GPU and its memory does not depend on
+values, so a CUDA graph may capture a call after an earlier one with the same dtypes has compiled the kernel.
 """
 
 import struct
@@ -42,9 +42,9 @@ def adjust(gradient: Tensor, held: Tensor, upstream: Tensor, inputs: Inputs, num
 
 
 class Shape(NamedTuple):
-    """How a launch divides its work: ``block`` classes at a time of ``rows`` rows by one program of ``warps`` warps.
+    """How a launch divides its work: a program of ``warps`` warps takes ``rows`` rows, ``block`` classes at a time.
 
-    ``registers`` is the most that a thread may have on CUDA, None what the compiler makes of it.
+    ``registers`` limits the registers of a thread on CUDA; None leaves them to the compiler.
     """
 
     resident: bool
@@ -57,8 +57,8 @@ class Shape(NamedTuple):
 def shape_for(classes: int, wide: torch.dtype, vector: int, lanes: int) -> Shape:
     """The launch for rows of this many classes, loaded ``vector`` at a time; ``lanes`` is the threads of a warp.
 
-    What fits was read off the compiled code by tests/test_triton_offline.py: in none of these do registers spill. At
-    16 classes for each of 512 threads a row is 98 to 126 registers of 128; 32 for each spill on some architectures.
+    The limits come from the compiled code (tests/losses/test_triton_offline.py): no register spills in any of these. At
+    16 classes for each of 512 threads a row takes 98 to 126 of 128 registers; 32 for each spill on some architectures.
     """
     double = wide == torch.float64
     each = 4 if double else 8
@@ -67,8 +67,8 @@ def shape_for(classes: int, wide: torch.dtype, vector: int, lanes: int) -> Shape
         return Shape(False, 1, LANE.value * 256, 256 // lanes, 192 if double else None)
     tile = max(block, each * lanes)
     warps = min(tile // (each * lanes), 16)
-    # Left to itself, ptxas spills a register to be down at 56 in some launches that load one class at a time; above, to
-    # be down at 64, in a sweep of doubles, of which a multiprocessor holds one program in any case.
+    # Without a limit ptxas spills a register to get down to 56 in some launches that load one class at a time; and
+    # above, to get down to 64 in a sweep of doubles, of which a multiprocessor holds only one program anyway.
     held = vector == 1 and not double and block == tile == warps * lanes * each
     return Shape(True, tile // block, block, warps, 64 if held else None)
 
@@ -133,15 +133,15 @@ def _lanes(device: torch.device) -> int:
 
 
 def _rows_of_ones(x: Tensor) -> Tensor:
-    """Copied where a row's classes are not side by side; the rows themselves may lie, or repeat, as they like."""
+    """Copied where the classes of a row are not contiguous; the rows may have any stride, 0 among them."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def _vector(classes: int, tensors: list[Tensor]) -> int:
-    """How many elements may be loaded at once: what all rows are a multiple of, and start at a multiple of.
+    """How many elements a thread may load at once: all rows start at a multiple of it and have a multiple of it.
 
-    The kernels get their sizes in this unit, which is how the compiler knows. If K is odd, every second contiguous row
-    starts at an odd element: then each thread loads one at a time, next to what its neighbours load.
+    The kernels get their sizes in this unit, so that the compiler knows. If K is odd, every second contiguous row
+    starts at an odd element: then each thread loads one element at a time, beside those of its neighbours.
     """
     if any(x.data_ptr() % 16 for x in tensors):
         return 1
@@ -150,5 +150,5 @@ def _vector(classes: int, tensors: list[Tensor]) -> int:
 
 
 def _bits(value: float) -> int:
-    # 0 as -0, whose bits are an int64 that no int32 holds: the kernel is not compiled anew for it.
+    # 0 becomes -0, whose bits do not fit into an int32: Triton would compile the kernel again for an int32.
     return struct.unpack("q", struct.pack("d", value or -0.0))[0]
