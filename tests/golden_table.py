@@ -1,7 +1,7 @@
 """How far every method is from numbers that are not its own: ``python -m tests.golden_table``.
 
 They come from its authors' released code, or, where there is none to run, from a second writing in NumPy that shares no
-code with kd. A test module lists both as ``GOLDEN_CASES``, a list of ``Case``. The table has a row per method and
+code with kd. The modules ``losses/golden_*.py`` list both as ``GOLDEN_CASES``. The table has a row for each method and
 source: how many cases, and the worst relative error of value and of gradient, the largest element being the scale.
 """
 
@@ -74,16 +74,10 @@ def slope(function: Callable[[np.longdouble], np.longdouble], step: float = 1e-4
 
 
 def every_case() -> list[Case]:
-    """What the test modules of all rooms list as GOLDEN_CASES."""
+    """What the modules `losses/golden_*.py` list as GOLDEN_CASES."""
     tests = Path(__file__).parent
-    cases = []
-    for path in sorted(tests.rglob("test_*.py")):
-        if "\nGOLDEN_CASES" in path.read_text():
-            for folder in (path.parent, tests):  # as pytest does
-                if str(folder) not in sys.path:
-                    sys.path.insert(0, str(folder))
-            cases += import_module(path.stem).GOLDEN_CASES
-    return cases
+    sys.path[:0] = [str(tests), str(tests / "losses")]  # as pytest does
+    return [case for path in sorted(tests.glob("losses/golden_*.py")) for case in import_module(path.stem).GOLDEN_CASES]
 
 
 if __name__ == "__main__":

@@ -93,3 +93,19 @@ def gradients(method: Method, value, seen: Seen) -> list[torch.Tensor]:
     tensors = leaves(method, seen)
     found = torch.autograd.grad(value, tensors, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, tensors, strict=True)]
+
+
+def logit_batch(n=6, k=5, seed=0, scale=3.0):
+    """Logits of a student, which take gradients, and of a teacher, and labels."""
+    return (
+        draw(n, k, seed=seed, scale=scale).requires_grad_(),
+        draw(n, k, seed=seed + 1, scale=scale),
+        labels(n, k, seed),
+    )
+
+
+def logit_values(method: Method, s, t, y):
+    """The method's values of these logits, after it has made its learned parts."""
+    seen = Seen(View(s), View(t), y)
+    method.build(Setup(seen, len(s)))
+    return method(seen)
