@@ -40,7 +40,8 @@ def _message(program: str, error: Exception) -> tuple[str, int, bool] | None:
     """The line to print, the exit code, and whether every process prints it; None for a mistake of kd's own."""
     text = str(error)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "kd").startswith("kd"):
-        return f"{program} needs {error.name}: pip install 'kd-torch[train]'", USAGE, False
+        extra = "study" if program in ("kd.study", "kd.report") else "train"
+        return f"{program} needs {error.name}: pip install 'kd-torch[{extra}]'", USAGE, False
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return NO_MEMORY, FAILED, True
     if text.startswith("DataLoader worker"):  # raised by a signal, wherever this process then is

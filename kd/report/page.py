@@ -1,133 +1,113 @@
-"""A study's report as HTML and as Markdown: one page of blocks, written out twice."""
+"""A page and how it is written: as HTML in one file that needs no network, and its text and tables as Markdown."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from pandas import DataFrame
 
-from kd.report import contrasts, drawing, runs, students, teachers, words
-from kd.report.blocks import Block, Cell, Code, Facts, Figure, Findings, Fold, Page, Section, Table, Text
-from kd.report.reading import Study
+from kd.report.formatting import TEXTS
 
-
-def page(study: Study) -> Page:
-    """All of a study's report."""
-    card = study.card
-    sections = [
-        runs.overview(study),
-        contrasts.section(study),
-        students.section(study),
-        teachers.calibration(study),
-        teachers.knowledge(study),
-        teachers.probe(study),
-        teachers.projections(study),
-        runs.numbers(study),
-        runs.problems(study),
-        runs.provenance(study),
-    ]
-    title, claim, paper = (words.clean(card.get(key) or "", 600) for key in ("name", "claim", "paper"))
-    return Page(title, claim, paper, words.clean(card["command"], 2000), runs.incomplete(study), sections)
+TONES = {1: "positive", -1: "negative", 0: "null"}
 
 
-def figures(sections: list[Section]) -> list[Figure]:
-    """Every drawing of a page."""
+@dataclass
+class Card:
+    """One finding in a sentence; all cards of a section stand alike, whatever they show."""
 
-    def inside(blocks: list[Block]) -> list[Figure]:
-        found: list[Figure] = []
-        for block in blocks:
-            found += [block] if isinstance(block, Figure) else inside(block.blocks) if isinstance(block, Fold) else []
-        return found
-
-    return [figure for section in sections for figure in inside(section.blocks)]
+    name: str
+    value: str
+    words: str
+    detail: str
+    tone: str
 
 
-# ---- HTML
+@dataclass
+class Figure:
+    """A drawing of `kd.report.figures`."""
+
+    title: str
+    svg: str
+    caption: str
+
+    @classmethod
+    def named(cls, name: str, svg: str, **values: Any) -> Figure:
+        """A figure with its title and caption from texts.toml."""
+        title, caption = (TEXTS["figures"][name][key].format(**values) for key in ("title", "caption"))
+        return cls(title[:1].upper() + title[1:], svg, caption)
+
+
+@dataclass
+class Table:
+    """A data frame of text, whose first column names the rows. A folded one is shown on demand."""
+
+    title: str
+    frame: DataFrame
+    note: str = ""
+    folded: bool = False
+
+
+@dataclass
+class Section:
+    """A heading, and below it notes, cards, figures and tables, in that order."""
+
+    short: str  # in the page's navigation
+    title: str
+    notes: list[str] = field(default_factory=list)
+    cards: list[Card] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+    @property
+    def anchor(self) -> str:
+        """What the address of the section ends in."""
+        return self.short.lower().replace(" ", "-")
+
+
+@dataclass
+class Page:
+    """All of a report. The headline is the largest text; `name` stands above it, `source` below."""
+
+    name: str
+    headline: str
+    source: str
+    command: str
+    warning: str
+    sections: list[Section]
+
+
+def to_html(page: Page) -> str:
+    """The page. Every text is escaped; drawings are not, in which matplotlib has escaped every text."""
+    return _environment().get_template("page.html.j2").render(page=page) + "\n"
+
+
+def to_markdown(page: Page) -> str:
+    """The page's text and tables, without its drawings."""
+    made = _environment().get_template("page.md.j2").render(page=page)
+    return re.sub(r"\n{3,}", "\n\n", made).strip() + "\n"
 
 
 @cache
 def _environment() -> Environment:
-    return Environment(
+    made = Environment(
         loader=PackageLoader("kd.report", "."),
         autoescape=True,  # whatever the template is called
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.filters["md"] = _markdown
+    return made
 
 
-def _is_number(cell: Any) -> bool:
-    return bool(re.match(r"[+−<\[]?\s*\d", str(cell)))
-
-
-def to_html(made: Page) -> str:
-    """One file that needs nothing else. Drawings go in as they are (`drawing.finish` parsed them), all else escaped."""
-    template = _environment().get_template("page.html.j2")
-    light, dark = drawing.palette(False), drawing.palette(True)
-    drawn = {"drawing": lambda figure: Markup(figure.svg), "light": light, "dark": dark}
-    return template.render(page=made, is_number=_is_number, **drawn) + "\n"
-
-
-# ---- Markdown
-
-
-def to_markdown(made: Page, link: Callable[[Figure], str] | None = None) -> str:
-    """The same blocks for a repository; drawings by `link`, the address of a drawing's file, else by their caption."""
-    lines = [f"# {escape(made.title)}", "", f"**{escape(made.claim)}**", ""]
-    lines += [escape(made.paper), ""] if made.paper else []
-    lines += [*_fenced(made.command), ""]
-    lines += [f"> ⚠ {escape(made.warning)}", ""] if made.warning else []
-    for section in made.sections:
-        lines += [f"## {escape(section.title)}", ""]
-        for block in section.blocks:
-            lines += [*_markdown(block, link), ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def escape(text: Any) -> str:
+def _markdown(text: Any) -> Markup:
     """Text that stays text in Markdown: no HTML, no emphasis, no link, no end of a table's cell."""
     plain = html.escape(" ".join(str(text).split()), quote=False)
     plain = re.sub(r"([\\`*_\[\]#|~$!])", r"\\\1", plain)
-    return re.sub(r"^([-+>]|\d+[.)])(?=\s)", r"\\\1", plain)
-
-
-def _fenced(text: str) -> list[str]:
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return [fence, text, fence]
-
-
-def _markdown(block: Block, link: Callable[[Figure], str] | None) -> list[str]:
-    match block:
-        case Text():
-            return [f"> ⚠ {escape(block.text)}" if block.tone == "warning" else escape(block.text)]
-        case Code():
-            return _fenced(block.text)
-        case Facts():
-            return [f"- {escape(name)}: {escape(value)}" for name, value in block.rows]
-        case Findings():
-            return [
-                f"- {escape(f.name)}: {escape(f.value)}, **{escape(f.words)}** ({escape(f.detail)})"
-                for f in block.items
-            ]
-        case Figure():
-            shown = f"![{escape(block.title)}]({link(block)})" if link else f"*{escape(block.title)}: see the page.*"
-            return [shown, "", escape(block.caption)]
-        case Table():
-            return _table(block)
-        case Fold():
-            inner = [line for each in block.blocks for line in [*_markdown(each, link), ""]]
-            return ["<details>", f"<summary>{escape(block.summary)}</summary>", "", *inner, "</details>"]
-
-
-def _table(table: Table) -> list[str]:
-    def row(cells: list[str | Cell]) -> str:
-        return f"| {' | '.join(escape(cell) or ' ' for cell in cells)} |"
-
-    head = [f"**{escape(table.title)}**", "", row([*table.header]), f"|{' --- |' * len(table.header)}"]
-    note = ["", escape(table.note)] if table.note else []
-    return [*head, *map(row, table.rows), *note]
+    return Markup(re.sub(r"^([-+>]|\d+[.)])(?=\s)", r"\\\1", plain))

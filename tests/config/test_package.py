@@ -176,7 +176,8 @@ run("kd.train", "recipe=smoke", "output=runs", "run=one")
 run("kd.evaluate", "run=runs/smoke/one")
 run("kd.probe", "data=digits", "data.image_size=8", "checkpoint=runs/smoke/one/student/last.safetensors")
 run("kd.study", "recipe=studies/tiny", "study.seeds=1", "hydra/launcher=basic")
-run("kd.report", "checkpoints/studies/tiny")
+run("kd.report", "study=checkpoints/studies/tiny")
+run("kd.report", "run=runs/smoke/one")
 """
 
 

@@ -1,0 +1,137 @@
+"""Labels, sentences and numbers as a page prints them, and text from a study's files made harmless to look at."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kd.metrics import METRICS, Metric
+
+LONGEST = 48  # characters of a name; a class name can be anything
+MINUS = "−"
+NOTHING = "–"
+TEXTS = tomllib.loads((Path(__file__).parent / "texts.toml").read_text(encoding="utf-8"))
+
+
+def clean(text: Any, longest: int = LONGEST) -> str:
+    """Text on one line: control, bidirectional and unpaired characters go, and what is too long is cut."""
+    text = str(text)[: 20 * longest]  # before the slow part
+    kept = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
+    kept = " ".join("".join(c for c in kept if not unicodedata.category(c).startswith("C")).split())
+    return kept if len(kept) <= longest else f"{kept[: longest - 1]}…"
+
+
+def note(name: str, **values: Any) -> str:
+    """A sentence of texts.toml."""
+    return TEXTS["notes"][name].format(**values)
+
+
+# ---- metrics
+
+
+def metric(column: str) -> Metric:
+    """The metric of a column of a study's table, with a label that says where: `test.top1` is "test accuracy"."""
+    *where, name = column.split(".")
+    known = METRICS.get(name) or Metric(name, lambda: None, clean(name))  # of another kd
+    place = " ".join("teacher's" if part == "teacher" else clean(part) for part in where)
+    return replace(known, label=f"{place} {known.label}".strip())
+
+
+def label(column: str) -> str:
+    """A metric's label with a sign where the value misleads alone."""
+    about = metric(column)
+    return f"{about.label} ⚠ misleading alone" if about.misleading else about.label
+
+
+def with_unit(column: str) -> str:
+    """A metric's label with its unit, for an axis or the title of a plot."""
+    return f"{label(column)}{', %' if metric(column).percent else ''}"
+
+
+def scale(column: str) -> int:
+    """What a metric's values are multiplied by where they are printed or drawn."""
+    return 100 if metric(column).percent else 1
+
+
+def remarks(columns: Sequence[str]) -> str:
+    """Why the metrics among these columns mislead, of those that do."""
+    known = dict.fromkeys(f"{METRICS[name].label}: {METRICS[name].misleading}" for name in misleading(columns))
+    return f" ⚠ Misleading alone: {'; '.join(known)}." if known else ""
+
+
+def misleading(columns: Sequence[str]) -> list[str]:
+    """The names of the metrics among these columns that mislead."""
+    names = dict.fromkeys(column.rpartition(".")[2] for column in columns)
+    return [name for name in names if name in METRICS and METRICS[name].misleading]
+
+
+# ---- axes and settings
+
+
+def axis(name: str) -> str:
+    """The short name of an axis of a study."""
+    return TEXTS["axes"].get(name, clean(name).replace("_", " "))
+
+
+def choice(name: str, value: Any) -> str:
+    """A value of an axis."""
+    if value is None or value != value:
+        return "same" if name == "loss.student_temperature" else "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, int | float) else clean(value)
+
+
+def setting(name: str, value: Any) -> str:
+    """An axis with its value: `T 4`, `student T same`, `students`."""
+    return f"{choice(name, value)}s" if name == "role" else f"{axis(name)} {choice(name, value)}"
+
+
+def control(kind: str) -> str:
+    """What a control is taught with."""
+    return TEXTS["controls"].get(kind, clean(kind))
+
+
+# ---- numbers
+
+
+def number(value: float | None, column: str = "", digits: int | None = None, sign: bool = False) -> str:
+    """A metric's value, in per cent where it is a share; "–" where there is none."""
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    value = value * scale(column)
+    if digits is None:
+        digits = 1 if scale(column) == 100 else 2 if abs(value) >= 1 else 3
+    text = f"{value:{'+' if sign else ''}.{digits}f}"
+    return text.replace("-", MINUS) if float(text) else text.lstrip("-+")
+
+
+def difference(value: float | None, column: str) -> str:
+    """A difference of two values of a metric with its sign, in points where the metric is in per cent."""
+    digits = 2 if metric(column).percent else 3
+    if value and abs(scale(column) * value) < 0.5 * 10**-digits:
+        return f"{scale(column) * value:+.1g}".replace("-", MINUS)  # not 0, which only 0 is
+    return number(value, column, digits, sign=True)
+
+
+def interval(ends: tuple[float, float] | None, column: str) -> str:
+    """An interval of differences."""
+    return NOTHING if ends is None else f"[{difference(ends[0], column)}, {difference(ends[1], column)}]"
+
+
+def probability(p: float | None) -> str:
+    """A p value."""
+    return NOTHING if p is None else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def spread(values: Any, column: str) -> str:
+    """Mean ± standard deviation of a pandas Series over seeds; of one seed, the value."""
+    known = values.dropna()
+    if len(known) < 2:
+        return number(known.mean(), column)
+    return f"{number(known.mean(), column)} ± {number(known.std(), column)}"

@@ -1,0 +1,260 @@
+"""A study's sections of drawings: its students, calibration, dark knowledge, the smoothing probe and projections."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from pandas import DataFrame, Series
+
+from kd.report import figures
+from kd.report import formatting as fmt
+from kd.report.figures import Panel
+from kd.report.page import Figure, Section, Table
+from kd.report.statistics import paired
+from kd.report.study import EPS, SPLITS, Study, has
+
+MOST = 16  # plots of one figure
+WIDE = 5  # projections side by side
+CALIBRATED = ("test.ece", "test.ece_scaled", "val.post_hoc_temperature", "test.nll")
+KNOWLEDGE = ("test.nt_kl", "test.nt_cosine", "test.class_similarity_correlation", "test.transfer_efficiency")
+KNOWLEDGE += ("test.agreement", "test.predictive_kl", "train.mutual_information", "train.gamma")
+KNOWLEDGE += ("test.class_separation", "test.within_total_variance", "train.shen_instability", "train.cmi")
+Places = Mapping[str, int]  # a place on each of some axes
+
+
+def at(frame: DataFrame, places: Places) -> DataFrame:
+    """The networks at these places."""
+    return frame[(frame[list(places)] == Series(places, dtype=float)).all(axis=1)] if places else frame
+
+
+def combinations(study: Study, axes: Iterable[str]) -> list[Places]:
+    """Every combination of the places of some axes."""
+    axes = list(axes)
+    ranges = (range(len(study.axes[axis])) for axis in axes)
+    return [dict(zip(axes, places, strict=True)) for places in itertools.product(*ranges)]
+
+
+def panel(study: Study, frame: DataFrame, column: str, title: str, x: str, line: Iterable[str]) -> Panel:
+    """A metric of some networks along an axis, a line for each combination of others."""
+    known = frame.dropna(subset=[column])
+    labels = [study.names({axis: row[axis] for axis in line}) or "all" for _, row in known.iterrows()]
+    values = {"x": known[x].astype(int), "line": labels, "value": fmt.scale(column) * known[column]}
+    return Panel(title, DataFrame(values))
+
+
+def of_students(study: Study, column: str, title: str, places: Places) -> Panel:
+    """A metric of the students at these places, and the means of the controls where these do not vary along it."""
+    x, line, _ = study.facets
+    assert x
+    made = panel(study, at(study.students, places), column, title, x, [line] if line else [])
+    varying = [axis for axis in study.varying if study.controls[axis].notna().any()]
+    if has(study.controls, column) and not {x, line} & set(varying):
+        own = at(study.controls, {axis: places[axis] for axis in varying})
+        means = fmt.scale(column) * own.groupby("control", sort=False)[column].mean().dropna()
+        made.controls = {f"control: {fmt.control(str(kind))}": mean for kind, mean in means.items()}
+    return made
+
+
+# ---- students
+
+
+def students(study: Study) -> Section:
+    """The metrics that the study is about, along the grid."""
+    x = study.facets.x
+    made = Section("Students", f"Students against {fmt.axis(x)}" if x else "Students")
+    for column in [column for column in study.primary if x and has(study.students, column)]:
+        made.figures.append(_against(study, column))
+        made.tables.append(_interaction(study, column))
+    return made
+
+
+def _against(study: Study, column: str) -> Figure:
+    x, line, rest = study.facets
+    assert x
+    places = combinations(study, rest)[:MOST]
+    panels = [of_students(study, column, study.names(own), own) for own in places]
+    panels[0].ylabel = fmt.with_unit(column)
+    # Other teachers are mostly other data, whose accuracies have little to do with each other.
+    share = not set(rest) & set(study.teacher_axes)
+    ordered = line is None or study.ordered(line)
+    svg = figures.lines(panels, fmt.axis(x), study.ticks(x), ordered, 2 if len(panels) in (2, 4) else 4, share)
+    about = {"metric": fmt.label(column), "x": fmt.axis(x), "remarks": fmt.remarks([column])}
+    return Figure.named("against", svg, **about)
+
+
+def _interaction(study: Study, column: str) -> Table:
+    """The paired differences to where x is 0, or first."""
+    x, line, rest = study.facets
+    assert x
+    base = study.axes[x].index(0) if study.ordered(x) and 0 in study.axes[x] else 0
+    others = [place for place in range(len(study.axes[x])) if place != base]
+    rows = []
+    for own in combinations(study, [*rest, line] if line else rest):
+        values = at(study.students, own).pivot(index="seed", columns=x, values=column)
+        pairs = [values.reindex(columns=[base, other]).dropna() for other in others]
+        cells = [paired((both[other] - both[base]).tolist()) for both, other in zip(pairs, others, strict=True)]
+        texts = [f"{fmt.difference(c.mean, column)} {fmt.interval(c.t_interval, column)}" for c in cells]
+        rows.append([study.names(own) or "students", *(text.removesuffix(f" {fmt.NOTHING}") for text in texts)])
+    title = f"{fmt.metric(column).label}: difference to {study.names({x: base})}"
+    header = ["", *(study.names({x: place}) for place in others)]
+    return Table(title, DataFrame(rows, columns=header), fmt.note("interaction"))
+
+
+# ---- several metrics of one kind of network
+
+
+def student_metrics(study: Study, columns: Iterable[str], heading: str) -> list[Figure]:
+    """Small plots of several metrics at the values of the first contrast on the axes that are neither x nor lines."""
+    x, line, rest = study.facets
+    known = [column for column in columns if has(study.students, column)]
+    if not x or not known:
+        return []
+    points = [point for contrast in study.card["contrasts"] for point in contrast["a"]["points"][:1]]
+    cells = study.students[study.students["point"].isin(points)]
+    own = {axis: int(cells[axis].iloc[0]) if len(cells) else 0 for axis in rest}
+    panels = [of_students(study, column, fmt.with_unit(column), own) for column in known]
+    svg = figures.lines(panels, fmt.axis(x), study.ticks(x), line is None or study.ordered(line))
+    where = f" at {study.names(own)}" if own else ""
+    return [Figure.named("students", svg, heading=heading, where=where, remarks=fmt.remarks(known))]
+
+
+def teacher_metrics(study: Study, columns: Iterable[str], heading: str) -> list[Figure]:
+    """Small plots of several metrics along the first of the teachers' axes, lines for the others' combinations."""
+    known = [column for column in columns if has(study.teachers, column)]
+    if not study.teacher_axes or not known:
+        return []
+    x, *line = sorted(study.teacher_axes, key=lambda axis: axis != EPS)
+    panels = [panel(study, study.teachers, column, fmt.with_unit(column), x, line) for column in known]
+    svg = figures.lines(panels, fmt.axis(x), study.ticks(x), ordered=False)
+    return [Figure.named("teachers", svg, heading=heading, remarks=fmt.remarks(known))]
+
+
+def details(study: Study, name: str) -> dict[str, list[Any]]:
+    """An entry of `detail` of each teacher that has it, by the values of its axes in words."""
+    entries = {
+        title: [entry for point in own["point"] if (entry := study.points[point]["detail"].get(name)) is not None]
+        for title, own in study.teacher_groups.items()
+    }
+    return {title: known for title, known in itertools.islice(entries.items(), MOST) if known}
+
+
+# ---- the other sections
+
+
+def calibration(study: Study) -> Section:
+    """Calibration of teachers and students, and reliability diagrams of the teachers."""
+    made = Section("Calibration", "Calibration", [fmt.note("calibration")])
+    made.figures += teacher_metrics(study, CALIBRATED, "Calibration")
+    if pooled := {title: pool(entries) for title, entries in details(study, "reliability").items()}:
+        made.figures.append(Figure.named("reliability", figures.reliability(pooled), whose="teachers"))
+    made.figures += student_metrics(study, CALIBRATED, "Calibration")
+    return made
+
+
+def pool(bins: list[dict[str, list]]) -> dict[str, list[float]]:
+    """The reliability bins of several networks as those of all their samples together."""
+    count = np.array([each["count"] for each in bins], float)
+    total = count.sum(0)
+    means = {}
+    for key in ("confidence", "accuracy"):
+        sums = np.nansum(count * np.array([each[key] for each in bins], float), axis=0)
+        means[key] = (sums / np.where(total > 0, total, 1)).tolist()
+    return {"count": total.tolist()} | means
+
+
+def knowledge(study: Study) -> Section:
+    """Dark knowledge of students and teachers."""
+    known = any(data.get("posterior") for data in study.card["data"].values())
+    reference = "the true posterior" if known else "the teacher's softmax, as the true posterior is not known"
+    notes = [fmt.note("reference", reference=reference)]
+    if EPS in study.varying and not known:
+        notes.append(fmt.note("yardstick"))
+    if not has(study.students, "test.transfer_efficiency"):
+        notes.append(fmt.note("no_efficiency"))
+    made = Section("Dark knowledge", "Dark knowledge", [" ".join(notes), fmt.note("collapse")])
+    made.figures += student_metrics(study, KNOWLEDGE, "Dark knowledge")
+    made.figures += teacher_metrics(study, KNOWLEDGE, "Dark knowledge")
+    if curves := details(study, "gamma"):
+        made.figures.append(_gamma(curves))
+    return made
+
+
+def _gamma(curves: Mapping[str, list[Any]]) -> Figure:
+    temperatures = next(iter(curves.values()))[0]["temperature"]
+    rows = [
+        (place, title, value)
+        for title, entries in curves.items()
+        for entry in entries
+        for place, value in enumerate(entry["gamma"])
+    ]
+    drawn = Panel("", DataFrame(rows, columns=["x", "line", "value"]), ylabel="γ(T)")
+    svg = figures.lines([drawn], "temperature", [f"{t:g}" for t in temperatures])
+    return Figure.named("gamma", svg, remarks=fmt.remarks(["gamma"]))
+
+
+def probe(study: Study) -> Section:
+    """What the probe makes of teachers whose smoothing is known."""
+    made = Section("Probe", "The teachers' smoothing, estimated from their logits")
+    splits = [split for split in SPLITS if has(study.teachers, f"{split}.smoothing_estimate")]
+    if not splits:
+        return made
+    rows = []
+    for title, own in study.teacher_groups.items():
+        truth = Series([study.points[point]["settings"].get(EPS, 0.0) for point in own["point"]], own.index)
+        row = {"teacher": title, "trained with": ", ".join(f"{eps:g}" for eps in sorted(set(truth)))}
+        row |= {f"{split}, estimate": fmt.spread(own[f"{split}.smoothing_estimate"], "") for split in splits}
+        for split in splits:
+            low, high = own[f"{split}.smoothing_low"], own[f"{split}.smoothing_high"]
+            holds = ((low <= truth) & (truth <= high)).sum()
+            row[f"{split}, interval holds it"] = f"{holds} of {(low + high).notna().sum()}"
+        rows.append(row | {"doubts on train": _doubts(study, own["point"].tolist())})
+    made.tables.append(Table("Estimates", DataFrame(rows), fmt.note("probe")))
+    if EPS in study.teacher_axes:
+        made.figures.append(_estimates(study, splits))
+    return made
+
+
+def _doubts(study: Study, points: list[str]) -> str:
+    """What speaks against the estimates, one of each kind with the number of teachers; they differ in their numbers."""
+    said: dict[str, list[str]] = {}
+    for point in points:
+        for doubt in study.points[point]["detail"].get("smoothing_doubts") or ():
+            said.setdefault(re.sub(r"\d[\d.]*", "", doubt), []).append(fmt.clean(doubt, 120))
+    return "; ".join(f"{texts[0]} ({len(texts)} of {len(points)})" for texts in said.values()) or "none"
+
+
+def _estimates(study: Study, splits: list[str]) -> Figure:
+    """Estimate against truth, a plot for each combination of the other axes of teachers."""
+    truth = [(place, "truth", eps) for place, eps in enumerate(study.axes[EPS])]
+    panels = []
+    for own in combinations(study, [axis for axis in study.teacher_axes if axis != EPS])[:MOST]:
+        seen = at(study.teachers, own)
+        estimates = [zip(seen[EPS], itertools.repeat(s), seen[f"{s}.smoothing_estimate"]) for s in splits]
+        rows = [*itertools.chain.from_iterable(estimates), *truth]
+        panels.append(Panel(study.names(own), DataFrame(rows, columns=["x", "line", "value"]), ylabel="estimate"))
+    svg = figures.lines(panels, fmt.axis(EPS), study.ticks(EPS), ordered=False, columns=2, share=True)
+    return Figure.named("probe", svg)
+
+
+def projections(study: Study) -> Section:
+    """Müller's picture of the first seed's teachers, on training and test samples."""
+    made = Section("Projections", "Müller's projections")
+    entries = {title: each[0] for title, each in itertools.islice(details(study, "projection").items(), WIDE)}
+    if not entries:
+        return made
+    first = study.teachers.iloc[0]
+    data = study.card["data"].get(study.points[first["point"]]["provenance"].get("data_hash"), {})
+    known = dict(enumerate(data.get("class_names") or ()))
+    classes = {c: fmt.clean(known.get(c, c), 28) for c in next(iter(entries.values()))["classes"]}
+    panels = {}
+    for split, name in (("train", "training"), ("test", "test")):
+        for title, entry in entries.items():
+            points = np.array(entry[split]["points"], float).reshape(-1, 2)
+            panels[f"{title}, {name}"] = points, np.array(entry[split]["labels"])
+    svg = figures.scatter(panels, classes, len(entries))
+    made.figures.append(Figure.named("projections", svg, seed=first["seed"]))
+    return made

@@ -1,0 +1,126 @@
+"""The page of a single run: its result, how it was trained, and whether its networks know how sure they are."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pandas import DataFrame
+
+from kd.errors import ConfigError
+from kd.report import figures
+from kd.report import formatting as fmt
+from kd.report.figures import Effect, Panel
+from kd.report.page import TONES, Card, Figure, Page, Section, Table
+from kd.report.study_page import facts, origin
+from kd.training.results import NETWORKS, verdict
+from kd.training.stored import read_result
+
+CURVES = {  # columns of metrics.jsonl: a factor and the title of the plot
+    "loss": (1, "training loss"),
+    "agreement": (100, "agreement with the teacher, training batches, %"),
+    "val_top1": (100, "validation accuracy, %"),
+    "val_nll": (1, "validation NLL"),
+}
+Result = Mapping[str, Any]
+
+
+def run_page(directory: Path) -> Page:
+    """All of a finished run's report. Raises CheckpointError for a result.json that kd did not write."""
+    path = directory / "result.json"
+    if not path.is_file():
+        raise ConfigError(f"run={directory}: has no result.json; give the directory of a finished run")
+    result = read_result(path)
+    networks = [name for name in NETWORKS if name in result]
+    student, teacher = (fmt.clean(result[name]["model"]) for name in ("student", "teacher"))
+    source, _, word = verdict(result).rpartition("\n")
+    name = f"{fmt.clean(result.get('recipe'))}: {student} taught by {teacher}, seed {result['provenance'].get('seed')}"
+    program, *words = result["provenance"].get("command") or ["train"]
+    command = fmt.clean(f"python -m kd.{Path(program).stem} {shlex.join(words)}", 2000)
+    sections = [
+        outcome(result, networks),
+        training(directory, result, networks),
+        reliability(result, networks),
+        provenance(result, networks),
+    ]
+    return Page(name, word[:1].upper() + word[1:], source, command, "", sections)
+
+
+def outcome(result: Result, networks: list[str]) -> Section:
+    """The paired difference, the agreement, and the scores of every network."""
+    made = Section("Result", "What came out")
+    if "difference" in result:
+        paired = result["difference"]["last"]["test"]
+        mean, error = paired["top1"], paired["standard_error"]
+        tone = (mean > 2 * error) - (mean < -2 * error)  # the rule of `verdict`
+        value, words = f"{fmt.difference(mean, 'top1')} points", f"± {100 * error:.2f} standard error"
+        made.cards.append(Card("student − control", value, words, fmt.note("paired", n=paired["n"]), TONES[tone]))
+        effect = Effect("student − control", "test.top1", mean, tone, (mean - 2 * error, mean + 2 * error))
+        made.figures.append(Figure.named("paired", figures.forest([effect])))
+    agreement = result["student"]["last"]["test"].get("agreement")
+    if agreement is not None:
+        words = "student and teacher predict the same"
+        made.cards.append(Card("agreement", f"{100 * agreement:.1f} %", words, "on test images", TONES[0]))
+    made.tables.append(scores(result, networks))
+    return made
+
+
+def scores(result: Result, networks: list[str]) -> Table:
+    """A row for each metric that any network has on test, and validation and selected weights by their accuracy."""
+    rows = {
+        "test accuracy, selected weights": {name: result[name]["selected"]["test"]["top1"] for name in networks},
+        "validation accuracy": {name: result[name]["last"]["val"]["top1"] for name in networks},
+    }
+    shown = {title: {name: fmt.number(value, "top1") for name, value in row.items()} for title, row in rows.items()}
+    for name in networks:
+        for metric, value in result[name]["last"]["test"].items():
+            if isinstance(value, int | float):
+                shown.setdefault(fmt.with_unit(metric), {})[name] = fmt.number(value, metric)
+    frame = DataFrame.from_dict(shown, orient="index", columns=networks).fillna(fmt.NOTHING)
+    return Table("Scores", frame.rename_axis("metric").reset_index(), fmt.note("scores"))
+
+
+def training(directory: Path, result: Result, networks: list[str]) -> Section:
+    """The curves of metrics.jsonl; a teacher's stands beside its weights."""
+    made = Section("Training", "Training")
+    files = [Path(result["teacher"]["weights"]).parent / "metrics.jsonl", directory / "metrics.jsonl"]
+    logs = [pd.read_json(path, lines=True) for path in dict.fromkeys(files) if path.is_file()]
+    log = pd.concat(logs) if logs else DataFrame({"stage": []})
+    log = log[log["stage"].isin(networks)]
+    panels = []
+    for column, (factor, title) in CURVES.items():
+        if column in log and log[column].notna().any():
+            own = log.dropna(subset=[column])
+            values = {"x": own["update"], "line": own["stage"], "value": factor * own[column]}
+            panels.append(Panel(title, DataFrame(values)))
+    if panels:
+        made.figures.append(Figure.named("curves", figures.lines(panels, "update", ordered=False, columns=2)))
+    return made
+
+
+def reliability(result: Result, networks: list[str]) -> Section:
+    """Reliability diagrams of the last weights on test."""
+    made = Section("Reliability", "Does each network know how sure it is?")
+    tests = {name: result[name]["last"]["test"] for name in networks}
+    bins = {f"{name}, ECE {100 * test['ece']:.1f} %": test.get("reliability") for name, test in tests.items()}
+    if all(bins.values()):
+        made.figures.append(Figure.named("reliability", figures.reliability(bins), whose="the last weights"))
+    else:
+        made.notes.append(fmt.note("old_result"))
+    return made
+
+
+def provenance(result: Result, networks: list[str]) -> Section:
+    """What each network is, where its weights are, and what the run ran on."""
+    cards = {
+        name: {key.replace("_", " "): value for key, value in result[name].items() if not isinstance(value, dict)}
+        for name in networks
+    }
+    frame = DataFrame(cards).map(lambda value: fmt.NOTHING if value != value else fmt.clean(value, 120))
+    made = Section("Provenance", "Provenance")
+    made.tables.append(Table("Networks", frame.rename_axis("").reset_index()))
+    made.tables.append(facts("Where the result comes from", origin(result["provenance"]).items()))
+    return made

@@ -1,0 +1,160 @@
+"""A study's directory as data frames: its students, controls and teachers with their metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from pandas import DataFrame, Series
+
+from kd.report import formatting as fmt
+from kd.study import load
+from kd.study.folder import Folder
+from kd.study.grid import difference, sides_of
+
+EPS, T = "teacher.label_smoothing", "loss.temperature"
+MOST_LINES = 8  # that can be told apart in one plot
+SPLITS = ("train", "val", "test")
+
+
+class Facets(NamedTuple):
+    """Which axis is drawn how: along x, as lines, and the others as a plot for each of their combinations."""
+
+    x: str | None  # None where no axis has several values
+    line: str | None
+    rest: list[str]
+
+
+class Study:
+    """One study.
+
+    Attributes
+    ----------
+    card, points : study.json, and each finished or failed point's JSON by its id
+    table : `kd.study.load`, by point
+    axes : the values of each axis; `varying` names those that have several
+    students, controls, teachers : a row for each network of a seed. A column called like an axis holds the place of
+        the value in `axes`, NA where the axis makes no difference; the other columns are the table's.
+    teacher_axes : the axes that tell teachers apart
+    """
+
+    def __init__(self, directory: Path):
+        files = Folder(directory)
+        self.card = files.read_card()
+        self.points = {i: point for i in self.card["points"] if (point := files.read_point(i))}
+        table = load(directory).set_index("point")
+        metrics = [column for column in map(str, table) if column.removeprefix("teacher.").startswith(METRIC)]
+        self.table = table.astype(dict.fromkeys(metrics, float))  # where no point has one, it came as text
+        self.axes = {axis: [_hashable(value) for value in values] for axis, values in self.card["axes"].items()}
+        self.varying = [axis for axis, values in self.axes.items() if len(values) > 1]
+        self.seeds: list[int] = self.card["seeds"]
+        self.students = self._placed(self.card["cells"])
+        self.controls = self._placed(self.card["controls"])
+        teachers = [i for i, point in self.points.items() if point["role"] == "teacher"]
+        known = {axis: [self._of_teacher(point, axis) for point in teachers] for axis in self.varying}
+        places = {axis: [self._place(axis, value) for value in values] for axis, values in known.items()}
+        self.teacher_axes = [axis for axis, column in places.items() if column and None not in column]
+        cells = [
+            {"axes": {axis: known[axis][n] for axis in self.teacher_axes}, "seed": self.points[point]["seed"]}
+            | {"point": point}
+            for n, point in enumerate(teachers)
+        ]
+        self.teachers = self._placed(cells).sort_values([*self.teacher_axes, "seed"])
+
+    def _placed(self, cells: Sequence[Mapping[str, Any]]) -> DataFrame:
+        """A row for each cell: the places of its values, its seed and its control, and its point's row of the table."""
+        rows = [
+            {axis: self._place(axis, cell["axes"][axis]) for axis in self.axes if axis in cell["axes"]}
+            | {key: cell[key] for key in ("point", "seed", "control") if key in cell}
+            for cell in cells
+        ]
+        columns = [*self.axes, "point", "seed", "control"]
+        own = self.table.drop(columns=[column for column in columns if column in self.table])
+        return DataFrame(rows, columns=columns).join(own, on="point")
+
+    def _place(self, axis: str, value: Any) -> int | None:
+        values, value = self.axes[axis], _hashable(value)
+        return values.index(value) if value in values else None
+
+    def _of_teacher(self, point: str, axis: str) -> Any:
+        """A teacher's value of an axis; an axis that does not change teachers has none, which is not None."""
+        settings = self.points[point]["settings"]
+        label = self.table.at[point, axis] if axis in self.card["labels"] and axis in self.table else math.nan
+        return settings.get(axis, label)
+
+    @cached_property
+    def teacher_groups(self) -> dict[str, DataFrame]:
+        """The teachers of all seeds by the values on their axes, in words."""
+        titles = [self.names({axis: row[axis] for axis in self.teacher_axes}) for _, row in self.teachers.iterrows()]
+        return {str(title) or "teachers": own for title, own in self.teachers.groupby(titles, sort=False)}
+
+    def names(self, places: Mapping[str, int]) -> str:
+        """The values at these places, in words."""
+        return ", ".join(fmt.setting(axis, self.axes[axis][place]) for axis, place in places.items())
+
+    def ticks(self, axis: str) -> list[str]:
+        """The values of an axis."""
+        return [fmt.clean(fmt.choice(axis, value), 16) for value in self.axes[axis]]
+
+    @property
+    def primary(self) -> list[str]:
+        """The metrics that the study is about: test accuracy, then those of its contrasts."""
+        return list(dict.fromkeys(["test.top1", *(contrast["metric"] for contrast in self.card["contrasts"])]))
+
+    def differences(self, contrast: Mapping[str, Any]) -> Series:
+        """a - b by seed, less minus.a - minus.b where there is one, for the seeds that have all of it.
+
+        By the seed that each point says it had, not by its place among the side's points.
+        """
+        metric, sides = contrast["metric"], []
+        for side in sides_of(contrast):
+            known = [point for point in side["points"] if point in self.points]
+            rows = self.table.loc[known].set_index("seed")
+            sides.append(rows[metric] if metric in rows else Series(dtype=float))
+        both = pd.concat(sides, axis=1, keys=range(len(sides))).dropna()
+        paired = both.apply(lambda row: difference(row.tolist()), axis=1) if len(both) else Series(dtype=float)
+        return paired.reindex([seed for seed in self.seeds if seed in paired.index])
+
+    def states(self) -> dict[str, list[str]]:
+        """Points by state: finished, failed, missing."""
+        return {state: list(self.table.index[self.table["state"] == state]) for state in STATES}
+
+    def ordered(self, axis: str) -> bool:
+        """Whether an axis has numbers only."""
+        return all(isinstance(value, int | float) and not isinstance(value, bool) for value in self.axes[axis])
+
+    @cached_property
+    def facets(self) -> Facets:
+        """How the grid is drawn: the teacher's smoothing along x and the temperature as lines, where they are axes.
+
+        Without a temperature, lines are what a student is taught with; what changes the teachers makes plots. An axis
+        with too many values for lines goes along x.
+        """
+        left = sorted(self.varying, key=lambda axis: (axis != EPS, not self.ordered(axis)))
+        if not left:
+            return Facets(None, None, [])
+        x, *left = left
+        left.sort(key=lambda axis: (axis != T, axis in self.teacher_axes, not self.ordered(axis)))
+        line = left[0] if left else None
+        if line and len(self.axes[line]) > MOST_LINES:
+            x, line = line, x
+        return Facets(x, line, [axis for axis in self.varying if axis not in (x, line)])
+
+
+STATES = ("finished", "failed", "missing")
+METRIC = tuple(f"{split}." for split in SPLITS)
+
+
+def has(frame: DataFrame, column: str) -> bool:
+    """Whether any network of a frame has a metric."""
+    return column in frame and bool(frame[column].notna().any())
+
+
+def _hashable(value: Any) -> Any:
+    """A value of an axis that can be looked up."""
+    return json.dumps(value, sort_keys=True) if isinstance(value, list | dict) else value

@@ -1,0 +1,197 @@
+"""The page of a study: what it is, what it shows, its numbers, what went wrong, and where each point comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pandas import DataFrame
+
+from kd.report import contrasts, networks
+from kd.report import formatting as fmt
+from kd.report.page import Page, Section, Table
+from kd.report.study import Study, has
+from kd.study.grid import flat
+
+STUDENT = ("test.top1", "test.agreement", "test.nll", "test.ece", "test.nt_kl", "test.predictive_kl")
+TEACHER = ("train.top1", "test.top1", "test.nll", "test.ece", "test.ece_scaled", "val.post_hoc_temperature")
+TEACHER += ("train.mutual_information", "train.gamma")
+CONTROL = ("test.top1", "test.nll", "test.ece", "val.post_hoc_temperature", "train.mutual_information")
+OF_THE_PROCESS = ("study", "output", "run", "resume", "dry_run", "list_layers")  # and not of what it trains
+
+
+def study_page(study: Study) -> Page:
+    """All of a study's report."""
+    card = study.card
+    sections = [
+        overview(study),
+        contrasts.section(study),
+        networks.students(study),
+        networks.calibration(study),
+        networks.knowledge(study),
+        networks.probe(study),
+        networks.projections(study),
+        numbers(study),
+        problems(study),
+        provenance(study),
+    ]
+    name, claim, paper = (fmt.clean(card.get(key) or "", 600) for key in ("name", "claim", "paper"))
+    whole = len(study.states()["finished"]) == len(study.table)
+    warning = "" if whole else fmt.note("incomplete", progress=progress(study))
+    return Page(name, claim, paper, fmt.clean(card["command"], 2000), warning, sections)
+
+
+def progress(study: Study) -> str:
+    """How many points have finished, failed, or are missing."""
+    states = study.states()
+    text = f"{len(states['finished'])} of {len(study.table)} finished"
+    return text + "".join(f", {len(states[name])} {name}" for name in ("failed", "missing") if states[name])
+
+
+def summary(study: Study) -> str:
+    """How far a study is and what each of its contrasts shows, for a terminal."""
+    lines = [f"{fmt.clean(study.card['name'])}: {progress(study)}"]
+    for result in contrasts.results(study):
+        value = fmt.difference(result.pair.mean, result.column)
+        lines.append(f"{result.name}: {value}, n = {result.pair.n}, {result.verdict.words}")
+    return "\n".join(lines)
+
+
+def overview(study: Study) -> Section:
+    """The study at a glance."""
+    card = study.card
+    rows = [("points", progress(study)), ("seeds", f"{len(study.seeds)}; everything is paired by seed")]
+    for axis, values in study.axes.items():
+        rows.append((fmt.axis(axis), " · ".join(fmt.choice(axis, value) for value in values)))
+    kinds = dict.fromkeys(control["control"] for control in card["controls"])
+    rows.append(("controls", ", ".join(map(fmt.control, kinds)) or "none"))
+    for data in card["data"].values():
+        sizes = ", ".join(f"{fmt.clean(data.get(split))} {split}" for split in ("train", "val", "test"))
+        truth = "known" if data.get("posterior") else "not known"
+        classes = len(data.get("class_names") or [])
+        rows.append(("data", f"{fmt.clean(data.get('name'))}: {classes} classes, {sizes}; true posterior {truth}"))
+    seconds = sum(point["provenance"].get("seconds") or 0 for point in study.points.values())
+    rows.append(("training time", f"{seconds / 60:.1f} minutes, the sum of what the points took"))
+    rows.append(("engine", fmt.clean(card.get("engine", fmt.NOTHING))))
+    return Section("The study", "The study", tables=[facts("At a glance", rows)])
+
+
+def facts(title: str, rows: Iterable[tuple[str, str]], folded: bool = False) -> Table:
+    """Names and what they are."""
+    return Table(title, DataFrame(rows, columns=["", " "]), folded=folded)
+
+
+def numbers(study: Study) -> Section:
+    """Tables of means and standard deviations: teachers, controls, students."""
+    made = Section("Numbers", "Numbers", [fmt.note("numbers")])
+    made.tables.append(_means(study, "Teachers", study.teachers, study.teacher_axes, TEACHER))
+    if len(study.controls):
+        axes = ["control", *(axis for axis in study.varying if study.controls[axis].notna().any())]
+        title = "Controls: students without a teacher"
+        made.tables.append(_means(study, title, study.controls, axes, CONTROL))
+    else:
+        made.notes.append(fmt.note("no_controls"))
+    columns = list(dict.fromkeys([*STUDENT, *(c for c in study.primary if not c.startswith("teacher."))]))
+    table = _means(study, "Students", study.students, study.varying, columns)
+    table.title, table.folded = f"Students, {len(table.frame)} cells", True
+    made.tables.append(table)
+    every = [column.removeprefix("teacher.") for column in map(str, study.table)]
+    remarks = [(fmt.METRICS[name].label, fmt.METRICS[name].misleading) for name in fmt.misleading(every)]
+    if remarks:
+        frame = DataFrame(remarks, columns=["metric", "why"])
+        made.tables.append(Table("Metrics that mislead where they stand alone", frame))
+    return made
+
+
+def _means(study: Study, title: str, frame: DataFrame, axes: list[str], columns: Sequence[str]) -> Table:
+    shown = [column for column in columns if has(frame, column)]
+    header = [*(fmt.axis(axis) for axis in axes or [""]), "n", *map(fmt.label, shown)]
+    rows = []
+    for key, own in frame.groupby(axes, dropna=False, sort="control" not in axes) if axes else [((), frame)]:
+        finished = int((own["state"] == "finished").sum())
+        places = [_choice(study, axis, place) for axis, place in zip(axes, key, strict=True)] or ["all"]
+        cells = []
+        for column in shown:
+            known = own[column].notna().sum()
+            cells.append(fmt.spread(own[column], column) + (f" (n = {known})" if 0 < known < finished else ""))
+        rows.append([*places, f"{finished} of {len(study.seeds)}", *cells])
+    return Table(title, DataFrame(rows, columns=header))
+
+
+def _choice(study: Study, axis: str, place: Any) -> str:
+    if axis == "control":
+        return fmt.control(place)
+    return fmt.NOTHING if place != place else fmt.choice(axis, study.axes[axis][int(place)])
+
+
+def problems(study: Study) -> Section:
+    """Points that failed, with their error, and points that are missing."""
+    made, states = Section("Problems", "Failed and missing points"), study.states()
+    where = {row["point"]: f"control: {fmt.control(row['control'])}" for row in study.card["controls"]}
+    for cell in study.card["cells"]:
+        values = [fmt.setting(axis, value) for axis, value in cell["axes"].items() if axis in study.varying]
+        where[cell["point"]] = ", ".join(values) or "the only cell"
+    if states["failed"]:
+        failed = [(i, study.points[i], where.get(i, "a teacher")) for i in states["failed"]]
+        rows = [[i, p["role"], str(p["seed"]), place, fmt.clean(p["error"], 300)] for i, p, place in failed]
+        frame = DataFrame(rows, columns=["point", "role", "seed", "cell", "error"])
+        made.tables.append(Table("Failed", frame, fmt.note("failed")))
+    else:
+        made.notes.append(fmt.note("none_failed"))
+    if states["missing"]:
+        rows = [[i, where.get(i, "a teacher")] for i in states["missing"]]
+        title = f"{len(rows)} points have not run yet"
+        made.tables.append(Table(title, DataFrame(rows, columns=["point", "cell"]), folded=True))
+    else:
+        made.notes.append(fmt.note("none_missing"))
+    return made
+
+
+def provenance(study: Study) -> Section:
+    """What ran, on what, with which versions, and the settings that differ between points."""
+    made = Section("Provenance", "Recipes and provenance")
+    origins = [origin(point["provenance"]) for point in study.points.values()]
+    frame = DataFrame(origins or [origin(study.card["provenance"])])
+    if origins:
+        frame = frame.groupby(list(frame), as_index=False, sort=False).size().rename(columns={"size": "points"})
+    else:
+        made.notes.append("No point yet; the study was planned on:")
+    # A study may have several data sets; what it is about says which.
+    if len(frame.drop(columns=["data hash", "points"], errors="ignore").drop_duplicates()) > 1:
+        made.notes.append(fmt.note("mixed"))
+    turned = frame.map(lambda cell: fmt.clean(cell, 300)).T.reset_index()  # versions are too long to stand in columns
+    turned.columns = ["", *(f"origin {i + 1}" for i in range(len(frame)))]
+    made.tables.append(Table("Where the points come from", turned))
+    recipe = {key: value for key, value in study.card["recipe"].items() if key not in OF_THE_PROCESS}
+    leaves = [(fmt.clean(name, 80), plain(value)) for name, value in flat(recipe).items()]
+    made.tables.append(facts("The recipe that every point departs from", leaves, folded=True))
+    metrics = ("train.", "val.", "test.", "teacher.")
+    settings = [column for column in map(str, study.table) if not column.startswith(metrics)]
+    settings += [column for column in ("teacher.label_smoothing", "teacher.model") if column in study.table]
+    own = study.table[settings].reset_index().dropna(axis=1, how="all")
+    own = own.map(lambda cell: fmt.NOTHING if cell != cell else plain(cell))
+    own.columns = [fmt.clean(column, 80) for column in own.columns]
+    made.tables.append(Table(f"{len(own)} points and the settings that differ", own, folded=True))
+    return made
+
+
+def origin(record: Mapping[str, Any]) -> dict[str, str]:
+    """A provenance record of `kd.runtime.provenance` in words."""
+    versions, hardware = record.get("versions") or {}, record.get("hardware") or {}
+    gpus = ", ".join(map(str, hardware.get("gpus") or [])) or "no GPU"
+    changed = " with uncommitted changes" if record.get("git_dirty") else ""
+    words = {
+        "code": f"{record.get('git_sha') or 'not from a checkout'}{changed}",
+        "python": record.get("python", fmt.NOTHING),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "machine": f"{hardware.get('cpu', fmt.NOTHING)}, {hardware.get('threads', fmt.NOTHING)} thread(s), {gpus}",
+        "system": record.get("system", fmt.NOTHING),
+        "data hash": record.get("data_hash", fmt.NOTHING),
+    }
+    return {name: fmt.clean(text, 300) for name, text in words.items()}
+
+
+def plain(value: Any) -> str:
+    """A setting's value as text."""
+    return fmt.clean(value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str), 120)
