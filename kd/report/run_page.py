@@ -16,7 +16,8 @@ from kd.report import formatting as fmt
 from kd.report.figures import Effect, Panel
 from kd.report.page import TONES, Card, Figure, Page, Section, Table
 from kd.report.study_page import facts, origin
-from kd.training.results import NETWORKS, verdict
+from kd.training.results import verdict
+from kd.training.run import STAGES
 from kd.training.stored import read_result
 
 CURVES = {  # columns of metrics.jsonl: a factor and the title of the plot
@@ -34,7 +35,7 @@ def run_page(directory: Path) -> Page:
     if not path.is_file():
         raise ConfigError(f"run={directory}: has no result.json; give the directory of a finished run")
     result = read_result(path)
-    networks = [name for name in NETWORKS if name in result]
+    networks = [name for name in STAGES if name in result]
     student, teacher = (fmt.clean(result[name]["model"]) for name in ("student", "teacher"))
     source, _, word = verdict(result).rpartition("\n")
     name = f"{fmt.clean(result.get('recipe'))}: {student} taught by {teacher}, seed {result['provenance'].get('seed')}"
