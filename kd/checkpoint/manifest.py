@@ -18,6 +18,7 @@ from kd.text import plain
 SCHEMA = 1
 MANIFEST = "manifest.json"  # of one checkpoint
 DONE = "stage.json"  # of the weights of a finished stage
+ANYONE: Mapping[str, str] = {}  # an owner that no file is checked against
 
 
 class Foreign(CheckpointError):
@@ -41,8 +42,11 @@ def write_manifest(path: Path, names: Iterable[str], about: Mapping[str, Any]) -
     write_text(path, _sealed({**about, "schema": SCHEMA, "files": listed}).decode())
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest whose own bytes are as written; its files are not looked at. Raises CheckpointError."""
+def read_manifest(path: Path, owner: Mapping[str, str] = ANYONE) -> dict[str, Any]:
+    """A manifest whose own bytes are as written; its files are not looked at.
+
+    Raises CheckpointError; Foreign, a CheckpointError, where a newer kd wrote it or its stage and run are not `owner`.
+    """
     with reading(path):
         raw = path.read_bytes()
     try:
@@ -53,14 +57,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is damaged ({plain(str(error), 160)})") from error
     if values["schema"] != SCHEMA:
         raise Foreign(f"{path}: has schema {values['schema']}, this kd reads {SCHEMA}: use a newer kd")
-    return values
-
-
-def check_owner(path: Path, manifest: Mapping[str, Any], owner: Mapping[str, str]) -> None:
-    """Raise Foreign unless a manifest names its `owner`, the stage and the run."""
-    recorded = {key: manifest.get(key) for key in owner}
+    recorded = {key: values.get(key) for key in owner}
     if recorded != owner:
         raise Foreign(f"{path}: is of {_named(recorded)}, must be of {_named(owner)}; restore the files that were here")
+    return values
 
 
 def _named(owner: Mapping[str, Any]) -> str:
@@ -78,9 +78,9 @@ def check_file(path: Path, manifest: Mapping[str, Any], name: str) -> None:
         raise CheckpointError(f"{file}: is damaged, has sha256 {sha256[:12]}…, {listed['sha256'][:12]}… was written")
 
 
-def verified(path: Path) -> dict[str, Any]:
-    """A manifest that is as written, and so are all its files. Raises CheckpointError."""
-    manifest = read_manifest(path)
+def verified(path: Path, owner: Mapping[str, str] = ANYONE) -> dict[str, Any]:
+    """A manifest that is as written, and so are all its files. Raises CheckpointError as `read_manifest` does."""
+    manifest = read_manifest(path, owner)
     for name in manifest["files"]:
         check_file(path, manifest, name)
     return manifest

@@ -172,12 +172,3 @@ def _check_tensors(path: Path, weights: Any) -> None:
         kinds[str(value.dtype)] = value.dtype not in _NUMBERS
         if unusual := [kind for kind, is_so in kinds.items() if is_so]:
             raise CheckpointError(f"{path}: {name} is a {unusual[0]} tensor, must be a dense one of common numbers")
-
-
-def spoilt(held: Tensor, given: Tensor) -> bool:
-    """Whether the copy `held` by a network has NaN, or infinities that the file's tensor `given` does not have.
-
-    So 1e300 is spoilt in float32. For float8 torch cannot tell what is finite, so that `given` is asked last.
-    """
-    infinite = held.isinf()
-    return bool(held.isnan().any()) or (bool(infinite.any()) and bool((infinite & ~given.isinf()).any()))

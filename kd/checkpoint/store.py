@@ -14,24 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kd.checkpoint.files import make_directory, sync, writing
-from kd.checkpoint.manifest import (
-    DONE,
-    MANIFEST,
-    Foreign,
-    check_file,
-    check_owner,
-    read_manifest,
-    verified,
-    write_manifest,
-)
+from kd.checkpoint.manifest import ANYONE, DONE, MANIFEST, Foreign, check_file, read_manifest, verified, write_manifest
 from kd.checkpoint.safetensors_io import header_of, load_state, read_weights, save_weights, size_of, split
 from kd.errors import CheckpointError
 
 NEWEST = 2  # checkpoints to keep: where the newest is damaged there is another
 CHECKPOINTS, STATE, SELECTED = "checkpoints", "state.safetensors", "selected.safetensors"
 _NAME = re.compile(r"update-(\d+)(?:-(\d+))?")
-_ABOUT = ("model", "num_classes", "label_smoothing", "smoothing")  # what a manifest repeats of the weights' metadata
-ANYONE: Mapping[str, str] = {}  # an owner that no file is checked against
 
 
 @dataclass
@@ -85,13 +74,12 @@ def save(
     Raises:
         CheckpointError: it could not be written; the earlier checkpoints are untouched.
     """
-    metadata = metadata or {}
     target = _new_path(directory, update)
     temporary = target.with_name(f".{target.name}.tmp")
     files = {STATE: split(state)}
     if selected is not None:
         # safetensors takes no channels-last tensors.
-        files[SELECTED] = {name: tensor.contiguous() for name, tensor in selected.items()}, header_of(metadata)
+        files[SELECTED] = {name: tensor.contiguous() for name, tensor in selected.items()}, header_of(metadata or {})
     try:
         with writing(target, sum(size_of(tensors) for tensors, _ in files.values())):
             make_directory(target.parent)
@@ -100,7 +88,7 @@ def save(
             for name, (tensors, header) in files.items():
                 save_file(tensors, temporary / name, header)
                 sync(temporary / name)
-            write_manifest(temporary / MANIFEST, files, {**owner, "update": update, "about": _about(metadata)})
+            write_manifest(temporary / MANIFEST, files, {**owner, "update": update})
             temporary.rename(target)
             sync(target.parent)
     finally:
@@ -149,8 +137,7 @@ def load(
     problems: list[str] = []
     for path in checkpoints_in(directory):
         try:
-            manifest = verified(path / MANIFEST)
-            check_owner(path / MANIFEST, manifest, owner)
+            manifest = verified(path / MANIFEST, owner)
             selected = read_weights(path / SELECTED) if SELECTED in manifest["files"] else None
             checkpoint = Checkpoint(path, load_state(path / STATE), selected)
         except Foreign as error:
@@ -178,10 +165,6 @@ def advice(stage: str, directory: Path) -> str:
 # ---- finished weights
 
 
-def _about(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: metadata[key] for key in _ABOUT if key in metadata}
-
-
 def finish(
     directory: Path,
     weights: Mapping[str, Mapping[str, Tensor]],
@@ -195,8 +178,7 @@ def finish(
     """
     for name, tensors in weights.items():
         save_weights(directory / f"{name}.safetensors", tensors, metadata)
-    names = [f"{name}.safetensors" for name in weights]
-    write_manifest(directory / DONE, names, {**about, **owner, "about": _about(metadata)})
+    write_manifest(directory / DONE, [f"{name}.safetensors" for name in weights], {**about, **owner})
     remove(directory / CHECKPOINTS)
 
 
@@ -207,8 +189,7 @@ def finished(path: Path, advice: str = "", owner: Mapping[str, str] = ANYONE) ->
     """
     done = path.with_name(DONE)
     try:
-        manifest = read_manifest(done)
-        check_owner(done, manifest, owner)
+        manifest = read_manifest(done, owner)
         check_file(done, manifest, path.name)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {advice}" if advice else str(error)) from error
@@ -218,7 +199,7 @@ def finished(path: Path, advice: str = "", owner: Mapping[str, str] = ANYONE) ->
 def save_sealed(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write weights with a manifest of their own, NAME.json beside NAME.safetensors. Raises CheckpointError."""
     save_weights(path, weights, metadata)
-    write_manifest(path.with_suffix(".json"), [path.name], {"about": _about(metadata)})
+    write_manifest(path.with_suffix(".json"), [path.name], {})
 
 
 def read_sealed(path: Path, advice: str) -> dict[str, Tensor]:

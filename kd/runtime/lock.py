@@ -24,21 +24,31 @@ if TYPE_CHECKING:
 
 @contextmanager
 def locked(
-    directory: Path, busy: Callable[[str], None] | None = None, accelerator: Accelerator | None = None
-) -> Iterator[None]:
-    """Hold the lock of a directory; under torchrun the main process holds it for all.
+    directory: Path,
+    busy: Callable[[str], None] | None = None,
+    done: Callable[[], bool] = lambda: False,
+    accelerator: Accelerator | None = None,
+) -> Iterator[bool]:
+    """Hold the lock of a directory unless its work is done; gives whether it is. What is done is only read, by all.
 
-    While another process holds it, `busy` is called again and again with that process, such as "process 12 on node3",
-    and must wait a little or raise. Without `busy`, ConfigError.
+    Args:
+        directory: the lock's file is beside it, as .NAME.lock, and stays there.
+        busy: called again and again with the process that holds the lock, such as "process 12 on node3", while one
+            does; it must wait a little or raise. Without it, ConfigError.
+        done: whether the work is done; asked before the lock is taken, and again with it.
+        accelerator: torchrun's processes, of which the main one holds the lock for all.
     """
-    main = accelerator is None or accelerator.is_main_process
+    if from_main(accelerator, done()):
+        yield True
+        return
     lock = FileLock(directory.with_name(f".{directory.name}.lock"))
+    main = accelerator is None or accelerator.is_main_process
     while holder := from_main(accelerator, _take(lock) if main else ""):
         if busy is None:
             raise ConfigError(f"{directory}: {holder} is at work on it; wait for it, or choose another run= or output=")
         busy(holder)
     try:
-        yield
+        yield from_main(accelerator, done())
     finally:
         lock.release()
 
@@ -55,24 +65,6 @@ def _take(lock: FileLock) -> str:
     except OSError as error:  # a file system without locks, or a full disk: neither should stop a run
         print(f"{path}: {error.strerror}; start no second process on this directory", file=sys.stderr)
     return ""
-
-
-@contextmanager
-def unless_done(
-    directory: Path,
-    done: Callable[[], bool],
-    busy: Callable[[str], None] | None = None,
-    accelerator: Accelerator | None = None,
-) -> Iterator[bool]:
-    """Hold the lock of a directory unless its work is `done`; gives whether it is.
-
-    What is done is only read, by as many processes as like.
-    """
-    if from_main(accelerator, done()):
-        yield True
-        return
-    with locked(directory, busy, accelerator):
-        yield from_main(accelerator, done())  # another process may have done it since
 
 
 def from_main(accelerator: Accelerator | None, value: Any) -> Any:

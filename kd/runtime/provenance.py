@@ -1,11 +1,11 @@
-"""What ran, on what, with which versions: the part of a result that lets somebody else doubt it properly."""
+"""Provenance of a result: code, versions, hardware and command line."""
 
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,22 @@ _PACKAGES = ("kd-torch", "torch", "torchvision", "timm", "accelerate", "hydra-co
 
 
 def _git(*arguments: str) -> str | None:
-    """The answer of git about kd's own checkout; None where kd is installed without one, or git cannot be run."""
+    """Output of git in kd's own checkout; None where kd is installed without one, or git cannot be run."""
     if not (_CHECKOUT / ".git").exists():
         return None
     command = ["git", "-C", str(_CHECKOUT), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:  # no git here, or no more files may be opened: no reason to lose a finished run
+    except OSError:  # no git here, or too many open files: no reason to lose a finished run
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    with suppress(OSError):
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
+    model = re.search(r"^model name\s*:(.*)$", text, re.MULTILINE)
+    return model[1].strip() if model else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:
@@ -45,7 +43,7 @@ def _version(package: str) -> str | None:
 
 
 def provenance(world_size: int) -> dict[str, Any]:
-    """Code, versions, hardware and command line of this process as plain values."""
+    """Code, versions, hardware and command line of this process, one of `world_size`, as plain values."""
     status = _git("status", "--porcelain")
     return {
         "git_sha": _git("rev-parse", "HEAD"),

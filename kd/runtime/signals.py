@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -58,26 +57,6 @@ def listen(*signals: signal.Signals, leaving: Callable[[], None] = leave) -> Non
     _asked, _listener, _leave = 0, os.getpid(), leaving
     for each in signals or (signal.SIGINT, *PREEMPTION):
         signal.signal(each, _request)
-
-
-@contextmanager
-def listening() -> Iterator[None]:
-    """Have a job in a launcher's process end at once and in silence when it is asked to stop, unless it trains.
-
-    Where somebody listens already, the command itself or a cluster's launcher, that stays as it is.
-    """
-    global _listener
-    free = all(signal.getsignal(each) == signal.SIG_DFL for each in PREEMPTION)
-    if not free or threading.current_thread() is not threading.main_thread():  # other threads cannot
-        yield
-        return
-    listen(*PREEMPTION, leaving=lambda: os._exit(0))
-    try:
-        yield
-    finally:
-        _listener = None
-        for each in PREEMPTION:
-            signal.signal(each, signal.SIG_DFL)
 
 
 def _request(signum: int, frame: Any) -> None:

@@ -77,7 +77,7 @@ class Folder:
         }
         write_json(self.point(point.id), values)
 
-    def lock(self, job: str | None = None) -> AbstractContextManager[None]:
+    def lock(self, job: str | None = None) -> AbstractContextManager[bool]:
         """The lock of a job, for which this waits, or of the whole study: ConfigError where another process has it."""
         return locked(self.path / "jobs" / job, lambda holder: time.sleep(0.5)) if job else locked(self.path)
 

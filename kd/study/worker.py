@@ -25,8 +25,9 @@ def work(config: Any) -> None:
     folder, name = Folder(Path(config.study)), str(config.job)
     if _is_of_joblib():
         _end_with_command()
+        signals.listen(*signals.PREEMPTION, leaving=lambda: os._exit(0))  # in silence: the command speaks for all
     try:
-        with signals.listening(), folder.lock(name):  # a worker of a killed command may still be at it
+        with folder.lock(name):  # a worker of a killed command may still be at it
             job = Job.read(folder, name)
             if not all(folder.is_finished(point) for point in job.points):
                 do(folder, job)

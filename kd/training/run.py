@@ -15,7 +15,7 @@ from kd.checkpoint.files import digest, write_json, write_text
 from kd.config.schema import Recipe, content_hash, identity
 from kd.data import Data
 from kd.errors import ConfigError
-from kd.runtime.lock import unless_done
+from kd.runtime.lock import locked
 from kd.runtime.signals import check
 from kd.training.logger import Logger
 from kd.training.stored import read_card
@@ -147,7 +147,7 @@ def alone_on_run(run: Run) -> AbstractContextManager[bool]:
     Raises ConfigError while another process trains there.
     """
     result = run.directory / "result.json"
-    return unless_done(run.directory, lambda: run.recipe.resume and result.exists(), accelerator=run.accelerator)
+    return locked(run.directory, None, lambda: run.recipe.resume and result.exists(), run.accelerator)
 
 
 def alone_on_teacher(run: Run) -> AbstractContextManager[bool]:
@@ -161,4 +161,4 @@ def alone_on_teacher(run: Run) -> AbstractContextManager[bool]:
         check(run.accelerator)
         time.sleep(0.5)
 
-    return unless_done(run.teacher_directory, (run.teacher_directory / "stage.json").exists, busy, run.accelerator)
+    return locked(run.teacher_directory, busy, (run.teacher_directory / "stage.json").exists, run.accelerator)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kd.errors import ConfigError
-from kd.runtime.lock import locked, unless_done
+from kd.runtime.lock import locked
 from tests.torture import forked
 
 WORDS = ("recipe=smoke", "run=one", "output=runs", "control=false")
@@ -34,7 +34,7 @@ def test_a_second_holder_is_told_of_the_first(tmp_path):
 
 def test_what_is_done_is_read_without_a_lock(tmp_path):
     run, done = tmp_path / "run", []
-    with locked(run), unless_done(run, lambda: True) as is_done:
+    with locked(run), locked(run, done=lambda: True) as is_done:
         assert is_done
 
     def finish(holder: str) -> None:
@@ -43,7 +43,7 @@ def test_what_is_done_is_read_without_a_lock(tmp_path):
 
     holding = locked(run)
     holding.__enter__()
-    with unless_done(run, lambda: bool(done), finish) as is_done:
+    with locked(run, finish, lambda: bool(done)) as is_done:
         assert is_done
 
 

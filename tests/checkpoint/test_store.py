@@ -257,14 +257,12 @@ def test_verify_says_what_is_whole(tmp_path, capsys):
     finish(done)
     assert main([f"run={tmp_path}"]) == 0
     out = capsys.readouterr().out
-    assert "model mlp_nano" in out
-    assert "update 5" in out
+    assert "update 5, schema 1" in out
     state = manifest(stage, 5).with_name("state.safetensors")
     listed = json.loads(manifest(stage, 5).read_text())["files"][state.name]
     assert f"{state}  {state.stat().st_size:,} bytes, sha256 {listed['sha256']}" in out
     for path in (done / "last.safetensors", manifest(stage, 5).with_name("selected.safetensors")):
         assert main([f"path={path}"]) == 0
-        assert "model mlp_nano" in capsys.readouterr().out
         damage(path)
         assert main([f"path={path}"]) == main([f"run={path.parent}"]) == main([f"run={tmp_path}"]) == 1
         assert f"damaged  {path}: is damaged, has sha256" in capsys.readouterr().out

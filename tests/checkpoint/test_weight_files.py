@@ -157,11 +157,11 @@ def test_tensors_that_nothing_computes_with_are_named_by_training_and_by_verify(
     assert f"{path}: {said}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("value", "whole"), [(float("-inf"), True), (-1e300, False), (float("nan"), False)])
-def test_verify_takes_infinities_of_the_file_but_not_those_of_the_conversion(value, whole, tmp_path):
-    path = tmp_path / "w.safetensors"
-    save_file({"mask": torch.tensor([0.0, value], dtype=torch.float64)}, path)
-    assert main([f"path={path}"]) == (0 if whole else 1)
+@pytest.mark.parametrize(("value", "code"), [(float("-inf"), 0), (float("nan"), 1)])
+def test_verify_takes_infinities_but_not_nan(value, code, tmp_path):
+    """A mask may hold infinities."""
+    save_file({"mask": torch.tensor([0.0, value])}, tmp_path / "w.safetensors")
+    assert main([f"path={tmp_path / 'w.safetensors'}"]) == code
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])

@@ -299,8 +299,8 @@ PARTS = (
         "faults",
         "a fault at every write, fsync and rename of a save: an earlier or the new checkpoint is whole",
         sum(CALLS.values()),
-        25,
+        8,
         faults,
     ),
-    Part("enospc", "no room at 20 places: the checkpoint before loads, the message counts bytes", 20, 20, enospc),
+    Part("enospc", "no room at 20 places: the checkpoint before loads, the message counts bytes", 20, 4, enospc),
 )

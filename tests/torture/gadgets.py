@@ -306,7 +306,7 @@ PARTS = (
         "gadgets",
         "40 gadget files and 10,000 mutants through every reader: nothing runs, hangs, or ends in a traceback",
         GADGETS + BATCHES,
-        6,
+        4,
         trial,
         prepare,
     ),
