@@ -19,6 +19,7 @@ from kd.losses import reference
 from kd.losses.methods.base import Method, Seen
 from kd.losses.methods.fields import Share, Temperature, Weight
 from kd.losses.reference import kl, log_softened
+from kd.smoothing import mix_uniform
 
 # ---- one temperature for both networks
 
@@ -219,18 +220,12 @@ class WSL(Method, name="wsl"):
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
-        hard_s, hard_t = (_cross_entropy(logits.detach(), seen.target) for logits in seen.logits)
-        ratio = (hard_s / (hard_t + self.epsilon)).abs().nan_to_num(nan=1.0)
-        student, teacher = (logits / self.temperature for logits in seen.logits)
-        soft = reference.cross_entropy(student, teacher.softmax(-1))
+        student, teacher = seen.logits
+        hard = mix_uniform(seen.target, student.shape[-1], 0.0, student.dtype)
+        ce_s, ce_t = (reference.cross_entropy(logits.detach(), hard) for logits in seen.logits)
+        ratio = (ce_s / (ce_t + self.epsilon)).abs().nan_to_num(nan=1.0)
+        soft = reference.cross_entropy(student / self.temperature, (teacher / self.temperature).softmax(-1))
         return -torch.expm1(-ratio) * self.temperature**2 * soft
-
-
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """(N,) of labels or of probabilities; a class of probability 0 may be masked, which F.cross_entropy makes NaN."""
-    if target.is_floating_point():
-        return reference.cross_entropy(logits, target.to(logits.dtype))
-    return F.cross_entropy(logits, target, reduction="none")
 
 
 @dataclass(eq=False)

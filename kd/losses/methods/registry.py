@@ -11,7 +11,7 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -89,11 +89,15 @@ def _run_file(path: Path) -> None:
 
 
 def _find(name: str, wrong: str, before: str) -> type[Method]:
-    known = library()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        raise ConfigError(f"{wrong}; " + (f"did you mean {before}{near[0]}?" if near else "--help lists them"))
-    return known[name]
+    if name not in library():
+        raise ConfigError(f"{wrong}; {_nearest(name, library(), before, '--help lists them')}")
+    return library()[name]
+
+
+def _nearest(word: str, known: Iterable[str], before: str, otherwise: str) -> str:
+    """What to type instead of a name that is not known."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {before}{near[0]}?" if near else otherwise
 
 
 # ---- `loss=NAME`, spelled out
@@ -173,9 +177,11 @@ def _build(before: str, name: str, settings: Any) -> Weighted:
     method = _find(name, f"{at}: no such method", before)
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{at}={settings}: must be settings such as {{weight: 1.0}}; type loss={name}")
+    known = [*_defaults(method), *SHARED]
     for key in settings:
-        if not has(name, key):
-            raise ConfigError(f"{at}.{key}: no such setting; {did_you_mean(name, key, before.partition('.')[0])}")
+        if key not in known:
+            hint = _nearest(key, known, f"{at}.", f"{name} has {', '.join(known)}")
+            raise ConfigError(f"{at}.{key}: no such setting; {hint}")
     shared = {key: settings.get(key, default) for key, default in SHARED.items()}
     for key, value in shared.items():  # the epochs are bounded like the weight
         if isinstance(value, bool) or not isinstance(value, int | float) or not is_weight(value):
@@ -190,15 +196,3 @@ def _build(before: str, name: str, settings: Any) -> Weighted:
 def classifies(values: Mapping[str, Any]) -> bool:
     """Whether one of the methods that `loss.methods` names brings the classifier to evaluate."""
     return any(name in library() and library()[name].classifies for name in values)
-
-
-def has(name: str, key: str) -> bool:
-    """Whether a method that exists has such a setting."""
-    return key in _defaults(library()[name]) or key in SHARED
-
-
-def did_you_mean(name: str, key: str, section: str = "loss") -> str:
-    """What to type instead of a setting that the method does not have."""
-    known = [*_defaults(library()[name]), *SHARED] if name in library() else []
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {section}.methods.{name}.{near[0]}?" if near else f"{name} has {', '.join(known)}"
