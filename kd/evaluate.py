@@ -9,7 +9,6 @@ from typing import Any
 
 from kd.cli.errors import one_line_errors
 from kd.config.arguments import check_target, read
-from kd.errors import ConfigError
 from kd.training.stored import numbers
 
 HELP = """usage: python -m kd.evaluate run=DIR [picture=FILE.svg] [data.root=PATH] [data.workers=N]
@@ -66,9 +65,7 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(HELP)
         return 0
-    given = read(arguments, {"run": "DIR", "picture": "FILE.svg", **dict.fromkeys(HERE, "VALUE")})
-    if "run" not in given:
-        raise ConfigError("run: not given; type run=DIR, the directory of a finished run")
+    given = read(arguments, {"run": "DIR", "picture": "FILE.svg", **dict.fromkeys(HERE, "VALUE")}, required=["run"])
     if "picture" in given:
         check_target("picture", Path(given["picture"]), ".svg")
     moved = [f"{name}={given[name]}" for name in HERE if name in given]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,13 +84,9 @@ def estimate_for(recipe: Recipe, data: Data, split: str) -> SmoothingEstimate:
 
 def recipe_of(data: str, model: str, checkpoint: str | None, overrides: Sequence[str]) -> Recipe:
     """The recipe of a data set with this teacher."""
-    known = compose.recipe_files("data")
-    if data not in known:
-        near = difflib.get_close_matches(data, known, n=1)
-        hint = f"did you mean data={near[0]}?" if near else "there are " + ", ".join(known)
-        raise ConfigError(f"data={data}: no such data set; {hint}")
     teacher = {"model": model, "checkpoint": checkpoint, "pretrained": checkpoint is None}
-    return compose.build(compose.read_recipe(known[data]), {"teacher": teacher}, words=overrides)
+    values = compose.read_recipe(compose.recipe_file("data", data))
+    return compose.build(values, {"teacher": teacher}, words=overrides)
 
 
 def main(arguments: list[str]) -> int:

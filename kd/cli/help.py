@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kd.config.compose import recipe_files
@@ -31,25 +31,19 @@ def recipe_lines(folder: str = "") -> Iterator[str]:
         yield f"  {typed:26} {textwrap.shorten(claim(path), WIDTH - 29, placeholder=' ...')}"
 
 
-def setting_lines(schema: type, wanted: Callable[[str], bool], everything: bool = True) -> Iterator[str]:
-    """A line for each setting whose name is `wanted`, grouped by section; without `everything` the common ones only."""
-    section = ""
-    for name, f in settings(schema).items():
-        if not wanted(name) or not (everything or f.metadata["common"]):
-            continue
-        if section and name.partition(".")[0] != section and everything:
-            yield ""
-        section = name.partition(".")[0]
-        limits = f" [{limits}]" if (limits := allowed(f.metadata)) else ""
-        yield from textwrap.wrap(
-            f"{name:25} {f.metadata['doc']}{limits}", WIDTH, initial_indent="  ", subsequent_indent=" " * 30
-        )
+def setting_lines(schema: type, prefix: str = "", everything: bool = True) -> Iterator[str]:
+    """A line for each setting whose name begins with `prefix`; without `everything` the common ones only."""
+    for name, field in settings(schema).items():
+        if name.startswith(prefix) and (everything or field.metadata["common"]):
+            limits = f" [{limits}]" if (limits := allowed(field.metadata)) else ""
+            line = f"{name:25} {field.metadata['doc']}{limits}"
+            yield textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent=" " * 30)
 
 
 TRAIN = """usage: python -m kd.train recipe=NAME [key=value ...]
 
-Trains a teacher, distils a student, trains the same student alone, and compares the two. The same command
-resumes a stopped run from its last checkpoint, and prints the result of a finished one.
+Trains a teacher, distils a student, trains the same student alone, and compares the two. The same
+command resumes a stopped run from its last checkpoint, and prints the result of a finished one.
 
 recipes
 {recipes}
@@ -70,7 +64,7 @@ settings{which}
                      allow_differences=true for other versions, hardware or data
 
 Exit code: 0 finished, or saved after SIGTERM or SIGUSR1; 1 cannot go on, or a replay differs;
-2 a setting or a file is wrong; 130 ctrl-C. The same command resumes.
+2 a setting or a file is wrong; 130 ctrl-C.
 
 example: python -m kd.train recipe=resnet50_to_18 loss.temperature=2 seed=1"""
 
@@ -86,5 +80,5 @@ def help_text(everything: bool = False) -> str:
         data=wrapped(recipe_files("data")),
         methods=wrapped(sorted(methods.names())),
         which="" if everything else " (--help all lists the others)",
-        settings="\n".join(setting_lines(Recipe, lambda name: True, everything)),
+        settings="\n".join(setting_lines(Recipe, everything=everything)),
     )

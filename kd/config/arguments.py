@@ -14,13 +14,14 @@ from kd.errors import ConfigError
 SETTING = re.compile(r"\+?[^\W\d][\w.]*|hydra/launcher")
 
 
-def read(words: Sequence[str], allowed: Mapping[str, str]) -> dict[str, str]:
+def read(words: Sequence[str], allowed: Mapping[str, str], required: Sequence[str] = ()) -> dict[str, str]:
     """The values that `key=value` words give, by key.
 
     `allowed` has what may be typed and what stands for its value in a message, as in {"run": "DIR", "html": "FILE"}.
     A key that ends in a dot allows all keys that begin with it: {"data.": "VALUE"} allows data.root=PATH.
 
-    Raises ConfigError for a word that is not key=value, an unknown key, a key given twice and an empty value.
+    Raises ConfigError for a word that is not key=value, an unknown key, a key given twice, an empty value, and where
+    a required key is missing.
     """
     usage = ", ".join(f"{key}KEY={value}" if key.endswith(".") else f"{key}={value}" for key, value in allowed.items())
     prefixes = tuple(key for key in allowed if key.endswith("."))
@@ -36,6 +37,8 @@ def read(words: Sequence[str], allowed: Mapping[str, str]) -> dict[str, str]:
         if not value:  # as of a shell variable that is not set
             raise ConfigError(f"{word}: must not be empty")
         values[key] = value
+    if missing := [key for key in required if key not in values]:
+        raise ConfigError(f"{missing[0]}: not given; type {missing[0]}={allowed[missing[0]]}")
     return values
 
 

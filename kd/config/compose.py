@@ -75,17 +75,16 @@ def _data_set(recipe: Mapping[str, Any]) -> str:
     raise ConfigError(f"defaults={recipe['defaults']}: must be - override /data: NAME")
 
 
-def _file(group: str, name: str | None, folder: str) -> Path:
-    """The file that `group=name` chooses. Raises ConfigError where there is none."""
-    prefix = f"{folder}/" if folder not in ("", group) else ""
-    files = {f"{prefix}{stem}": path for stem, path in recipe_files(folder).items()}
+def recipe_file(group: str, name: str, folder: str = "") -> Path:
+    """The file that `group=NAME` chooses; for a recipe of a folder, NAME is FOLDER/NAME. Raises ConfigError."""
+    files = recipe_files("data") if group == "data" else recipe_files(folder)
+    files = {f"{folder}/{stem}" if folder else stem: path for stem, path in files.items()}
     if name in files:
         return files[name]
-    if name is None:
-        raise ConfigError(f"{group}: not given; type {group}=NAME with one of {', '.join(files)}")
     near = difflib.get_close_matches(name, files, n=1)
     hint = f"did you mean {group}={near[0]}?" if near else f"must be one of {', '.join(files)}"
-    raise ConfigError(f"{group}={name}: no such {GROUPS[group]}; {hint}")
+    wrong = f"{group}={name}: no such {GROUPS[group]}" if name else f"{group}: not given"
+    raise ConfigError(f"{wrong}; {hint}")
 
 
 # ---- composing
@@ -99,8 +98,8 @@ def compose(words: Sequence[str], schema: type = Recipe, folder: str = "", launc
     what came before. `launcher` has words for Hydra's launcher, which are checked. Raises ConfigError.
     """
     chosen, changes = _split(words)
-    recipe = read_recipe(_file("recipe", chosen.get("recipe"), folder), schema)
-    data = read_recipe(_file("data", chosen.get("data", _data_set(recipe)), "data"), schema)
+    recipe = read_recipe(recipe_file("recipe", chosen.get("recipe", ""), folder), schema)
+    data = read_recipe(recipe_file("data", chosen.get("data", _data_set(recipe))), schema)
     recipe.pop("defaults", None)
     layers = [schema, data, recipe, *([_loss(chosen["loss"], recipe)] if "loss" in chosen else [])]
     config = _merged(layers, launcher)

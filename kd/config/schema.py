@@ -11,7 +11,7 @@ import math
 import operator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from kd.errors import ConfigError
 from kd.losses.ranges import HIGHEST_TEMPERATURE, LARGEST_WEIGHT, LOWEST_TEMPERATURE
@@ -56,7 +56,8 @@ def _in_range(value: Any, metadata: Any) -> bool:
 class Checked:
     """A section of the recipe. Making one raises ConfigError for a value outside its range."""
 
-    section: ClassVar[str] = ""
+    def __init_subclass__(cls, section: str = ""):
+        cls.section = section
 
     def __post_init__(self):
         for f in fields(self):  # type: ignore[arg-type]
@@ -69,10 +70,8 @@ class Checked:
 
 
 @dataclass
-class DataConfig(Checked):
+class DataConfig(Checked, section="data."):
     """The data set, its split, and the augmentation of training images."""
-
-    section: ClassVar[str] = "data."
 
     name: str = setting("digits", "name of the data set in tables and directories")
     family: str = setting("digits", "reader, such as digits, folder or torchvision; a wrong name lists all")
@@ -102,17 +101,13 @@ class DataConfig(Checked):
     def __post_init__(self):
         super().__post_init__()
         if self.omit_class is not None and self.label_noise:  # a wrong label would show the omitted class
-            raise ConfigError(
-                f"data.omit_class={self.omit_class} with data.label_noise={self.label_noise}: only one of them works; "
-                f"type omit_class=null or label_noise=0"
-            )
+            both = f"data.omit_class={self.omit_class} with data.label_noise={self.label_noise}"
+            raise ConfigError(f"{both}: only one of them works; type omit_class=null or label_noise=0")
 
 
 @dataclass
-class TeacherConfig(Checked):
+class TeacherConfig(Checked, section="teacher."):
     """The network that the student learns from."""
-
-    section: ClassVar[str] = "teacher."
 
     model: str = setting("resnet50.tv_in1k", "timm model name, hf-hub:NAME or local-dir:PATH", common=True)
     pretrained: bool = setting(False, "start from timm's pretrained weights", common=True)
@@ -145,10 +140,8 @@ class TeacherConfig(Checked):
 
 
 @dataclass
-class StudentConfig(Checked):
+class StudentConfig(Checked, section="student."):
     """The network that learns. Its control is the same network trained on labels alone."""
-
-    section: ClassVar[str] = "student."
 
     model: str = setting("resnet18.tv_in1k", "timm model name", common=True)
     pretrained: bool = setting(False, "start from timm's pretrained weights", common=True)
@@ -160,10 +153,8 @@ class StudentConfig(Checked):
 
 
 @dataclass
-class LossConfig(Checked):
+class LossConfig(Checked, section="loss."):
     """``ce_weight * CE(label_smoothing) + kd_weight * T² * KL(teacher || student)``, and further methods."""
-
-    section: ClassVar[str] = "loss."
 
     temperature: float = setting(4.0, "divides both logits before the softmax", **TEMPERATURES, common=True)
     student_temperature: float | None = setting(None, "temperature of the student; null: the same", **TEMPERATURES)
@@ -171,9 +162,7 @@ class LossConfig(Checked):
     ce_weight: float = setting(0.1, "weight of the cross entropy with the labels", **WEIGHTS, common=True)
     label_smoothing: float = setting(0.0, "label-smoothing mass of student and control", ge=0, lt=1, common=True)
     smoothing: str = setting("uniform", "convention: eps/K on every class, or eps/(K-1) on the others", **CONVENTIONS)
-    teacher_smoothing: float = setting(
-        0.0, "uniform smoothing mass to remove from the teacher", ge=0, lt=1, common=True
-    )
+    teacher_smoothing: float = setting(0.0, "uniform mass to remove from the teacher", ge=0, lt=1, common=True)
     backend: str = setting("auto", "implementation of the loss", among=("auto", "reference", "cpu", "triton"))
     methods: dict[str, Any] = setting({}, "further methods with their weights and settings; loss=NAME fills it in")
 
@@ -186,10 +175,8 @@ class LossConfig(Checked):
 
 
 @dataclass
-class OptimizerConfig(Checked):
+class OptimizerConfig(Checked, section="optimizer."):
     """A timm optimizer."""
-
-    section: ClassVar[str] = "optimizer."
 
     name: str = setting("adamw", "timm optimizer: sgd (Nesterov), momentum, adamw, lamb, ...", common=True)
     lr: float = setting(1e-3, "learning rate at train.batch_size", gt=0, **RATES, common=True)
@@ -199,10 +186,8 @@ class OptimizerConfig(Checked):
 
 
 @dataclass
-class SchedulerConfig(Checked):
+class SchedulerConfig(Checked, section="scheduler."):
     """A timm learning-rate schedule, stepped after every update."""
-
-    section: ClassVar[str] = "scheduler."
 
     name: str = setting("cosine", "schedule", among=SCHEDULES, common=True)
     warmup_epochs: int = setting(0, "epochs of linear warmup", ge=0)
@@ -216,17 +201,13 @@ class SchedulerConfig(Checked):
         super().__post_init__()
         rising = [0, *self.milestones] == sorted({0, *self.milestones})
         if not rising or (self.name == "multistep" and not self.milestones):
-            raise ConfigError(
-                f"scheduler.milestones={self.milestones}: must be rising epochs ≥ 1, at least one for multistep, "
-                f"such as [150,180,210]"
-            )
+            wanted = "rising epochs ≥ 1, at least one for multistep, such as [150,180,210]"
+            raise ConfigError(f"scheduler.milestones={self.milestones}: must be {wanted}")
 
 
 @dataclass
-class TrainConfig(Checked):
+class TrainConfig(Checked, section="train."):
     """The training loop; teacher, student and control share these settings."""
-
-    section: ClassVar[str] = "train."
 
     batch_size: int = setting(128, "images per update, over all processes and passes", ge=1, common=True)
     accumulation: int = setting(1, "forward and backward passes per update", ge=1, common=True)

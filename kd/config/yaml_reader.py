@@ -97,14 +97,6 @@ def value(text: str, at: str) -> Any:
         raise ConfigError(f"{at}: cannot be read ({error}); type a plain value, or one inside quotes") from error
 
 
-def values(text: str) -> list[Any] | None:
-    """The values in ``A,B``; None where they cannot be read."""
-    try:
-        return value(f"[{text}]", text)
-    except ConfigError:
-        return None
-
-
 def _load(text: str) -> Any:
     """What YAML holds. Raises ValueError with the line and the problem."""
     try:

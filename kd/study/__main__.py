@@ -41,7 +41,7 @@ example: python -m kd.study recipe=studies/mnist1d_grid study.seeds=2 loss.tempe
 
 def help_text() -> str:
     """What --help prints."""
-    settings = setting_lines(StudyRecipe, lambda name: name.startswith("study."))
+    settings = setting_lines(StudyRecipe, "study.")
     return HELP.format(studies="\n".join(recipe_lines(STUDIES)), settings="\n".join(settings))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from kd.config import arguments, types, yaml_reader
+from kd.config import arguments, types
 from kd.config import compose as recipes
 from kd.errors import ConfigError
 from kd.losses.methods import registry as methods
@@ -60,13 +60,11 @@ def _split(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list[str]
         elif key in GROUPS or key.startswith("+"):
             composed.append(word)
         else:
-            values = yaml_reader.values(text)
-            if values is None and (key not in known or re.match(r"[^\[{'\"].*,", text)):
-                raise ConfigError(f"{word}: cannot be read; type A,B, each inside quotes unless it is a plain word")
-            if key in known and len(values or ()) < 2:
+            values = [types.read(key, each, StudyRecipe) for each in types.several(text)]
+            if key in known and len(values) < 2:
                 composed.append(word)
             else:
-                axes[key] = [_per_point(value) for value in values or ()]
+                axes[key] = [_per_point(value) for value in values]
     return composed, axes, launcher
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from kd.config.schema import Checked, Recipe, setting
 from kd.errors import ConfigError
@@ -31,10 +31,8 @@ class Contrast(Sides):
 
 
 @dataclass
-class StudyConfig(Checked):
+class StudyConfig(Checked, section="study."):
     """What makes a study of a recipe."""
-
-    section: ClassVar[str] = "study."
 
     claim: str = setting("", "what the study is to settle, in a sentence")
     paper: str = setting("", "the paper whose claim it is")

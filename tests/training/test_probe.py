@@ -245,7 +245,7 @@ def test_the_split_it_reads_is_a_sample_of_at_most_2000(monkeypatch, weights):
     ("words", "message"),
     [
         (["data=mnist1", "model=x"], "data=mnist1: no such data set; did you mean data=mnist1d?"),
-        (["model=x"], "data=: no such data set; there are "),
+        (["model=x"], "data: not given; must be one of "),
         (["data=mixture"], "model: not given; type model=NAME"),
         (["data=mixture", "checkpoint=nowhere.pth"], "checkpoint=nowhere.pth: no such file; give the path"),
         (["data=mixture", "model=mlp_smal", "checkpoint=FILE"], "teacher.model=mlp_smal: timm and kd know no such"),
