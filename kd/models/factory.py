@@ -138,7 +138,11 @@ def _one_line(setting: str, shape: tuple[int, ...], role: str) -> Generator[None
     except Exception as error:  # every network has errors of its own for a wrong size or argument
         said = textwrap.shorten(str(error), 160) or type(error).__name__
         if isinstance(error, OSError):  # the hub's errors too
-            wrong = f"cannot be loaded ({said}); without network give {role}.model=local-dir:/path/to/a/folder"
+            offline = {
+                "teacher": "teacher.checkpoint=/path/to/weights.safetensors",
+                "student": "student.model=local-dir:/path/to/a/folder",  # a student has no checkpoint of its own
+            }[role]
+            wrong = f"cannot be loaded ({said}); without network give {offline}"
         else:
             wrong = f"does not work for inputs of shape {shape} ({said})"
         vectors = "; mlp_nano, mlp_tiny, mlp_mini, mlp_small and mlp_wide take vectors" if len(shape) == 1 else ""

@@ -8,7 +8,6 @@ from torch import nn
 
 import kd.models.networks  # noqa: F401 (registers its names)
 from kd.losses.methods import connectors as transforms
-from kd.losses.methods import contrastive as contrast
 from kd.losses.methods import features, relations
 from kd.losses.methods.base import Seen, Setup
 from kd.models.layers import Layer, as_map, classifier_name, list_layers, tap, tap_pair
@@ -137,28 +136,23 @@ def test_list_layers_shows_names_that_can_be_tapped():
 
 ANY = [
     relations.SimilarityPreserving,
-    relations.ProbabilisticKnowledge,
     relations.Relational,
-    relations.CorrelationCongruence,
-    lambda: contrast.ContrastiveRepresentation(num_negatives=8),
     features.VariationalInformation,
     transforms.OverhaulFeature,
     transforms.ReviewKD,
     transforms.ReusedClassifier,
 ]
-SPATIAL = [features.Hint, features.AttentionTransfer, features.NeuronSelectivity]
 
 
 @pytest.mark.parametrize(
-    ("make", "student", "teacher", "side"),
+    ("make", "student", "teacher"),
     [
-        *((make, "resnet20_cifar", "resnet32_cifar", 32) for make in [*ANY, *SPATIAL, features.FlowOfSolution]),
-        *((make, "test_resnet", "resnet10t", 64) for make in [*ANY, *SPATIAL]),
-        *((make, "mlp_small", "mlp_wide", 32) for make in ANY),
+        *((make, "resnet20_cifar", "resnet32_cifar") for make in [*ANY, features.AttentionTransfer]),
+        *((make, "mlp_small", "mlp_wide") for make in ANY),
     ],
 )
-def test_every_method_trains_from_the_default_layers(make, student, teacher, side):
-    seen = seen_by(made(student), made(teacher), torch.randn(4, 3, side, side))
+def test_methods_train_from_the_default_layers(make, student, teacher):
+    seen = seen_by(made(student), made(teacher), torch.randn(4, 3, 32, 32))
     method = make()
     method.build(Setup(seen, 10))
     value = method(seen).mean()
@@ -180,14 +174,3 @@ def test_simkd_ships_with_the_teachers_classifier():
     assert not torch.equal(logits, seen.student.logits)
     method.projector = nn.Identity()
     torch.testing.assert_close(method.classify(seen.teacher), teacher(x))
-
-
-def test_compiled_network_gives_the_same_view():
-    model = made("cnn_small").eval()
-    taps, x = tap(model), torch.randn(2, 3, 32, 32)
-    student = Student(model, features=taps.names)
-    plain = taps.view(model, student(x))
-    student.compile(backend="aot_eager")
-    compiled = taps.view(model, student(x))
-    for a, b in zip([*plain.maps, plain.embedding], [*compiled.maps, compiled.embedding], strict=True):
-        torch.testing.assert_close(a, b)

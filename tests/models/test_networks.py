@@ -1,3 +1,5 @@
+"""Networks that timm lacks: their sizes and what they compute, against papers and by hand."""
+
 import pytest
 import timm
 import torch
@@ -5,7 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-import kd.models.networks
+import kd.models.networks  # noqa: F401 (registers their names)
 
 # Parameters for 10 classes with the parameter-free shortcuts of He et al. 2016, whose Table 6 rounds them to 0.27,
 # 0.46, 0.66, 0.85 and 1.7 M.
@@ -13,7 +15,6 @@ OPTION_A = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962}
 # The two 1x1 convolutions with their BatchNorm, 16 -> 32 and 32 -> 64.
 PROJECTIONS = (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64)
 HIDDEN = {"nano": (24,), "tiny": (64,), "mini": (128, 128), "small": (256, 256), "wide": (1200, 1200)}
-NAMES = [f"resnet{depth}_cifar" for depth in OPTION_A] + [f"mlp_{size}" for size in HIDDEN] + ["cnn_tiny", "cnn_small"]
 
 
 def parameters(model: nn.Module) -> int:
@@ -29,24 +30,13 @@ def perturb(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_every_network_is_in_the_registry():
-    assert set(NAMES) == set(kd.models.networks.default_cfgs)
-    assert all(timm.is_model(name) for name in NAMES)
-
-
 @pytest.mark.parametrize("depth", OPTION_A)
 def test_cifar_resnets_have_the_published_size(depth):
     model = timm.create_model(f"resnet{depth}_cifar", num_classes=10)
     assert parameters(model) == OPTION_A[depth] + PROJECTIONS
     weighted = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "downsample" not in n]
     assert len(weighted) == depth
-
-
-@pytest.mark.parametrize(("depth", "millions"), [(20, 0.28), (56, 0.86)])
-def test_cifar_resnets_have_the_size_published_for_100_classes(depth, millions):
-    model = timm.create_model(f"resnet{depth}_cifar")
-    assert model.num_classes == 100
-    assert round(parameters(model) / 1e6, 2) == millions
+    assert timm.create_model(f"resnet{depth}_cifar").num_classes == 100
 
 
 def resnet_by_hand(weights: dict, depth: int, x: torch.Tensor) -> torch.Tensor:
@@ -122,7 +112,7 @@ def test_cnn_gives_an_image_the_same_logits_in_every_batch(name, widths, size, i
     assert model.forward_features(x).shape == (8, widths[2], size // 4, size // 4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["resnet20_cifar", "mlp_tiny", "cnn_small"])
 def test_weights_come_back_through_timm(name, tmp_path):
     model = perturb(timm.create_model(name, num_classes=7, in_chans=3)).eval()
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
@@ -145,8 +135,3 @@ def test_heads_follow_timms_conventions(name):
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
     with pytest.raises(ValueError, match="global_pool=max: must be avg"):
         model.reset_classifier(4, "max")
-
-
-def test_there_are_no_pretrained_weights():
-    with pytest.raises(RuntimeError, match="No pretrained weights exist"):
-        timm.create_model("resnet20_cifar", pretrained=True)
