@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +196,17 @@ def build(*layers: Mapping[str, Any], words: Sequence[str] = (), schema: type = 
     """The checked recipe of nested values, the later over the earlier, changed by `words`. Raises ConfigError."""
     from omegaconf import OmegaConf
 
-    config = OmegaConf.merge(OmegaConf.structured(schema), *layers)
+    config = OmegaConf.merge(_structured(schema), *layers)
     override(config, words, schema)
     return typed(config)
+
+
+@cache
+def _structured(schema: type) -> Any:
+    """A schema as OmegaConf has it, which takes longer to make than to copy: a study builds thousands of recipes."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(schema)
 
 
 def saved_recipe(path: Path, words: Sequence[str] = ()) -> Recipe:

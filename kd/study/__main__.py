@@ -1,19 +1,4 @@
-"""``python -m kd.study recipe=studies/NAME key=value ...``: trains a study and writes its table."""
-
-from __future__ import annotations
-
-import sys
-from contextlib import suppress
-
-from kd.cli.errors import one_line_errors
-from kd.cli.help import recipe_lines, setting_lines
-from kd.runtime import signals
-from kd.study.compose import STUDIES, compose
-from kd.study.schema import StudyRecipe
-
-PROGRAM = "kd.study"
-PATIENCE = 20  # seconds that workers have to save their state
-HELP = """usage: python -m kd.study recipe=studies/NAME [key=value ...]
+"""usage: python -m kd.study recipe=studies/NAME [key=value ...]
 
 Trains a grid of teachers and students over several seeds, each network once, and compares them as declared.
 The same command resumes: finished points stay, failed ones are tried again.
@@ -36,13 +21,28 @@ labels: method=kd,dist. Seeds are study.seeds=N.
 Exit code 0 when every point is finished, or when SIGTERM or SIGUSR1 stopped it; 1 when a point has failed; 2 when a
 setting or a file is wrong; 130 after ctrl-C. python -m kd.report study=DIR makes the page.
 
-example: python -m kd.study recipe=studies/mnist1d_grid study.seeds=2 loss.temperature=1,4"""
+example: python -m kd.study recipe=studies/mnist1d_grid study.seeds=2 loss.temperature=1,4
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+
+from kd.cli.errors import one_line_errors
+from kd.cli.help import recipe_lines, setting_lines
+from kd.runtime import signals
+from kd.study.compose import STUDIES, compose
+from kd.study.schema import StudyRecipe
+
+PROGRAM = "kd.study"
+PATIENCE = 20  # seconds that workers have to save their state
 
 
 def help_text() -> str:
     """What --help prints."""
     settings = setting_lines(StudyRecipe, "study.")
-    return HELP.format(studies="\n".join(recipe_lines(STUDIES)), settings="\n".join(settings))
+    return (__doc__ or "").strip().format(studies="\n".join(recipe_lines(STUDIES)), settings="\n".join(settings))
 
 
 def main(words: list[str]) -> int:

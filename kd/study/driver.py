@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import threading
@@ -59,7 +60,7 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
     folder = Folder(_directory(study))
     before = folder.read_card()["points"] if folder.card.exists() else None
     sets = DataSets(base_recipe(study))
-    planned = plan(study, sets.hash, sets.knows_posterior, narrowed)
+    planned = plan(study, sets, narrowed)
     engine = Engines(study, sets)
     all_jobs = jobs(planned, engine)
     pending = [job for job in all_jobs if not all(folder.is_finished(point) for point in job.points)]
@@ -108,21 +109,12 @@ class DataSets:
         self.base = base
         self.loaded: dict[str, Data] = {}
 
-    def data(self, config: DataConfig) -> Data:
+    def __call__(self, config: DataConfig) -> Data:
         """The data set of these settings."""
         key = json.dumps(asdict(config))
         if key not in self.loaded:
             self.loaded[key] = data_of(replace(self.base, data=config))
         return self.loaded[key]
-
-    def hash(self, config: DataConfig) -> str:
-        """Its content hash."""
-        return self.data(config).hash
-
-    def knows_posterior(self, config: DataConfig) -> bool:
-        """Whether p* of the training views is known: augmented ones are other images."""
-        train = self.data(config).train
-        return train.posterior is not None and not train.augments
 
 
 class Engines:
@@ -147,14 +139,13 @@ class Engines:
         return "runs" if reason else "population"
 
     def _why_not(self, point: Point) -> str | None:
-        recipe, role = point.recipe, "teacher" if point.role == "teacher" else "student"
-        data = self.sets.data(recipe.data)
+        recipe, data = point.recipe, self.sets(point.recipe.data)
         check_environment(recipe)
         check_batch(recipe, data, 1)
         methods.build(recipe.loss.methods)
         if recipe.teacher.members > 1:
             raise ConfigError(f"teacher.members={recipe.teacher.members}: must be 1 in a study")
-        return why_not(recipe, role, network(recipe, role, data), data.num_classes)
+        return why_not(recipe, point.section, network(recipe, point.network, data), data.num_classes)
 
 
 def card(study: StudyRecipe, planned: Plan, sets: DataSets, engines: set[str]) -> dict[str, Any]:
@@ -217,6 +208,7 @@ def _launch(pending: list[Job], phase: str, folder: Folder, words: Sequence[str]
         job.write(folder)
     wanted = [folder.point(point.id) for job in pending for point in job.points]
     before = sys.argv
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what a launcher raises, instead of printing it and exiting
     try:
         # Hydra's own command line, in its own grammar; the directory is in the job's config, where nothing is parsed.
         sys.argv = [before[0], "--multirun", "job=" + ",".join(job.name for job in pending), *words]

@@ -8,8 +8,8 @@ import torch
 
 from kd.config.schema import LossConfig
 from kd.study.jobs import Job
-from kd.study.population import Cohort, Member, Population, Training
-from kd.study.train_population import data_of, network
+from kd.study.population import Member, Population, Training
+from kd.study.train_population import data_of, loss_of, network
 
 UPDATES = 3
 MEASURING = 0.1  # seconds a point
@@ -18,29 +18,26 @@ _measured: dict[tuple, float] = {}  # seconds of one update, by kind of job
 
 def seconds_of(job: Job) -> float:
     """Seconds that one core needs for a job. A run of kd.train takes its loop's own overhead in addition."""
-    recipe = job.points[0].recipe
-    role = "teacher" if job.phase == "teachers" else "student"
-    section = recipe.teacher if role == "teacher" else recipe.student
-    data = data_of(recipe)
-    losses = [str(point.recipe.loss.methods) for point in job.points]
-    kind = (role, section.model, str(section.model_kwargs), recipe.train.batch_size, data.hash, str(losses))
+    point = job.points[0]
+    data, batch = data_of(point.recipe), point.recipe.train.batch_size
+    methods = tuple(str(each.recipe.loss.methods) for each in job.points)
+    kind = (job.phase, point.section.model, str(point.section.model_kwargs), batch, data.hash, methods)
     if kind not in _measured:
-        _measured[kind] = _seconds_per_update(job, role)
-    updates = section.epochs * (len(data.train) // recipe.train.batch_size)
-    return _measured[kind] * updates + MEASURING * len(job.points)
+        _measured[kind] = _seconds_per_update(job)
+    return _measured[kind] * point.section.epochs * (len(data.train) // batch) + MEASURING * len(job.points)
 
 
-def _seconds_per_update(job: Job, role: str) -> float:
-    recipe = job.points[0].recipe
-    data = data_of(recipe)
-    teachers = Population.start(network(recipe, "teacher", data), 1) if role == "student" else None
-    losses = [point.recipe.loss if teachers else point.recipe.teacher.own_loss() for point in job.points]
-    if job.engine != "population":  # whose methods a population may not be able to train
-        losses = [LossConfig()]
-    members = [Member(loss, 0 if teachers else None) for loss in losses]
-    source = (lambda images, index: teachers.logits(images)) if teachers else None
-    training = Training(Cohort(recipe, data, 1, network(recipe, role, data), members, source))
-    batch = next(training.cohort.batches(0))
+def _seconds_per_update(job: Job) -> float:
+    point, data = job.points[0], data_of(job.points[0].recipe)
+    losses = [LossConfig()]  # a run of its own: a population may not be able to train its methods
+    if job.engine == "population":
+        losses = [loss_of(each) for each in job.points]
+    teacher = Population.start(network(point.recipe, "teacher", data), 1)
+    members = [Member(loss, 0) for loss in losses]
+    own = network(point.recipe, point.network, data)
+    source = (lambda images, index: teacher.logits(images)) if point.network == "student" else None
+    training = Training(point.recipe, data, 1, own, members, source)
+    batch = next(training.batches(0))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     training.step(batch)

@@ -9,14 +9,17 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kd.config.compose import build
-from kd.config.schema import DataConfig, LossConfig, Recipe, content_hash, identity
+from kd.config.schema import DataConfig, LossConfig, Recipe, StudentConfig, TeacherConfig, content_hash, identity
 from kd.errors import ConfigError
 from kd.metrics import METRICS
 from kd.study.axes import NotInGrid, Settings, expand, labelled
 from kd.study.schema import Contrast, StudyRecipe
+
+if TYPE_CHECKING:
+    from kd.data import Data
 
 MOST = 10_000  # cells times seeds: as many recipes are built and checked before anything is trained
 ROUNDING = 1e-12  # of the largest value; four doubles differ by 1e-15 of it, one of a million samples by 1e-6
@@ -33,6 +36,16 @@ class Point:
     recipe: Recipe
     teacher: str | None  # id of its teacher
     data_hash: str
+
+    @property
+    def network(self) -> str:
+        """The section of the recipe that the network is built from: teacher or student."""
+        return "teacher" if self.role == "teacher" else "student"
+
+    @property
+    def section(self) -> TeacherConfig | StudentConfig:
+        """That section."""
+        return self.recipe.teacher if self.role == "teacher" else self.recipe.student
 
     @property
     def settings(self) -> Settings:
@@ -71,8 +84,8 @@ def base_recipe(study: StudyRecipe) -> Recipe:
 class Maker:
     """Makes the points of a study from its base recipe."""
 
-    def __init__(self, study: StudyRecipe, data_hash: Callable[[DataConfig], str]):
-        self.base, self.data_hash = base_recipe(study), data_hash
+    def __init__(self, study: StudyRecipe, data_of: Callable[[DataConfig], Data]):
+        self.base, self.data_of = base_recipe(study), data_of
         self.control_smoothing = study.study.control_smoothing
         self._made: dict[str, Recipe] = {}
 
@@ -97,21 +110,12 @@ class Maker:
 
     def control(self, name: str, recipe: Recipe) -> Point:
         """The point of the same student without its teacher."""
-        loss = replace(
-            self.base.loss,
-            kd_weight=0.0,
-            ce_weight=1.0,
-            label_smoothing=self.control_smoothing if name == "smoothed" else 0.0,
-            smoothing="uniform",
-            temperature=1.0,
-            student_temperature=None,
-            teacher_smoothing=0.0,
-            methods={},
-        )
+        mass, backend = self.control_smoothing if name == "smoothed" else 0.0, self.base.loss.backend
+        loss = LossConfig(temperature=1.0, kd_weight=0.0, ce_weight=1.0, label_smoothing=mass, backend=backend)
         return self._point("control", name, replace(recipe, loss=loss), None)
 
     def _point(self, role: str, control: str | None, recipe: Recipe, teacher: str | None) -> Point:
-        data_hash = self.data_hash(recipe.data)
+        data_hash = self.data_of(recipe.data).hash
         identifier = content_hash([role, control, _identity(role, recipe), data_hash])
         return Point(identifier, role, control, recipe, teacher, data_hash)
 
@@ -152,19 +156,13 @@ def _identity(role: str, recipe: Recipe) -> dict[str, Any]:
 # ---- the plan
 
 
-def plan(
-    study: StudyRecipe,
-    data_hash: Callable[[DataConfig], str],
-    posterior: Callable[[DataConfig], bool],
-    narrowed: bool = False,
-) -> Plan:
+def plan(study: StudyRecipe, data_of: Callable[[DataConfig], Data], narrowed: bool = False) -> Plan:
     """Spell a study out. Raises ConfigError for settings that cannot work.
 
     Parameters
     ----------
     study : the study's recipe
-    data_hash : the content hash of a data set
-    posterior : whether a data set's true posterior is known, which the control `bayes` needs
+    data_of : loads a data set, of which a point's id has the content hash
     narrowed : whether the grid differs from the recipe's own; a contrast without points is then left out, not an error
     """
     axes = labelled(study.study.grid)
@@ -172,7 +170,7 @@ def plan(
     sizes = [*map(len, axes.values()), len(seeds)]
     if (cells := math.prod(sizes)) > MOST:
         raise ConfigError(f"study.grid: {' x '.join(map(str, sizes))} (seeds) are {cells:,} cells; must be ≤ {MOST:,}")
-    maker, made = Maker(study, data_hash), Plan()
+    maker, made = Maker(study, data_of), Plan()
     for seed, (labels, settings) in itertools.product(seeds, list(_combinations(axes))):
         recipe = maker.recipe(settings, seed)
         point = _add(made, maker.student(recipe))
@@ -180,7 +178,8 @@ def plan(
         made.cells.append({"axes": labels, "seed": seed, "point": point.id})
         shared = {axis: label for axis, label in labels.items() if _changes_controls(axes[axis])}
         for name in study.study.controls:
-            if name == "bayes" and not posterior(recipe.data):
+            train = data_of(recipe.data).train
+            if name == "bayes" and (train.posterior is None or train.augments):  # of an augmented image it is not known
                 raise ConfigError(
                     f"study.controls: bayes needs a data set whose posterior is known, not {recipe.data.name}"
                 )

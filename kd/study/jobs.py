@@ -61,8 +61,7 @@ def _job(phase: str, engine: str, points: list[Point]) -> Job:
 def _shared(point: Point) -> str:
     """What the members of a population have in common."""
     recipe = point.recipe
-    own = asdict(recipe.teacher if point.role == "teacher" else recipe.student)
-    network = {key: own[key] for key in ("model", "model_kwargs", "epochs")}
+    network = {key: getattr(point.section, key) for key in ("model", "model_kwargs", "epochs")}
     # Students may have different teachers, but of one architecture: they run as a population too.
     taught = [recipe.teacher.model, recipe.teacher.model_kwargs]
     settings = [asdict(section) for section in (recipe.data, recipe.optimizer, recipe.scheduler, recipe.train)]

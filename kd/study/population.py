@@ -22,8 +22,8 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from kd.config.schema import LossConfig, Recipe
-from kd.data import Data
+from kd.config.schema import LossConfig, Recipe, StudentConfig, TeacherConfig
+from kd.data import Batch, Data
 from kd.losses.distill import DistillLoss
 from kd.losses.methods import registry as methods
 from kd.losses.methods.base import Seen, View
@@ -170,73 +170,75 @@ def _each(objective: Objective, student: Tensor, taught: Tensor | None, target: 
 # ---- training
 
 
-@dataclass
-class Cohort:
-    """What the members of a population share: the recipe with its seed, data, epochs, starting weights and teachers."""
+class Training:
+    """Training of members that share a recipe's seed, data, batches, schedule and optimizer.
 
-    recipe: Recipe
-    data: Data
-    epochs: int
-    network: nn.Module  # with the weights that every member starts from
-    members: Sequence[Member]
-    teachers: Callable[[Tensor, Tensor], Tensor] | None = None  # (images, index) -> logits (E, B, K)
-    dtype: torch.dtype = torch.float32
+    Parameters
+    ----------
+    recipe, data, epochs : shared by all members
+    network : with the weights that every member starts from
+    members : what each minimises
+    teachers : (images, index) -> the teachers' logits (E, B, K)
+    dtype : of parameters and images
 
-    @property
-    def updates_per_epoch(self) -> int:
-        """The last incomplete batch is dropped, as in `kd.training.loop`."""
-        return len(self.data.train) // self.recipe.train.batch_size
+    `diverged` has the members whose logits became non-finite, and when.
+    """
 
-    def batches(self, epoch: int) -> Iterator:
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Data,
+        epochs: int,
+        network: nn.Module,
+        members: Sequence[Member],
+        teachers: Callable[[Tensor, Tensor], Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.recipe, self.data, self.epochs, self.teachers, self.dtype = recipe, data, epochs, teachers, dtype
+        # The last incomplete batch is dropped, as in kd.training.loop.
+        self.updates_per_epoch = len(data.train) // recipe.train.batch_size
+        network = network.to(dtype)
+        names = {id(p): name for name, p in network.named_parameters()}
+        decay, both = recipe.optimizer.weight_decay, recipe.optimizer.decay_norm_and_bias
+        groups: Any = param_groups_weight_decay(network, decay, weight_decay_exclude_1d=not both)
+        # Names first: Population.start moves the network itself to the meta device.
+        groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]
+        self.population = Population.start(network, len(members))
+        for p in self.population.parameters.values():
+            p.requires_grad_()
+        stacked = [{**g, "params": [self.population.parameters[name] for name in g["params"]]} for g in groups]
+        self.optimizer = optimizer(stacked, recipe)
+        self.scheduler = schedule(self.optimizer, recipe, epochs, self.updates_per_epoch)
+        self.losses = Losses(members, data.num_classes, dtype)
+        self.diverged: dict[int, str] = {}
+        self.update = 0
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
         """The batches that `kd.training.loop` has in this epoch on one process."""
         size = self.recipe.train.batch_size
         order = epoch_order(len(self.data.train), self.recipe.seed, epoch)
         plan = list(order[: self.updates_per_epoch * size].split(size))
         return iter(self.data.train.batches(plan, epoch))
 
-
-class Training:
-    """Training of a cohort. `diverged` has the members whose logits became non-finite, and when."""
-
-    def __init__(self, cohort: Cohort):
-        self.cohort = cohort
-        o, network = cohort.recipe.optimizer, cohort.network.to(cohort.dtype)
-        names = {id(p): name for name, p in network.named_parameters()}
-        groups: Any = param_groups_weight_decay(
-            network, o.weight_decay, weight_decay_exclude_1d=not o.decay_norm_and_bias
-        )
-        # Names first: Population.start moves the network itself to the meta device.
-        groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]
-        self.population = Population.start(network, len(cohort.members))
-        for p in self.population.parameters.values():
-            p.requires_grad_()
-        stacked = [{**g, "params": [self.population.parameters[name] for name in g["params"]]} for g in groups]
-        self.optimizer = optimizer(stacked, cohort.recipe)
-        self.scheduler = schedule(self.optimizer, cohort.recipe, cohort.epochs, cohort.updates_per_epoch)
-        self.losses = Losses(cohort.members, cohort.data.num_classes, cohort.dtype)
-        self.diverged: dict[int, str] = {}
-        self.update = 0
-
     def fit(self) -> Population:
         """Train to the last epoch."""
-        for epoch in range(self.cohort.epochs):
-            logits = torch.zeros(len(self.cohort.members), 1)
-            for batch in self.cohort.batches(epoch):
+        for epoch in range(self.epochs):
+            logits = torch.zeros(len(self.losses.members), 1)
+            for batch in self.batches(epoch):
                 logits = self.step(batch)
             # Once an epoch: a member that is not finite stays so, and looking costs a synchronisation.
             for i in torch.nonzero(~logits.flatten(1).isfinite().all(1)).flatten().tolist():
                 self.diverged.setdefault(i, f"its logits are not finite in epoch {epoch + 1}")
         return self.population
 
-    def step(self, batch) -> Tensor:
+    def step(self, batch: Batch) -> Tensor:
         """One update of every member; returns their logits (M, B, K)."""
         self.scheduler.step_update(self.update)
-        epoch = self.update / self.cohort.updates_per_epoch
-        images = batch.images.to(self.cohort.dtype)
+        images = batch.images.to(self.dtype)
         logits = self.population.logits(images)
         with torch.no_grad():
-            teachers = self.cohort.teachers(images, batch.index) if self.cohort.teachers else None
-            when = {"index": batch.index, "epoch": epoch, "epochs": self.cohort.epochs}
+            teachers = self.teachers(images, batch.index) if self.teachers else None
+            when = {"index": batch.index, "epoch": self.update / self.updates_per_epoch, "epochs": self.epochs}
             gradient = self.losses(logits.detach(), teachers, batch.targets, **when)
         logits.backward(gradient)  # a member's logits depend on its own weights only: each gets its own gradient
         self.optimizer.step()
@@ -248,9 +250,9 @@ class Training:
 # ---- what a population cannot train
 
 
-def why_not(recipe: Recipe, role: str, network: nn.Module, num_classes: int) -> str | None:
-    """The reason why a population cannot train this teacher or student; None where it can."""
-    own, data, train = recipe.teacher if role == "teacher" else recipe.student, recipe.data, recipe.train
+def why_not(recipe: Recipe, own: TeacherConfig | StudentConfig, network: nn.Module, num_classes: int) -> str | None:
+    """The reason why a population cannot train the network of a section of the recipe; None where it can."""
+    data, train = recipe.data, recipe.train
     size = sum(p.numel() for p in network.parameters())
     reasons = {
         f"{own.section}pretrained or checkpoint: starts from weights of its own": (
@@ -269,7 +271,7 @@ def why_not(recipe: Recipe, role: str, network: nn.Module, num_classes: int) -> 
         f"{own.model} has {size / 1e6:.1f} M parameters": size > LARGEST,
     }
     first = next((reason for reason, holds in reasons.items() if holds), None)
-    loss = recipe.teacher.own_loss() if role == "teacher" else recipe.loss
+    loss = own.own_loss() if isinstance(own, TeacherConfig) else recipe.loss
     return first or (_why_not_methods(loss, num_classes) if loss.methods else None)
 
 

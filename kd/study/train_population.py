@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.checkpoint.store import read_sealed, save_sealed
-from kd.config.schema import DataConfig, Recipe
+from kd.config.schema import DataConfig, LossConfig, Recipe
 from kd.data import Data, Split, load_data
 from kd.errors import ConfigError
 from kd.models.factory import build
@@ -21,7 +21,7 @@ from kd.study.folder import Folder, train_again
 from kd.study.grid import Point
 from kd.study.jobs import Job
 from kd.study.measure import INPUTS, VIEWS, Outcome, Outputs, log_posterior, measure, parts_of
-from kd.study.population import Cohort, Member, Population, Training
+from kd.study.population import Member, Population, Training
 from kd.training.pipeline import teacher_metadata
 
 BATCH = 500  # samples scored at once
@@ -39,9 +39,9 @@ def train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
 
 def _train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
     started = time.perf_counter()
-    recipe, role = job.points[0].recipe, "teacher" if job.phase == "teachers" else "student"
-    data = data_of(recipe)
-    if data.hash != job.points[0].data_hash:
+    first = job.points[0]
+    recipe, role, data = first.recipe, first.network, data_of(first.recipe)
+    if data.hash != first.data_hash:
         raise ConfigError(f"data.name={data.name}: has changed since the study was planned")
     teachers = Teachers(folder, job.points, recipe, data)
     points = [point for point in job.points if point.teacher not in teachers.failed]
@@ -50,12 +50,10 @@ def _train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
             yield point, {"error": teachers.failed[point.teacher]}
     if not points:
         return
-    section = recipe.teacher if role == "teacher" else recipe.student
     own = data if role == "teacher" else data.transfer
     members = [teachers.member(point) for point in points]
-    training = Training(
-        Cohort(recipe, own, section.epochs, network(recipe, role, data), members, teachers.logits_source())
-    )
+    start = network(recipe, role, data)
+    training = Training(recipe, own, first.section.epochs, start, members, teachers.logits_source())
     taught = teachers.outputs(role)
     outputs = outputs_of(training.fit(), network(recipe, role, data), parts_of(data, role), recipe)
     seconds = (time.perf_counter() - started) / len(points)
@@ -92,6 +90,11 @@ def network(recipe: Recipe, role: str, data: Data) -> nn.Module:
     return build(section.model, role=role, model_kwargs=section.model_kwargs, **shape)
 
 
+def loss_of(point: Point) -> LossConfig:
+    """What a point's network minimises."""
+    return point.recipe.teacher.own_loss() if point.role == "teacher" else point.recipe.loss
+
+
 class Teachers:
     """The trained teachers of a job's students, as one population; `failed` has the errors of those without weights."""
 
@@ -108,11 +111,9 @@ class Teachers:
 
     def member(self, point: Point) -> Member:
         """A point as a member: its loss, and the index of its teacher in what `logits_source` gives."""
-        if point.role == "teacher":
-            return Member(point.recipe.teacher.own_loss())
         if point.control == "bayes":  # the true posterior in the place of a teacher
             return Member(replace(point.recipe.loss, kd_weight=1.0, ce_weight=0.0), len(self.ids))
-        return Member(point.recipe.loss, self.ids.index(point.teacher) if point.teacher else None)
+        return Member(loss_of(point), self.ids.index(point.teacher) if point.teacher else None)
 
     @torch.no_grad()
     def logits_source(self) -> Callable[[Tensor, Tensor], Tensor] | None:

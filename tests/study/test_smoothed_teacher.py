@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_study_population import EPOCHS, HARD, RECIPE, network
+from populations import EPOCHS, HARD, RECIPE, network, with_optimizer
 
 from kd.config.schema import LossConfig
 from kd.data import load_data
 from kd.losses.methods.base import Seen, View
 from kd.losses.methods.logits import KD
 from kd.losses.methods.smoothed_teacher import SmoothedTeacher
-from kd.study.population import Cohort, Member, Training
+from kd.study.population import Member, Training
 
 KD_4 = LossConfig(temperature=4.0, kd_weight=1.0, ce_weight=0.0)
 
@@ -78,9 +78,8 @@ def test_unsmoothing_recovers_the_clean_teachers_student_through_a_whole_trainin
         Member(KD_4, 1),
     ]
     # AdamW divides a gradient by its size: where one is but rounding, it would take a step of that.
-    recipe = replace(RECIPE, optimizer=replace(RECIPE.optimizer, name="sgd", lr=0.05))
-    cohort = Cohort(recipe, data, EPOCHS, network("mlp_nano"), members, source, torch.float64)
-    population = Training(cohort).fit()
+    recipe = with_optimizer(name="sgd", lr=0.05)
+    population = Training(recipe, data, EPOCHS, network("mlp_nano"), members, source, torch.float64).fit()
     clean, unsmoothed, by_method, smoothed = (population.member(i) for i in range(4))
     for name, p in clean.items():
         torch.testing.assert_close(unsmoothed[name], p, atol=1e-8, rtol=0)

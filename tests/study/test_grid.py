@@ -2,15 +2,17 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from kd.config.schema import DataConfig, LossConfig, OptimizerConfig, Recipe, TeacherConfig
+from kd.config.schema import DataConfig, LossConfig, OptimizerConfig, TeacherConfig
 from kd.errors import ConfigError
 from kd.study import grid
-from kd.study.__main__ import compose
 from kd.study.axes import labelled
-from kd.study.grid import difference, flat, plan, sides_of
+from kd.study.compose import compose
+from kd.study.folder import Folder
+from kd.study.grid import difference, plan, sides_of
 from kd.study.jobs import CHUNK, Job, jobs
 from kd.study.schema import Contrast, Sides, StudyConfig, StudyRecipe
 
@@ -27,7 +29,12 @@ BASE = StudyRecipe(
 
 def planned(study=BASE, narrowed=False, **changes):
     changed = replace(study, study=replace(study.study, **changes))
-    return plan(changed, lambda data: f"hash of {data.name} {data.label_noise}", lambda data: False, narrowed)
+    return plan(changed, lambda data: stub(f"hash of {data.name} {data.label_noise}"), narrowed)
+
+
+def stub(identity: str, posterior=None) -> SimpleNamespace:
+    """As much of a data set as a plan needs."""
+    return SimpleNamespace(hash=identity, train=SimpleNamespace(posterior=posterior, augments=False))
 
 
 def roles(made) -> dict[str, int]:
@@ -148,28 +155,27 @@ def test_the_sides_of_a_contrast_are_points_in_the_order_of_the_seeds():
         ({"contrasts": [Contrast(a={"loss.temprature": 1.0})]}, "did you mean loss.temperature"),
         ({"contrasts": [Contrast(a={"role": "hero"})]}, "role=hero: must be student or teacher"),
         ({"contrasts": [Contrast(a={"control": "bayes"})]}, '{"control": "bayes"} is not in the grid'),
+        ({"contrasts": [Contrast(name="it", a={"loss.temperature": 1}, b={})]}, "it: a and b are the same points"),
+        ({"contrasts": [Contrast(metric="test.top2")]}, "metric=test.top2: no such metric; did you mean test.top"),
         ({"grid": {"loss.temperature": []}}, "one or more different plain values"),
         ({"grid": {"loss.temperature": [[1.0]]}}, "one or more different plain values"),
-        ({"grid": {"loss.temperature": {"hot": {}}}}, "must be a name of letters"),
         ({"grid": {"loss.temperature": [1, 1.0]}}, "one or more different plain values"),
-        ({"grid": {"how": {1: {}, "1": {}}}}, "of one or more different labels"),
+        ({"grid": {"loss.temperature": {"hot": {}}}}, "must be a name of letters"),
         ({"grid": {"point": {"x": {}}}}, "study.grid.point: must be a name"),
-        ({"grid": {"data.verify": ["no"]}}, "data.verify=no: must be true or false"),
-        ({"grid": {"loss.temperature": ["010"]}}, "loss.temperature=010: must be a number"),
-        ({"grid": {"how": {"x": {"loss.methods": 3}}}}, "loss.methods=3: must be"),
-        ({"contrasts": [Contrast(name="it", a={"loss.temperature": 1}, b={})]}, "it: a and b are the same points"),
+        ({"grid": {"how": {1: {}, "1": {}}}}, "of one or more different labels"),
         ({"grid": {"how": {"x": 3}}}, "must be {label: {setting: value}}"),
         ({"grid": {"how": {"x": {"seed": 3}}}}, "seed is no axis; type study.seeds=N"),
-        ({"grid": {"how": {"x": {"output": "y"}}}}, "output is no axis"),
+        ({"grid": {"how": {"x": {"loss.methods": 3}}}}, "loss.methods=3: must be"),
+        ({"grid": {"data.verify": ["no"]}}, "data.verify=no: must be true or false"),
         ({"grid": {"loss": ["dsit"]}}, "did you mean loss=dist?"),
-        ({"grid": {"loss.temperature": [0.0]}}, "loss.temperature=0.0: must be ≥ 0.001 and ≤ 1000"),
+        ({"grid": {"loss.temperature": [0.0]}}, "loss.temperature=0.0: must be "),
         ({"grid": {"loss.kd_weight": [0.0], "loss.ce_weight": [1.0]}}, "is the control `hard`"),
     ],
 )
-def test_what_cannot_be_is_said(changes, said):
+def test_a_grid_that_cannot_be_is_one_line(changes, said):
     with pytest.raises(ConfigError) as caught:
         planned(**changes)
-    assert said.replace("finite and ", "") in str(caught.value).replace("finite and ", "")
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -177,24 +183,14 @@ def test_what_cannot_be_is_said(changes, said):
     [
         (["taught='T 4'", "loss.temperature=2"], "loss.temperature: taught=T 4 sets it too"),  # the label would win
         (["loss.temperature=1,2"], "loss.temperature: taught=T 4 sets it too"),  # the label would lose
-        (["taught='T 4','T 4, unsmoothed'", "loss.teacher_smoothing=.1"], "taught=T 4, unsmoothed sets it too"),
-        (
-            ["data.train_size=300"],
-            "data.train_size: points=20000 sets it too; leave data.train_size out, or type points=",
-        ),
+        (["data.train_size=300"], "data.train_size: points=20000 sets it too; leave data.train_size out"),
         (["loss=kd,dist"], "loss: taught=T 1, exactly smoothed by .4 sets it too"),
-        (["loss.ce_weight=.5", "taught='T 4, exactly smoothed by .4'"], "loss.ce_weight: taught=T 4, exactly"),
-        (
-            ["+loss.methods.smoothed_teacher.taken_out=.1", "taught='T 4, exactly smoothed by .4'"],
-            ".taken_out: taught=T",
-        ),
-        # what no label sets that is left, and what changes what a label set
+        # what no label sets that is left, and what changes one field of a method that a label chooses
         (["data.train_size=300", "points=600", "loss.temperature=1,2", "taught='T 1'"], None),
         (["loss.methods.smoothed_teacher.taken_out=.1,.2", "taught='T 4, exactly smoothed by .4'"], None),
         (["loss.kd_weight=.5", "teacher.label_smoothing=0,.1", "taught='T 4'"], None),
-        (["loss.backend=reference", "taught='T 4, exactly smoothed by .4'"], None),  # `loss: NAME` sets no backend
     ],
-)
+)  # fmt: skip
 def test_what_is_typed_and_what_a_label_sets_are_not_at_odds(words, said, monkeypatch):
     """Of the two one would not be so: the label hides what was typed, or its cell is not what it says."""
     monkeypatch.setattr("sys.argv", ["kd.study"])
@@ -204,10 +200,35 @@ def test_what_is_typed_and_what_a_label_sets_are_not_at_odds(words, said, monkey
             compose(words)
         return
     study, *_ = compose(words)
-    made = plan(study, lambda data: data.name, lambda data: True, narrowed=True)
+    made = plan(study, lambda data: stub(data.name, posterior=True), narrowed=True)
     for cell in made.cells:
         typed = {k: v for k, v in cell["axes"].items() if k in made.points[cell["point"]].settings}
         assert typed.items() <= made.points[cell["point"]].settings.items()
+
+
+def test_the_values_of_an_axis_are_read_as_in_a_recipe(monkeypatch, tiny_study, tmp_path):
+    """OmegaConf's YAML reads 010 as eight, no as false and 1e-3 as text."""
+    monkeypatch.chdir(tmp_path)
+    words = ["recipe=studies/tiny", "loss.temperature=010,1e-3", "student.model=no,'a, b'"]
+    words += ['loss.teacher_smoothing=0,"${teacher.label_smoothing}"', "loss.methods.x.weight=010,0.5"]
+    study, *_ = compose(words)
+    axes = {axis: list(values) for axis, values in labelled(study.study.grid).items()}
+    assert axes["loss.temperature"] == [10.0, 0.001]
+    assert axes["student.model"] == ["no", "a, b"]
+    assert axes["loss.teacher_smoothing"] == [0.0, "${teacher.label_smoothing}"]
+    assert axes["loss.methods.x.weight"] == [10, 0.5]
+
+
+def test_a_typed_setting_that_follows_another_follows_that_of_its_point(monkeypatch, tiny_study, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = ["recipe=studies/tiny", "loss.teacher_smoothing=${teacher.label_smoothing}", "study.seeds=1"]
+    study, _, narrowed = compose([*words, "loss.student_temperature=1"])
+    made = plan(study, lambda data: stub(data.name))
+    assert narrowed
+    assert len(made.contrasts) == 2  # what they do not mention is as on the axis of one value
+    students = [point for point in made.points.values() if point.role == "student"]
+    pairs = {(p.recipe.loss.teacher_smoothing, p.recipe.teacher.label_smoothing) for p in students}
+    assert (len(students), pairs) == (4, {(0.0, 0.0), (0.4, 0.4)})
 
 
 def test_a_product_without_end_is_refused_before_it_is_made(monkeypatch):
@@ -242,8 +263,6 @@ def test_jobs_hold_each_point_once_in_cohorts_of_one_seed_and_do_not_depend_on_w
 
 
 def test_a_job_survives_its_file(tmp_path):
-    from kd.study.folder import Folder
-
     grid = {"how": {"x": {"loss": "dist", "student.model_kwargs": {"a": 1}}}}
     job = jobs(planned(grid=grid, controls=["hard"]), lambda point: "population")[-1]
     job.write(Folder(tmp_path))
@@ -262,9 +281,3 @@ def test_equal_counts_make_no_difference_and_the_smallest_other_one_does():
     assert difference(million) == pytest.approx(1e-6)
     assert difference([0.3, 0.5]) == pytest.approx(-0.2)
     assert difference([1e-13, 2e-13]) == pytest.approx(-1e-13)  # small metrics keep theirs
-
-
-def test_flat_settings_keep_methods_whole():
-    values = {"loss": {"temperature": 1.0, "methods": {"dist": {"weight": 1.0}}}, "seed": 0}
-    assert flat(values) == {"loss.temperature": 1.0, "loss.methods": {"dist": {"weight": 1.0}}, "seed": 0}
-    assert Recipe().name == ""
