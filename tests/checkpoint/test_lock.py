@@ -72,15 +72,14 @@ def test_neither_a_killed_process_nor_its_forked_data_workers_keep_it(tmp_path):
     holder.stdout.close()
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSPC])
-def test_a_file_system_without_locks_or_without_room_does_not_stop_a_run(number, tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
     def failing(*arguments, **options):
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("filelock.FileLock.acquire", failing)
     with locked(tmp_path / "run"):
         pass
-    said = f"{os.strerror(number)}; start no second process on this directory\n"
+    said = "No locks available; start no second process on this directory\n"
     assert capsys.readouterr().err == f"{tmp_path / '.run.lock'}: {said}"
 
 

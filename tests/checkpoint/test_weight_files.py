@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import zipfile
 
 import pytest
@@ -11,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from kd.checkpoint.safetensors_io import load_state, read_weights, weights_header
-from kd.config.compose import read_recipe
 from kd.errors import CheckpointError, ConfigError
 from kd.models.factory import build
 from kd.verify import main
@@ -75,6 +72,8 @@ def test_a_pth_that_holds_code_is_refused_and_told_from_weights(tmp_path):
     with pytest.raises(CheckpointError, match="holds code, which kd never runs; save the state_dict"):
         read_weights(saved(tmp_path, {"w": Code()}))
     assert not (tmp_path / "ran").exists()
+    with pytest.raises(CheckpointError, match="holds no state_dict of tensors"):
+        read_weights(saved(tmp_path, {}))
 
 
 def test_a_zip_bomb_is_not_unpacked(tmp_path):
@@ -89,32 +88,6 @@ def test_a_tensor_that_claims_more_than_the_file_has_is_refused(tmp_path):
     path = saved(tmp_path, {"w": torch.as_strided(torch.zeros(1), (10**12,), (0,))})
     with pytest.raises(CheckpointError, match="its tensors claim 4,000,000,000,000 bytes"):
         read_weights(path)
-
-
-@pytest.mark.torture
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read from /proc")
-def test_memory_stays_within_twice_the_file(tmp_path):
-    """Of what torch allocates on the CPU, saving and reading."""
-    code = f"""
-import torch, timm
-from pathlib import Path
-from kd.checkpoint import safetensors_io
-from kd.checkpoint import store
-peak = lambda: 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
-weights, directory = {{str(i): torch.ones(2**20) for i in range(32)}}, Path({str(tmp_path)!r})
-store.save(directory / "small", 1, {{"w": torch.ones(1)}})
-start = peak()
-store.save(directory, 1, weights)
-print((peak() - start) / 2**27)
-store.load(directory, print, "")
-torch.save(weights, directory / "w.pth")
-safetensors_io.read_weights(directory / "w.pth")
-print((peak() - start) / 2**27)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    saving, reading = map(float, done.stdout.split())
-    assert 0.5 < saving < 2
-    assert reading < 2
 
 
 # ---- weights for a network
@@ -162,24 +135,6 @@ def test_verify_takes_infinities_but_not_nan(value, code, tmp_path):
     """A mask may hold infinities."""
     save_file({"mask": torch.tensor([0.0, value])}, tmp_path / "w.safetensors")
     assert main([f"path={tmp_path / 'w.safetensors'}"]) == code
-
-
-@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-def test_no_tensors_are_no_weights(suffix, tmp_path):
-    path = tmp_path / f"w.{suffix}"
-    (save_file if suffix == "safetensors" else torch.save)({}, path)
-    with pytest.raises(CheckpointError, match="holds no state_dict of tensors"):
-        read_weights(path)
-    assert main([f"path={path}"]) == 1
-
-
-def test_a_runs_recipe_names_no_code(tmp_path):
-    path, canary = tmp_path / "recipe.yaml", tmp_path / "canary"
-    for text in (f"name: !!python/object/apply:os.system ['touch {canary}']", "a: " + "[" * 5000, "a: [", "a: \x00"):
-        path.write_text(text)
-        with pytest.raises(ConfigError, match=r"recipe\.yaml"):
-            read_recipe(path)
-    assert not canary.exists()
 
 
 def test_a_file_cannot_choose_what_is_fetched(tmp_path):
