@@ -230,13 +230,5 @@ def _trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
     return counts
 
 
-PARTS = (
-    Part(
-        "fuzz",
-        "10,000 fuzzed recipes, studies and command lines: checked, or one clear line, within 1 s; nothing written",
-        trials=100,
-        small=1,
-        trial=_trial,
-        prepare=_prepare,
-    ),
-)
+PROMISE = "10,000 fuzzed recipes, studies and command lines: checked, or one clear line, within 1 s; nothing written"
+PARTS = (Part("fuzz", PROMISE, trials=100, small=1, trial=_trial, prepare=_prepare),)

@@ -1,4 +1,4 @@
-"""40 files made to run code, to eat memory or to crash who reads them; each runs `touch CANARY` if it can."""
+"""Files made to run code, to eat memory or to crash their reader; each runs `touch CANARY` if it can."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pickle
 import struct
 import subprocess
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,21 +41,6 @@ def _bomb(size: int, copies: int = 1) -> bytes:
         for i in range(copies):
             archive.writestr("archive/data.pkl" if i == 0 else f"archive/data/{i}", bytes(size))
     return out.getvalue()
-
-
-def _overlapping() -> bytes:
-    """Many entries of one place: 1,000 names for the same bytes."""
-    body = zlib.compress(bytes(2**20))[2:-4]
-    local = struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, 8, 0, 0, zlib.crc32(bytes(2**20)), len(body), 2**20, 1, 0) + b"a"
-    central = b"".join(
-        struct.pack(
-            "<4s6H3I5H2I",
-            b"PK\1\2", 20, 20, 0, 8, 0, 0, zlib.crc32(bytes(2**20)), len(body), 2**20, 4, 0, 0, 0, 0, 0, 0,
-        ) + f"{i:04}".encode()
-        for i in range(1000)
-    )  # fmt: skip
-    head = local + body
-    return head + central + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 1000, 1000, len(central), len(head), 0)
 
 
 def _tensors(header: object, data: bytes = bytes(16)) -> bytes:
@@ -95,25 +79,14 @@ def pickles(canary: Path) -> dict[str, bytes]:
 
 
 def texts(canary: Path) -> dict[str, bytes]:
-    """YAML and JSON."""
+    """Recipes with a tag or a target of Hydra's."""
     touch = f"touch {canary}"
-    deep = 100_000
     yaml = {
         "apply": f"name: !!python/object/apply:os.system ['{touch}']\n",
         "new": f"name: !!python/object/new:os.popen ['{touch}']\n",
         "target": f"data: {{_target_: logging.FileHandler, filename: '{canary}'}}\n",
-        "aliases": "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9}]\n" for i in range(1, 12)),
-        "deep": "a: " + "[" * 5000,
     }
-    json_files = {
-        "deep": "[" * deep + "]" * deep,
-        "number": f'{{"schema": 1, "files": {{}}, "sha256": {"9" * 100_000}}}',
-        "infinite": '{"seconds": 1e999, "update": NaN}',
-        "twice": '{"schema": 1, "schema": 2, "sha256": "", "sha256": 3}',
-        "surrogate": '{"\\ud800": "\\udfff", "files": {"../../etc/passwd": {"sha256": "", "bytes": -1}}}',
-    }
-    files = {f"{name}.yaml": text for name, text in yaml.items()}
-    return {name: text.encode() for name, text in (files | {f"{n}.json": t for n, t in json_files.items()}).items()}
+    return {f"{name}.yaml": text.encode() for name, text in yaml.items()}
 
 
 def tensors() -> dict[str, bytes]:
@@ -122,7 +95,6 @@ def tensors() -> dict[str, bytes]:
     return {
         "bomb.pth": _bomb(2**28),
         "bombs.pth": _bomb(2**22, 64),
-        "overlapping.pth": _overlapping(),
         "claiming.pth": _claiming(10**12),
         "endless.safetensors": struct.pack("<Q", 2**63) + b"{" * 100,
         "longer.safetensors": struct.pack("<Q", 10**6) + b"{}",

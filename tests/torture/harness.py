@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.progress import track
 
@@ -61,6 +63,28 @@ def run(part: Part, trials: int, seed: int, folder: Path, quiet: bool = True) ->
         if "broken" in done[i]:
             outcome.broken[i] = done[i]["broken"]
     return outcome
+
+
+def in_child(act: Callable[[], Any]) -> Any:
+    """What `act` returns, plain values, in a forked process. AssertionError where it raises, or the process dies."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reading)
+        try:
+            answer = {"value": act()}
+        except BaseException as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        os.write(writing, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 0, f"the process ended with {status}"
+    answer = json.loads(text)
+    assert "error" not in answer, answer["error"]
+    return answer["value"]
 
 
 def _entries(journal: Path) -> list[dict]:
