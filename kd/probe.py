@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kd.cli.errors import one_line_errors
 from kd.config import compose
 from kd.config.arguments import read
 from kd.config.schema import Recipe
 from kd.errors import ConfigError
-
-if TYPE_CHECKING:
-    from kd.data import Data
-    from kd.metrics import SmoothingEstimate
 
 HELP = """usage: python -m kd.probe data=NAME model=NAME [checkpoint=PATH] [split=SPLIT] [data.KEY=VALUE ...]
 
@@ -37,56 +31,44 @@ ARGUMENTS = {"data": "NAME", "model": "NAME", "checkpoint": "FILE", "split": "SP
 ARGUMENTS |= {"data.": "VALUE", "teacher.model_kwargs.": "VALUE"}
 
 
-def run(given: dict[str, str], overrides: Sequence[str]) -> int:
-    """Load, estimate, print; returns the exit code."""
+def run(given: dict[str, str], words: Sequence[str]) -> int:
+    """Load the classifier, estimate its smoothing and print it; returns the exit code."""
+    import torch
+    from accelerate import Accelerator
+
     from kd.data import load_data
+    from kd.models.factory import build
     from kd.models.weights import weights_metadata
-    from kd.training.teacher_smoothing import describe
+    from kd.models.wrappers import Teacher
+    from kd.training.teacher_smoothing import describe, estimate_teacher_smoothing
 
     checkpoint = given.get("checkpoint")
-    if checkpoint and not Path(checkpoint).is_file():
-        raise ConfigError(f"checkpoint={checkpoint}: no such file; give the path of a .safetensors or .pth file")
     record = weights_metadata(checkpoint) if checkpoint else {}
-    model = given.get("model") or record.get("model")
-    if not model:
-        raise ConfigError(
-            f"model: not given{', nor recorded in checkpoint=' + checkpoint if checkpoint else ''}; type model=NAME"
-        )
-    if not given.get("model") and ":" in model:  # a file must not choose what is fetched, or read from where
-        raise ConfigError(f"checkpoint={checkpoint}: records model={model!r}; type it, where you know what it is")
-    recipe = recipe_of(given.get("data", ""), model, checkpoint, overrides)
-    data = load_data(recipe.data, recipe.seed)
-    estimate = estimate_for(recipe, data, given.get("split", "train"))
+    recipe = recipe_of(given, record.get("model"), words)
+    data, own = load_data(recipe.data, recipe.seed), recipe.teacher
+    shape = {"num_classes": data.num_classes, "input_shape": data.input_shape}
+    network = build(own.model, pretrained=own.pretrained, checkpoint=checkpoint, model_kwargs=own.model_kwargs, **shape)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    teacher = Teacher(network).to(accelerator.device)
+    split = getattr(data, given.get("split", "train")).to(accelerator.device)
+    estimate = estimate_teacher_smoothing(teacher, split, recipe.train.batch_size, accelerator)
     known = f"{record['label_smoothing']} ({record['smoothing']})" if "label_smoothing" in record else "nothing"
-    print(f"model     {model}, {checkpoint or 'timm'}")
+    print(f"model     {own.model}, {checkpoint or 'timm'}")
     print(f"recorded  {known}")
     print(f"estimate  {describe(estimate, data.num_classes)}")
     return int(bool(estimate.doubts))
 
 
-def estimate_for(recipe: Recipe, data: Data, split: str) -> SmoothingEstimate:
-    """The estimate for the recipe's teacher as it is."""
-    import torch
-    from accelerate import Accelerator
-
-    from kd.models.factory import build
-    from kd.models.wrappers import Teacher
-    from kd.training.teacher_smoothing import estimate_teacher_smoothing
-
-    t = recipe.teacher
-    shape = {"num_classes": data.num_classes, "input_shape": data.input_shape}
-    net = build(t.model, pretrained=t.pretrained, checkpoint=t.checkpoint, model_kwargs=t.model_kwargs, **shape)
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    teacher = Teacher(net).to(accelerator.device)
-    samples = getattr(data, split).to(accelerator.device)
-    return estimate_teacher_smoothing(teacher, samples, recipe.train.batch_size, accelerator)
-
-
-def recipe_of(data: str, model: str, checkpoint: str | None, overrides: Sequence[str]) -> Recipe:
-    """The recipe of a data set with this teacher."""
-    teacher = {"model": model, "checkpoint": checkpoint, "pretrained": checkpoint is None}
+def recipe_of(given: dict[str, str], recorded_model: str | None, words: Sequence[str]) -> Recipe:
+    """The recipe of a data set with this classifier as the teacher. Raises ConfigError."""
+    data, model = given.get("data", ""), given.get("model", recorded_model)
+    if not model:
+        raise ConfigError("model: not given, nor recorded with the weights; type model=NAME")
+    if "model" not in given and ":" in model:  # a file must not choose what is fetched, or read from where
+        raise ConfigError(f"checkpoint={given['checkpoint']}: records model={model!r}; type it if you trust it")
+    teacher = {"model": model, "checkpoint": given.get("checkpoint"), "pretrained": "checkpoint" not in given}
     values = compose.read_recipe(compose.recipe_file("data", data))
-    return compose.build(values, {"teacher": teacher}, words=overrides)
+    return compose.build(values, {"teacher": teacher}, words=words)
 
 
 def main(arguments: list[str]) -> int:

@@ -26,14 +26,13 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
     """Run one recipe to its result, once `check` has seen what is prepared; returns the exit code."""
     # Imported here: --help and a wrong command line must not wait for torch.
     from kd.errors import TrainingError
-    from kd.training import pipeline as stages
-    from kd.training import results
+    from kd.training import pipeline, results
     from kd.training.dry_run import print_layers, print_plan
     from kd.training.run import alone_on_run, claim
     from kd.training.stored import read_result
 
     go_on = signals.GO_ON if recipe.resume else "resume=true goes on, the same command starts again"
-    run = stages.prepare(recipe)
+    run = pipeline.prepare(recipe)
     if recipe.list_layers:
         print_layers(run)
         return 0
@@ -41,7 +40,7 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
         check(run)
     path = run.directory / "result.json"
     try:
-        stages.rehearse(run)
+        pipeline.rehearse(run)
         if recipe.dry_run:
             print_plan(run)
             return 0
@@ -49,13 +48,10 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
         with alone_on_run(run) as finished:
             claim(run)
             if not finished:
-                stages.execute(run)
-                result = results.write_result(run)
-                if run.accelerator.is_main_process:
-                    results.print_result(result, run.logger.console)
-            elif run.accelerator.is_main_process:
-                results.print_result(read_result(path), run.logger.console)
+                pipeline.execute(run)
+                results.write_result(run)
         if run.accelerator.is_main_process:
+            results.print_result(read_result(path), run.logger.console)
             print(path)
     except signals.Interrupted as stop:
         if run.accelerator.is_main_process:

@@ -28,19 +28,19 @@ def peak_memory() -> int:
 
 
 def print_plan(run: Run) -> None:
-    """Build each stage that the command would train, measure two of its updates, and print the sum."""
-    console = run.logger.console
-    sizes = " / ".join(str(len(split)) for split in (run.data.train, run.data.val, run.data.test))
-    lines = [f"data     {run.data.name}: {sizes} train / val / test images, {run.data.num_classes} classes"]
-    table = Table("stage", "model", "parameters", "updates", "s/update", "estimate", "memory")
+    """Build each stage that the command would train, time two of its updates, and print the sum."""
+    say, data = run.logger.say, run.data
+    sizes = " / ".join(str(len(split)) for split in (data.train, data.val, data.test))
+    say(f"data     {data.name}: {sizes} train / val / test images, {data.num_classes} classes")
     teacher = Teacher(teacher_network(run)).to(run.accelerator.device)
     stages = [student_stage(run, teacher)] + ([control_stage(run)] if run.recipe.control else [])
     if not teacher_is_trained(run.recipe):
-        lines.append(f"teacher  {run.recipe.teacher.model}, as it is")
+        say(f"teacher  {run.recipe.teacher.model}, as it is")
     elif (run.teacher_directory / "stage.json").exists():
-        lines.append(f"teacher  found in {run.teacher_directory}")
+        say(f"teacher  found in {run.teacher_directory}")
     else:
         stages.insert(0, teacher_stage(run))
+    table = Table("stage", "model", "parameters", "updates", "s/update", "estimate", "memory")
     total = 0.0
     for stage in stages:
         trainer = Trainer(stage, run.recipe, run.accelerator, run.logger, owner={})
@@ -49,41 +49,28 @@ def print_plan(run: Run) -> None:
         size = sum(p.numel() for p in stage.model.parameters())
         row = (f"{size / 1e6:.2f} M", str(trainer.updates), f"{seconds:.3f}", duration(seconds * trainer.updates))
         table.add_row(stage.name, escape(shown(stage.metadata["model"])), *row, f"{peak_memory() / 2**30:.2f} GiB")
-    if run.accelerator.is_main_process:
-        console.print("\n".join(map(shown, lines)), soft_wrap=True, highlight=False, markup=False)
-        console.print(table)
-        if (run.directory / "result.json").exists():
-            console.print("finished before: the same command without dry_run prints its result at once", soft_wrap=True)
-        console.print(
-            f"about {duration(total)} in all, without evaluation; would write {shown(run.directory)}",
-            soft_wrap=True,
-            markup=False,
-        )
+    run.logger.show(table)
+    if (run.directory / "result.json").exists():
+        say("finished before: the same command without dry_run prints its result at once")
+    say(f"about {duration(total)} in all, without evaluation; would write {run.directory}")
 
 
 def print_layers(run: Run) -> None:
-    """Every layer of both networks with what it gives for one image; marked: what feature methods read by default."""
-    console = run.logger.console
-    for role, net in (("teacher", teacher_network(run)), ("student", student_network(run))):
-        read = _read_by_default(net)
+    """Print every layer of both networks with the shape of its output; * marks what feature methods read by default."""
+    for role, network in (("teacher", teacher_network(run)), ("student", student_network(run))):
+        read = _read_by_default(network)
         table = Table("", "layer", "kind", "shape", title=f"{role}.layers", title_justify="left", box=SIMPLE_HEAD)
-        for layer in list_layers(net, run.data.input_shape):
-            table.add_row(
-                "*" if layer.name in read else "",
-                escape(shown(layer.name)),
-                escape(layer.kind),
-                " x ".join(map(str, layer.shape[1:])),
-            )
-        if run.accelerator.is_main_process:
-            console.print(table)
-    if run.accelerator.is_main_process:
-        console.print("* read where no layers are named", highlight=False, markup=False)
+        for layer in list_layers(network, run.data.input_shape):
+            shape = " x ".join(map(str, layer.shape[1:]))
+            table.add_row("*" * (layer.name in read), escape(shown(layer.name)), escape(layer.kind), shape)
+        run.logger.show(table)
+    run.logger.say("* read where no layers are named")
 
 
-def _read_by_default(net: nn.Module) -> tuple[str, ...]:
+def _read_by_default(network: nn.Module) -> tuple[str, ...]:
     try:
-        return tap(net).layers
-    except ValueError:  # it states no stages: layers must be named
+        return tap(network).layers
+    except ValueError:  # timm knows no stages of it: layers must be named
         return ()
 
 

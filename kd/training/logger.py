@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from kd.checkpoint.files import sync, write_text, writing
 from kd.text import shown
@@ -85,6 +86,11 @@ class Logger:
         if self.accelerator.is_main_process:
             text = "\n".join(map(shown, text.split("\n")))
             self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def show(self, table: Table) -> None:
+        """Print a table once, not once per process."""
+        if self.accelerator.is_main_process:
+            self.console.print(table)
 
 
 def _is_kept(line: str, stage: str, update: int, epochs: int) -> bool:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from kd.checkpoint.files import digest, write_json, write_text
 from kd.config.schema import Recipe, content_hash, identity
+from kd.config.yaml_reader import leaves
 from kd.data import Data
 from kd.errors import ConfigError
 from kd.runtime.lock import locked
@@ -103,7 +104,7 @@ def claim(run: Run) -> None:
         run.logger.say(f"the earlier run is kept in {aside}")
     accelerator.wait_for_everyone()
     if (directory / "run.json").exists():
-        _compare(read_card(directory / "run.json"), own, directory)
+        _check_same(read_card(directory / "run.json"), own, directory)
     elif left := [name for name in (*STAGES, "result.json") if (directory / name).exists()]:
         raise ConfigError(
             f"run={directory.name}: {directory} has {left[0]} but no run.json to identify its recipe; restore it, or "
@@ -117,28 +118,18 @@ def claim(run: Run) -> None:
         accelerator.init_trackers(run.recipe.name)
 
 
-def _compare(stored: dict, own: dict, directory: Path) -> None:
-    for key, setting in (("data_hash", "data.root"), ("teacher_checkpoint_hash", "teacher.checkpoint")):
-        if stored[key] != own[key]:
-            raise ConfigError(
-                f"{setting}: {directory} was trained with other content (sha256 {stored[key][:12]}, now "
-                f"{own[key][:12]}); restore it, or resume=false to set that run aside"
-            )
-    old, new = _flat(stored["identity"]), _flat(own["identity"])
-    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+def _check_same(stored: dict[str, Any], own: dict[str, Any], directory: Path) -> None:
+    """Raise ConfigError, which names what differs, unless run.json is of this run. A setting that an older kd did not
+    have counts as null.
+    """
+    before, now = (dict(leaves({**card.pop("identity"), **card})) for card in (dict(stored), dict(own)))
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
     if changed:
         key = changed[0]
         raise ConfigError(
-            f"run={directory.name} holds another recipe ({key}={old.get(key)}, now {new.get(key)}; {len(changed)} "
+            f"run={directory.name} holds another recipe ({key}={before.get(key)}, now {now.get(key)}; {len(changed)} "
             f"differences): choose another run=NAME, or resume=false to set that run aside"
         )
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def alone_on_run(run: Run) -> AbstractContextManager[bool]:

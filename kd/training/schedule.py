@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -53,19 +54,16 @@ def optimizer(parameters: nn.Module | list[Any], recipe: Recipe) -> torch.optim.
 
 def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, epochs: int, updates_per_epoch: int) -> Scheduler:
     """The recipe's timm schedule of the learning rate, stepped after every update."""
-    s = recipe.scheduler
+    settings: dict[str, Any] = asdict(recipe.scheduler)  # named as timm names them, but for two
+    name, milestones = settings.pop("name"), settings.pop("milestones")
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched=s.name,
+        sched=name,
+        decay_milestones=milestones,
         num_epochs=epochs,
-        decay_epochs=s.decay_epochs,
-        decay_milestones=s.milestones,
-        decay_rate=s.decay_rate,
-        min_lr=s.min_lr,
-        warmup_lr=s.warmup_lr,
-        warmup_epochs=s.warmup_epochs,
         step_on_epochs=False,
         updates_per_epoch=updates_per_epoch,
+        **settings,
     )
     assert scheduler is not None
     return scheduler
