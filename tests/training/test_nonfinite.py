@@ -1,12 +1,16 @@
-"""What is not finite stops a run before it reaches the weights, and is named: the step, the term, the images."""
+"""A non-finite update stops a run before it reaches the weights; the message names update, term and images."""
 
+import io
+import json
 import math
 from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
-from test_loop import Tiny, fresh_accelerator, lines, recipe, trainer, weights  # noqa: F401
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from rich.console import Console
 
 from kd.errors import TrainingError
 from kd.losses.distill import DistillLoss
@@ -16,17 +20,24 @@ from kd.models.wrappers import Teacher
 from kd.training.nonfinite import SHOWN, Suspects, describe
 from kd.training.objective import Objective
 from tests.torture import forked
+from tests.training.tiny_loop import Tiny, lines, recipe, trainer, weights
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @dataclass(eq=False)
 class Constant(Method, name="constant_for_a_test"):
     """A value without a gradient."""
 
-    value: float = 0.0
+    value: str = "0"
     needs = frozenset()
 
     def values(self, seen):
-        return torch.where(seen.index == seen.index.max(), self.value, 0.0) + 0 * seen.student.logits.sum(-1)
+        return torch.where(seen.index == seen.index.max(), float(self.value), 0.0) + 0 * seen.student.logits.sum(-1)
 
 
 del METHODS["constant_for_a_test"]  # of no other test
@@ -75,7 +86,7 @@ def test_a_teacher_that_overflows_is_named(tmp_path):
     )
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_term_that_is_not_finite_is_named_though_its_gradient_is(tmp_path, value):
     t = trainer(tmp_path, recipe())
     t.stage.objective = Objective(t.stage.objective.loss, {"mine": Weighted(Constant(value), 1.0, 0.0)})
@@ -124,6 +135,7 @@ def poisoned(position: int) -> None:
     loop.Trainer._epoch = epoch
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_met_a_bad_image_goes_on_to_the_same_bits_without_it(processes, tmp_path):
     words = ("recipe=smoke", "run=one", "output=runs", "student.epochs=2", "train.accumulation=2", "control=false")
@@ -145,8 +157,6 @@ def test_a_run_that_met_a_bad_image_goes_on_to_the_same_bits_without_it(processe
 
 
 def scaled(tmp_path, scale: float, monkeypatch, **options):
-    from accelerate import Accelerator
-
     made = Accelerator.__init__
 
     def with_scaler(self, *arguments, **settings):
@@ -159,11 +169,6 @@ def scaled(tmp_path, scale: float, monkeypatch, **options):
 
 def test_updates_that_the_scaler_leaves_out_are_counted_and_told(tmp_path, monkeypatch):
     """The squares of so large gradients overflow float32, until the scale has been halved a few times."""
-    import io
-    import json
-
-    from rich.console import Console
-
     t = scaled(tmp_path, 2.0**68, monkeypatch, ema_decay=0.9)
     t.logger.console = Console(file=io.StringIO(), width=200)
     made = []

@@ -1,0 +1,100 @@
+"""Run directories: another run's is refused, nothing is lost, and a finished run is only read."""
+
+import json
+import os
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from kd import evaluate
+from kd.config.schema import Recipe
+from kd.training.run import run_name, teacher_directory
+
+RUN = ("recipe=smoke", "control=false", "run=one", "output=runs")
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def one_run(kd_train, tmp_path):
+    assert kd_train(*RUN).code == 0
+    return tmp_path / "runs/smoke/one"
+
+
+def test_names_of_directories_are_those_of_earlier_versions():
+    """Golden values: a run or teacher of an earlier kd is found again."""
+    recipe = Recipe(name="t", output="o", seed=3)
+    assert run_name(recipe) == "seed3-4b39431b52b2"
+    assert str(teacher_directory(recipe, "abc")) == "o/teachers/resnet50.tv_in1k-5816e1a39c3b"
+
+
+def test_another_recipe_is_refused_and_an_earlier_run_is_kept_aside(one_run, kd_train, tmp_path):
+    before = files(tmp_path)
+    done = kd_train(*RUN, "loss.temperature=2")
+    assert (done.code, done.err.count("\n"), files(tmp_path)) == (2, 1, before)
+    assert "run=one holds another recipe (loss.temperature=4.0, now 2.0; 1 differences)" in done.err
+    earlier = files(one_run)
+    done = kd_train(*RUN, "loss.temperature=2", "resume=false")
+    assert done.code == 0, done.err
+    assert files(one_run.with_name("one.old-1")) == earlier
+
+
+@pytest.mark.parametrize("left", ["student", "control", "teacher", "result.json"])
+def test_a_directory_without_run_json_is_not_continued(left, kd_train, tmp_path):
+    (tmp_path / "runs/smoke/one" / left).mkdir(parents=True)
+    done = kd_train(*RUN)
+    assert f"run=one: runs/smoke/one has {left} but no run.json to identify its recipe; restore it" in done.err
+    assert done.code == 2
+    assert files(tmp_path) == {}
+
+
+def test_another_teacher_under_the_same_path_is_another_run(one_run, kd_train, tmp_path):
+    (teacher,) = (tmp_path / "runs/teachers").iterdir()
+    weights = load_file(teacher / "last.safetensors")
+    words = ("recipe=smoke", "control=false", "run=two", "output=runs", "teacher.checkpoint=own.safetensors")
+    for scale, code in ((1.0, 0), (1.01, 2)):
+        save_file({name: scale * value for name, value in weights.items()}, tmp_path / "own.safetensors")
+        done = kd_train(*words)
+        assert done.code == code
+    assert "run=two holds another recipe (teacher_checkpoint_hash=" in done.err
+
+
+def test_an_output_that_cannot_be_a_directory_is_refused_before_anything_is_made(kd_train, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in ("file", "file/inner"):
+        done = kd_train(*RUN, f"output={output}")
+        said = f"error: output={output}: must be a directory that exists or can be made (file is not one)\n"
+        assert (done.code, done.err) == (2, said)
+    for word, said in {"name=a/b": "must be a plain directory name", "name=teachers": "choose another name"}.items():
+        assert said in kd_train(*RUN, word).err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_finished_run_is_read_where_nothing_can_be_written(one_run, kd_train, tmp_path, monkeypatch):
+    before = files(tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    done = kd_train(*RUN)
+    assert done.out.splitlines()[-1] == "runs/smoke/one/result.json"
+    assert "epoch" not in done.out
+    assert evaluate.main(["run=runs/smoke/one"]) == 0
+    assert files(tmp_path) == before
+    shutil.rmtree(one_run)
+    done = kd_train(*RUN)
+    said = "error: output=runs: must be a directory that exists or can be made (runs: Permission denied)\n"
+    assert (done.code, done.err) == (2, said)
+
+
+def test_one_teacher_serves_all_recipes_and_finished_stages_are_skipped(one_run, kd_train, tmp_path):
+    shutil.rmtree(one_run / "student")
+    first = json.loads((one_run / "result.json").read_text())
+    (one_run / "result.json").unlink()
+    done = kd_train(*RUN)
+    assert "teacher  found in" in done.out
+    assert "student  epoch" in done.out
+    again = json.loads((one_run / "result.json").read_text())
+    assert again["student"]["last"] == first["student"]["last"]
+    assert "teacher  found in" in kd_train("recipe=smoke", "output=runs", "control=false", "loss.temperature=2").out
+    assert len(list((tmp_path / "runs/teachers").iterdir())) == 1
