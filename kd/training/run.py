@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from kd.checkpoint.files import digest, write_json, write_text
 from kd.config.schema import Recipe, content_hash, identity
-from kd.config.yaml_reader import leaves
+from kd.config.types import leaves
 from kd.data import Data
 from kd.errors import ConfigError
 from kd.runtime.lock import locked

@@ -244,7 +244,7 @@ def test_the_estimate_is_of_a_fixed_sample_of_at_most_2000(monkeypatch, weights)
     [
         (["data=mnist1", "model=x"], "data=mnist1: no such data set; did you mean data=mnist1d?"),
         (["data=mixture"], "model: not given, nor recorded with the weights; type model=NAME"),
-        (["data=mixture", "checkpoint=nowhere.pth"], "checkpoint=nowhere.pth"),
+        (["data=mixture", "checkpoint=nowhere.pth"], "nowhere.pth: no such file"),
         (["data=mixture", "model=mlp_smal", "checkpoint=FILE"], "teacher.model=mlp_smal: timm and kd know no such"),
         (["data=digits", "checkpoint=FILE"], "teacher.checkpoint=FILE: does not fit the network"),
         (["data=mixture", "split=all", "model=x"], "split=all: must be one of train, val, test"),

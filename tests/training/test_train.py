@@ -20,7 +20,7 @@ from sklearn.metrics import accuracy_score, log_loss
 
 import kd.models.networks
 from kd import evaluate
-from kd.checkpoint.store import write_manifest
+from kd.checkpoint.manifest import write_manifest
 from kd.cli.errors import one_line_errors
 from kd.models.factory import weights_metadata
 from tests.torture import forked
