@@ -22,7 +22,7 @@ import kd.models.networks
 from kd import evaluate
 from kd.checkpoint.manifest import write_manifest
 from kd.cli.errors import one_line_errors
-from kd.models.factory import weights_metadata
+from kd.models.weights import weights_metadata
 from tests.torture import forked
 from tests.training.test_run import files
 
