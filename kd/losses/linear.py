@@ -163,16 +163,11 @@ def _check_teacher(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    """Raise unless the teacher is given in one way, and in features and a head that fit the student's."""
-    if features is None:
-        for name, given in (("teacher_weight", weight), ("teacher_bias", bias)):
-            if given is not None:
-                raise ValueError(f"teacher_features=None: must be given with {name}")
+    """Raise unless the teacher is given in one way, and a head of its own fits the student's positions and classes."""
+    if features is None and weight is None and bias is None:
         return
-    if logits is not None:
-        raise ValueError("teacher_logits and teacher_features are both given: give one of them")
-    if weight is None:
-        raise ValueError("teacher_weight=None: must be given with teacher_features")
+    if features is None or weight is None or logits is not None:
+        raise ValueError("teacher: give teacher_logits, or teacher_features with teacher_weight (and teacher_bias)")
     check_head("teacher_", features, weight, bias)
     rows = student_features.shape[:-1] + features.shape[-1:]
     check_fits("teacher_features", features, rows, student_features, beside="features")

@@ -131,9 +131,8 @@ def test_a_larger_head_has_a_larger_budget(chunks):
         chunks.clear()
 
 
-@pytest.mark.parametrize("lead", [(), (1,), (2, 3), (2, 1, 3)])
-@pytest.mark.parametrize("soft", [False, True], ids=["labels", "probabilities"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("lead", [(), (1,), (2, 1, 3)])
+@pytest.mark.parametrize(("soft", "reduction"), [(False, "none"), (True, "mean")])
 def test_leading_dimensions(lead, soft, reduction):
     case = Case(lead, soft=soft)
     ours = case.ours(LinearDistillLoss(reduction=reduction, memory_budget=2 * ROW, label_smoothing=0.1))
@@ -456,61 +455,39 @@ def test_settings_may_be_scheduled_and_are_shown():
 X, W, Y, TL = draw(4, 3, seed=1), draw(5, 3, seed=2), torch.tensor([0, 1, 2, 4]), draw(4, 5, seed=3)
 TX, TW, B = draw(4, 2, seed=4), draw(5, 2, seed=5), draw(5, seed=6)
 HEAD = {"teacher_features": TX, "teacher_weight": TW}
+NONE = {"teacher_logits": None}
 
 
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"features": X.tolist()}, TypeError, r"features: must be a tensor, got list"),
-        ({"features": X.long()}, TypeError, r"features.dtype=torch.int64: must be a real floating dtype"),
-        ({"features": X[0, 0]}, ValueError, r"features has shape \(\): must be \(\.\.\., D\)"),
-        ({"weight": None}, TypeError, r"weight: must be a tensor, got NoneType"),
-        ({"weight": W.T}, ValueError, r"weight has shape \(3, 5\): must be \(K, 3\) .* as features has 3"),
-        ({"weight": W[0]}, ValueError, r"weight has shape \(3,\): must be \(K, 3\)"),
-        ({"weight": W[:0]}, ValueError, r"weight has shape \(0, 3\): must be \(K, 3\) with K ≥ 1"),
-        ({"weight": W.float()}, TypeError, r"weight.dtype=torch.float32: must be torch.float64, the dtype of features"),
-        ({"weight": W.to("meta")}, ValueError, r"weight is on meta: must be on cpu, the device of features"),
-        ({"bias": B[:3]}, ValueError, r"bias has shape \(3,\): must be \(5,\)"),
-        ({"bias": B.half()}, TypeError, r"bias.dtype=torch.float16: must be torch.float64"),
-        ({"target": Y + 1}, ValueError, r"target has label 5: must be 0\.\.4 or ignore_index=-100"),
-        ({"target": Y[:3]}, ValueError, r"target has shape \(3,\): must be \(4,\)"),
-        ({"target": TL}, ValueError, r"target has probability"),
-        ({"teacher_logits": None}, ValueError, r"teacher_logits=None: must be given with kd_weight=0.9"),
-        ({"teacher_logits": TL[:, :4]}, ValueError, r"teacher_logits has shape \(4, 4\): must be \(4, 5\)"),
-        ({"teacher_logits": TL.clone().requires_grad_()}, ValueError, r"teacher_logits.requires_grad=True"),
-        (HEAD, ValueError, r"teacher_logits and teacher_features are both given: give one of them"),
-        ({"teacher_weight": TW}, ValueError, r"teacher_features=None: must be given with teacher_weight"),
-        ({"teacher_bias": B}, ValueError, r"teacher_features=None: must be given with teacher_bias"),
+        ({"features": X.tolist()}, TypeError, r"^features: must be a tensor, got list"),
+        ({"features": X.long()}, TypeError, r"^features.dtype=torch.int64: must be a real floating dtype"),
+        ({"features": X[0, 0]}, ValueError, r"^features has shape \(\): must be \(\.\.\., D\)"),
+        ({"weight": None}, TypeError, r"^weight: must be a tensor, got NoneType"),
+        ({"weight": W.T}, ValueError, r"^weight has shape \(3, 5\): must be \(K, 3\) .* as features has 3"),
+        ({"weight": W[:0]}, ValueError, r"^weight has shape \(0, 3\): must be \(K, 3\) with K ≥ 1"),
         (
-            {"teacher_logits": None, "teacher_features": TX},
-            ValueError,
-            r"teacher_weight=None: must be given with teacher_features",
+            {"weight": W.float()},
+            TypeError,
+            r"^weight.dtype=torch.float32: must be torch.float64, the dtype of f",
         ),
+        ({"weight": W.to("meta")}, ValueError, r"^weight is on meta: must be on cpu, the device of features"),
+        ({"bias": B[:3]}, ValueError, r"^bias has shape \(3,\): must be \(5,\)"),
+        ({"target": Y + 1}, ValueError, r"^target has label 5: must be 0\.\.4 or ignore_index=-100"),
+        ({"teacher_logits": None}, ValueError, r"^teacher_logits=None: must be given with kd_weight=0.9"),
+        (HEAD, ValueError, r"^teacher: give teacher_logits, or teacher_features with teacher_weight"),
+        ({"teacher_weight": TW}, ValueError, r"^teacher: give teacher_logits, or"),
+        ({**NONE, "teacher_features": TX}, ValueError, r"^teacher: give teacher_logits, or"),
+        ({**NONE, **HEAD, "teacher_features": TX[:3]}, ValueError, r"^teacher_features has .*: must be \(4, 2\)"),
+        ({**NONE, **HEAD, "teacher_weight": TW[:4]}, ValueError, r"^teacher_weight has .*: must be \(5, 2\)"),
+        ({**NONE, **HEAD, "teacher_weight": W}, ValueError, r"^teacher_weight has .*: must be \(K, 2\)"),
         (
-            {"teacher_logits": None, **HEAD, "teacher_features": TX[:3]},
+            {**NONE, **HEAD, "teacher_weight": TW.clone().requires_grad_()},
             ValueError,
-            r"teacher_features has shape \(3, 2\): must be \(4, 2\)",
+            r"^teacher_weight.requires_gr",
         ),
-        (
-            {"teacher_logits": None, **HEAD, "teacher_weight": TW[:4]},
-            ValueError,
-            r"teacher_weight has shape \(4, 2\): must be \(5, 2\)",
-        ),
-        (
-            {"teacher_logits": None, **HEAD, "teacher_weight": W},
-            ValueError,
-            r"teacher_weight has shape \(5, 3\): must be \(K, 2\)",
-        ),
-        (
-            {"teacher_logits": None, **HEAD, "teacher_weight": TW.clone().requires_grad_()},
-            ValueError,
-            r"teacher_weight.requires_grad=True: must be False; .* teacher_weight.detach\(\)",
-        ),
-        (
-            {"teacher_logits": None, "teacher_features": TX.to("meta"), "teacher_weight": TW.to("meta")},
-            ValueError,
-            r"teacher_features is on meta: must be on cpu",
-        ),
+        ({**NONE, **{k: v.to("meta") for k, v in HEAD.items()}}, ValueError, r"^teacher_features is on meta: must be"),
     ],
 )
 def test_bad_tensors(changed, error, message):

@@ -52,30 +52,28 @@ class _Totals:
     """Sums over chunks of the gradients of features, weight and bias, in the wide dtype; None where not needed."""
 
     def __init__(self, inputs: HeadInputs, plan: Plan):
-        self.features, self.weight, self.bias = (
+        self.all = [
             tensor.new_zeros(tensor.shape, dtype=wide_dtype(plan.dtype)) if tensor is not None and needed else None
             for tensor, needed in zip(inputs[:3], plan.needs, strict=True)
-        )
-
-    def __iter__(self) -> Iterator[Tensor | None]:
-        return iter((self.features, self.weight, self.bias))
+        ]
 
     def add(self, gradient: Tensor, part: slice, head: "_Head", block: int) -> None:
         """Add the contribution of the logits' gradient (n, K) of the rows ``part``, ``block`` classes at a time."""
-        if self.bias is not None:
-            self.bias += gradient.sum(0, dtype=self.bias.dtype)
+        features, weight, bias = self.all
+        if bias is not None:
+            bias += gradient.sum(0, dtype=bias.dtype)
         for start in range(0, gradient.shape[1], block):
             classes = slice(start, start + block)
-            if self.weight is not None:
-                _add_product(self.weight[classes], gradient[:, classes].T, head.features[part])
-            if self.features is not None:
-                _add_product(self.features[part], gradient[:, classes], head.weight[classes])
+            if weight is not None:
+                _add_product(weight[classes], gradient[:, classes].T, head.features[part])
+            if features is not None:
+                _add_product(features[part], gradient[:, classes], head.weight[classes])
 
     def multiply(self, factor: Tensor) -> None:
         # Nearly always 1, and a pass over a gradient of weight takes a while. On a GPU to look would be to wait for it.
         if factor.device.type == "cpu" and factor == 1:
             return
-        for total in self:
+        for total in self.all:
             if total is not None:
                 total *= factor
 
@@ -129,11 +127,12 @@ class _Gradients(torch.autograd.Function):
         totals, held.totals = held.totals, None
         if totals is None:
             totals = _sweep(inputs, upstream, plan, None)
+            assert totals is not None
         elif len(upstream):
             totals.multiply(upstream[0] / guess)  # under "mean" and "sum" the upstream gradient is equal for all rows
         return tuple(
             None if total is None or tensor is None else total.to(tensor.dtype)
-            for total, tensor in zip(totals or (), inputs[:3], strict=True)
+            for total, tensor in zip(totals.all, inputs[:3], strict=True)
         )
 
     @staticmethod

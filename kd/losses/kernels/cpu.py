@@ -1,4 +1,4 @@
-"""The distillation loss on a CPU: what a call hands to the compiled rows of cpu_kernel.py, and to which threads.
+"""The distillation loss on a CPU: packs a call for the compiled rows of cpu_kernel.py and spreads it over threads.
 
 Shapes: ``N`` rows, ``K`` classes. ``wide`` is float64 for a float64 student, else float32.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from kd.losses.kernels.cpu_kernel import BFLOAT, BLOCK, DOUBLE, FLOAT, HALF, Block, Job, compile_work
 from kd.losses.reference import Inputs, Numbers, wide_dtype
 
-SMALL = 32768  # classes in all below which a second thread costs more than it brings
+SMALL = 32768  # logits in all below which a second thread costs more than it saves
 KINDS = {torch.float16: HALF, torch.bfloat16: BFLOAT, torch.float32: FLOAT, torch.float64: DOUBLE}
 POWERS = {1.0: 0, 2.0: 1, 4.0: 2, 8.0: 3}  # student temperatures for which e^s comes from e^(s/Ts) by squaring
 
@@ -84,7 +84,7 @@ def _launch(gradient: Tensor | None, held: Tensor | None, upstream: Tensor, inpu
 
     job = Job(rows=count, classes=classes, wide_bytes=wide.itemsize, power=power, dense=dense)
     job.values = values.data_ptr()
-    student = _place(job, "student", student)  # each name keeps what may be a copy alive
+    student = _place(job, "student", student)  # the name keeps a possible copy alive
     if teacher is not None:
         teacher = _place(job, "teacher", teacher)
     if soft and dense:
@@ -105,7 +105,7 @@ def _launch(gradient: Tensor | None, held: Tensor | None, upstream: Tensor, inpu
     threads = min(torch.get_num_threads(), count) if count * classes >= SMALL and not _forked else 1
     statistics = (-(-classes // BLOCK) + 1) * ctypes.sizeof(Block)
     narrow = student.dtype != wide or (teacher is not None and teacher.dtype != wide)
-    # s and t; what they are read into; the third exponential and the shares.
+    # s and t; their wide copies; the third exponential and the shares.
     stored = (6 if dense or power < 0 else 4 if narrow else 2) * min(classes, BLOCK) * wide.itemsize
     job.tasks, job.scratch_task = threads, statistics + stored + 63 & ~63
     scratch = torch.empty(threads * job.scratch_task, dtype=torch.uint8)
@@ -115,7 +115,7 @@ def _launch(gradient: Tensor | None, held: Tensor | None, upstream: Tensor, inpu
 
 
 def _place(job: Job, name: str, matrix: Tensor) -> Tensor:
-    """Enter a matrix into the job; returns it, or the copy that was entered."""
+    """Enter a matrix into the job; returns it, or the copy whose address was entered."""
     if matrix.dtype not in KINDS:
         matrix = matrix.float()
     if matrix.stride(1) != 1 and matrix.shape[1] > 1:
@@ -129,18 +129,18 @@ def _place(job: Job, name: str, matrix: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled(wide: torch.dtype) -> tuple[Callable, object]:
-    """The compiled rows as a ctypes function, which runs without the interpreter's lock, and what owns its code."""
+    """The compiled rows as a ctypes function, which runs without the GIL, and the owner of its code."""
     owner = compile_work(wide == torch.float32)
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(cast(int, owner.address)), owner
 
 
 @functools.cache
 def _openmp() -> Callable | None:
-    """``GOMP_parallel`` of the OpenMP that torch runs its own operators in; None where it is another or not found.
+    """``GOMP_parallel`` of the OpenMP that torch's own operators use; None where torch has another OpenMP.
 
-    Its threads are awake after a torch operator, and turn in a loop for some ms in the hope of more work. Other threads
-    have to share the cores with them: a prototype's 128 x 21841 float32 took 4.7 ms after a torch.add on a pool of its
-    own, where it took 2.6 ms otherwise (2 cores). Handing out the work takes 3 us here and 15 us there.
+    After a torch operator its threads spin for some ms, waiting for more work, and any other thread would have to share
+    the cores with them: after a torch.add, a prototype's 128 x 21841 float32 took 4.7 ms on a pool of its own and 2.6
+    ms on these threads (2 cores). Starting the work takes 3 us here and 15 us on a pool.
     """
     suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
     try:
@@ -159,7 +159,7 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _spread(work: Callable, job: Job, threads: int) -> None:
-    """Run ``work(job)`` on so many threads, this one among them; each takes tasks until none is left."""
+    """Run ``work(job)`` on this many threads, including this one; each takes tasks until none is left."""
     address = ctypes.addressof(job)
     if threads == 1:
         work(address)
@@ -178,7 +178,7 @@ _forked = False
 
 
 def _after_fork() -> None:
-    """In a forked child, such as a DataLoader's worker: OpenMP's threads and the pool's stayed in the parent."""
+    """In a forked child, such as a DataLoader's worker, the threads of OpenMP and of the pool do not exist."""
     global _forked
     _forked = True
 

@@ -1,18 +1,19 @@
 """The compiled part of the CPU backend: loss and gradient of a row together, every exponential computed once.
 
-A row goes in blocks of 1024 classes through the first-level cache. The first pass takes each block's maximum m, stores
-``e^{(s-m)/Ts}`` and ``e^{(t-m)/T}``, and sums; the second turns what is stored into the gradient. ``e^s`` is a power of
-``e^{s/Ts}`` where Ts is 1, 2, 4 or 8, and a third exponential elsewhere. Sums over a block run in the wide type, sums
-of blocks in float64. A row belongs to one thread, so the number of threads does not change a bit of the result.
+A row is processed in blocks of 1024 classes, which fit the first-level cache. The first pass takes each block's
+maximum m, stores ``e^{(s-m)/Ts}`` and ``e^{(t-m)/T}`` and sums them; the second turns the stored values into the
+gradient. ``e^s`` is a power of ``e^{s/Ts}`` where Ts is 1, 2, 4 or 8, else a third exponential. Sums within a block are
+in the wide type, sums over blocks in float64. One thread computes a row, so that the number of threads does not change
+a bit of the result.
 
-All compiled code is in this one file, because numba's cache on disk looks at the date of one file only. Functions are
-few and helpers are intrinsics, because each function costs a new user 0.1 s and more at the first call.
+All compiled code is in this one file, because numba's cache on disk compares the date of one file only. There are few
+functions, and helpers are intrinsics, because each function adds 0.1 s or more to a new user's first call.
 
 Shapes: ``N`` rows, ``K`` classes. ``wide`` is np.float64 for a float64 student, else np.float32.
 """
 
 # pyrefly: ignore-errors
-# (numba gives the types; what intrinsics and Structures look like from outside is not what they are in compiled code)
+# (numba infers the types; intrinsics and Structures have other types in compiled code than in Python)
 
 import ctypes
 import math
@@ -23,23 +24,23 @@ from numba import carray, cfunc, from_dtype, njit, types
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import populate_array
 
-BLOCK = 1024  # 4 KiB of float32: two stored blocks and what is read fit the first-level cache of 32 KiB
+BLOCK = 1024  # 4 KiB of float32: two stored blocks and the logits read fit the first-level cache of 32 KiB
 LOG2_E = math.log2(math.e)
 LOWEST32 = -3.4028234663852886e38  # the lowest finite number
-LOWEST64 = -1e300  # over the lowest temperature still finite
+LOWEST64 = -1e300  # still finite when divided by the lowest temperature
 
-# Nothing may be assumed about nan or inf, and nothing reordered: that may fold away the rounding in exp2.
+# No assumptions about nan or inf, and no reordering: it may remove the rounding in exp2.
 EXACT = {"error_model": "numpy", "fastmath": {"contract"}}
 # Called from compiled code only.
 INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **EXACT}
-# A loop's sum may be split over the lanes of a vector: always the same way, so bits repeat.
+# The sum of a loop may be split over the lanes of a vector, always in the same way, so that bits repeat.
 SUMS = INNER | {"fastmath": {"contract", "reassoc", "nsz"}}
 
-HALF, BFLOAT, FLOAT, DOUBLE = range(4)  # what a matrix is stored as
+HALF, BFLOAT, FLOAT, DOUBLE = range(4)  # how a matrix is stored
 
 
 class Job(ctypes.Structure):
-    """One call, as the compiled code reads it. Addresses of 0 mean absent; strides are in bytes."""
+    """One call, as the compiled code reads it. An address of 0 means absent; strides are in bytes."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("taken", "tasks", "rows", "classes", "wide_bytes", "power", "dense")),
@@ -55,7 +56,7 @@ class Job(ctypes.Structure):
 
 
 class Block(ctypes.Structure):
-    """What is kept of one block. The sums of exponentials are relative to its maxima ``s_top`` and ``t_top``."""
+    """The sums kept of one block. Those of exponentials are relative to its maxima ``s_top`` and ``t_top``."""
 
     _fields_ = (
         *((name, ctypes.c_double) for name in ("s_top", "t_top", "sum_1", "sum_s", "sum_t", "gap", "offset")),
@@ -97,7 +98,7 @@ def recast(_typing, value, kind):
 
 @intrinsic
 def take(_typing, counter):
-    """Add 1 to the int64 at this pointer, for all threads at once; returns what it was."""
+    """Add 1 atomically to the int64 at this pointer; returns the value before."""
 
     def build(context, builder, signature, arguments):
         word = ir.IntType(64)
@@ -122,18 +123,18 @@ def multiply_add(_typing, a, b, c):
 def inlined(_typing):
     """Compile the calling function into its callers, with vectors of 512 bits where there are, for any addresses.
 
-    Numba compiles each function alone too, and a process that has just compiled would call those copies where one that
-    loads the cache calls the file's own: optimised once more, they sum in another order, and a run that was killed
-    would resume with other bits. Inlined, there is one copy, at 3 s more for a new user's first call.
+    Numba also compiles each function by itself. A process that has just compiled would call those copies, and a process
+    that loads the cache the ones in the cached file. The latter are optimised once more and sum in another order, so
+    that a resumed run would have other bits. Inlined, there is only one copy; it adds 3 s to a new user's first call.
 
-    The function's arrays must not overlap. Else LLVM would look whether they do, take the slow loop where two of them
-    only lie close, and sum in another order there: bits would depend on addresses. By itself it prefers 256 bits for
-    the sake of older machines. Measured on one core (Sapphire Rapids), 1024 float32 classes in cache: the two
+    The function's arrays must not overlap. Otherwise LLVM would test whether they do, take a slow loop where two of
+    them are merely close, and sum in another order there: bits would depend on addresses. By default LLVM prefers 256
+    bits for the sake of older machines. Measured on one core (Sapphire Rapids), 1024 float32 classes in cache: the two
     exponentials and their sums 0.58 -> 0.44 ns a class, the gradient 0.11 -> 0.07.
     """
 
     def build(context, builder, signature, arguments):
-        # llvmlite lists the attributes it knows and has no other way to write one.
+        # llvmlite accepts known attributes only; this one goes past its check.
         set.add(builder.function.attributes, '"prefer-vector-width"="512"')
         builder.function.attributes.add("alwaysinline")
         for argument in builder.function.args:
@@ -149,7 +150,7 @@ def exp2(value, scale, lowest):
 
     ``lowest`` is -127 / scale (float64: -1023 / scale). With n the nearest integer and f the rest, 2^f is a polynomial
     (relative error 9e-8, float64: 1e-19) and 2^n is made from bits: adding a number whose last digit is worth 1 rounds
-    to n, and leaves n plus the exponent's bias in the lowest bits.
+    to n and leaves n plus the exponent's bias in the lowest bits.
     """
     raise NotImplementedError
 
@@ -198,7 +199,7 @@ def _exp2(value, scale, lowest):
 
 @njit(**INNER)
 def _wide(address, kind, out):
-    """The classes stored at this address as wide: where they lie, or else copied to ``out``."""
+    """The classes stored at this address in the wide type: in place if they have it, else copied to ``out``."""
     single = out.itemsize == 4
     if kind == (FLOAT if single else DOUBLE):
         return view(address, out.size, out.dtype.type)
@@ -235,8 +236,9 @@ def _wide(address, kind, out):
 def _maximum(values, integer):
     """The maximum, at least the lowest number.
 
-    Maxima of floats do not vectorise while nan is possible, maxima of integers do: as an integer a float ≥ 0 grows with
-    its value and a float < 0 falls. What comes out for a row with nan does not matter: its exponentials are nan.
+    The maximum of floats does not vectorise where nan is possible, that of integers does: the bits of a float ≥ 0, read
+    as an integer, grow with its value, those of a float < 0 fall. The result for a row with nan does not matter,
+    because its exponentials are nan.
     """
     inlined()
     wide = values.dtype.type
@@ -293,7 +295,7 @@ def _exponentials(s, e, top, scale, lowest):
 
 @njit(**SUMS)
 def _exponential_pairs(s, t, s_e, t_e, s_top, t_top, s_scale, t_scale, s_lowest, t_lowest, ratio):
-    """The same for both, with ``sum e_t ((t - t_top) ratio - (s - s_top))``, to which a class at e_t = 0 adds 0."""
+    """The same for both, and ``sum e_t ((t - t_top) ratio - (s - s_top))``, to which a class with e_t = 0 adds 0."""
     inlined()
     nothing = s.dtype.type(0)
     s_total = t_total = gap = offset = nothing
@@ -381,7 +383,7 @@ def _subtract(out, factor, other):
 
 @njit(**INNER)
 def _shares(job, row, first, share):
-    """Write ``w_k ((1 - eps) q_k + eps / K)`` of the classes from ``first`` on; a label's own part is left out."""
+    """Write ``w_k ((1 - eps) q_k + eps / K)`` of the classes from ``first`` on, without a label's own part."""
     inlined()
     wide = share.dtype.type
     even = wide(job.uniform_mass / job.classes)
@@ -430,18 +432,18 @@ def _first_pass(job, row, first, s, t, third, share, s_read, t_read, block, inte
 
 
 @njit(**INNER)
-def _cross_entropy(job, label, logit, label_share, found, blocks, s_top, total):
+def _cross_entropy(job, label, logit, label_share, sums, blocks, s_top, total):
     """``(sum share, ce)`` from the sums of the blocks; ``total`` is ``sum e^(s - s_top)``."""
     inlined()
     mass = shared = 0.0
     for b in range(blocks):
         size = min(job.classes - b * BLOCK, BLOCK)
         if job.dense:
-            mass += found[b].mass
-            shared += found[b].shared + found[b].mass * (found[b].s_top - s_top)
+            mass += sums[b].mass
+            shared += sums[b].shared + sums[b].mass * (sums[b].s_top - s_top)
         elif job.uniform_mass > 0:  # never 0 * inf where a class is masked and nothing is smoothed
             mass = job.uniform_mass
-            shared += (found[b].offset + size * (found[b].s_top - s_top)) * (mass / job.classes)
+            shared += (sums[b].offset + size * (sums[b].s_top - s_top)) * (mass / job.classes)
     if label >= 0 and label_share != 0:
         mass += label_share
         # Not the product: eps > 1 makes the label's own part negative, and inf - inf nan.
@@ -453,10 +455,10 @@ def _cross_entropy(job, label, logit, label_share, found, blocks, s_top, total):
 def _places(job, row, last, scratch):
     """Where the blocks of s, t and third of a row are stored: three addresses, and what a class moves each by.
 
-    A wide student's exponentials go where its gradient will be. The others go to the scratch, which holds one block,
-    or, for rows of several blocks, to the gradient rows after this one, which are not written yet: full rows of
-    scratch would be more than the 1 % of memory that is allowed. Where too few rows are left, the second pass computes
-    every block again; the last flag says that it must.
+    A wide student's exponentials are stored where its gradient will be. The others go to the scratch, which holds one
+    block. For rows of several blocks they go to the gradient rows after this one, which are not written yet, because
+    full rows of scratch would exceed the 1 % of memory that is allowed. Where too few rows are left, the second pass
+    computes every block again; the last flag says that it must.
     """
     inlined()
     width = job.wide_bytes
@@ -481,7 +483,7 @@ def _places(job, row, last, scratch):
 
 @njit(**INNER)
 def _empty_row(job, row, value, wide):
-    """An ignored row is 0, one whose label is no class nan."""
+    """Write 0 for an ignored row, nan for a row whose label is not a class."""
     inlined()
     values = view(job.values, 3 * job.rows, wide)
     for i in range(3):
@@ -505,7 +507,7 @@ def _row(job, row, last, scratch, wide, integer):
     if job.held and upstream == view(job.held + row * job.held_row, 1, wide)[0]:
         return
     blocks = (job.classes + BLOCK - 1) // BLOCK
-    found = view(scratch, blocks + 1, BLOCKS)
+    sums = view(scratch, blocks + 1, BLOCKS)
     scratch += (blocks + 1) * BLOCK_BYTES
     label, label_share, logit = -1, 0.0, 0.0
     if job.labels:
@@ -531,31 +533,31 @@ def _row(job, row, last, scratch, wide, integer):
         t = view(t_at + first * rest_step, size, wide)
         third = view(third_at + first * rest_step, size, wide)
         share, student, teacher = view(share_at, size, wide), view(s_read, size, wide), view(t_read, size, wide)
-        _first_pass(job, row, first, s, t, third, share, student, teacher, found[b], integer)
+        _first_pass(job, row, first, s, t, third, share, student, teacher, sums[b], integer)
 
     temperature, student_temperature = job.temperature, job.student_temperature
     s_top = t_top = -np.inf
     for b in range(blocks):
-        s_top = max(s_top, found[b].s_top)
-        t_top = max(t_top, found[b].t_top)
+        s_top = max(s_top, sums[b].s_top)
+        t_top = max(t_top, sums[b].t_top)
     sum_1 = sum_s = sum_t = gap = 0.0
     for b in range(blocks):
         # From here on these three bring a block's exponentials to the row's maximum.
-        s_below = (found[b].s_top - s_top) / student_temperature
-        whole, soft = math.exp(found[b].s_top - s_top), math.exp(s_below)
-        sum_1 += found[b].sum_1 * whole
-        sum_s += found[b].sum_s * soft
-        found[b].sum_1, found[b].sum_s = whole, soft
+        s_below = (sums[b].s_top - s_top) / student_temperature
+        whole, soft = math.exp(sums[b].s_top - s_top), math.exp(s_below)
+        sum_1 += sums[b].sum_1 * whole
+        sum_s += sums[b].sum_s * soft
+        sums[b].sum_1, sums[b].sum_s = whole, soft
         if job.teacher:
-            t_below = (found[b].t_top - t_top) / temperature
-            teacher, part = math.exp(t_below), found[b].sum_t
-            gap += teacher * (found[b].gap / student_temperature + part * (t_below - s_below))
+            t_below = (sums[b].t_top - t_top) / temperature
+            teacher, part = math.exp(t_below), sums[b].sum_t
+            gap += teacher * (sums[b].gap / student_temperature + part * (t_below - s_below))
             sum_t += teacher * part
-            found[b].sum_t = teacher
+            sums[b].sum_t = teacher
 
     mass = ce = kd = 0.0
     if job.ce_weight > 0:
-        mass, ce = _cross_entropy(job, label, logit, label_share, found, blocks, s_top, sum_1)
+        mass, ce = _cross_entropy(job, label, logit, label_share, sums, blocks, s_top, sum_1)
     if job.teacher:
         kd = student_temperature**2 * (gap / sum_t - math.log(sum_t) + math.log(sum_s))
     values = view(job.values, 3 * job.rows, wide)
@@ -573,11 +575,11 @@ def _row(job, row, last, scratch, wide, integer):
         share = view(share_at, size, wide)
         if again:
             student, teacher = view(s_read, size, wide), view(t_read, size, wide)
-            _first_pass(job, row, first, s, t, third, share, student, teacher, found[blocks], integer)
-        whole = ce_scale * mass / sum_1 * found[b].sum_1 if job.ce_weight > 0 else 0.0
-        soft = kd_scale / sum_s * found[b].sum_s if job.teacher else 0.0
+            _first_pass(job, row, first, s, t, third, share, student, teacher, sums[blocks], integer)
+        whole = ce_scale * mass / sum_1 * sums[b].sum_1 if job.ce_weight > 0 else 0.0
+        soft = kd_scale / sum_s * sums[b].sum_s if job.teacher else 0.0
         even = 0.0 if job.dense else ce_scale * job.uniform_mass / job.classes
-        power, factor = wide(0 if job.power < 0 else whole), wide(kd_scale / sum_t * found[b].sum_t)
+        power, factor = wide(0 if job.power < 0 else whole), wide(kd_scale / sum_t * sums[b].sum_t)
         if job.teacher:
             _combine(s, max(job.power, 0), power, wide(soft), wide(even), t, factor)
         else:
@@ -596,7 +598,7 @@ def _row(job, row, last, scratch, wide, integer):
 def compile_work(single):
     """The C function ``void work(Job *)`` for float32 or float64 rows: compiled once, and kept on disk if possible.
 
-    It takes tasks, each a range of rows, until none is left, which is right for any number of threads that come.
+    It takes tasks, each a range of rows, until none is left, so any number of threads may call it.
     """
     wide, integer = (np.float32, np.int32) if single else (np.float64, np.int64)
 
@@ -613,5 +615,5 @@ def compile_work(single):
     signature = types.void(types.CPointer(from_dtype(JOB)))
     try:
         return cfunc(signature, cache=True, **EXACT)(work)
-    except RuntimeError:  # neither the folder of this file nor the user's cache can be written
+    except RuntimeError:  # neither the folder of this file nor the user's cache is writable
         return cfunc(signature, **EXACT)(work)

@@ -1,11 +1,11 @@
-# What the functions below take and return is Triton's, not Python's.
+# The functions below take and return Triton's values, not Python's.
 # pyrefly: ignore-errors
 """The Triton kernels of the distillation loss: one row's values and gradient in one launch.
 
-Two kernels of one algorithm. ``resident`` holds whole rows in registers: three transfers per class element (read s,
-read t, write the gradient). ``sweeps`` takes rows of any length in two sweeps: five. No atomics, so two runs give the
-same bits; nothing waits for the GPU and no memory depends on values, so a CUDA graph may capture a launch that has been
-compiled by an earlier one.
+Two kernels of one algorithm. ``resident`` holds whole rows in registers, with three transfers per class element (read
+s, read t, write the gradient). ``sweeps`` takes rows of any length in two sweeps, with five. They use no atomics, so
+two runs give the same bits. Nothing waits for the GPU and no memory depends on values, so a CUDA graph may capture a
+launch after an earlier one has compiled it.
 
 Shapes: N rows, K classes. For one row, with z = s - max s, the logits in units of log 2 ``a = z / (Ts log 2)`` and
 ``b = (t - max t) / (T log 2)``, sums over its classes, smoothed mass e, target q and class weights w:
@@ -17,12 +17,16 @@ Shapes: N rows, K classes. For one row, with z = s - max s, the logits in units 
 
 A / B keeps the digits that log A - log B would cancel: both are near log K where the KL is near 0.
 
-Both kernels take the same arguments: pointers to rows whose classes lie side by side (None for ``teacher`` or
-``class_weight``: there is none; for the values or ``gradient``: not wanted); the strides from row to row, those of
-student, teacher and probabilities in units of VECTOR elements, as is ``vectors``, K / VECTOR: by that the compiler
-knows what it may load at once; ``weight_start``, which is 0, so that it knows no more of the class weights than of the
-rows, and gives both to the threads in one way; scalars, see ``_scalar``. With ``held``, a row whose ``upstream`` equals
-it is left as it is.
+Both kernels take the same arguments:
+
+- pointers to rows whose classes are contiguous; None for an absent ``teacher`` or ``class_weight``, and for values or a
+  ``gradient`` that are not wanted
+- strides from row to row; those of student, teacher and probabilities are in units of VECTOR elements, as is
+  ``vectors``, K / VECTOR, so that the compiler knows how much it may load at once
+- ``weight_start``, which is 0: with it the compiler knows no more about the class weights than about the rows, and
+  distributes both over the threads in the same way
+- scalars, see ``_scalar``
+- ``held``: a row whose ``upstream`` equals it is left unchanged
 """
 
 import triton
@@ -33,8 +37,8 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 LANE: tl.constexpr = tl.constexpr(8)  # classes that one thread takes at a time in a sweep
 
-# Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16, and for a pointer that is not
-# aligned to 16 bytes. It is worth that only for the pointers that are read in vectors.
+# Triton compiles a kernel again for an integer argument that is 1 or a multiple of 16, and for a pointer that is not
+# aligned to 16 bytes. That pays only for the pointers that are read in vectors.
 _ANY_VALUE = [
     *("student_stride", "teacher_stride", "target_stride", "upstream_stride", "held_stride"),
     *("weight_start", "rows", "vectors"),
@@ -47,8 +51,8 @@ _ANY_ADDRESS = ["upstream", "held", "loss", "ce", "kd"]
 def _scalar(value, WIDE: tl.constexpr):
     """A runtime scalar in the wide dtype.
 
-    A launch passes a Python float as float32. For float64 rows it comes exact, as the bits of an int64; and where a
-    compiler of callers (torch.compile) passes float64 to float32 rows, one double must not make all of them double.
+    A launch passes a Python float as float32. For float64 rows it is passed exactly, as the bits of an int64. Where
+    torch.compile passes float64 to float32 rows, one double must not turn the whole computation into doubles.
     """
     if tl.float64 == WIDE:
         value = tl.cast(tl.cast(value, tl.int64), tl.float64, bitcast=True)
@@ -57,7 +61,7 @@ def _scalar(value, WIDE: tl.constexpr):
 
 @triton.jit
 def _label(target, mask, classes, ignore_index):
-    """``(label or -1, whether it is neither class nor ignored, whether it is ignored)``; -1 is not followed."""
+    """``(label or -1, whether it is neither a class nor ignored, whether it is ignored)``; -1 is never an address."""
     label = tl.load(target, mask, other=0)
     ignored = label == ignore_index
     known = (label >= 0) & (label < classes)
@@ -86,7 +90,7 @@ def _share(target, class_weight, col, label, inside, spread, own, SOFT: tl.const
 
 @triton.jit
 def _dot(own, z_own, spread, z_others):
-    """Σ share z of an unweighted label; a class without a share counts 0 even at -inf."""
+    """Σ share z of an unweighted label; a class of share 0 adds 0 even at -inf."""
     return tl.where(own == 0, 0.0, own * z_own) + tl.where(spread == 0, 0.0, spread * z_others)
 
 
@@ -128,7 +132,7 @@ def resident(
         label, bad, ignored = _label(target + row * target_stride, written, classes, ignore_index)
         kept &= ~ignored
     inside = kept & (col < classes)
-    # Nothing of an ignored row is read: it becomes a row of zeros, whose gradient is finite, and 0 times that is 0.
+    # An ignored row is not read. It becomes a row of zeros with a finite gradient, and 0 times that is 0.
     up = tl.where(kept, up, 0.0)
     if not SOFT:
         up = tl.where(bad, float("nan"), up)
@@ -138,7 +142,7 @@ def resident(
     t = s
     if teacher is not None:
         t = tl.load(teacher + row * teacher_stride * VECTOR + col, inside, other=fill)
-    # A nan need not be the maximum (tl.max drops it): every sum below carries it into the row's results.
+    # tl.max drops a nan, but every sum below carries it into the results of the row.
     s = s.to(WIDE)
     top = tl.max(s, 1, keep_dims=True)
     z = s - top
@@ -152,7 +156,7 @@ def resident(
             share = _share(target, class_weight, col, label, inside, spread, own, SOFT, WIDE)
             pull = to_ce * share
             weight = tl.sum(share, 1, keep_dims=True)
-            # A class without a share counts 0 even at -inf.
+            # A class of share 0 adds 0 even at -inf.
             dot = tl.sum(share * tl.where(share == 0, 0.0, z), 1, keep_dims=True)
         else:
             others = inside & (col != label)
@@ -199,20 +203,20 @@ def _lane_max(x):
 
 @triton.jit
 def _zero(peak):
-    """What is subtracted in an exponent: the maximum so far, or 0 while all is -inf, so that e^(-inf - 0) is 0."""
+    """The number to subtract in an exponent: the maximum so far, or 0 while it is -inf, so that e^(-inf - 0) is 0."""
     return tl.where(peak == -float("inf"), 0.0, peak)
 
 
 @triton.jit
 def _step(peak, high):
-    """What sums relative to ``peak`` are to be shifted by (≤ 0) when it rises to ``high``; an empty sum by nothing."""
+    """The shift (≤ 0) of sums relative to ``peak`` when it rises to ``high``; 0 for an empty sum."""
     return tl.where(peak == -float("inf"), 0.0, peak - _zero(high))
 
 
 @triton.jit
 def _step_ce(total, dot, weight, step):
     """The sums of the cross entropy when their zero point rises by ``-step``."""
-    # Weight is 0 where nothing has a share yet, and for plain labels; a step between the ends of float32 is -inf.
+    # Weight is 0 where no class has a share yet, and for plain labels; a step between the ends of float32 is -inf.
     return total * tl.exp2(step * LOG2E), dot + tl.where(weight == 0, 0.0, weight * step)
 
 
@@ -221,7 +225,7 @@ def _step_kd(sum_a, sum_b, gap, step_a, step_b):
     """The sums of the KL when their zero points rise by ``-step_a`` and ``-step_b``, in units of log 2."""
     fade = tl.exp2(step_b)
     left = sum_b * fade
-    # Where nothing is left a step may have overflowed to -inf: logits are masked with the lowest finite number, too.
+    # Where nothing is left a step may have overflowed to -inf: some mask logits with the lowest finite number.
     gap = tl.where(left == 0, 0.0, fade * (gap + sum_b * (step_b - step_a)))
     return sum_a * tl.exp2(step_a), left, gap
 
@@ -275,7 +279,7 @@ def sweeps(
         s_own = tl.load(student + label, label >= 0, other=0).to(WIDE)
         base = tl.where(s_own < -1e30, 0.0, s_own)  # not where it is masked
 
-    # First sweep. Each thread has maxima and sums of its own, so that none waits for another before the end.
+    # First sweep. Each thread keeps its own maxima and sums, so that none waits for another before the end.
     nothing = tl.zeros([BLOCK // LANE], WIDE)
     peak_s, peak_t = nothing - float("inf"), nothing - float("inf")
     total, sum_a, sum_b, gap, weight, dot = nothing, nothing, nothing, nothing, nothing, nothing
@@ -314,7 +318,7 @@ def sweeps(
             sum_b += _lane_sum(eb)
             gap += _lane_sum(eb * tl.where(eb == 0, 0.0, b - a))
 
-    # All threads' sums onto the row's maxima, and into one.
+    # Shift the sums of all threads to the maxima of the row and add them.
     high_s, high_t = tl.max(peak_s), tl.max(peak_t)
     step_s, step_t = _step(peak_s, high_s), _step(peak_t, high_t)
     zero_s, zero_t = _zero(high_s), _zero(high_t)
@@ -324,10 +328,10 @@ def sweeps(
         total, dot, weight = tl.sum(total), tl.sum(dot), tl.sum(weight)
         if PLAIN:
             weight += 1
-            # The label's own part is not 0 where the base was not its logit; -inf takes all with it as it is.
+            # The label's own part is not 0 where the base was not its logit; -inf needs no correction.
             dot -= tl.where((s_own < -1e30) & (s_own > -float("inf")), s_own, 0.0)
             others = dot + tl.cast(classes - 1, WIDE) * (base - zero_s)
-            # Near the ends of the dtype both may overflow. A nan that came in is in total, too.
+            # Near the ends of the dtype both may overflow. A nan of the input is in total as well.
             others = tl.where(others == others, others, -float("inf"))
             dot = _dot(own, s_own - zero_s, spread, others)
         ce_row = weight * tl.log2(total) * LN2 - dot
