@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -90,8 +91,7 @@ def tap_pair(
         ours, theirs = tap(student, student_layers), tap(teacher, teacher_layers)
         if len(ours.layers) != len(theirs.layers):
             raise ValueError(
-                f"{len(ours.layers)} layers of the student ({', '.join(ours.layers)}) and {len(theirs.layers)} of the "
-                f"teacher ({', '.join(theirs.layers)}): name as many of each"
+                f"{len(ours.layers)} student layers and {len(theirs.layers)} teacher layers: must be equal"
             )
         return ours, theirs
     stages = _stages(student), _stages(teacher)
@@ -100,37 +100,29 @@ def tap_pair(
     at = [{entry["reduction"]: entry["module"] for entry in each} for each in stages]  # of several, the last stays
     common = [reduction for reduction in at[0] if reduction in at[1]]
     if not common:
-        raise ValueError(
-            f"the student's stages reduce the image by {list(at[0])}, the teacher's by {list(at[1])}: none is alike; "
-            f"name the layers of both"
-        )
+        raise ValueError(f"student stages reduce by {list(at[0])}, teacher stages by {list(at[1])}: name layers")
     return tap(student, [at[0][r] for r in common]), tap(teacher, [at[1][r] for r in common])
 
 
 def classifier_name(model: nn.Module) -> str:
     """The name of the linear module that gives the logits, as timm's get_classifier has it. Raises ValueError."""
-    get: Any = getattr(model, "get_classifier", None)
-    classifier = get() if get else None
-    weight = getattr(classifier, "weight", None)
-    if not isinstance(classifier, nn.Module) or not isinstance(weight, Tensor):
-        found = type(classifier).__name__ if get else "no get_classifier()"
-        raise ValueError(f"{type(model).__name__}: has no single linear classifier to read an embedding from ({found})")
+    get_classifier: Any = getattr(model, "get_classifier", lambda: None)  # networks of other libraries have none
+    classifier = get_classifier()
+    if not isinstance(getattr(classifier, "weight", None), Tensor):
+        kind = type(classifier).__name__
+        raise ValueError(f"{type(model).__name__}: get_classifier() gives {kind}, not one linear layer with a weight")
     return next(name for name, module in model.named_modules() if module is classifier)
 
 
 def list_layers(model: nn.Module, input_shape: Sequence[int]) -> list[Layer]:
     """Every module that gives a tensor for one input of a shape, in the order of their first calls."""
-    found: dict[str, Layer] = {}
+    layers: dict[str, Layer] = {}
 
-    def keep(name: str, module: nn.Module, output: Any) -> None:
+    def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            found.setdefault(name, Layer(name, type(module).__name__, tuple(output.shape)))
+            layers.setdefault(name, Layer(name, type(module).__name__, tuple(output.shape)))
 
-    handles = [
-        module.register_forward_hook(lambda module, _, output, name=name: keep(name, module, output))
-        for name, module in model.named_modules()
-        if name
-    ]
+    handles = [module.register_forward_hook(partial(keep, name)) for name, module in model.named_modules() if name]
     parameter, training = next(model.parameters()), model.training
     try:
         with torch.no_grad():
@@ -139,7 +131,7 @@ def list_layers(model: nn.Module, input_shape: Sequence[int]) -> list[Layer]:
         model.train(training)
         for handle in handles:
             handle.remove()
-    return list(found.values())
+    return list(layers.values())
 
 
 def as_map(name: str, feature: Tensor, model: nn.Module) -> Tensor:
@@ -153,9 +145,7 @@ def as_map(name: str, feature: Tensor, model: nn.Module) -> Tensor:
         tokens = feature[:, getattr(model, "num_prefix_tokens", 0) :]
         height, width = _grid(name, tokens.shape[1], model)
         return rearrange(tokens, "n (h w) d -> n d h w", h=height, w=width)
-    raise ValueError(
-        f"layer {name}: gives shape {tuple(feature.shape)}, which is no map, tokens or vector; name another"
-    )
+    raise ValueError(f"layer {name}: gives shape {tuple(feature.shape)}, not a map, tokens or a vector; name another")
 
 
 def _grid(name: str, tokens: int, model: nn.Module) -> tuple[int, int]:
@@ -164,7 +154,7 @@ def _grid(name: str, tokens: int, model: nn.Module) -> tuple[int, int]:
         return tuple(stated)
     side = math.isqrt(tokens)
     if side * side != tokens:
-        raise ValueError(f"layer {name}: gives {tokens} tokens, which are no square and not the grid of the network")
+        raise ValueError(f"layer {name}: gives {tokens} tokens, not a square and not the network's grid")
     return side, side
 
 

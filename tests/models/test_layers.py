@@ -102,20 +102,20 @@ def test_stages_pair_by_position_or_by_reduction():
     assert theirs.layers == ("stages.0", "stages.1", "stages.2", "stages.3")
     ours, theirs = tap_pair(made("test_resnet"), made("test_vit"))
     assert (ours.layers, theirs.layers) == (("layer3",), ("blocks.5",))
-    with pytest.raises(ValueError, match=r"by \[1\], the teacher's by \[2, 4, 8, 16, 32\]: none is alike"):
+    with pytest.raises(ValueError, match=r"by \[1\], teacher stages by \[2, 4, 8, 16, 32\]: name layers"):
         tap_pair(made("mlp_small"), made("test_resnet"))
-    with pytest.raises(ValueError, match=r"1 layers of the student \(layer1\) and 5 of the teacher"):
+    with pytest.raises(ValueError, match="1 student layers and 5 teacher layers"):
         tap_pair(made("test_resnet"), made("resnet10t"), ["layer1"])
 
 
 def test_what_cannot_be_read_says_why():
     with pytest.raises(ValueError, match="Sequential: does not state its stages"):
         tap(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match=r"Sequential: has no single linear classifier .*no get_classifier"):
+    with pytest.raises(ValueError, match=r"Sequential: get_classifier\(\) gives NoneType"):
         classifier_name(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match=r"has no single linear classifier .*\(Identity\)"):
+    with pytest.raises(ValueError, match=r"get_classifier\(\) gives Identity"):
         tap(timm.create_model("test_resnet", num_classes=0))
-    with pytest.raises(ValueError, match=r"layer a: gives 12 tokens, which are no square"):
+    with pytest.raises(ValueError, match=r"layer a: gives 12 tokens, not a square"):
         as_map("a", torch.zeros(2, 12, 3), nn.Module())
     with pytest.raises(ValueError, match=r"layer a: gives shape \(2, 3, 4, 5, 6\)"):
         as_map("a", torch.zeros(2, 3, 4, 5, 6), nn.Module())

@@ -123,17 +123,6 @@ def test_features_are_what_the_modules_give(wrap, net, x):
     torch.testing.assert_close(logits, net(x), rtol=0, atol=0)
 
 
-@BOTH
-def test_features_of_a_timm_network_by_name(wrap, x):
-    if wrap is Teacher:
-        with pytest.warns(UserWarning, match="random weights: pretrained=True"):
-            wrapped = wrap("resnet10t", num_classes=3, features=["layer4"])
-    else:
-        wrapped = wrap("resnet10t", num_classes=3, features=["layer4"]).eval()
-    logits, features = wrapped(x)
-    torch.testing.assert_close(wrapped.model.forward_head(features["layer4"]), logits, rtol=0, atol=0)
-
-
 def test_student_features_keep_their_graph(net, x):
     student = Student(net, features=["layer1"])
     student(x).features["layer1"].sum().backward()
@@ -212,6 +201,11 @@ class Odd(nn.Module):
 def test_features_and_logits_that_would_mislead_are_refused(feature, gives, message):
     with pytest.raises(ValueError, match=message):
         Student(Odd(gives), features=[feature])(torch.randn(2, 4))
+
+
+def test_a_teacher_without_weights_is_said_to_be_random():
+    with pytest.warns(UserWarning, match="random weights: pretrained=True"):
+        Teacher("mlp_nano", checkpoint_path=None)
 
 
 def test_what_is_no_network_is_named(net):
