@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 
 from benchmarks.study import pairs
-from kd.config import yaml_reader as strict
 
 GRID = ["set=digits", "study.seeds=4", "teacher.epochs=30", "student.epochs=30"]
 
@@ -37,7 +36,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     given = pairs(arguments)
-    kills, recipe = strict.whole(given.pop("kills", "20"), "kills"), given.pop("recipe", "studies/digits_reversal")
+    kills, recipe = int(given.pop("kills", "20")), given.pop("recipe", "studies/digits_reversal")
     grid = [f"{key}={value}" for key, value in given.items()] or GRID
     random.seed(0)
     with tempfile.TemporaryDirectory() as folder:
