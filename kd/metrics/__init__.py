@@ -2,14 +2,13 @@
 
 One legend for all files of this folder. N is the number of samples, K of classes, D of features.
 
-- logits (N, K): floating point, any precision; finite; probabilities are refused
+- logits, reference, teacher (N, K): floating point, any precision, finite; probabilities are refused
 - targets (N,): int64, from 0 to K - 1
-- features (N, D): floating point, finite; here at least two classes have to be present
-- a metric is a tensor () in float64 without gradient unless its docstring says otherwise, in nats where it is a
-  logarithm; softmax is at T = 1
+- features (N, D), weight (K, D), views (N, L): floating point, finite
+- a metric is a tensor () in float64 without gradient unless its docstring says otherwise; softmax is at T = 1
 
-All raise ValueError with one line for other inputs, and its subclass `Undefined` for inputs that have no value.
-`METRICS` has every metric by name; `compute` measures what it says.
+All raise ValueError with one line for other inputs, and its subclass `kd.metrics.inputs.Undefined` for inputs that have
+no value. `METRICS` has every metric that is measured, by name; `compute` measures.
 """
 
 from kd.metrics import (
@@ -33,18 +32,5 @@ from kd.metrics.selective import *
 from kd.metrics.smoothing import *
 from kd.metrics.temperature import *
 
-__all__ = [
-    "MISLEADING",
-    *calibration.__all__,
-    *dark_knowledge.__all__,
-    *fidelity.__all__,
-    *geometry.__all__,
-    *omitted.__all__,
-    *registry.__all__,
-    *selective.__all__,
-    *smoothing.__all__,
-    *temperature.__all__,
-]
-
-# Metrics that invite a wrong conclusion, and why.
-MISLEADING = {name: each.misleading for name, each in METRICS.items() if each.misleading}
+__all__ = calibration.__all__ + dark_knowledge.__all__ + fidelity.__all__ + geometry.__all__ + omitted.__all__
+__all__ += registry.__all__ + selective.__all__ + smoothing.__all__ + temperature.__all__

@@ -1,60 +1,30 @@
-"""What a network knows about the wrong classes. Logits (N, K), labels (N,); K ≥ 3 where wrong classes are compared.
+"""What a network knows about the wrong classes.
 
 NT stands for non-target: the label's class is dropped and the others renormalised, so that accuracy and confidence
-play no part. The reference is what should be known: logits whose softmax is p*, such as the logarithm of the true
-posterior, or of the mean prediction of an ensemble of clean networks.
+play no part. `reference` (N, K) is what should be known: logits whose softmax is p*, such as the logarithm of the true
+posterior, or of the mean prediction of an ensemble of clean networks. Comparing wrong classes takes K ≥ 3.
 """
-
-from __future__ import annotations
 
 import math
 
 import torch
 from torch import Tensor
 
-from kd.metrics.inputs import (
-    Undefined,
-    checked,
-    checked_features,
-    checked_groups,
-    checked_pair,
-    checked_targets,
-    checked_temperature,
-    class_means,
-)
+from kd.metrics.inputs import Undefined, class_means, present_classes
 from kd.metrics.ranking import spearman
 from kd.metrics.registry import SPLITS, metric
 from kd.metrics.temperature import inverse_temperature
 
-__all__ = [
-    "class_similarity_correlation",
-    "cmi",
-    "gamma",
-    "mutual_information",
-    "nt_cosine",
-    "nt_kl",
-    "shen_instability",
-    "transfer_efficiency",
-]
-
-COMPARED = ("logits", "reference", "targets")
+__all__ = ["class_similarity_correlation", "cmi", "gamma", "mutual_information", "nt_cosine", "nt_kl"]
+__all__ += ["shen_instability", "transfer_efficiency"]
 
 
-@metric("nt_cosine", label="NT-cosine", better="up", needs=COMPARED)
+@metric("nt_cosine", "NT-cosine", "up")
 def nt_cosine(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-    """Alignment of the wrong classes' logits with the reference's, free of scale and offset.
+    """Alignment of the wrong classes' logits with the reference's, free of scale and offset, from -1 to 1.
 
     mean over i of cos(c(logits[i] without class targets[i]), c(log p*[i] without it)), c subtracting the mean. Ours.
-
-    Parameters
-    ----------
-    logits, reference : (N, K) floating point, K ≥ 3
-    targets : (N,) int64
-
-    Returns
-    -------
-    Tensor
-        () float64, between -1 and 1; 1 for reference·a + b, a > 0; a sample whose wrong classes are equal counts 0.
+    1 for reference·a + b, a > 0; a sample whose wrong classes are equal counts 0.
     """
     z, r = _non_target(logits, reference, targets)
     z, r = z - z.mean(dim=1, keepdim=True), r - r.mean(dim=1, keepdim=True)
@@ -62,22 +32,13 @@ def nt_cosine(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
     return ((z * r).sum(dim=1) / norm.where(norm > 0, 1)).mean()
 
 
-@metric("nt_kl", label="NT-KL", better="down", needs=COMPARED)
+@metric("nt_kl", "NT-KL", "down")
 def nt_kl(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-    """Divergence of the wrong classes' probabilities from the reference's, at the temperature that suits them best.
+    """Divergence of the wrong classes' probabilities from the reference's, in nats, at the temperature that suits best.
 
     min over T of mean over i of KL(nt(p*[i]) ‖ nt(softmax(logits[i] / T))), one T for all samples. Ours. The best T
-    takes out what smoothing does to confidence alone.
-
-    Parameters
-    ----------
-    logits, reference : (N, K) floating point, K ≥ 3
-    targets : (N,) int64
-
-    Returns
-    -------
-    Tensor
-        () float64 in nats, from 0 (at reference·a + b, a > 0) to the divergence from uniform (T = inf).
+    takes out what smoothing does to confidence alone. From 0 (at reference·a + b, a > 0) to the divergence from
+    uniform (T = inf).
     """
     z, r = _non_target(logits, reference, targets)
     log_p = r.log_softmax(dim=1)
@@ -89,195 +50,115 @@ def nt_kl(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=1).mean().clamp(min=0)
 
 
-@metric(
-    "transfer_efficiency",
-    label="transfer efficiency",
-    better="up",
-    splits=("test",),
-    networks=("student",),
-    needs=("nt_kl", "nt_kl_hard", "nt_kl_bayes"),  # of three networks: a study's table has them, one network has not
-)
+# Of three networks: a study's table measures it, no network alone has what it needs.
+@metric("transfer_efficiency", "transfer efficiency", "up", splits=("test",), networks=("student",))
 def transfer_efficiency(student: float, hard: float, bayes: float) -> float:
     """How much of the dark knowledge that can be transferred was transferred.
 
     (hard - student) / (hard - bayes), each an `nt_kl` against the same reference: of the distilled student, of the same
     student trained on hard labels, and of the same student trained on the reference's probabilities. Ours.
-
-    Parameters
-    ----------
-    student, hard, bayes : float
-        nats, at least 0.
-
-    Returns
-    -------
-    float
-        1 as good as the reference itself would teach, 0 no better than labels, negative harmful; not bounded. nan where
-        hard ≤ bayes: there was nothing to transfer.
+    1 as good as the reference itself would teach, 0 no better than labels, negative harmful; not bounded. nan where
+    hard ≤ bayes: there was nothing to transfer.
     """
-    for name, value in (("student", student), ("hard", hard), ("bayes", bayes)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}={value}: must be an nt_kl, finite and ≥ 0")
+    if not all(0 <= value < math.inf for value in (student, hard, bayes)):
+        raise ValueError(f"student={student}, hard={hard}, bayes={bayes}: must each be an nt_kl, finite and ≥ 0")
     return (hard - student) / (hard - bayes) if hard > bayes else math.nan
 
 
-@metric("class_similarity_correlation", label="class-similarity correlation", better="up", needs=COMPARED)
+@metric("class_similarity_correlation", "class-similarity correlation", "up")
 def class_similarity_correlation(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-    """Whether the network confuses a class with the same others, in the same order, as the reference does.
+    """Whether the network confuses a class with the same others, in the same order, as the reference does; -1 to 1.
 
     mean over the classes c present of Spearman's ρ between the class means of softmax(logits) and of p* over the
     samples of class c, both without entry c. Ours. Smoothing a prediction exactly, (1-eps) p + eps/K, changes no rank.
-
-    Parameters
-    ----------
-    logits, reference : (N, K) floating point, K ≥ 3
-    targets : (N,) int64
-
-    Returns
-    -------
-    Tensor
-        () float64, between -1 and 1; equal entries share their rank, and a row of equal entries counts 0.
+    Equal entries share their rank, and a row of equal entries counts 0.
     """
-    logits, reference, targets = _three(logits, reference, targets)
+    _check_wrong_classes(logits)
     present, groups = targets.unique(return_inverse=True)
     rows_a, rows_b = (class_means(z.softmax(dim=1), groups) for z in (logits, reference))
-    found = []
-    for label, a, b in zip(present.tolist(), rows_a, rows_b, strict=True):
-        others = torch.arange(len(a), device=a.device) != label
-        found.append(spearman(a[others], b[others]))
-    return torch.stack(found).mean()
+    others = torch.arange(logits.shape[1], device=logits.device) != present[:, None]
+    return torch.stack([spearman(a[own], b[own]) for a, b, own in zip(rows_a, rows_b, others, strict=True)]).mean()
 
 
-@metric(
-    "gamma",
-    label="γ",
-    splits=SPLITS,
-    misleading="smoothing and temperature raise it without any dark knowledge",
-)
-def gamma(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """Müller's γ, the mass off the label. Misleads: smoothing and temperature raise it without any dark knowledge.
-
-    mean over i of Σ_k (1 - y_k) softmax(logits[i] / T)[k] · K/(K-1), y one-hot; Müller et al. 2019, "When Does Label
-    Smoothing Help?", section 4, who set a smoothed target's eps equal to a teacher's γ(T) to compare the two.
-
-    Parameters
-    ----------
-    logits : (N, K) floating point
-    targets : (N,) int64
-    temperature : T, finite and > 0
-
-    Returns
-    -------
-    Tensor
-        () float64, between 0 and K/(K-1); eps for exactly smoothed labels, 1 for constant logits.
-    """
-    logits = checked("logits", logits)
-    k = logits.shape[1]
-    p = (logits / checked_temperature(temperature)).softmax(dim=1)
-    wrong = torch.arange(k, device=p.device) != checked_targets(targets, logits)[:, None]
-    return (p * wrong).sum(dim=1).mean() * k / (k - 1)
-
-
+CONFIDENCE = "smoothing and temperature raise it without any dark knowledge"
 SATURATION = "on fitted data it rises with smoothing because hard labels saturate"
 
 
-@metric("shen_instability", label="Shen's 1 − S", splits=SPLITS, misleading=SATURATION)
+@metric("gamma", "γ", splits=SPLITS, misleading=CONFIDENCE)
+def gamma(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """Müller's γ, the mass off the label. Misleads: smoothing and temperature raise it without any dark knowledge.
+
+    mean over i of Σ_k (1 - y_k) softmax(logits[i] / T)[k] · K/(K-1), y one-hot, T = temperature > 0; Müller et al.
+    2019, "When Does Label Smoothing Help?", section 4, who set a smoothed target's eps equal to a teacher's γ(T) to
+    compare the two. From 0 to K/(K-1); eps for exactly smoothed labels, 1 for constant logits.
+    """
+    k = logits.shape[1]
+    p = (logits / temperature).softmax(dim=1)
+    wrong = torch.arange(k, device=p.device) != targets[:, None]
+    return (p * wrong).sum(dim=1).mean() * k / (k - 1)
+
+
+@metric("shen_instability", "Shen's 1 − S", splits=SPLITS, misleading=SATURATION)
 def shen_instability(logits: Tensor, targets: Tensor) -> Tensor:
     """Shen's 1 - S, the spread of predictions in a class. Misleads: on fitted data it rises with smoothing.
 
-    (1/C) Σ_c (1/n_c) Σ_{i in c} ‖p_i - mean of p over c‖², p = softmax(logits), over the C classes present; Shen et al.
-    2021, "Is Label Smoothing Truly Incompatible with Knowledge Distillation?", whose stability S is 1 minus this. A
+    (1/C) Σ_c (1/n_c) Σ_{i in c} ‖p_i - mean of p over c‖², p = softmax(logits), over the C ≥ 2 classes present; Shen et
+    al. 2021, "Is Label Smoothing Truly Incompatible with Knowledge Distillation?", whose stability S is 1 minus this. A
     network that interpolates its training data with hard labels is saturated there, all its predictions one-hot, and
-    scores 0: the rise with smoothing is the end of saturation and not knowledge.
-
-    Parameters
-    ----------
-    logits : (N, K) floating point
-    targets : (N,) int64, of at least two classes
-
-    Returns
-    -------
-    Tensor
-        () float64, between 0 and 1.
+    scores 0: the rise with smoothing is the end of saturation and not knowledge. From 0 to 1.
     """
-    p, groups = _grouped(logits, targets)
+    p, groups = logits.softmax(dim=1), present_classes(targets)
     spread = (p - class_means(p, groups)[groups]).square().sum(dim=1, keepdim=True)
     return class_means(spread, groups).mean()
 
 
-@metric("cmi", label="CMI", splits=SPLITS, misleading=SATURATION)
+@metric("cmi", "CMI", splits=SPLITS, misleading=SATURATION)
 def cmi(logits: Tensor, targets: Tensor) -> Tensor:
     """Conditional mutual information of input and prediction given the label. Misleads as `shen_instability` does.
 
-    mean over i of KL(p_i ‖ mean of p over the samples of class targets[i]), p = softmax(logits): Ye et al. 2024,
-    "Bayes Conditional Distribution Estimation for Knowledge Distillation Based on Conditional Mutual Information".
-    Per class it is H(mean p) - mean H(p). On interpolated training data it rises with smoothing, by saturation.
-
-    Parameters
-    ----------
-    logits : (N, K) floating point
-    targets : (N,) int64, of at least two classes
-
-    Returns
-    -------
-    Tensor
-        () float64 in nats, between 0 and log K.
+    mean over i of KL(p_i ‖ mean of p over the samples of class targets[i]), p = softmax(logits), in nats, from 0 to
+    log K: Ye et al. 2024, "Bayes Conditional Distribution Estimation for Knowledge Distillation Based on Conditional
+    Mutual Information". Per class it is H(mean p) - mean H(p). At least two classes have to be present.
     """
-    p, groups = _grouped(logits, targets)
+    p, groups = logits.softmax(dim=1), present_classes(targets)
     means = class_means(p, groups)[groups]
     return (torch.special.xlogy(p, p) - torch.special.xlogy(p, means)).sum(dim=1).mean().clamp(min=0)
 
 
-@metric("mutual_information", label="Müller's MI", splits=("train",), needs=("views",))
-def mutual_information(values: Tensor) -> Tensor:
+@metric("mutual_information", "Müller's MI", splits=("train",))
+def mutual_information(views: Tensor) -> Tensor:
     """Müller's estimate of how much of an input is left in a logit, or in the difference of two.
 
     (1/N) Σ_x mean over l of [ -(v[x, l] - μ_x)²/2σ² - log (1/N) Σ_x' exp(-(v[x, l] - μ_x')²/2σ²) ] with v[x, l] the
     logit of augmentation l of input x, μ_x its mean over l, σ² the mean of (v[x, l] - μ_x)² over all; Müller et al.
     2019, "When Does Label Smoothing Help?", section 4 and appendix, N = 600 of two classes, L = 5. The scale of the
-    logit, which differs from network to network, plays no part.
+    logit, which differs from network to network, plays no part. In nats, at most log N; log 2 for inputs collapsed to
+    two far points; about 0 where the inputs do not differ, and as an estimate a little below it at times.
 
     Parameters
     ----------
-    values : (N, L) floating point, N ≥ 2, L ≥ 2
-
-    Returns
-    -------
-    Tensor
-        () float64 in nats, at most log N; log 2 for inputs collapsed to two far points; about 0 where the inputs do
-        not differ, and as an estimate a little below it at times.
+    views : (N, L) floating point, N ≥ 2 inputs and L ≥ 2 augmentations
     """
-    values = checked_features("values", values)
-    n, repeats = values.shape
-    if n < 2 or repeats < 2:
-        raise ValueError(f"values have shape {(n, repeats)}: must be (N, L), at least two inputs and two augmentations")
-    if (values == values[:, :1]).all():
-        raise Undefined("values do not vary over the augmentations: the noise that the estimate needs is 0")
-    means = values.mean(dim=1)
-    variance = (values - means[:, None]).square().mean()
-    total = values.new_zeros(())
-    for column in values.T:
+    n, repeats = views.shape
+    if n < 2 or (views == views[:, :1]).all():
+        raise Undefined(f"views {(n, repeats)} do not vary over inputs and augmentations: the estimate needs noise")
+    means = views.mean(dim=1)
+    variance = (views - means[:, None]).square().mean()
+    total = views.new_zeros(())
+    for column in views.T:
         exponent = -(column[:, None] - means).square() / (2 * variance)  # (N, N)
         total = total + (exponent.diagonal() - exponent.logsumexp(dim=1) + math.log(n)).mean()
     return total / repeats
 
 
-def _three(logits: Tensor, reference: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All checked, of at least two wrong classes."""
-    logits, reference = checked_pair("logits", logits, "reference", reference)
+def _check_wrong_classes(logits: Tensor) -> None:
     if logits.shape[1] < 3:
         raise Undefined("logits have 2 classes: must be at least 3, or there is one wrong class and nothing to know")
-    return logits, reference, checked_targets(targets, logits)
 
 
 def _non_target(logits: Tensor, reference: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(N, K-1) logits and reference without the label's class."""
-    logits, reference, targets = _three(logits, reference, targets)
+    _check_wrong_classes(logits)
     n, k = logits.shape
     others = torch.arange(k, device=logits.device) != targets[:, None]
     return logits[others].view(n, k - 1), reference[others].view(n, k - 1)
-
-
-def _grouped(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, K) probabilities, (N,) groups 0..C-1."""
-    logits = checked("logits", logits)
-    return logits.softmax(dim=1), checked_groups(checked_targets(targets, logits), logits)

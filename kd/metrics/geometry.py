@@ -1,6 +1,4 @@
-"""How classes lie in feature space. Features (N, D), labels (N,) of at least two classes."""
-
-from __future__ import annotations
+"""How classes lie in feature space. Features are what the last layer reads; at least two classes are present."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,30 +6,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kd.metrics.inputs import Undefined, checked_features, checked_groups, class_means
+from kd.metrics.inputs import Undefined, checked, class_means, present_classes
 from kd.metrics.registry import metric
 
 __all__ = ["Projection", "class_separation", "muller_projection", "within_total_variance"]
 
 
-@metric("within_total_variance", label="within/total variance", needs=("features", "targets"))
+@metric("within_total_variance", "within/total variance")
 def within_total_variance(features: Tensor, targets: Tensor) -> Tensor:
     """Share of the features' variance that lies within the classes; label smoothing lowers it.
 
-    Σ_i ‖f_i - mean of f over i's class‖² / Σ_i ‖f_i - mean of f‖². The rest is between the classes.
-
-    Parameters
-    ----------
-    features : (N, D) floating point
-    targets : (N,) int64, of at least two classes
-
-    Returns
-    -------
-    Tensor
-        () float64, between 0 (a point per class) and 1 (equal class means).
+    Σ_i ‖f_i - mean of f over i's class‖² / Σ_i ‖f_i - mean of f‖². The rest is between the classes. From 0 (a point per
+    class) to 1 (equal class means).
     """
-    features = checked_features("features", features)
-    groups = checked_groups(targets, features)
+    groups = present_classes(targets)
     centred = features - features.mean(dim=0)
     total = centred.square().sum()
     if total == 0:
@@ -39,35 +27,21 @@ def within_total_variance(features: Tensor, targets: Tensor) -> Tensor:
     return (centred - class_means(centred, groups)[groups]).square().sum() / total
 
 
-@metric("class_separation", label="class separation R²", needs=("features", "targets"))
+@metric("class_separation", "class separation R²")
 def class_separation(features: Tensor, targets: Tensor) -> Tensor:
     """Class separation R² in cosine distance; higher with label smoothing, and with it worse transfer.
 
     1 - d_within / d_total, d the mean of 1 - cos over all pairs of a class (a sample with itself too), averaged over
     the classes, and over all pairs of all classes, each class of equal weight; Kornblith et al. 2021, "Why Do Better
-    Loss Functions Lead to Less Transferable Features?", section 4.
-
-    Parameters
-    ----------
-    features : (N, D) floating point
-        Rows of 0 have no direction and are left out.
-    targets : (N,) int64, of at least two classes
-
-    Returns
-    -------
-    Tensor
-        () float64, between 0 (equal mean directions) and 1 (a direction per class).
+    Loss Functions Lead to Less Transferable Features?", section 4. From 0 (equal mean directions) to 1 (a direction per
+    class). Rows of 0, where every ReLU is off, have no direction and are left out.
     """
-    features = checked_features("features", features)
-    checked_groups(targets, features)
-    alive = (features != 0).any(dim=1)  # a sample whose every ReLU is off has no direction
+    alive = (features != 0).any(dim=1)
     if not alive.any():
         raise Undefined("features are all 0: they have no direction")
-    groups = checked_groups(targets[alive], features[alive])
-    features = features[alive]
-    size = features.norm(dim=1, keepdim=True)
+    features, groups = features[alive], present_classes(targets[alive])
     # The mean cosine over all pairs of two classes is the product of their mean unit vectors.
-    means = class_means(features / size, groups)
+    means = class_means(features / features.norm(dim=1, keepdim=True), groups)
     within = 1 - means.square().sum(dim=1).mean()
     total = 1 - means.mean(dim=0).square().sum()
     if total <= 1e-15:
@@ -76,12 +50,13 @@ def class_separation(features: Tensor, targets: Tensor) -> Tensor:
 
 
 class Projection(NamedTuple):
-    """Positions in Müller's plane."""
+    """Positions in Müller's plane, in float64."""
 
     points: Tensor  # (N, 2)
     templates: Tensor  # (3, 2)
 
 
+@checked
 def muller_projection(features: Tensor, weight: Tensor, bias: Tensor, classes: Sequence[int]) -> Projection:
     """Features in the plane through the templates of three classes: the pictures of clusters and triangles.
 
@@ -92,33 +67,17 @@ def muller_projection(features: Tensor, weight: Tensor, bias: Tensor, classes: S
 
     Parameters
     ----------
-    features : (N, D) floating point
-        What the last layer reads.
-    weight : (K, D) floating point
-    bias : (K,) floating point
-        Zeros for a layer without one.
+    features : (N, D)
+    weight : (K, D) of the last layer
+    bias : (K,) of the last layer; zeros for a layer without one
     classes : three different classes
-
-    Returns
-    -------
-    Projection
-        points (N, 2) and templates (3, 2), float64.
     """
-    features, weight = checked_features("features", features), checked_features("weight", weight)
-    k, d = weight.shape
-    if features.shape[1] != d or bias.shape != (k,):
-        raise ValueError(
-            f"features {tuple(features.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}: must be "
-            "(N, D), (K, D) and (K,)"
-        )
-    if len(set(classes)) != 3 or not all(0 <= c < k for c in classes):
-        raise ValueError(f"classes={list(classes)}: must be three different ones from 0 to {k - 1}")
     chosen = torch.cat([weight, bias.detach().double()[:, None]], dim=1)[list(classes)]
     edges = (chosen[1:] - chosen[0]).T  # (D + 1, 2)
     basis, upper = torch.linalg.qr(edges)
     size = upper.diagonal()
-    if size.abs().min() <= 1e-12 * upper.abs().max() or upper.abs().max() == 0:
-        raise ValueError(f"classes={list(classes)}: their templates lie on a line and span no plane")
+    if len(chosen) != 3 or size.abs().min() <= 1e-12 * upper.abs().max() or upper.abs().max() == 0:
+        raise Undefined(f"classes={list(classes)}: must be three whose templates span a plane; these lie on a line")
     basis = basis * size.sign()
     points = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
     return Projection((points - chosen[0]) @ basis, (chosen - chosen[0]) @ basis)

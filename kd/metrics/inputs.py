@@ -1,87 +1,79 @@
-"""The checks that all metrics share."""
+"""The checks that all metrics share: arguments are checked and converted by their names."""
 
-from __future__ import annotations
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+LOGITS = ("logits", "reference", "teacher")
+FEATURES = ("features", "weight", "views")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Undefined(ValueError):
     """The inputs are well-formed and the metric has no value for them, as a rank of one class has none."""
 
 
-def checked(name: str, logits: Tensor) -> Tensor:
-    """Logits (N, K) in float64, or a ValueError that says what is wrong with them."""
-    if logits.ndim != 2 or len(logits) == 0 or logits.shape[1] < 2:
-        raise ValueError(f"{name} has shape {tuple(logits.shape)}: must be (N, K) with at least one row, two classes")
-    if not logits.is_floating_point():
-        raise ValueError(f"{name} is {logits.dtype}: must be floating point, one logit per class")
-    if not logits.isfinite().all():
-        bad = (~logits.isfinite().all(dim=1)).sum().item()
+def checked(function: Function) -> Function:
+    """Check a metric's tensors and convert them to float64, by the names of the legend in `kd.metrics`."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def with_checks(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        given = call.arguments
+        for name in given.keys() & {*LOGITS}:
+            given[name] = _logits(name, given[name])
+        for name in given.keys() & {*FEATURES}:
+            given[name] = _matrix(name, given[name], "(N, D) with at least one row and column", 1)
+        shapes = {name: tuple(given[name].shape) for name in LOGITS if name in given}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(
+                f"{' and '.join(shapes)} have shapes {' and '.join(map(str, shapes.values()))}: must agree"
+            )
+        if "targets" in given:
+            rows = next(given[name] for name in (*LOGITS, *FEATURES) if name in given)
+            _check_targets(given["targets"], len(rows), rows.shape[1] if shapes else None)
+        return function(*call.args, **call.kwargs)
+
+    return with_checks  # type: ignore[return-value]
+
+
+def _matrix(name: str, values: Tensor, shape: str, columns: int) -> Tensor:
+    if values.ndim != 2 or len(values) == 0 or values.shape[1] < columns:
+        raise ValueError(f"{name} has shape {tuple(values.shape)}: must be {shape}")
+    if not values.is_floating_point():
+        raise ValueError(f"{name} is {values.dtype}: must be floating point")
+    if bad := (~values.isfinite().all(dim=1)).sum().item():
         raise ValueError(f"{name} has {bad} rows with nan or inf: the model diverged, or its precision is too low")
-    wide = logits.detach().double()
+    return values.detach().double()
+
+
+def _logits(name: str, logits: Tensor) -> Tensor:
+    wide = _matrix(name, logits, "(N, K) with at least one row, two classes", 2)
     tolerance = max(1e-4, 4 * torch.finfo(logits.dtype).eps)
     if (wide >= 0).all() and ((wide.sum(dim=1) - 1).abs() <= tolerance).all():
         raise ValueError(f"{name} are probabilities, rows ≥ 0 that sum to 1: must be logits; their logarithm is one")
     return wide
 
 
-def checked_pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (N, K) of two networks for the same samples, both in float64, or a ValueError."""
-    if a.shape != b.shape:
-        raise ValueError(f"{name_a} has shape {tuple(a.shape)}, {name_b} has {tuple(b.shape)}: must be the same")
-    return checked(name_a, a), checked(name_b, b)
+def _check_targets(targets: Tensor, n: int, classes: int | None) -> None:
+    if targets.shape != (n,) or targets.dtype != torch.int64:
+        raise ValueError(f"targets are {targets.dtype} of shape {tuple(targets.shape)}: must be int64 of shape ({n},)")
+    if classes is not None and (targets.min() < 0 or targets.max() >= classes):
+        low, high = targets.min().item(), targets.max().item()
+        raise ValueError(f"targets go from {low} to {high}: must be from 0 to {classes - 1}, the classes of the logits")
 
 
-def checked_targets(targets: Tensor, logits: Tensor) -> Tensor:
-    """Classes (N,) of the rows of `logits`, or a ValueError."""
-    n, k = logits.shape
-    _check_labels(targets, n)
-    if targets.min() < 0 or targets.max() >= k:
-        raise ValueError(
-            f"targets go from {targets.min()} to {targets.max()}: must be from 0 to {k - 1}, logits have {k} classes"
-        )
-    return targets
-
-
-def checked_features(name: str, features: Tensor) -> Tensor:
-    """Features (N, D) in float64, or a ValueError that says what is wrong with them."""
-    if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(f"{name} has shape {tuple(features.shape)}: must be (N, D) with at least one row and column")
-    if not features.is_floating_point():
-        raise ValueError(f"{name} is {features.dtype}: must be floating point")
-    if not features.isfinite().all():
-        bad = (~features.isfinite().all(dim=1)).sum().item()
-        raise ValueError(f"{name} has {bad} rows with nan or inf: the model diverged, or its precision is too low")
-    return features.detach().double()
-
-
-def checked_groups(targets: Tensor, features: Tensor) -> Tensor:
-    """The class (N,) of each row of `features`, renumbered 0..C-1 over the C ≥ 2 classes present, or a ValueError."""
-    _check_labels(targets, len(features))
+def present_classes(targets: Tensor) -> Tensor:
+    """The class (N,) of each sample, renumbered 0..C-1 over the C ≥ 2 classes present. Raises Undefined for one."""
     present, groups = targets.unique(return_inverse=True)
     if len(present) < 2:
         raise Undefined(f"targets hold one class, {present.item()}: must hold at least two")
     return groups
-
-
-def checked_class(name: str, value: int, logits: Tensor) -> int:
-    """A class of the logits (N, K), or a ValueError."""
-    if not 0 <= value < logits.shape[1]:
-        raise ValueError(f"{name}={value}: must be from 0 to {logits.shape[1] - 1}, the classes of the logits")
-    return value
-
-
-def checked_temperature(temperature: float) -> float:
-    """A temperature, finite and above 0, or a ValueError."""
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}: must be finite and > 0")
-    return temperature
-
-
-def _check_labels(targets: Tensor, n: int) -> None:
-    if targets.shape != (n,) or targets.dtype != torch.int64:
-        raise ValueError(f"targets are {targets.dtype} of shape {tuple(targets.shape)}: must be int64 of shape ({n},)")
 
 
 def class_means(values: Tensor, groups: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Ranks with ties shared, and the areas and correlations that are made of them."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

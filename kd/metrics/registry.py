@@ -2,27 +2,27 @@
 
 A new metric is one decorated function in any file of this folder::
 
-    @metric("nll", label="NLL", better="down")
+    @metric("nll", "NLL", "down")
     def nll(logits: Tensor, targets: Tensor) -> Tensor: ...
 
-Runs and studies then measure it, contrasts may name it, and the report prints it. The function stays what it was.
+Runs and studies then measure it, contrasts may name it, and the report prints it.
 """
 
-from __future__ import annotations
-
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from kd.metrics.inputs import Undefined
+from kd.metrics.inputs import Function, Undefined, checked
 
 __all__ = ["METRICS", "Metric", "compute", "metric"]
 
 HELD_OUT = ("val", "test")
 SPLITS = ("train", *HELD_OUT)
 NETWORKS = ("teacher", "student", "control")
-Function = TypeVar("Function", bound=Callable[..., Any])
+Better = Literal["up", "down"] | None
+Needs = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -32,25 +32,25 @@ class Metric:
     Attributes
     ----------
     name : the metric's name in result.json, in a study's table, and in a contrast
-    function : takes what `needs` names, in that order, and returns a number
     label : the name for people, as a table's header has it
     better : "up" where a higher value is better, "down" where a lower one is, None where neither can be said
+    function : takes what `needs` names, in that order, and returns a number
+    needs : keys of the evidence that `compute` is given; the function's parameters without a default unless said
+        otherwise. Beside those of the legend in `kd.metrics`: scaled, the logits over the temperature that suits
+        validation best; omitted, a class; bias, what suits that class best on validation
     percent : whether it is a share, which people read in per cent
     splits, networks : where it is measured
-    needs : keys of the evidence that `compute` is given: logits, targets; teacher, the teacher's logits; reference, the
-        log of the true posterior or what stands for it; features, what the last layer reads; views, see
-        `mutual_information`; omitted, a class; temperature and bias, fitted on validation
     misleading : why the value alone invites a wrong conclusion; printed beside it
     """
 
     name: str
-    function: Callable[..., Any]
     label: str
-    better: Literal["up", "down"] | None = None
+    better: Better
+    function: Callable[..., Any]
+    needs: Needs
     percent: bool = False
     splits: tuple[str, ...] = HELD_OUT
     networks: tuple[str, ...] = NETWORKS
-    needs: tuple[str, ...] = ("logits", "targets")
     misleading: str = ""
 
     def value(self, evidence: Mapping[str, Any]) -> float | None:
@@ -68,13 +68,17 @@ class Metric:
 METRICS: dict[str, Metric] = {}
 
 
-def metric(name: str, **about: Any) -> Callable[[Function], Function]:
-    """Register the decorated function as a `Metric` with these attributes; the function itself does not change."""
+def metric(
+    name: str, label: str, better: Better = None, needs: Needs = (), **about: Any
+) -> Callable[[Function], Function]:
+    """Register the decorated function as a `Metric` with these attributes, and have its arguments checked."""
 
     def register(function: Function) -> Function:
         assert name not in METRICS, f"two metrics are called {name}"
-        METRICS[name] = Metric(name, function, **about)
-        return function
+        parameters = inspect.signature(function).parameters.values()
+        own = tuple(each.name for each in parameters if each.default is each.empty)
+        METRICS[name] = Metric(name, label, better, checked(function), needs or own, **about)
+        return METRICS[name].function  # type: ignore[return-value]
 
     return register
 

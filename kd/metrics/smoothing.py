@@ -1,14 +1,13 @@
 """How much label smoothing a classifier was trained with, read off its logits."""
 
-from __future__ import annotations
-
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kd.metrics.inputs import checked, checked_targets
+from kd.metrics.inputs import checked
 from kd.metrics.registry import SPLITS, metric
 
 __all__ = ["SmoothingEstimate", "estimate_smoothing"]
@@ -36,6 +35,7 @@ class SmoothingEstimate:
         return f"{self.label_smoothing:.3f} (middle half of {self.count} samples {self.low:.3f} to {self.high:.3f})"
 
 
+@checked
 def estimate_smoothing(logits: Tensor, targets: Tensor) -> SmoothingEstimate:
     """The smoothing mass whose optimum has the logit gaps seen. Misleads for a network that was not trained out.
 
@@ -45,63 +45,38 @@ def estimate_smoothing(logits: Tensor, targets: Tensor) -> SmoothingEstimate:
     quartiles low and high, an interval that describes the samples and is no confidence interval. The estimator is ours.
 
     What else limits the gap looks like smoothing: too few epochs, strong weight decay, mixup, a temperature, an
-    ensemble. Held-out samples give larger masses than training ones, on which it should be called. `doubts` name what
-    can be seen from the logits: few samples, many mistakes, other classes' logits that smoothing would have made equal
-    and are not, and a mass so small that networks without smoothing have it too.
-
-    Parameters
-    ----------
-    logits : (N, K) floating point
-        Of samples the network was trained on, or like them, not augmented.
-    targets : (N,) int64
-
-    Returns
-    -------
-    SmoothingEstimate
-        Its mass is between 0 and 1; nan, with a doubt, where no sample is classified correctly.
+    ensemble. Held-out samples give larger masses than training ones, on which it should be called, not augmented.
+    `doubts` name what can be seen from the logits: few samples, many mistakes, other classes' logits that smoothing
+    would have made equal and are not, and a mass so small that networks without smoothing have it too. The mass is nan,
+    with a doubt, where no sample is classified correctly.
     """
-    z = checked("logits", logits)
-    targets = checked_targets(targets, z)
-    right = z.argmax(dim=1) == targets
+    right = logits.argmax(dim=1) == targets
     accuracy = right.double().mean().item()
     if not right.any():
         return SmoothingEstimate(math.nan, math.nan, math.nan, math.nan, 0.0, 0, ("no sample is classified correctly",))
-    z, targets, classes = z[right], targets[right], z.shape[1]
-    is_target = torch.arange(classes, device=z.device) == targets.unsqueeze(1)
+    z, own, classes = logits[right], targets[right], logits.shape[1]
+    is_target = torch.arange(classes, device=z.device) == own.unsqueeze(1)
     others = z[~is_target].view(len(z), classes - 1)
     gaps = z[is_target] - others.mean(dim=1)
     low, gap, high = gaps.quantile(gaps.new_tensor([0.25, 0.5, 0.75])).tolist()
     spread = others.std(dim=1, correction=0).median().item()
     mass, unevenness = _mass(gap, classes), spread / max(gap, 1e-9)  # the gap is 0 where all logits are equal
-    return SmoothingEstimate(
-        label_smoothing=mass,
-        low=_mass(high, classes),
-        high=_mass(low, classes),
-        unevenness=unevenness,
-        accuracy=accuracy,
-        count=len(z),
-        doubts=_doubts(mass, unevenness, accuracy, len(z)),
-    )
+    doubts = _doubts(mass, unevenness, accuracy, len(z))
+    return SmoothingEstimate(mass, _mass(high, classes), _mass(low, classes), unevenness, accuracy, len(z), doubts)
 
 
-# The columns of a study. On held-out samples the probe is known to find more than there is.
-_OF_TEACHERS = {"splits": SPLITS, "networks": ("teacher",)}
-_LOOKS_SMOOTHED = "a network trained too briefly, or with mixup, looks smoothed"
+# On held-out samples the probe is known to find more than there is.
+OF_TEACHERS = {"splits": SPLITS, "networks": ("teacher",)}
+UNFINISHED = "a network trained too briefly, or with mixup, looks smoothed"
 
 
-@metric("smoothing_estimate", label="estimated ε", **_OF_TEACHERS, misleading=_LOOKS_SMOOTHED)
-def _estimate(logits: Tensor, targets: Tensor) -> float:
-    return estimate_smoothing(logits, targets).label_smoothing
+def _part(name: str) -> Callable[[Tensor, Tensor], float]:
+    return lambda logits, targets: getattr(estimate_smoothing(logits, targets), name)
 
 
-@metric("smoothing_low", label="estimated ε, lower quartile", **_OF_TEACHERS)
-def _low(logits: Tensor, targets: Tensor) -> float:
-    return estimate_smoothing(logits, targets).low
-
-
-@metric("smoothing_high", label="estimated ε, upper quartile", **_OF_TEACHERS)
-def _high(logits: Tensor, targets: Tensor) -> float:
-    return estimate_smoothing(logits, targets).high
+metric("smoothing_estimate", "estimated ε", misleading=UNFINISHED, **OF_TEACHERS)(_part("label_smoothing"))
+metric("smoothing_low", "estimated ε, low", **OF_TEACHERS)(_part("low"))
+metric("smoothing_high", "estimated ε, high", **OF_TEACHERS)(_part("high"))
 
 
 def _mass(gap: float, classes: int) -> float:
@@ -109,7 +84,7 @@ def _mass(gap: float, classes: int) -> float:
 
 
 def _doubts(mass: float, unevenness: float, accuracy: float, count: int) -> tuple[str, ...]:
-    found = {
+    doubts = {
         f"only {count} samples are classified correctly": count < FEW,
         f"only {accuracy:.0%} of the samples are classified correctly: not fitted, or not like the training data": (
             accuracy < LEAST_ACCURACY
@@ -119,4 +94,4 @@ def _doubts(mass: float, unevenness: float, accuracy: float, count: int) -> tupl
         ),
         f"a mass below {LEAST_MASS} is found without smoothing too": mass < LEAST_MASS,
     }
-    return tuple(doubt for doubt, holds in found.items() if holds)
+    return tuple(doubt for doubt, holds in doubts.items() if holds)

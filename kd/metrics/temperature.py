@@ -1,57 +1,32 @@
 """The temperature that fits logits best: a convex search over 1/T with one answer."""
 
-from __future__ import annotations
-
 import math
 
 import torch
 from torch import Tensor
 
 from kd.metrics.calibration import ece, nll
-from kd.metrics.inputs import checked, checked_targets
 from kd.metrics.registry import metric
 
-__all__ = ["ece_scaled", "nll_scaled", "post_hoc_temperature"]
+__all__ = ["post_hoc_temperature"]
+
+# Of logits over the temperature that was fitted on validation.
+metric("nll_scaled", "NLL after T*", "down", needs=("scaled", "targets"))(nll)
+metric("ece_scaled", "ECE after T*", "down", needs=("scaled", "targets"), percent=True)(ece)
 
 
-@metric("post_hoc_temperature", label="T*", splits=("val",))
+@metric("post_hoc_temperature", "T*", splits=("val",))
 def post_hoc_temperature(logits: Tensor, targets: Tensor) -> Tensor:
     """T*, the temperature whose negative log-likelihood is least on these logits.
 
     argmin over T of mean over i of -log softmax(logits[i] / T)[targets[i]]; Guo et al. 2017, "On Calibration of Modern
     Neural Networks", section 4.2. Fit it on validation, use it on test. Below 1 for networks that are not confident
-    enough, as after label smoothing. T*(a·logits) = a·T*(logits).
-
-    Parameters
-    ----------
-    logits : (N, K) floating point
-    targets : (N,) int64
-
-    Returns
-    -------
-    Tensor
-        () float64, good to about 1e-12 of itself. 0 where every sample is right, so that the likelihood rises to the
-        end; inf where the labels' logits are on average no larger than the others', so that no T beats constant logits.
+    enough, as after label smoothing. T*(a·logits) = a·T*(logits), to about 1e-12 of itself. 0 where every sample is
+    right, so that the likelihood rises to the end; inf where the labels' logits are on average no larger than the
+    others', so that no T beats constant logits.
     """
-    logits = checked("logits", logits)
-    own = logits.gather(1, checked_targets(targets, logits)[:, None])
-    inverse = inverse_temperature(logits, own.squeeze(1))
+    inverse = inverse_temperature(logits, logits.gather(1, targets[:, None]).squeeze(1))
     return torch.tensor(math.inf if inverse == 0 else 1 / inverse, dtype=torch.float64)
-
-
-SCALED = ("logits", "targets", "temperature")
-
-
-@metric("nll_scaled", label="NLL after T*", better="down", needs=SCALED)
-def nll_scaled(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """`nll` of logits / temperature, the `post_hoc_temperature` of other samples."""
-    return nll(logits / temperature, targets)
-
-
-@metric("ece_scaled", label="ECE after T*", better="down", percent=True, needs=SCALED)
-def ece_scaled(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """`ece` of logits / temperature, the `post_hoc_temperature` of other samples."""
-    return ece(logits / temperature, targets)
 
 
 def inverse_temperature(logits: Tensor, expected: Tensor) -> float:

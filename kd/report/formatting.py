@@ -37,7 +37,7 @@ def note(name: str, **values: Any) -> str:
 def metric(column: str) -> Metric:
     """The metric of a column of a study's table, with a label that says where: `test.top1` is "test accuracy"."""
     *where, name = column.split(".")
-    known = METRICS.get(name) or Metric(name, lambda: None, clean(name))  # of another kd
+    known = METRICS.get(name) or Metric(name, clean(name), None, float, ())  # of another kd
     place = " ".join("teacher's" if part == "teacher" else clean(part) for part in where)
     return replace(known, label=f"{place} {known.label}".strip())
 

@@ -21,7 +21,7 @@
                 order. The contrast is a - b, paired by seed; with `minus` it is (a - b) - (minus.a - minus.b)
     points      [id, ...] of all teachers, students and controls, sorted
     data        {data hash: {"name", "class_names", "train", "val", "test" (sizes), "posterior": whether p* is known}}
-    misleading  {metric: why}, kd.metrics.MISLEADING
+    misleading  {metric: why}, of kd.metrics.METRICS
     provenance  kd.runtime.provenance of the process that wrote the card
 
 ``points/<id>.json``, one for each point, written once, atomically, when it is finished (or has failed)::

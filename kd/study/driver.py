@@ -27,7 +27,7 @@ from kd.config.schema import DataConfig, Recipe
 from kd.data import Data
 from kd.errors import ConfigError
 from kd.losses.methods import registry as methods
-from kd.metrics import MISLEADING
+from kd.metrics import METRICS
 from kd.runtime.provenance import provenance
 from kd.study.axes import labelled
 from kd.study.estimate import seconds_of
@@ -168,7 +168,7 @@ def card(study: StudyRecipe, planned: Plan, sets: DataSets, engines: set[str]) -
         "contrasts": planned.contrasts,
         "points": sorted(planned.points),
         "data": {data.hash: _about(data) for data in sets.loaded.values()},
-        "misleading": MISLEADING,
+        "misleading": {name: metric.misleading for name, metric in METRICS.items() if metric.misleading},
         "provenance": provenance(1),
     }
 

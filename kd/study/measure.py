@@ -78,12 +78,14 @@ def _evidence(
     """The evidence for the metrics' registry, by split. Temperature and bias are fitted on validation."""
     val = own.logits["val"], parts["val"].targets
     fitted = m.post_hoc_temperature(*val).item()
-    shared: dict[str, Any] = {"temperature": fitted if 0 < fitted < math.inf else None, "views": own.views}
+    usable = 0 < fitted < math.inf
+    shared: dict[str, Any] = {"views": own.views}
     if omitted is not None:
         shared |= {"omitted": omitted, "bias": m.best_bias(*val, omitted)}
     evidence: dict[str, dict[str, Any]] = {}
     for name, part in parts.items():
         known = {"logits": own.logits[name], "targets": part.targets, **shared}
+        known["scaled"] = own.logits[name] / fitted if usable else None
         known["reference"] = log_posterior(part)
         if teacher:
             known["teacher"] = teacher.logits[name]

@@ -11,7 +11,6 @@ from scipy.special import rel_entr
 from scipy.stats import entropy, spearmanr
 
 from kd.metrics import (
-    agreement,
     class_similarity_correlation,
     cmi,
     gamma,
@@ -42,22 +41,6 @@ def softmax(z):
 
 def smoothed(logits, eps):
     return ((1 - eps) * logits.softmax(1) + eps / logits.shape[1]).log()
-
-
-# ---- agreement of the k best
-
-
-def test_agreement_of_the_best_classes_by_hand():
-    a = torch.tensor([[4.0, 3, 2, 1], [1, 1, 1, 1], [1, 2, 3, 4]])
-    b = torch.tensor([[4.0, 1, 3, 2], [0, 0, 5, 5], [4, 3, 2, 1]])
-    # top 2: {0,1} and {0,2}; {0,1} (ties) and {2,3}; {3,2} and {0,1}
-    assert agreement(a, b, 2).item() == pytest.approx(1 / 6)
-    assert agreement(a, b, 3).item() == pytest.approx((2 + 2 + 2) / 9)
-    assert agreement(a, b, 4).item() == 1
-    assert agreement(a, b).item() == pytest.approx(1 / 3)
-    for k in (0, 5):
-        with pytest.raises(ValueError, match=f"^k={k}: must be from 1 to 4, the number of classes$"):
-            agreement(a, b, k)
 
 
 # ---- wrong classes only
@@ -151,10 +134,9 @@ def test_transfer_efficiency():
     assert transfer_efficiency(0.5, 0.5, 0.1) == 0
     assert transfer_efficiency(0.7, 0.5, 0.1) == pytest.approx(-0.5)
     assert math.isnan(transfer_efficiency(0.3, 0.1, 0.1))
-    with pytest.raises(ValueError, match=r"^hard=nan: must be an nt_kl, finite and ≥ 0$"):
-        transfer_efficiency(0.3, math.nan, 0.1)
-    with pytest.raises(ValueError, match=r"^bayes=-0.1: must be"):
-        transfer_efficiency(0.3, 0.2, -0.1)
+    for wrong in (math.nan, -0.1):
+        with pytest.raises(ValueError, match=f"hard={wrong}, bayes=0.1: must each be an nt_kl"):
+            transfer_efficiency(0.3, wrong, 0.1)
 
 
 @pytest.mark.parametrize("metric", [nt_cosine, nt_kl, class_similarity_correlation])
@@ -181,9 +163,6 @@ def test_gamma_at_its_ends():
     assert gamma(sure, LABELS).item() == 0
     assert gamma(-sure, LABELS).item() == pytest.approx(6 / 5)
     assert gamma(sure, LABELS, 1e9).item() == pytest.approx(1, abs=1e-4)
-    for temperature in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=r"^temperature=.*: must be finite and > 0$"):
-            gamma(sure, LABELS, temperature)
 
 
 def test_spread_and_information_by_a_second_writing():
@@ -231,8 +210,6 @@ def test_mutual_information_at_its_ends():
     assert mutual_information(far + noise).item() == pytest.approx(math.log(50), rel=1e-9)
     assert mutual_information(far // 25 + noise).item() == pytest.approx(math.log(2), rel=1e-9)  # two points
     assert mutual_information(noise).item() == pytest.approx(0, abs=1e-12)
-    with pytest.raises(ValueError, match=r"^values do not vary over the augmentations"):
-        mutual_information(far.expand(50, 3))
-    for shape in ((1, 5), (5, 1)):
-        with pytest.raises(ValueError, match=r"^values have shape \(\d, \d\): must be \(N, L\)"):
-            mutual_information(draw(*shape))
+    for still in (far.expand(50, 3), draw(1, 5), draw(5, 1)):  # no noise, one input, one augmentation
+        with pytest.raises(ValueError, match="do not vary over inputs and augmentations"):
+            mutual_information(still)

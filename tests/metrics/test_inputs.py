@@ -1,0 +1,136 @@
+"""Every metric of the registry says what is wrong with its input, and the registry measures what it says."""
+
+import inspect
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kd import metrics
+from kd.metrics import METRICS, compute
+
+LOGITS = 3 * torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+TARGETS = torch.arange(12) % 4
+OTHER = LOGITS.roll(1, 0)
+EVIDENCE = {"logits": LOGITS, "targets": TARGETS, "teacher": OTHER, "reference": OTHER, "scaled": LOGITS / 2}
+EVIDENCE |= {"features": LOGITS, "views": LOGITS, "omitted": 1, "bias": 2.0}
+OF_TENSORS = [name for name, metric in METRICS.items() if name != "transfer_efficiency"]
+TENSORS = ("logits", "teacher", "reference", "scaled", "features", "views")
+BAD_LOGITS = [
+    (LOGITS.softmax(1), "are probabilities, rows ≥ 0 that sum to 1: must be logits"),
+    (LOGITS.softmax(1).bfloat16(), "are probabilities"),
+    (LOGITS[:, :1], r"has shape \(12, 1\): must be \(N, K\) with at least one row, two classes"),
+    (LOGITS[0], r"has shape \(4,\): must be \(N, K\)"),
+    (LOGITS[:0], r"has shape \(0, 4\): must be"),
+    (LOGITS.where(LOGITS < 3, math.nan), r"has \d+ rows with nan or inf"),
+    (LOGITS.where(LOGITS < 3, math.inf), r"has \d+ rows with nan or inf"),
+    (LOGITS.long(), "is torch.int64: must be floating point"),
+]
+BAD_TARGETS = [
+    (TARGETS[:11], r"targets are torch.int64 of shape \(11,\): must be int64 of shape \(12,\)"),
+    (TARGETS.float(), r"targets are torch.float32 of shape \(12,\)"),
+    (TARGETS + 1, "targets go from 1 to 4: must be from 0 to 3"),
+]
+
+
+def called(name, **changes):
+    """A metric of the registry on the evidence with some of it changed."""
+    return METRICS[name].function(*[(EVIDENCE | changes)[need] for need in METRICS[name].needs])
+
+
+@pytest.mark.parametrize("name", OF_TENSORS)
+def test_half_precision_is_computed_in_float64_and_without_a_gradient(name):
+    half = {key: EVIDENCE[key].to(torch.bfloat16) for key in TENSORS}
+    found = called(name, **{key: value.clone().requires_grad_() for key, value in half.items()})
+    assert float(found) == float(called(name, **{key: value.double() for key, value in half.items()}))
+    if isinstance(found, torch.Tensor):
+        assert (found.dtype, found.shape, found.requires_grad) == (torch.float64, (), False)
+
+
+@pytest.mark.parametrize("name", OF_TENSORS)
+def test_every_metric_refuses_what_is_no_logits(name):
+    """One kind of wrong input for each metric: the checks are the same for all."""
+    needs = [need for need in METRICS[name].needs if need in TENSORS]
+    for need in needs:
+        with pytest.raises(ValueError, match=r"has \d+ rows with nan or inf"):
+            called(name, **{need: LOGITS.where(LOGITS < 3, math.nan)})
+    if len(needs) > 1:
+        with pytest.raises(ValueError, match=r"have shapes \(12, 4\) and \(12, 3\): must agree"):
+            called(
+                name,
+                **{needs[0]: LOGITS[:, :3], needs[1]: LOGITS} if name == "predictive_kl" else {needs[1]: LOGITS[:, :3]},
+            )
+    if "targets" in METRICS[name].needs:
+        with pytest.raises(ValueError, match="targets are"):
+            called(name, targets=TARGETS[:11])
+
+
+@pytest.mark.parametrize(("logits", "said"), BAD_LOGITS)
+def test_what_is_no_logits_is_one_line(logits, said):
+    with pytest.raises(ValueError, match="^logits " + said) as error:
+        metrics.nll(logits, TARGETS)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("targets", "said"), BAD_TARGETS)
+def test_targets_that_do_not_fit_are_one_line(targets, said):
+    with pytest.raises(ValueError, match="^" + said):
+        metrics.nll(LOGITS, targets)
+
+
+def test_keywords_are_checked_as_well():
+    with pytest.raises(ValueError, match="^targets are"):
+        metrics.nll(logits=LOGITS, targets=TARGETS.float())
+    assert list(inspect.signature(metrics.nll).parameters) == ["logits", "targets"]
+
+
+def test_logits_that_only_resemble_probabilities_pass():
+    metrics.nll(torch.zeros(3, 4), TARGETS[:3])
+    metrics.nll(LOGITS.log_softmax(1), TARGETS)
+    near = LOGITS.softmax(1)
+    near[0, 0] += 0.01
+    metrics.nll(near, TARGETS)
+
+
+# ---- the registry
+
+
+def test_a_study_measures_what_the_registry_says():
+    student = compute(EVIDENCE, "test", "student")
+    assert student["nll"] == metrics.nll(LOGITS, TARGETS).item()
+    assert student["nll_scaled"] == metrics.nll(LOGITS / 2, TARGETS).item()
+    assert student["top5"] == 1  # of four classes
+    assert student["agreement"] == metrics.agreement(LOGITS, OTHER).item()
+    assert student["predictive_kl"] == metrics.predictive_kl(OTHER, LOGITS).item()
+    assert student["omitted_recall_corrected"] == metrics.recall_with_bias(LOGITS, TARGETS, 1, 2.0).item()
+    assert "transfer_efficiency" not in student  # it needs three networks
+    teacher = compute(EVIDENCE, "train", "teacher")
+    assert teacher.keys() >= {"top1", "mutual_information", "smoothing_low"}
+    assert not teacher.keys() & {"agreement", "brier", "nt_kl"}
+
+
+def test_a_metric_is_left_out_without_its_evidence_and_none_where_it_has_no_value():
+    known = {"logits": LOGITS, "targets": TARGETS, "scaled": None, "reference": OTHER}
+    found = compute(known, "test", "student")
+    assert found["nll_scaled"] is None  # no temperature could be fitted
+    assert not found.keys() & {"class_separation", "agreement", "omitted_recall"}
+    two = compute({"logits": LOGITS[:, :2], "targets": TARGETS % 2, "reference": OTHER[:, :2]}, "test", "student")
+    assert two["nt_kl"] is None  # one wrong class has no rank
+    one = compute(EVIDENCE | {"targets": TARGETS * 0, "features": LOGITS * 0, "views": LOGITS * 0}, "test", "student")
+    assert one["cmi"] is one["class_separation"] is one["omitted_recall"] is None
+    assert compute({"views": LOGITS * 0}, "train", "student") == {"mutual_information": None}
+
+
+def test_what_misleads_says_so_in_its_first_line():
+    public = {getattr(metrics, name) for name in metrics.__all__ if name != "METRICS"}
+    for name, metric in METRICS.items():
+        if metric.function in public:
+            assert ("Misleads" in metric.function.__doc__.split("\n\n")[0]) == bool(metric.misleading), name
+
+
+def test_metrics_can_be_imported_without_the_rest():
+    heavy = {"torchmetrics", "timm", "torchvision", "sklearn", "kd.config.schema"}
+    code = f"import sys, kd.metrics; print(sorted({heavy} & {{*sys.modules}}))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
