@@ -81,7 +81,7 @@ def test_targets_that_do_not_fit_are_one_line(targets, said):
 
 
 def test_keywords_are_checked_as_well():
-    with pytest.raises(ValueError, match="^targets are"):
+    with pytest.raises(ValueError, match=r"^targets are"):
         metrics.nll(logits=LOGITS, targets=TARGETS.float())
     assert list(inspect.signature(metrics.nll).parameters) == ["logits", "targets"]
 
