@@ -25,7 +25,6 @@ PROGRAM = "kd.train"
 def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
     """Run one recipe to its result, once `check` has seen what is prepared; returns the exit code."""
     # Imported here: --help and a wrong command line must not wait for torch.
-    from kd.errors import TrainingError
     from kd.training import pipeline, results
     from kd.training.dry_run import print_layers, print_plan
     from kd.training.run import alone_on_run, claim
@@ -59,25 +58,9 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
         raise SystemExit(signals.exit_code()) from stop  # also of several runs, of which the next must not begin
     except KeyboardInterrupt:
         fail(f"stopped; {go_on}", signals.CTRL_C)
-    except TrainingError as error:
-        fail(str(error), 1)
-    except RuntimeError as error:
-        if (said := lost(error)) is None:
-            raise
-        fail(f"{said}; the last saved state is kept, {go_on}", 1, everyone=True)
     finally:
         run.accelerator.end_training()
     return 0
-
-
-def lost(error: RuntimeError) -> str | None:
-    """What to say where a process that this one needs has ended; None of any other error."""
-    text = str(error).strip()
-    if "DataLoader worker" in text:
-        return f"{text.splitlines()[0].rstrip('. ')}: out of memory, perhaps, or of /dev/shm; data.workers=0 needs none"
-    if any(word in text for word in ("Connection closed by peer", "Connection reset by peer", "NCCL")):
-        return "another process of this run has ended"
-    return None
 
 
 def main(words: list[str], run: Callable[..., int] = run) -> int:

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from kd.cli.environment import check_directory, speaks
-from kd.errors import ConfigError
-from kd.runtime.signals import CTRL_C
+from kd.errors import ConfigError, TrainingError
+from kd.runtime.signals import CTRL_C, GO_ON
 from kd.text import plain
 
 FAILED = 1  # exit code of a command that cannot go on
 USAGE = 2  # exit code of a command line, or a file that it names, that cannot work
 NO_MEMORY = "out of memory; lower train.batch_size, or raise train.accumulation, which leaves the result as it is"
+LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "NCCL")  # as torch.distributed has it
 
 
 @contextmanager
@@ -46,6 +47,10 @@ def _message(program: str, error: Exception) -> tuple[str, int, bool] | None:
         return NO_MEMORY, FAILED, True
     if text.startswith("DataLoader worker"):  # raised by a signal, wherever this process then is
         return f"{' '.join(text.split()).rstrip('.')}; data.workers=0 needs less memory", FAILED, True
+    if isinstance(error, TrainingError):
+        return text, FAILED, False
+    if isinstance(error, RuntimeError) and any(word in text for word in LOST_PROCESS):
+        return f"another process of this run has ended; the last saved state is kept, {GO_ON}", FAILED, True
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}", USAGE, True
     if isinstance(error, ValueError) and type(error).__module__.startswith("kd."):  # those of kd.errors

@@ -141,16 +141,6 @@ def test_averaged_weights_follow_their_formula_and_are_the_ones_saved(tmp_path):
         torch.testing.assert_close(saved[name], 0.75 * start[name] + 0.25 * value)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path):
-    t = trainer(tmp_path, recipe())
-    batch = next(t._batches(0, 0))
-    before = weights(t)
-    bad = batch._replace(images=batch.images.clone().fill_(math.nan))
-    with pytest.raises(TrainingError, match="student: gradient norm nan in update 1 of 20, which was not made"):
-        t._update([bad])
-    assert torch.equal(weights(t), before)
-
-
 def test_clipping_bounds_the_gradient(tmp_path):
     t = trainer(tmp_path, recipe(clip_grad=0.01))
     seen = {}
@@ -236,10 +226,9 @@ def test_every_process_brings_as_many_rows_and_none_is_counted_twice():
     assert out.flatten().tolist() == list(range(10))
 
 
-@pytest.mark.parametrize("mix", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
-def test_mixed_images_train_against_probabilities(tmp_path, mix):
+def test_mixed_images_train_against_probabilities(tmp_path):
     r = recipe()
-    r.data = DataConfig(image_size=8, **mix)
+    r.data = DataConfig(image_size=8, mixup=0.4, cutmix=1.0)
     teacher = Teacher(Tiny())
     t = trainer(tmp_path, r, teacher=teacher, loss=DistillLoss(reduction="sum"), epochs=3)
     t.fit()

@@ -28,7 +28,7 @@ def test_a_replay_is_identical_and_every_difference_is_named(kd_train, tmp_path)
     (again.parent / "student/last.safetensors").unlink()
     done = kd_train("replay=runs/smoke/one", "output=again")
     assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "last.safetensors: no such file; move again/smoke/one away and it is trained again" in done.err
+    assert "(No such file or directory); move again/smoke/one away and it is trained again" in done.err
 
     result = json.loads(past.read_text())
     result["provenance"]["versions"]["torch"], result["provenance"]["data_hash"] = "1.0\x1b", "0"

@@ -295,30 +295,6 @@ def test_two_processes_end_with_the_parameters_of_one(kd_train, tmp_path):
 
 
 @pytest.mark.torture
-def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_end(tmp_path):
-    """SIGINT to a real process in the middle of its student; the same command then finishes it."""
-    longer = (*SMOKE, "student.epochs=12")
-    forked.whole(*longer, "output=whole", folder=tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kd.train", *longer], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
-    metrics = tmp_path / "runs/smoke/one/metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 8):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
-    assert "run the same command to go on" in error
-    assert "Traceback" not in error
-    done = command(tmp_path, *longer)
-    assert done.returncode == 0, done.stderr
-    assert "teacher  found in" in done.stdout
-    assert forked.differences(tmp_path / "whole/smoke", tmp_path / "runs/smoke") == []
-
-
-@pytest.mark.torture
 def test_a_process_that_is_alone_says_so(tmp_path):
     """Of two, one is killed: torchrun would then end the other, which may come to say why it cannot go on."""
     words = (*SMOKE, "student.epochs=300", "control=false", "train.save_every=0")
