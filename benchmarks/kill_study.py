@@ -1,11 +1,12 @@
-"""A study killed at random twenty times, SIGKILL to its whole process group, and resumed: is the table the same?
+"""Kill a study at random twenty times (SIGKILL to its process group), resume it, and compare its table.
 
     python -m benchmarks.kill_study [kills=20] [recipe=studies/digits_reversal] [key=value ...]
 
-Runs the study undisturbed in one folder and, in another, kills it after a random part of that time and starts it again,
-over and over. Where an attempt comes to its end, the tables are compared and the next one starts from nothing, until
-there were so many kills; the last is let finish. Prints how far each attempt came, whether every table was equal to the
-undisturbed one to the byte, and whether a finished point was ever lost or written again. Exit code 1 if so.
+Runs the study undisturbed in one directory. In another it repeatedly starts the study and kills it after a random part
+of that time. Whenever the study finishes, its table is compared with the undisturbed one and the next starts from
+nothing, until the number of kills is reached; the last one runs to its end. Prints how far each attempt came, whether
+all tables are equal to the byte, and whether a finished point was lost or written again. Exit code 1 if a table differs
+or a point was lost or written again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The smoothing estimate against the truth, on teachers trained here with known smoothing.
+"""The estimate of a teacher's label smoothing against the truth, on teachers trained here with known smoothing.
 
-One row for each task, smoothing mass and split: mean and standard deviation of the estimate over the seeds, the range
-that the middle half of a network's samples gives (mean of its ends), how often the truth lies in it, and how often the
-estimate was doubted. The last tasks are those it should fail on: networks that were not trained out, and mixup.
+One row for each task, smoothing mass and split: mean and standard deviation of the estimate over the seeds, the
+interquartile range over a network's samples (mean of its ends), how often the truth lies in it, and how often the
+estimate came with a doubt. On the last tasks it should fail: networks that were not trained to the end, and mixup.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Interleaved timing, and the peak of memory that a step takes beyond what was there before."""
+"""Interleaved timing, and the peak memory of a step beyond the memory in use before it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pathlib import Path
 
 import torch
 
-# A sample repeats a step for about this long, and so often at least.
+# A sample repeats a step for about this long, and at least this often.
 LEAST_SECONDS = 1e-2
 LEAST_CALLS = 3
 WARM_SECONDS = 5e-2
 
 
 def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of one step, ``rounds`` samples of each: every round runs all of them, so that noise meets all alike.
+    """Seconds of one step, ``rounds`` samples of each. Every round runs all steps, so that noise affects all alike.
 
-    Before each sample its step runs unmeasured: else it would pay for the caches and the allocator that its predecessor
-    left behind, and the short ones most. So long is what it took until times stayed the same.
+    Before each sample its step runs unmeasured for WARM_SECONDS. Otherwise it would pay for the caches and the
+    allocator as its predecessor left them, short steps most of all. After that time the measured times are stable.
     """
     sample = _cuda_sample if device == "cuda" else _cpu_sample
     repeats, warm_up = {}, {}

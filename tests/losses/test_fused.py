@@ -253,34 +253,6 @@ def test_autocast_changes_nothing():
     assert inside[0].dtype == torch.float32
 
 
-ONE_OF_TWO = """
-import sys, torch
-from kd import DistillLoss
-from torch import distributed, nn
-rank, folder = int(sys.argv[1]), sys.argv[2]
-distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-head, loss, x, t, y = torch.load(f"{folder}/work.pt", weights_only=False)
-model = nn.parallel.DistributedDataParallel(head)
-share = slice(3 * rank, 3 * rank + 3)
-loss(model(x[share]), t[share], y[share]).backward()
-torch.save(head.weight.grad, f"{folder}/{rank}.pt")
-distributed.barrier()
-distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.torture
-def test_two_processes_get_the_gradient_of_one(tmp_path):
-    x, t, y = batch()
-    head, loss = nn.Linear(5, 5), DistillLoss(**FULL)
-    torch.save((head, loss, x.detach(), t, y), tmp_path / "work.pt")
-    both = [subprocess.Popen([sys.executable, "-c", ONE_OF_TWO, str(rank), str(tmp_path)]) for rank in range(2)]
-    assert [process.wait(120) for process in both] == [0, 0]
-    alone = gradient(loss(head(x.detach()), t, y), head.weight)
-    for rank in range(2):
-        assert_close(torch.load(tmp_path / f"{rank}.pt"), alone, 1e-6)
-
-
 def test_activation_checkpointing_runs_it_twice():
     s, t, y = batch()
     loss = DistillLoss(**FULL)

@@ -195,7 +195,7 @@ def test_without_gradients_none_is_computed(monkeypatch):
 
 @pytest.mark.parametrize("scale", [3.0, 0.0, -(2.0**16)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_what_comes_from_above_multiplies(scale, reduction):
+def test_upstream_gradients_multiply(scale, reduction):
     case = Case()
     ours = case.ours(LinearDistillLoss(reduction=reduction, memory_budget=2 * ROW))
     theirs = case.unfused(reduction=reduction)
@@ -377,7 +377,7 @@ def test_autocast_is_that_of_linear(dtype):
         assert not torch.equal(ours, case.ours(loss))
 
 
-def test_autocast_of_the_backward_pass_is_not_looked_at():
+def test_autocast_in_the_backward_pass_changes_nothing():
     case = Case(dtype=torch.float32)
     value = case.ours(LinearDistillLoss(reduction="none"))
     expected = torch.autograd.grad(value.sum(), case.leaves, retain_graph=True)
@@ -413,7 +413,7 @@ class Largest(TorchDispatchMode):
         ("logits", torch.float32, "none", "auto"),
     ],
 )
-def test_logits_are_never_held(kind, dtype, reduction, backend):
+def test_no_more_logits_than_the_budget_are_held(kind, dtype, reduction, backend):
     n, d, k, budget = 300, 4, 64, 3000
     case = Case((n,), dtype=dtype, d=d, k=k)
     teacher = case.teacher(kind)
@@ -497,7 +497,7 @@ def test_bad_tensors(changed, error, message):
     assert "\n" not in str(caught.value)
 
 
-def test_without_a_teacher_nothing_of_it_is_looked_at():
+def test_without_kd_weight_the_teacher_is_not_used():
     loss = LinearDistillLoss(kd_weight=0, ce_weight=1)
     torch.testing.assert_close(
         loss(X, W, Y, teacher_logits=TX, teacher_weight="no tensor"), F.cross_entropy(X @ W.T, Y)

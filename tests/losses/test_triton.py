@@ -18,11 +18,12 @@ def interpret(*arguments):
     assert done.returncode == 0
 
 
+@pytest.mark.timeout(600)  # every operation of a kernel is Python here
 def test_a_sample_under_the_interpreter():
     interpret()
 
 
 @pytest.mark.torture
-@pytest.mark.timeout(3600)  # every operation of a kernel is Python here
+@pytest.mark.timeout(3600)
 def test_all_under_the_interpreter():
     interpret("-m", "torture", "--timeout=3600")
