@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from kd.data.image_files import Files, reason
 from kd.data.streams import stream_data
 from kd.data.tensors import tensor_data
 from kd.errors import ConfigError
+from kd.text import did_you_mean
 
 BY_TRAIN = {"train": {"train": True}, "test": {"train": False}}
 BY_SPLIT = {"train": {"split": "train"}, "test": {"split": "test"}}
@@ -42,8 +42,7 @@ SETS: dict[str, dict[str, dict[str, Any]]] = {
 def torchvision(config: DataConfig, seed: int) -> Data:
     """data.dataset, one of SETS, in data.root. Sets that torchvision holds as one array become tensors."""
     if config.dataset not in SETS:
-        near = difflib.get_close_matches(config.dataset, SETS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(config.dataset, SETS)
         raise ConfigError(f"data.dataset={config.dataset}: must be one of {', '.join(SETS)}{hint}")
     sets = {name: _open(config, arguments) for name, arguments in SETS[config.dataset].items()}
     if isinstance(vars(sets["train"]).get("data"), np.ndarray | Tensor):

@@ -86,9 +86,8 @@ def _check_name(name: str, setting: str) -> None:
     """Raise ConfigError when timm does not know the network or the tag of its weights."""
     if ":" in name:
         return  # named on the hub or in a folder
-    tagged = timm.list_models(include_tags=True)
-    if not timm.is_model(name) or ("." in name and name not in tagged):
-        near = did_you_mean(name, timm.list_models() + tagged, 3)
+    if not timm.is_model(name) or ("." in name and name not in timm.list_models(include_tags=True)):
+        near = did_you_mean(name, timm.list_models() + timm.list_models(include_tags=True), 3)
         raise ConfigError(f"{setting}: timm and kd know no such network{near}")
 
 
@@ -112,9 +111,7 @@ def _check_published(
     elif published[0] != num_classes:
         wrong = other_classes(published[0], num_classes)
     else:
-        wrong = (
-            f"its weights are for {published[1]} channels, the data has {channels}; {role}.finetune=true adapts them"
-        )
+        wrong = f"its weights are for {published[1]} channels, the data has {channels}; {role}.finetune=true adapts it"
     raise ConfigError(f"{setting}: {wrong}")
 
 

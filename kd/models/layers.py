@@ -1,4 +1,4 @@
-"""Which layers of a network give maps to the feature methods, which module is its classifier, and the View from both.
+"""Layers for feature methods: which modules give feature maps, which is the classifier, and the View made from both.
 
     ours, theirs = tap_pair(student_network, teacher_network)
     student, teacher = Student(student_network, features=ours.names), Teacher(teacher_network, features=theirs.names)
@@ -25,7 +25,7 @@ from kd.models.wrappers import INPUT, Output
 
 @dataclass(frozen=True)
 class Taps:
-    """What to read from one network: layers whose outputs become maps, from shallow to deep, and the classifier."""
+    """Where one network is tapped: layers whose outputs become maps, from shallow to deep, and the classifier."""
 
     layers: tuple[str, ...]
     classifier: str
@@ -36,7 +36,7 @@ class Taps:
         return (*self.layers, self.classifier + INPUT)
 
     def view(self, model: nn.Module, output: Output) -> View:
-        """The view of what a Teacher or Student with these `names` around `model` gave."""
+        """The view of an output of the Teacher or Student that wraps `model` with these `names`."""
         module: Any = model.get_submodule(self.classifier)
         weight = module.weight
         return View(
@@ -71,7 +71,10 @@ def needed(
     student_layers: Sequence[str] = (),
     teacher_layers: Sequence[str] = (),
 ) -> tuple[Taps, Taps] | None:
-    """The taps for methods of such `needs`; None where logits are enough. Raises ValueError."""
+    """The taps of student and teacher for methods with these `needs`; None where logits are enough.
+
+    Raises ValueError as `tap_pair` does.
+    """
     if "maps" in needs:
         return tap_pair(student, teacher, student_layers, teacher_layers)
     if {"embedding", "weight"} & set(needs):  # of networks without stages too
@@ -82,10 +85,11 @@ def needed(
 def tap_pair(
     student: nn.Module, teacher: nn.Module, student_layers: Sequence[str] = (), teacher_layers: Sequence[str] = ()
 ) -> tuple[Taps, Taps]:
-    """The taps of both, whose layers pair up by position.
+    """The taps of student and teacher, whose layers pair up by position.
 
-    Where layers are left to timm's stages and the numbers of them differ, those that reduce the image alike are
-    paired, of several the deepest. Raises ValueError where that, or the numbers of layers given, leaves no pairs.
+    Without named layers these are timm's stages. Where their numbers differ, stages that reduce the image by the same
+    factor are paired, the deepest of several. Raises ValueError where no stages pair up, or as many layers of each are
+    not named.
     """
     if student_layers or teacher_layers:
         ours, theirs = tap(student, student_layers), tap(teacher, teacher_layers)
@@ -135,7 +139,7 @@ def list_layers(model: nn.Module, input_shape: Sequence[int]) -> list[Layer]:
 
 
 def as_map(name: str, feature: Tensor, model: nn.Module) -> Tensor:
-    """What a layer gave, as (n, c, h, w): tokens laid out on their grid without class tokens, vectors as 1x1 maps."""
+    """A layer's output as (n, c, h, w): tokens laid out on their grid without class tokens, vectors as 1x1 maps."""
     if feature.ndim == 4:  # timm's networks whose maps end in channels say so
         last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         return rearrange(feature, "n h w c -> n c h w") if last else feature

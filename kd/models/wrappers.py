@@ -17,17 +17,17 @@ from kd.text import did_you_mean
 
 
 class Output(NamedTuple):
-    """What a Teacher or Student gives: logits (n, k), and the features asked for by the name of their module."""
+    """Output of a Teacher or Student: logits (n, k), and the requested features by the name of their module."""
 
     logits: Tensor
     features: dict[str, Tensor]
 
 
-INPUT = ":input"  # behind the name of a module, it means what the module takes instead of what it gives
+INPUT = ":input"  # suffix to the name of a module: its input instead of its output
 
 
 class _Hooks:
-    """Forward hooks that keep what named modules give, or take, while `run` is running, and nothing afterwards.
+    """Forward hooks that keep the outputs, or inputs, of named modules during `run`, and nothing afterwards.
 
     They are registered once, because torch.compile recompiles for every new hook.
     """
@@ -46,15 +46,15 @@ class _Hooks:
                 modules[module].register_forward_hook(partial(self._keep, name))
 
     def _keep_input(self, name: str, module: nn.Module, inputs: Any) -> None:
-        if self.running:  # a copy, because the module may write into it, as a ReLU in place does
+        if self.running:  # a copy, because the module may overwrite its input, as an in-place ReLU does
             first = inputs[0].clone() if inputs and isinstance(inputs[0], Tensor) else inputs
             self._keep(name, module, inputs, first)
 
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self.running:  # else someone calls the network itself
+        if self.running:  # otherwise the network is called directly, past its wrapper
             if not isinstance(output, Tensor):
-                verb = "takes" if name.endswith(INPUT) else "gives"
-                raise ValueError(f"features={name!r}: the module {verb} a {type(output).__name__}, not a tensor")
+                side = "input" if name.endswith(INPUT) else "output"
+                raise ValueError(f"features={name!r}: the module's {side} is a {type(output).__name__}, not a tensor")
             self.running[-1][name] = (output, _writes(output))
 
     def run(self, model: nn.Module, inputs: tuple[Any, ...]) -> Output:
@@ -64,7 +64,7 @@ class _Hooks:
         finally:
             kept = self.running.pop()
         if not isinstance(logits, Tensor):
-            raise ValueError(f"the network gives a {type(logits).__name__}, not logits (n, k)")
+            raise ValueError(f"the network's output is a {type(logits).__name__}, not logits (n, k)")
         for name in self.names:
             if name not in kept:
                 raise ValueError(f"features={name!r}: the forward pass does not call this module")
@@ -75,44 +75,36 @@ class _Hooks:
 
 
 class Teacher(nn.Module):
-    """A network that is learned from: in eval mode and without gradients whatever its surroundings do.
+    """A frozen network to learn from: always in eval mode, and without gradients.
 
     It is held outside PyTorch's registries: `parameters`, `state_dict`, `train` and `requires_grad_`, of the teacher
-    and of any parent, do not reach it, while `to`, `half` and their like do. The network itself is frozen, not a copy:
-    give a deep copy of one that goes on training.
+    and of any parent module, do not reach it; `to`, `half` and the like do. The network itself is frozen, not a copy of
+    it: pass a deep copy of a network that continues to train.
 
     Args:
-        model: a network, or a timm name.
-        features: names of modules, as in `named_modules`, whose outputs to give, or with ":input" behind the name
-            their first inputs; of a module that runs more than once, the last.
-        create_kwargs: arguments of timm.create_model, such as pretrained=True, where `model` is a name;
-            checkpoint_path is read by kd, without code.
+        model: a network, or the name of a timm model.
+        features: names of modules, as in `named_modules`, whose outputs to return; "NAME:input" returns the module's
+            first input. Of a module that runs more than once, the last call counts.
+        create_kwargs: arguments of timm.create_model, such as pretrained=True, where `model` is a name. kd reads the
+            file of checkpoint_path itself, without running code from it.
 
     Raises:
         TypeError: `model` is neither a network nor a name.
-        CheckpointError: the file of checkpoint_path is no weights, or does not fit the network exactly.
-        ValueError: a feature's name is unknown, checkpoint_path is no path, or pretrained weights meet another number
-            of classes, for which timm would make a random head.
+        CheckpointError: the file of checkpoint_path cannot be read, or does not fit the network exactly.
+        ValueError: the name of the model or of a feature is unknown, or num_classes is not that of the pretrained
+            weights, for which timm would make a random head.
     """
 
     def __init__(self, model: nn.Module | str, *, features: Sequence[str] = (), **create_kwargs: Any):
         super().__init__()
-        if (
-            isinstance(model, str)
-            and "pretrained" not in create_kwargs
-            and create_kwargs.get("checkpoint_path") is None
-        ):
-            warnings.warn(
-                f"Teacher({model!r}) has random weights: pretrained=True or checkpoint_path=...", stacklevel=2
-            )
+        if isinstance(model, str) and not {"pretrained", "checkpoint_path"} & create_kwargs.keys():
+            warnings.warn(f"Teacher({model!r}) has random weights: pretrained=True or checkpoint_path=", stacklevel=2)
         model = _network(model, create_kwargs)
         if create_kwargs.get("pretrained"):
             weights: Any = model.pretrained_cfg
             published, classes = weights["num_classes"], model.num_classes
             if published != classes:
-                raise ValueError(
-                    f"num_classes={classes}: the pretrained weights have {published}; fine-tune them first"
-                )
+                raise ValueError(f"num_classes={classes}: the pretrained weights have {published}; fine-tune first")
         self._hooks = _Hooks(model, features)
         self._held = (model.eval().requires_grad_(False),)  # modules in a tuple are not registered
         self.eval()
@@ -136,9 +128,9 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, *inputs: Any) -> Output:
-        """Logits (n, k) and features without gradient, from what the network takes."""
+        """Logits (n, k) and features, without gradient, of the network's own inputs."""
         if self.model.training:
-            self.model.eval()  # someone reached in; BatchNorm must not move
+            self.model.eval()  # someone called model.train(); BatchNorm's statistics must not move
         return self._hooks.run(self.model, inputs)
 
 
@@ -146,13 +138,13 @@ class Student(nn.Module):
     """A network that learns; `student.model.state_dict()` is what timm loads.
 
     Args:
-        model: a network, or a timm name.
-        features: as the teacher's, with their graph.
-        create_kwargs: as the teacher's.
+        model: a network, or the name of a timm model.
+        features: as for Teacher; their gradients flow into the network.
+        create_kwargs: as for Teacher.
 
     Raises:
-        TypeError, CheckpointError: as the teacher does.
-        ValueError: a feature's name is unknown, or checkpoint_path is no path.
+        TypeError, CheckpointError: as Teacher does.
+        ValueError: the name of the model or of a feature is unknown.
     """
 
     def __init__(self, model: nn.Module | str, *, features: Sequence[str] = (), **create_kwargs: Any):
@@ -161,7 +153,7 @@ class Student(nn.Module):
         self._hooks = _Hooks(self.model, features)
 
     def forward(self, *inputs: Any) -> Output:
-        """Logits (n, k) and features from what the network takes."""
+        """Logits (n, k) and features of the network's own inputs."""
         return self._hooks.run(self.model, inputs)
 
 

@@ -193,9 +193,9 @@ class Odd(nn.Module):
     ("feature", "gives", "message"),
     [
         ("norm", "logits", "features='norm': overwritten in place by a later module"),
-        ("tuple", "logits", "features='tuple': the module gives a tuple, not a tensor"),
+        ("tuple", "logits", "features='tuple': the module's output is a tuple, not a tensor"),
         ("unused", "logits", "features='unused': the forward pass does not call this module"),
-        ("act", "dict", r"the network gives a dict, not logits \(n, k\)"),
+        ("act", "dict", r"the network's output is a dict, not logits \(n, k\)"),
     ],
 )
 def test_features_and_logits_that_would_mislead_are_refused(feature, gives, message):
@@ -205,7 +205,7 @@ def test_features_and_logits_that_would_mislead_are_refused(feature, gives, mess
 
 def test_a_teacher_without_weights_is_said_to_be_random():
     with pytest.warns(UserWarning, match="random weights: pretrained=True"):
-        Teacher("mlp_nano", checkpoint_path=None)
+        Teacher("mlp_nano")
 
 
 def test_what_is_no_network_is_named(net):
