@@ -94,18 +94,21 @@ def save(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     verified(target / MANIFEST)
-    _keep_newest(directory)
+    _keep_newest(directory, target)
     return target
 
 
-def _keep_newest(directory: Path) -> None:
+def _keep_newest(directory: Path, new: Path) -> None:
     """Remove what is older than the newest two that are whole: a damaged one is nothing to fall back to."""
     whole = 0
     for path in checkpoints_in(directory):
         if whole == NEWEST:
             remove(path)
+            continue
         with suppress(CheckpointError):
-            whole += whole < NEWEST and bool(verified(path / MANIFEST))
+            if path != new:  # which was verified just now
+                verified(path / MANIFEST)
+            whole += 1
 
 
 def clean(directory: Path) -> None:

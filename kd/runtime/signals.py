@@ -3,6 +3,9 @@
 Inside `held`, the training loop, a signal is a request: the loop answers it between two updates, saves, and raises
 Interrupted. Elsewhere there is nothing to save and the process ends at once, as it does on a second signal.
 Nothing here imports torch: the handlers must be there before the imports that take seconds.
+
+Python runs a handler only between two of its own instructions. A process that waits in C++, as torchrun's do until all
+have met, is killed by its launcher instead, which loses nothing.
 """
 
 from __future__ import annotations
