@@ -90,13 +90,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn a failed read into a CheckpointError."""
+def reading(path: Path, hint: str = "") -> Iterator[None]:
+    """Turn a failed read into a CheckpointError, which ends in `hint`."""
     try:
         yield
-    except (OSError, MemoryError, ValueError, RecursionError) as error:  # the last two: what is not JSON, or nested
+    except (OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read ({plain(reason, 160)})") from error
+        raise CheckpointError(f"{path}: cannot be read ({plain(reason, 160)}){hint}") from error
 
 
 def file_size(path: Path) -> int:
@@ -115,11 +115,12 @@ def read_json(path: Path, needs: Iterable[str] = (), hint: str = "") -> Any:
 
     Raises CheckpointError, which ends in `hint`.
     """
+    with reading(path, hint):
+        raw = path.read_bytes()
     try:
-        with reading(path):
-            values = json.loads(path.read_bytes())
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{hint}") from error
+        values = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON ({plain(str(error), 160)}){hint}") from error
     missing = [key for key in needs if not isinstance(values, dict) or key not in values]
     if missing:
         raise CheckpointError(f"{path}: has no entry {missing[0]!r}{hint}")

@@ -273,13 +273,6 @@ def enospc(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
     return {"offsets": 1, "previous loads": 1}
 
 
-PARTS = (
-    Part(
-        "faults",
-        "a fault at every write, fsync and rename of a save: an earlier or the new checkpoint is whole",
-        sum(CALLS.values()),
-        8,
-        faults,
-    ),
-    Part("enospc", "no room at 20 places: the checkpoint before loads, the message counts bytes", 20, 4, enospc),
-)
+FAULTS = "a fault at every write, fsync and rename of a save: an earlier or the new checkpoint is whole"
+FULL = "no room at 20 places: the checkpoint before loads, the message counts bytes"
+PARTS = (Part("faults", FAULTS, sum(CALLS.values()), 8, faults), Part("enospc", FULL, 20, 4, enospc))

@@ -125,13 +125,5 @@ def compare(undisturbed: Path, place: Path) -> None:
     assert not complaints, f"{place.name}: {complaints[0]}"
 
 
-PARTS = (
-    Part(
-        name="kills",
-        promise="killed anywhere, a run ends with the same weights, losses and result",
-        trials=25,
-        small=1,
-        trial=trial,
-        prepare=prepare,
-    ),
-)
+PROMISE = "killed anywhere, a run ends with the same weights, losses and result"
+PARTS = (Part("kills", PROMISE, trials=25, small=1, trial=trial, prepare=prepare),)

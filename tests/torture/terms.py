@@ -112,13 +112,5 @@ def _listens(pid: int, signum: int) -> bool:
     return bool(int(caught.split()[1], 16) >> (signum - 1) & 1) or "State:\tZ" in status
 
 
-PARTS = (
-    Part(
-        name="terms",
-        promise="asked to stop at any moment, it exits with 0 within 30 s and goes on to the same end",
-        trials=10,
-        small=1,
-        trial=trial,
-        prepare=prepare,
-    ),
-)
+PROMISE = "asked to stop at any moment, it exits with 0 within 30 s and goes on to the same end"
+PARTS = (Part("terms", PROMISE, trials=10, small=1, trial=trial, prepare=prepare),)
