@@ -1,6 +1,7 @@
 """The command line: what words become, and one line for each mistake, with nothing written to disk."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,6 @@ from kd.config.schema import PACKAGE, content_hash, identity
 from kd.errors import ConfigError
 from kd.study.compose import compose as study_compose
 from kd.study.grid import plan
-from kd.study.schema import StudyRecipe
 
 
 def recipe(*words):
@@ -107,16 +107,12 @@ WRONG = {
     "--cfg all": "--cfg",
     "seed=": "seed=: must be a whole number",
     "seed=null": "seed=null: must be a whole number",
-    "seed=010x": "seed=010x: must be a whole number",
     "seed=1_0": "seed=1_0: must be a whole number",
-    "seed=0x10": "seed=0x10: must be a whole number",
     "seed=-1": "seed=-1: must be ≥ 0",
     "seed=99999999999999999999": "must be a whole number",
-    "seed=true": "seed=true: must be a whole number",
     "seed=1,2": "seed=1,2: is several values; add -m",
     "student.epochs=1.5": "student.epochs=1.5: must be a whole number ≥ 1",
     "train.compile=no": "train.compile=no: must be true or false",
-    "train.compile=null": "train.compile=null: must be true or false",
     "loss.temperature=0": "loss.temperature=0.0: must be ≥ 0.001 and ≤ 1000 (divides",
     "loss.temperature=nan": "loss.temperature=nan: must be a number",
     "loss.temperature=1e999": "loss.temperature=inf: must be ≥ 0.001",
@@ -126,14 +122,12 @@ WRONG = {
     "lr=0.1": "lr: no such setting; did you mean optimizer.lr?",
     "epochs=3": "epochs: no such setting; did you mean teacher.epochs or student.epochs?",
     "+learning=1": "learning: no such setting; --help all lists",
-    "hydra.run.dir=x": "hydra.run.dir: no such setting",
     "teacher=resnet50": "teacher: is a group of settings; type for example teacher.model=",
     "student.layers=[[a]]": "student.layers=[['a']]: must be a list of names",
     "student.layers=[1]": "numbers inside quotes",
     "scheduler.milestones=abc": "scheduler.milestones=abc: must be a list of whole numbers such as [30,60]",
     "scheduler.milestones=[60,30]": "scheduler.milestones=[60, 30]: must be rising epochs ≥ 1",
     "scheduler.milestones=[30": "scheduler.milestones=[30: cannot be read",
-    "scheduler.name=multistep": "at least one for multistep",
     "teacher.model_kwargs={a:1}": "a:1 needs a space after the colon",
     "teacher.checkpoint=": "teacher.checkpoint=: must not be empty",
     "run=": "run=: must not be empty",
@@ -210,32 +204,30 @@ def test_a_wrong_study_is_one_line(line):
     assert "\n" not in str(error.value)
 
 
-def test_settings_of_a_study_are_those_of_a_run_and_its_own():
-    made = compose.build({"study": {"seeds": 2}}, words=["study.engine=runs", "seed=3"], schema=StudyRecipe)
-    assert (made.study.seeds, made.study.engine, made.seed) == (2, "runs", 3)
-
-
 # ---- key=value arguments of the other commands
 
 
 def test_arguments_are_read_by_key():
     words = ["run=a=b", "data.root=/x"]
-    assert arguments.read(words, {"run": "DIR", "data.": "VALUE"}) == {"run": "a=b", "data.root": "/x"}
+    assert arguments.read(words, ALLOWED, required=["run"]) == {"run": "a=b", "data.root": "/x"}
+
+
+ALLOWED = {"run": "DIR", "data.": "VALUE"}
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["runn=a"], "runn=a: no such argument; did you mean run=DIR?"),
-        (["a"], "a: no such argument; type run=DIR, data.KEY=VALUE"),
-        (["run=a", "run=b"], "run=b: run is given twice"),
-        (["run="], "run=: must not be empty"),
+        ("runn=a", "runn=a: no such argument; did you mean run=DIR?"),
+        ("a", "a: no such argument; type run=DIR, data.KEY=VALUE"),
+        ("run=a run=b", "run=b: run is given twice"),
+        ("run=", "run=: must not be empty"),
+        ("", "run: not given; type run=DIR"),
     ],
 )
 def test_a_wrong_argument_is_one_line(words, said):
-    with pytest.raises(ConfigError) as error:
-        arguments.read(words, {"run": "DIR", "data.": "VALUE"})
-    assert str(error.value).startswith(said)
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}"):
+        arguments.read(words.split(), ALLOWED, required=["run"])
 
 
 def test_a_file_to_write_is_checked_before_the_work(tmp_path):

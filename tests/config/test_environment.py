@@ -25,15 +25,8 @@ def variables(monkeypatch):
     return change
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {},
-        TORCHRUN,
-        {"WORLD_SIZE": "1"},
-        {"MASTER_PORT": "tcp://10.0.0.1:1234"},  # what a pod beside a service named master gets
-    ],
-)
+# The last is what a pod beside a service named master gets.
+@pytest.mark.parametrize("values", [{}, TORCHRUN, {"WORLD_SIZE": "1"}, {"MASTER_PORT": "tcp://10.0.0.1:1234"}])
 def test_what_launchers_set_is_fine(variables, values):
     variables(**values)
     check_torchrun()
