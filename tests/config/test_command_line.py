@@ -199,7 +199,7 @@ STUDY = {
 @pytest.mark.parametrize("line", STUDY)
 def test_a_wrong_study_is_one_line(line):
     with pytest.raises(ConfigError) as error:
-        plan(study_compose(["recipe=studies/mnist1d_grid", *line.split()])[0], lambda data: data.name, None)
+        plan(study_compose(["recipe=studies/mnist1d_grid", *line.split()])[0], lambda data: None)
     assert STUDY[line] in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 from kd import train
 from kd.cli.errors import USAGE, one_line_errors
@@ -153,7 +154,7 @@ def _study(words: list[str], found: list[Recipe]) -> None:
     """As far as a study goes before it loads data."""
     with one_line_errors(command.PROGRAM):
         if composed := command.compose(words):
-            plan(composed[0], lambda data: data.name, lambda data: False, composed[2])
+            plan(composed[0], lambda data: SimpleNamespace(hash=data.name, posterior=None), composed[2])
             found.append(composed[0])
 
 
