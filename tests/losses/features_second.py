@@ -13,24 +13,14 @@ def flat(x):
     return x.reshape(*x.shape[:2], -1)
 
 
-def pool(x, h, w):
-    """Adaptive average pooling: cell i covers floor(i H / h) to ceil((i + 1) H / h)."""
+def pool(x, h, w, reduce=np.mean):
+    """Adaptive pooling: cell i covers floor(i H / h) to ceil((i + 1) H / h)."""
     height, width = x.shape[-2:]
     out = np.empty((*x.shape[:2], h, w), x.dtype)
     for i, j in product(range(h), range(w)):
         rows = slice(i * height // h, -(-(i + 1) * height // h))
         columns = slice(j * width // w, -(-(j + 1) * width // w))
-        out[:, :, i, j] = x[:, :, rows, columns].mean((2, 3))
-    return out
-
-
-def max_pool(x, h, w):
-    height, width = x.shape[-2:]
-    out = np.empty((*x.shape[:2], h, w), x.dtype)
-    for i, j in product(range(h), range(w)):
-        rows = slice(i * height // h, -(-(i + 1) * height // h))
-        columns = slice(j * width // w, -(-(j + 1) * width // w))
-        out[:, :, i, j] = x[:, :, rows, columns].max((2, 3))
+        out[:, :, i, j] = reduce(x[:, :, rows, columns], axis=(2, 3))
     return out
 
 
@@ -113,11 +103,11 @@ def nst(maps_s, maps_t):
 
 def fsp(maps_s, maps_t, released):
     total = np.zeros(len(maps_s[0]), maps_s[0].dtype)
-    shrink = pool if released else max_pool
+    reduce = np.mean if released else np.max
 
     def flow(a, b):
         h, w = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
-        a, b = flat(shrink(a, h, w)), flat(shrink(b, h, w))
+        a, b = flat(pool(a, h, w, reduce)), flat(pool(b, h, w, reduce))
         return np.stack([x @ y.T for x, y in zip(a, b, strict=True)]) / (h * w)
 
     for j in range(len(maps_s) - 1):

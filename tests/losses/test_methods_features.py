@@ -94,6 +94,12 @@ def test_ofd_margin_of_a_normal_is_the_mean_of_its_negative_half():
     assert normal_mean_of_negatives(torch.tensor([4.0]), torch.tensor([1.0])) == -3  # P(x < 0) = 3e-5
 
 
+def test_ofd_takes_margins_from_batch_normalisations(seen):
+    method = built(OverhaulFeature(), seen)
+    method.set_margins([nn.BatchNorm2d(4), nn.BatchNorm2d(5)])
+    torch.testing.assert_close(method.margin1, torch.full((5, 1, 1), -((2 / math.pi) ** 0.5), dtype=torch.float64))
+
+
 def test_simkd_classifies_as_the_teacher_where_the_maps_agree(seen):
     method = built(ReusedClassifier(), seen)
     method.projector = nn.Identity()
