@@ -25,7 +25,7 @@ PARTS = 4
 REFERENCE_COPIES = 12
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class LinearDistillLoss(DistillSettings):
     """DistillLoss of ``F.linear(features, weight, bias)``, with logits for one chunk of rows at a time.
 

@@ -89,6 +89,13 @@ def test_the_message_of_an_unknown_setting_is_pythons():
         distill_loss(S, T, Y, alpha=0.5)
 
 
+@pytest.mark.parametrize("loss", [DistillLoss, LinearDistillLoss])
+def test_only_the_temperature_is_positional(loss):
+    assert loss(2.0).temperature == 2.0
+    with pytest.raises(TypeError, match="positional argument"):
+        loss(2.0, 0.5)
+
+
 # ---- tensors
 
 
