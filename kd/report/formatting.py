@@ -60,14 +60,9 @@ def scale(column: str) -> int:
 
 def remarks(columns: Sequence[str]) -> str:
     """Why the metrics among these columns mislead, of those that do."""
-    known = dict.fromkeys(f"{METRICS[name].label}: {METRICS[name].misleading}" for name in misleading(columns))
-    return f" ⚠ Misleading alone: {'; '.join(known)}." if known else ""
-
-
-def misleading(columns: Sequence[str]) -> list[str]:
-    """The names of the metrics among these columns that mislead."""
-    names = dict.fromkeys(column.rpartition(".")[2] for column in columns)
-    return [name for name in names if name in METRICS and METRICS[name].misleading]
+    known = dict.fromkeys(METRICS[name] for column in columns if (name := column.rpartition(".")[2]) in METRICS)
+    texts = [f"{metric.label}: {metric.misleading}" for metric in known if metric.misleading]
+    return f" ⚠ Misleading alone: {'; '.join(texts)}." if texts else ""
 
 
 # ---- axes and settings

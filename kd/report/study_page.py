@@ -96,11 +96,7 @@ def numbers(study: Study) -> Section:
     table = _means(study, "Students", study.students, study.varying, columns)
     table.title, table.folded = f"Students, {len(table.frame)} cells", True
     made.tables.append(table)
-    every = [column.removeprefix("teacher.") for column in map(str, study.table)]
-    remarks = [(fmt.METRICS[name].label, fmt.METRICS[name].misleading) for name in fmt.misleading(every)]
-    if remarks:
-        frame = DataFrame(remarks, columns=["metric", "why"])
-        made.tables.append(Table("Metrics that mislead where they stand alone", frame))
+    made.notes.append(fmt.remarks([str(column) for column in study.table]).strip())
     return made
 
 
