@@ -90,24 +90,25 @@ def _images(root: Path, class_folder: Path) -> Iterator[str]:
         raise error
 
     for place, folders, files in os.walk(class_folder, onerror=fail):
-        for name in folders:
-            _check_link(root, os.path.join(place, name))
-        for name in files:
-            path, suffix = os.path.join(place, name), os.path.splitext(name)[1].lower()
-            if name.startswith(".") or suffix not in READ + NOT_READ:  # macOS puts ._cat.jpg beside cat.jpg
-                continue
-            if suffix in NOT_READ:
-                raise ConfigError(f"data.root: {path!r} is not JPEG, PNG or WEBP; convert or remove it")
-            _check_link(root, path)
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        # macOS puts ._cat.jpg beside cat.jpg
+        images = [name for name in files if _suffix(name) in READ + NOT_READ and not name.startswith(".")]
+        for path in (os.path.join(place, name) for name in links + images):
+            if problem := _problem(root, path):
+                raise ConfigError(f"data.root: {path!r} {problem}")
             yield path
 
 
-def _check_link(root: Path, path: str) -> None:
-    """Raise ConfigError for a link to a folder, or to a file outside of the root and of the link's own folder."""
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _problem(root: Path, path: str) -> str:
+    """Why a link to a folder, or a file with the name of an image, cannot be used; empty where it can."""
     if not os.path.islink(path):
-        return
+        return "is not JPEG, PNG or WEBP; convert or remove it" if _suffix(path) in NOT_READ else ""
     target = os.path.realpath(path)
-    inside = (os.path.join(os.path.realpath(place), "") for place in (root, os.path.dirname(path)))
-    if os.path.isdir(target) or not target.startswith(tuple(inside)):
-        where = "to a folder" if os.path.isdir(target) else "out of the folder"
-        raise ConfigError(f"data.root: {path!r} is a link {where}, {target!r}; put the images there or remove it")
+    if os.path.isdir(target):
+        return f"is a link to a folder, {target!r}; put the images there or remove it"
+    inside = tuple(os.path.join(os.path.realpath(place), "") for place in (root, os.path.dirname(path)))
+    return "" if target.startswith(inside) else f"is a link out of the folder, to {target!r}; put the image there"

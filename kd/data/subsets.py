@@ -90,10 +90,6 @@ def hold_out(config: DataConfig, setting: str, part: Part, class_names: Sequence
 
 def stratified(targets: np.ndarray, size: int, config: DataConfig, class_names: Sequence[str]) -> np.ndarray:
     """Sorted positions of `size` samples, the same share of each class; a smaller choice is part of a larger one."""
-    if size > len(targets):
-        raise ConfigError(
-            f"data.train_size={size}: must be ≤ {len(targets)}, the training images of {config.name}; null takes all"
-        )
     order = _random(config, 1).permutation(len(targets))
     share = np.empty(len(targets))  # of its class that comes no later than this sample
     for label in range(len(class_names)):
@@ -101,10 +97,10 @@ def stratified(targets: np.ndarray, size: int, config: DataConfig, class_names: 
         share[own] = (np.arange(len(own)) + 0.5) / len(own)
     chosen = np.sort(order[np.argsort(share[order], kind="stable")[:size]])
     counts = np.bincount(targets[chosen], minlength=len(class_names))
-    if counts.min() == 0:
+    if size > len(targets) or counts.min() == 0:
         raise ConfigError(
-            f"data.train_size={size}: leaves no training image of class {class_names[int(counts.argmin())]!r} of "
-            f"{config.name}; raise it"
+            f"data.train_size={size}: must be ≤ {len(targets)}, the training images of {config.name}, and leave at "
+            f"least one of every class"
         )
     return chosen
 

@@ -298,6 +298,11 @@ def test_a_bad_file_stops_a_run_before_it_writes(kd_train, own, tmp_path):
     assert said == f"cannot read '{own}/one/a\\nb<script>.jpg': not a JPEG, PNG or WEBP image"
 
 
+def test_too_few_validation_images_stop_a_run_before_it_writes(kd_train, own, tmp_path):
+    said = refused(kd_train, tmp_path, *trains(own, **{"data.val_fraction": 0.07}))
+    assert said.startswith("data.val_fraction=0.07: gives 4 validation images")
+
+
 def test_a_file_that_vanishes_while_it_trains_is_one_line(kd_train, own, monkeypatch):
     opened, count = Files.open, []
 
