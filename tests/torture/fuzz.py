@@ -25,23 +25,7 @@ from tests.torture.harness import Part
 BATCH = 100  # inputs in a trial
 SECONDS = 1.0
 # ruff: noqa: E501 (two tables of short values)
-PLAUSIBLE = (
-    "0",
-    "1",
-    "2",
-    "10",
-    "0.1",
-    "1e-3",
-    "0.5",
-    "true",
-    "false",
-    "null",
-    "uniform",
-    "adamw",
-    "mlp_tiny",
-    "[]",
-    "[1,2]",
-)
+PLAUSIBLE = ("0", "1", "2", "10", "0.1", "1e-3", "0.5", "true", "false", "null", "uniform", "adamw", "mlp_tiny", "[]", "[1,2]")  # fmt: skip
 HOSTILE = (
     "-1", "nan", ".nan", "inf", "-.inf", "1e999", "9" * 400, "010", "0x10", "1_000", "1:30", "no", "yes", "on", "off", "~",
     "", " ", "''", '"', "'", "${seed}", "${oc.env:HOME}", "${oc.decode:1}", "${loss.temperature}", "${nosuch}", "${", "\\${seed}",
