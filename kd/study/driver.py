@@ -175,12 +175,8 @@ def card(study: StudyRecipe, planned: Plan, sets: DataSets, engines: set[str]) -
 
 def _about(data: Data) -> dict[str, Any]:
     sizes = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
-    return {
-        "name": data.name,
-        "class_names": data.class_names,
-        **sizes,
-        "posterior": data.train.posterior is not None,
-    }
+    known = data.train.posterior is not None
+    return {"name": data.name, "class_names": data.class_names, **sizes, "posterior": known}
 
 
 def _summary(planned: Plan, all_jobs: list[Job], pending: list[Job], folder: Folder) -> str:
@@ -218,8 +214,6 @@ def _launch(pending: list[Job], phase: str, folder: Folder, words: Sequence[str]
 
             hydra.main(config_path=None, config_name="kd_job")(work)()
     except Exception as error:  # of a launcher: a worker that was killed, a cluster that went away; points are on disk
-        if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf"):
-            raise
         text = str(error).strip().splitlines()
         _say(console, f"{phase}: {type(error).__name__}: {text[0] if text else ''}")
     finally:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kd.config.schema import DataConfig, LossConfig, OptimizerConfig, TeacherConfig
+from kd.config.schema import DataConfig, LossConfig, TeacherConfig
 from kd.errors import ConfigError
 from kd.study import grid
 from kd.study.axes import labelled
@@ -74,10 +74,7 @@ def test_the_same_network_by_two_names_is_one_point():
     [
         ({"output": "elsewhere", "dry_run": True, "run": "x"}, True),
         ({"loss": replace(BASE.loss, backend="reference")}, True),
-        ({"control": False, "tracker": "trackio", "name": "other"}, True),
         ({"teacher": TeacherConfig(epochs=11)}, False),
-        ({"optimizer": OptimizerConfig(lr=0.1)}, False),
-        ({"data": DataConfig(shift=1)}, False),
         ({"data": DataConfig(label_noise=0.3)}, False),
         ({"seed": 1}, False),
     ],
@@ -111,21 +108,6 @@ def test_labels_stand_for_settings_and_methods_and_a_later_axis_wins():
     assert at[1.0, "cold"].temperature == 0.5
     assert at[4.0, "dist"].methods["dist"]["temperature"] == 2.0
     assert (at[4.0, "dist"].kd_weight, at[4.0, "dist"].ce_weight) == (0.0, 1.0)  # as `loss=dist` sets them
-    assert (
-        labelled({"loss": ["dkd", "dist:imagenet"]})["loss"]["dist:imagenet"]["loss.methods"]["dist"]["temperature"]
-        == 1
-    )
-
-
-def test_a_setting_may_follow_another_of_its_point():
-    grid = {
-        "teacher.label_smoothing": [0.0, 0.4],
-        "how": {"plain": {}, "unsmoothed": {"loss.teacher_smoothing": "${teacher.label_smoothing}"}},
-    }
-    made = planned(grid=grid, seeds=1, controls=[])
-    at = {tuple(cell["axes"].values()): cell["point"] for cell in made.cells}
-    assert at[0.0, "plain"] == at[0.0, "unsmoothed"]
-    assert made.points[at[0.4, "unsmoothed"]].recipe.loss.teacher_smoothing == 0.4
 
 
 def test_the_sides_of_a_contrast_are_points_in_the_order_of_the_seeds():
@@ -153,23 +135,17 @@ def test_the_sides_of_a_contrast_are_points_in_the_order_of_the_seeds():
     [
         ({"contrasts": [Contrast(a={"loss.temperature": 3.0})]}, '{"loss.temperature": 3.0} is not in the grid'),
         ({"contrasts": [Contrast(a={"loss.temprature": 1.0})]}, "did you mean loss.temperature"),
-        ({"contrasts": [Contrast(a={"role": "hero"})]}, "role=hero: must be student or teacher"),
         ({"contrasts": [Contrast(a={"control": "bayes"})]}, '{"control": "bayes"} is not in the grid'),
         ({"contrasts": [Contrast(name="it", a={"loss.temperature": 1}, b={})]}, "it: a and b are the same points"),
         ({"contrasts": [Contrast(metric="test.top2")]}, "metric=test.top2: no such metric; did you mean test.top"),
-        ({"grid": {"loss.temperature": []}}, "one or more different plain values"),
         ({"grid": {"loss.temperature": [[1.0]]}}, "one or more different plain values"),
         ({"grid": {"loss.temperature": [1, 1.0]}}, "one or more different plain values"),
         ({"grid": {"loss.temperature": {"hot": {}}}}, "must be a name of letters"),
-        ({"grid": {"point": {"x": {}}}}, "study.grid.point: must be a name"),
         ({"grid": {"how": {1: {}, "1": {}}}}, "of one or more different labels"),
         ({"grid": {"how": {"x": 3}}}, "must be {label: {setting: value}}"),
         ({"grid": {"how": {"x": {"seed": 3}}}}, "seed is no axis; type study.seeds=N"),
-        ({"grid": {"how": {"x": {"loss.methods": 3}}}}, "loss.methods=3: must be"),
-        ({"grid": {"data.verify": ["no"]}}, "data.verify=no: must be true or false"),
         ({"grid": {"loss": ["dsit"]}}, "did you mean loss=dist?"),
         ({"grid": {"loss.temperature": [0.0]}}, "loss.temperature=0.0: must be "),
-        ({"grid": {"loss.kd_weight": [0.0], "loss.ce_weight": [1.0]}}, "is the control `hard`"),
     ],
 )
 def test_a_grid_that_cannot_be_is_one_line(changes, said):
@@ -188,12 +164,10 @@ def test_a_grid_that_cannot_be_is_one_line(changes, said):
         # what no label sets that is left, and what changes one field of a method that a label chooses
         (["data.train_size=300", "points=600", "loss.temperature=1,2", "taught='T 1'"], None),
         (["loss.methods.smoothed_teacher.taken_out=.1,.2", "taught='T 4, exactly smoothed by .4'"], None),
-        (["loss.kd_weight=.5", "teacher.label_smoothing=0,.1", "taught='T 4'"], None),
     ],
 )  # fmt: skip
-def test_what_is_typed_and_what_a_label_sets_are_not_at_odds(words, said, monkeypatch):
+def test_what_is_typed_and_what_a_label_sets_are_not_at_odds(words, said):
     """Of the two one would not be so: the label hides what was typed, or its cell is not what it says."""
-    monkeypatch.setattr("sys.argv", ["kd.study"])
     words = ["recipe=studies/mixture_bayes", *words]
     if said:
         with pytest.raises(ConfigError, match=re.escape(said)):
@@ -238,13 +212,6 @@ def test_a_product_without_end_is_refused_before_it_is_made(monkeypatch):
     assert len(planned(seeds=2).cells) == 12
 
 
-def test_what_cannot_be_in_a_narrower_grid_is_left_out():
-    contrasts = [Contrast(name="gone", a={"loss.temperature": 3.0}), Contrast(name="kept", a={"loss.temperature": 4.0})]
-    made = planned(contrasts=contrasts, narrowed=True)
-    assert [entry["name"] for entry in made.contrasts] == ["kept"]
-    assert made.left_out[0].startswith("gone: ")
-
-
 def test_jobs_hold_each_point_once_in_cohorts_of_one_seed_and_do_not_depend_on_what_is_done():
     many = {"loss.temperature": [float(t) for t in range(1, 31)], "teacher.label_smoothing": [0.0, 0.1, 0.4]}
     made = planned(grid=many)
@@ -255,8 +222,8 @@ def test_jobs_hold_each_point_once_in_cohorts_of_one_seed_and_do_not_depend_on_w
         assert len({point.recipe.seed for point in job.points}) == 1
         assert len({point.role == "teacher" for point in job.points}) == 1
         assert len(job.points) <= CHUNK
-    sizes = sorted(len(job.points) for job in found if job.phase == "students")
-    assert sizes == [30, 31, 31] * 3 or (sum(sizes), max(sizes) - min(sizes)) == (3 * 92, 1)
+    sizes = [len(job.points) for job in found if job.phase == "students"]
+    assert (sum(sizes), max(sizes) - min(sizes)) == (3 * 92, 1)
     alone = jobs(made, lambda point: "runs")
     assert all(len(job.points) == 1 for job in alone)
     assert [job.phase for job in alone] == sorted((job.phase for job in alone), reverse=True)  # teachers first
@@ -275,8 +242,6 @@ def test_equal_counts_make_no_difference_and_the_smallest_other_one_does():
     assert all(a - b - c + d for a, b, c, d in shares[:3])  # what floats make of it
     assert [difference(each) for each in shares] == [0.0] * 4
     assert difference([1e6 * share for share in shares[0]]) == 0  # whatever the metric's size
-    assert difference([0.9 - 0.8, 0.4 - 0.3]) == 0
-    assert difference([0.0, 0.0]) == 0
     million = [0.5, 0.5 - 1e-6, 0.25, 0.25]
     assert difference(million) == pytest.approx(1e-6)
     assert difference([0.3, 0.5]) == pytest.approx(-0.2)

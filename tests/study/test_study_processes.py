@@ -48,9 +48,8 @@ def same_tables() -> bool:
     return (WILD / "table.csv").read_bytes() == Path("calm/studies/tiny/table.csv").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "launcher", ["joblib", *(pytest.param(name, marks=pytest.mark.torture) for name in ("submitit_local", "ray"))]
-)
+@pytest.mark.torture
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_launcher_makes_the_table_of_a_serial_study(launcher, kd_study):
     module, extra, words = LAUNCHERS[launcher]
     if importlib.util.find_spec(module.partition(".")[0]) is None or importlib.util.find_spec(module) is None:
@@ -69,16 +68,14 @@ def test_an_unknown_launcher_is_one_line(kd_study):
     assert "hydra/launcher" in done.err
 
 
-def stopped_and_resumed(kd_study, monkeypatch, engine: str, launcher: str) -> list[psutil.Process]:
-    """Stop a study by SIGTERM to the command alone, resume it, compare; gives the workers that it had.
-
-    A run of kd.train saves before it leaves, although no save was due, and goes on from there.
-    """
-    words = [*SMALL, "loss.temperature=4", "teacher.label_smoothing=0", f"study.engine={engine}"]
+@pytest.mark.parametrize("engine", ["runs", pytest.param("population", marks=pytest.mark.torture)])
+def test_a_stopped_study_takes_its_workers_along_and_resumes_to_the_same_table(engine, kd_study, monkeypatch):
+    """SIGTERM to the command alone. A run of kd.train saves before it leaves, although no save was due."""
+    words = [*SMALL, "loss.temperature=4", "teacher.label_smoothing=0", f"study.engine={engine}", "study.controls=[]"]
     # Students of 40 epochs may end while the signal is on its way.
-    words += ["teacher.epochs=3", "student.epochs=200", "train.save_every=1000", "study.controls=[hard]"]
+    words += ["teacher.epochs=1", "student.epochs=120", "train.save_every=1000"]
     assert kd_study("output=calm", *words).code == 0
-    process = start(*words, f"hydra/launcher={launcher}")
+    process = start(*words, "hydra.launcher.n_jobs=2")
     wait_for(process, "points/*.json" if engine == "population" else "runs/*/metrics.jsonl")
     workers = workers_of(process)
     process.send_signal(signal.SIGTERM)
@@ -101,17 +98,6 @@ def stopped_and_resumed(kd_study, monkeypatch, engine: str, launcher: str) -> li
     assert kd_study("output=wild", *words).code == 0
     assert {directory: first for directory, first in begun.items() if first} == saved  # all others from the beginning
     assert same_tables()
-    return workers
-
-
-def test_a_stopped_study_resumes_to_the_same_table(kd_study, monkeypatch):
-    stopped_and_resumed(kd_study, monkeypatch, "runs", "basic")
-
-
-@pytest.mark.torture
-@pytest.mark.parametrize("engine", ["population", "runs"])
-def test_a_stopped_study_takes_its_workers_along(engine, kd_study, monkeypatch):
-    workers = stopped_and_resumed(kd_study, monkeypatch, engine, "joblib")
     assert workers
     assert not [each for each in workers if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 from kd import train
 from kd.cli.errors import USAGE, one_line_errors
-from kd.config.schema import Recipe
+from kd.config.schema import DataConfig, Recipe
 from kd.config.types import settings
 from kd.losses.methods import registry as methods
 from kd.study import __main__ as command
@@ -138,8 +138,13 @@ def _study(words: list[str], found: list[Recipe]) -> None:
     """As far as a study goes before it loads data."""
     with one_line_errors(command.PROGRAM):
         if composed := command.compose(words):
-            plan(composed[0], lambda data: SimpleNamespace(hash=data.name, posterior=None), composed[2])
+            plan(composed[0], unloaded, composed[2])
             found.append(composed[0])
+
+
+def unloaded(config: DataConfig) -> SimpleNamespace:
+    """As much of a data set as a plan needs."""
+    return SimpleNamespace(hash=config.name, train=SimpleNamespace(posterior=None, augments=False))
 
 
 def attempt(words: list[str], run: Callable[[list[str], list[Recipe]], None] = _train) -> tuple[str, list[Recipe]]:
