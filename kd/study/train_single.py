@@ -17,7 +17,6 @@ from kd.study.jobs import Job
 from kd.study.measure import Outcome, Outputs, measure, parts_of
 from kd.training import pipeline
 from kd.training.predict import predict
-from kd.training.results import evaluated_network
 from kd.training.run import Run, claim, run_directory
 from kd.training.stage import Stage
 
@@ -52,7 +51,7 @@ def _train(folder: Folder, point: Point) -> Outcome:
     finished(weights, advice(stage.name, stage.directory), run.owner(stage.name))
     if point.role == "teacher":
         save_sealed(folder.weights(point.id), read_weights(weights), weights_header(weights))
-    own = Teacher(evaluated_network(run, stage.name, weights, teacher)).to(run.accelerator.device)
+    own = Teacher(pipeline.evaluated_network(run, stage.name, weights, teacher)).to(run.accelerator.device)
     taught = _outputs(run, teacher, point.role) if teacher else None
     outcome = measure(point.role, _outputs(run, own, point.role), run.data, taught)
     return outcome | {"seconds": time.perf_counter() - started}

@@ -106,13 +106,19 @@ def _network(run: Run, section: TeacherConfig | StudentConfig, **start: Any) -> 
     return build(section.model, role=role, model_kwargs=section.model_kwargs, **start, **shape)
 
 
-def evaluated_student(run: Run, weights: Path, teacher: Teacher) -> nn.Module:
-    """The student as it is evaluated: with the classifier of a method that has its own, which needs the teacher."""
-    if not methods.classifies(run.recipe.loss.methods):
+def evaluated_network(run: Run, name: str, weights: Path | None, teacher: Teacher | None) -> nn.Module:
+    """The network of a finished stage as it is evaluated: the student's with the classifier of a method that has its
+    own, which needs the teacher. `weights` is None for a teacher that keeps the weights it has.
+    """
+    if name == "teacher":
+        return teacher_network(run, weights)
+    if name == "control" or not methods.classifies(run.recipe.loss.methods):
         return student_network(run, weights)
-    deployed = build_objective(student_stage(run, teacher), run.recipe, run.accelerator).model
-    load_weights(deployed, weights)
-    return deployed
+    assert weights is not None
+    assert teacher is not None
+    network = build_objective(student_stage(run, teacher), run.recipe, run.accelerator).model
+    load_weights(network, weights)
+    return network
 
 
 # ---- stages

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd.checkpoint.files import write_json
 from kd.checkpoint.store import advice, finished
@@ -22,7 +22,7 @@ from kd.metrics import compute, reliability_bins
 from kd.models.wrappers import Teacher
 from kd.runtime.provenance import provenance
 from kd.text import plain
-from kd.training.pipeline import evaluated_student, student_network, teacher_network
+from kd.training.pipeline import evaluated_network
 from kd.training.predict import predict
 from kd.training.run import STAGES, Run, checkpoint_hash, teacher_is_trained
 from kd.training.stored import read_result
@@ -71,17 +71,6 @@ def load_networks(run: Run) -> Networks:
         loaded = {path: Teacher(evaluated_network(run, name, path, teacher)) for path in set(paths.values())}
         networks[name] = {which: loaded[path].to(run.accelerator.device) for which, path in paths.items()}
     return networks
-
-
-def evaluated_network(run: Run, name: str, weights: Path | None, teacher: Teacher | None) -> nn.Module:
-    """A network as it is evaluated, by the name of its stage; the student may need the teacher."""
-    if name == "teacher":
-        return teacher_network(run, weights)
-    if name == "control":
-        return student_network(run, weights)
-    assert weights is not None
-    assert teacher is not None
-    return evaluated_student(run, weights, teacher)
 
 
 # ---- scores
