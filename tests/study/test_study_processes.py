@@ -109,7 +109,7 @@ def test_a_killed_study_resumes_to_the_same_table(kd_study):
     process = start()
     wait_for(process, "points/*.json", 5)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     written = {path: path.read_bytes() for path in (WILD / "points").glob("*.json")}
     assert written
     assert kd_study("output=wild").code == 0
@@ -133,3 +133,4 @@ def test_workers_do_not_outlive_a_killed_command(kd_study):
     finally:
         for each in [process, *psutil.wait_procs(workers, timeout=0)[1]]:
             each.kill()
+        process.communicate()
