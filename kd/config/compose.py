@@ -109,7 +109,7 @@ def compose(words: Sequence[str], schema: type = Recipe, folder: str = "", launc
 
 
 def _split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """What the words choose by name, and the settings."""
+    """The words that choose a recipe, a data set or a loss, by group, and the words that are settings."""
     chosen: dict[str, str] = {}
     changes = []
     for word in words:
@@ -159,7 +159,9 @@ def override(config: Any, words: Sequence[str], schema: type = Recipe) -> None:
     by_name = tuple(f"{key}." for key, field in names.items() if str(field.type).startswith("dict"))
     for word in words:
         typed, _, text = word.partition("=")
-        key = typed.removeprefix("+")
+        key = typed.removeprefix(
+            "+"
+        )  # as in Hydra, + adds what is not there yet; only a method must be added on purpose
         if key not in names and not key.startswith(by_name):
             raise ConfigError(types.no_such_setting(key, schema))
         method = re.match(r"loss\.methods\.(\w+)", key)
@@ -171,9 +173,8 @@ def override(config: Any, words: Sequence[str], schema: type = Recipe) -> None:
 def sweep(words: Sequence[str]) -> list[list[str]]:
     """The command lines that -m makes of words with several values, the last word's values varying fastest."""
     pairs = [word.partition("=")[::2] for word in words]
-    return [
-        [*line] for line in itertools.product(*([f"{key}={text}" for text in types.several(t)] for key, t in pairs))
-    ]
+    choices = [[f"{key}={value}" for value in types.several(text)] for key, text in pairs]
+    return [[*line] for line in itertools.product(*choices)]
 
 
 @one_line()
