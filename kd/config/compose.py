@@ -159,9 +159,8 @@ def override(config: Any, words: Sequence[str], schema: type = Recipe) -> None:
     by_name = tuple(f"{key}." for key, field in names.items() if str(field.type).startswith("dict"))
     for word in words:
         typed, _, text = word.partition("=")
-        key = typed.removeprefix(
-            "+"
-        )  # as in Hydra, + adds what is not there yet; only a method must be added on purpose
+        # As in Hydra, + adds what is not there yet. Only a method must be added on purpose.
+        key = typed.removeprefix("+")
         if key not in names and not key.startswith(by_name):
             raise ConfigError(types.no_such_setting(key, schema))
         method = re.match(r"loss\.methods\.(\w+)", key)
