@@ -100,9 +100,9 @@ def _add_efficiency(rows: list[dict[str, Any]], points: Points) -> None:
     nt_kl = {(shared, row["control"]): row.get("test.nt_kl") for row, shared in finished if row["role"] == "control"}
     for row, shared in finished:
         evidence = {
-            "nt_kl": row.get("test.nt_kl"),
-            "nt_kl_hard": nt_kl.get((shared, "hard")),
-            "nt_kl_bayes": nt_kl.get((shared, "bayes")),
+            "student": row.get("test.nt_kl"),
+            "hard": nt_kl.get((shared, "hard")),
+            "bayes": nt_kl.get((shared, "bayes")),
         }
         # Of nearly equal predictions a KL may be rounded to below 0.
         if row["role"] == "student" and all(value is not None and value >= 0 for value in evidence.values()):

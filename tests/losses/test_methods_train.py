@@ -252,7 +252,7 @@ WRONG = {
     "loss=dkd loss.methods.dkd.temperature=hot": "loss.methods.dkd.temperature=hot: must be a number",
     "loss=dkd data.mixup=0.2": "loss.methods: dkd: needs class labels, not probabilities; turn mixup and cutmix off",
     "loss=fsp": "loss.methods: fsp: compares neighbouring maps: there is 1 map, name 2 or more layers",
-    "loss=at student.layers=[layer1]": "loss.methods: 1 layers of the student (layer1) and 2 of the teacher",
+    "loss=at student.layers=[layer1]": "loss.methods: 1 student layers and 2 teacher layers",
     "loss=at student.layers=[layers.7] teacher.layers=[layers.0]": "loss.methods: features='layers.7': no such module",
     "loss=reviewkd train.batch_size=8 train.accumulation=8": "loss.methods: reviewkd: compares examples",
     "--import nowhere.py": "--import nowhere.py: no such file",
