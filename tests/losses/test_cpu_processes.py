@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -35,25 +34,6 @@ def test_bits_repeat_on_any_number_of_threads(dtype, threads, monkeypatch):
             runs.append(results("cpu", *inputs, **settings))
         for run in runs[1:]:
             assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
-
-
-def test_called_from_four_threads_at_once(threads):
-    threads(2)
-    inputs = [batch(40, 1500, F32, seed=i) for i in range(4)]
-    alone = [results("cpu", *given) for given in inputs]
-    wrong = []
-
-    def work(i):
-        for _ in range(10):
-            if not all(torch.equal(a, b) for a, b in zip(results("cpu", *inputs[i]), alone[i], strict=True)):
-                wrong.append(i)
-
-    started = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in started:
-        thread.start()
-    for thread in started:
-        thread.join()
-    assert not wrong
 
 
 def test_no_setting_and_no_size_compiles_the_kernel_again():

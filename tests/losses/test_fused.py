@@ -2,16 +2,13 @@
 
 import copy
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from kd import DistillLoss, distill_loss
+from kd import DistillLoss
 from kd.losses import settings
 from kd.losses.kernels import autograd as fused
 
@@ -55,15 +52,6 @@ def test_auto_takes_the_fused_backend_of_the_device_and_says_so():
     assert loss.backend_used == "reference"
 
 
-def test_devices_without_a_fused_backend_take_the_reference():
-    s, t, y = (x.to("meta") for x in batch())
-    loss = DistillLoss()
-    value = loss(s.detach().requires_grad_(), t, y)
-    assert loss.backend_used == "reference"
-    assert value.is_meta
-    assert value.shape == ()
-
-
 def test_a_missing_package_is_a_warning_that_says_what_to_install(monkeypatch):
     monkeypatch.setitem(settings._INSTALLED, "numba", False)
     s, t, y = batch()
@@ -74,18 +62,6 @@ def test_a_missing_package_is_a_warning_that_says_what_to_install(monkeypatch):
     loss.backend = "cpu"
     with pytest.raises(ModuleNotFoundError, match="backend='cpu': needs numba; pip install numba"):
         loss(s, t, y)
-
-
-def test_a_backend_for_another_device_is_an_error():
-    with pytest.raises(ValueError, match="backend='triton': needs logits on cuda, student_logits is on cpu"):
-        distill_loss(*batch(), backend="triton")
-    with pytest.raises(ValueError, match="backend='gpu': must be one of auto, reference, cpu, triton"):
-        DistillLoss(backend="gpu")
-
-
-def test_importing_kd_imports_no_compiler():
-    code = "import sys; from kd import DistillLoss; assert not {'numba', 'kd.losses.kernels.cpu'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ---- the gradient and what is multiplied into it
@@ -118,18 +94,6 @@ def test_without_grad_nothing_is_kept_or_computed():
     assert not value.requires_grad
     assert torch.equal(value, loss(s.detach(), t, y))
     assert_close(value, loss(s, t, y).detach(), 1e-6)
-
-
-def test_a_student_that_is_not_a_leaf_may_be_changed_in_place_only_before_the_loss():
-    x, t, y = batch()
-    logits = 3 * x
-    expected = gradient(reference(DistillLoss())(logits, t, y), x)
-    logits = 3 * x
-    assert_close(gradient(DistillLoss()(logits, t, y), x), expected)
-    value = DistillLoss()(logits, t, y)
-    logits.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        value.backward()
 
 
 def test_no_more_memory_than_one_gradient():
@@ -175,15 +139,6 @@ def test_torch_compile_in_one_graph_for_any_number_of_rows(backend):
         assert_close(gradient(compiled(s, t, y), s, grad_outputs=up), gradient(loss(s, t, y), s, grad_outputs=up))
         counts.append(counter.frame_count)
     assert counts[0] == counts[-1], counts
-
-
-def test_the_function_compiles_with_any_settings():
-    torch.compiler.reset()
-    compiled = torch.compile(distill_loss, fullgraph=True, backend="aot_eager")
-    s, t, y = batch()
-    for temperature, eps in ((3.0, 0.1), (2.0, 0.0)):
-        settings = {"label_smoothing": eps, "class_weight": WEIGHT}
-        assert_close(compiled(s, t, y, temperature, **settings), distill_loss(s, t, y, temperature, **settings))
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="Inductor needs a C++ compiler")
@@ -243,23 +198,6 @@ def test_export():
     assert_close(exported.module()(x, t, y), model(x, t, y))
 
 
-def test_autocast_changes_nothing():
-    s, t, y = batch(dtype=torch.bfloat16)
-    loss = DistillLoss(**FULL)
-    plain = loss(s, t, y), gradient(loss(s, t, y), s)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = loss(s, t, y), gradient(loss(s, t, y), s)
-    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
-    assert inside[0].dtype == torch.float32
-
-
-def test_activation_checkpointing_runs_it_twice():
-    s, t, y = batch()
-    loss = DistillLoss(**FULL)
-    value = torch.utils.checkpoint.checkpoint(lambda z: loss(z, t, y), s, use_reentrant=False)
-    assert_close(gradient(value, s), gradient(loss(s, t, y), s), 0)
-
-
 # ---- what must not happen on any path
 
 
@@ -275,24 +213,3 @@ def test_a_label_that_nobody_checked_is_nan_not_a_wild_read():
     assert value.isnan().tolist() == [False, True, False, False, True, False]
     rows = gradient(value, s, grad_outputs=torch.ones(6)).isnan().any(-1)
     assert rows.tolist() == [False, True, False, False, True, False]
-
-
-def test_a_training_step_agrees_with_the_reference_for_fifty_steps():
-    torch.manual_seed(0)
-    x, t, y = torch.randn(64, 20), 3 * torch.randn(64, 5), torch.randint(5, (64,))
-    curves = []
-    for backend in ("auto", "reference"):
-        torch.manual_seed(1)
-        model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 5))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        loss = DistillLoss(backend=backend, label_smoothing=0.1)
-        values = []
-        for _ in range(50):
-            optimizer.zero_grad()
-            value = loss(model(x), t, y)
-            value.backward()
-            optimizer.step()
-            values.append(value.detach())
-        curves.append(torch.stack(values))
-    assert F.l1_loss(curves[0], curves[1]) < 1e-5
-    assert curves[0][-1] < 0.7 * curves[0][0]

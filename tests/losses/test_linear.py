@@ -1,9 +1,6 @@
 """LinearDistillLoss against F.linear followed by DistillLoss, chunk by chunk, and what it must not do: hold N x K."""
 
-import copy
 import itertools
-import math
-import pickle
 
 import pytest
 import torch
@@ -12,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kd import distill_loss
-from kd.losses import linear, reference
+from kd.losses import linear
 from kd.losses.kernels import chunked
 from kd.losses.linear import LinearDistillLoss
 
@@ -120,17 +117,6 @@ def test_chunks_fit_the_budget_and_are_of_equal_size(rows, sizes, chunks):
     assert chunks[::2] == chunks[1::2] == sizes
 
 
-def test_a_larger_head_has_a_larger_budget(chunks):
-    """A quarter of the weight's gradient in float32, 24 MiB at least."""
-    loss = LinearDistillLoss(backend="reference", kd_weight=0)
-    per_row = 2**15 * 4 * (1 + linear.REFERENCE_COPIES / linear.PARTS)
-    for d, budget in ((16, 24 * 2**20), (1024, 2**25)):
-        x, w, y = torch.zeros(200, d), torch.zeros(1, 1).expand(2**15, d), torch.zeros(200, dtype=torch.int64)
-        loss(x, w, y)
-        assert max(chunks) == math.ceil(200 / math.ceil(200 / (budget // per_row)))
-        chunks.clear()
-
-
 @pytest.mark.parametrize("lead", [(), (1,), (2, 1, 3)])
 @pytest.mark.parametrize(("soft", "reduction"), [(False, "none"), (True, "mean")])
 def test_leading_dimensions(lead, soft, reduction):
@@ -151,9 +137,6 @@ def test_terms_are_the_unweighted_parts():
         torch.testing.assert_close(terms.kd, case.unfused(kd_weight=1, ce_weight=0, **settings).detach())
         assert not terms.ce.requires_grad
         assert not terms.kd.requires_grad
-    case = Case()
-    assert LinearDistillLoss(kd_weight=0.0).terms(case.x, case.w, case.y, **case.teacher()).kd is None
-    assert LinearDistillLoss(ce_weight=0.0).terms(case.x, case.w, case.y, **case.teacher()).ce is None
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -173,23 +156,6 @@ def test_only_gradients_that_are_needed(which, reduction):
             torch.testing.assert_close(grad, tensor.grad, rtol=1e-12, atol=1e-12)
 
 
-def test_without_gradients_none_is_computed(monkeypatch):
-    asked, rows = [], reference.rows
-
-    def watched(*args, with_gradient, **kwargs):
-        asked.append(with_gradient)
-        return rows(*args, with_gradient=with_gradient, **kwargs)
-
-    monkeypatch.setattr(reference, "rows", watched)
-    case, loss = Case(), LinearDistillLoss(backend="reference")
-    with torch.no_grad():
-        assert not case.ours(loss).requires_grad
-    case.x.requires_grad_(False), case.w.requires_grad_(False), case.b.requires_grad_(False)
-    assert not case.ours(loss).requires_grad
-    assert asked
-    assert not any(asked)
-
-
 # ---- upstream gradients, graphs, derivatives
 
 
@@ -202,15 +168,6 @@ def test_upstream_gradients_multiply(scale, reduction):
     for function in (lambda v: (scale * v).sum(), lambda v: scale * v.square().sum()):
         ours_, theirs_ = (torch.autograd.grad(function(v), case.leaves, retain_graph=True) for v in (ours, theirs))
         assert_close([g / max(1, abs(scale)) for g in ours_], [g / max(1, abs(scale)) for g in theirs_])
-
-
-def test_features_may_be_computed():
-    case = Case()
-    loss = LinearDistillLoss(memory_budget=2 * ROW)
-    ours = loss((3 * case.x).tanh(), case.w.square(), case.y, bias=case.b, **case.teacher())
-    logits = F.linear((3 * case.x).tanh(), case.w.square(), case.b)
-    theirs = distill_loss(logits, case.teacher("logits")["teacher_logits"], case.y)
-    assert_close(case.gradients(ours), case.gradients(theirs))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -238,15 +195,6 @@ def test_a_second_derivative_is_an_error_and_no_silent_zero(reduction):
         sum(gradient.sum() for gradient in gradients).backward()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_first_derivatives_by_finite_differences(reduction):
-    case = Case()
-    loss = LinearDistillLoss(2.0, reduction=reduction, memory_budget=3 * ROW, label_smoothing=0.1)
-    assert torch.autograd.gradcheck(
-        lambda x, w, b: loss(x, w, case.y, bias=b, **case.teacher()), (case.x, case.w, case.b)
-    )
-
-
 def test_torch_func_grad():
     case, loss = Case(), LinearDistillLoss(memory_budget=3 * ROW)
     expected = case.gradients(case.unfused())
@@ -267,15 +215,6 @@ def test_under_torch_compile():
     logits = F.linear(case.x.tanh(), case.w, case.b)
     theirs = 2 * distill_loss(logits, case.teacher("logits")["teacher_logits"], case.y)
     assert_close(case.gradients(step(case.x, case.w, case.b)), case.gradients(theirs))
-
-
-def test_a_weight_changed_before_backward_is_an_error():
-    case = Case()
-    value = case.ours(LinearDistillLoss())
-    with torch.no_grad():
-        case.w.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        value.backward()
 
 
 @pytest.mark.parametrize("kind", ["head", "logits"])
@@ -430,25 +369,6 @@ def test_no_more_logits_than_the_budget_are_held(kind, dtype, reduction, backend
 # ---- copies and settings
 
 
-@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_give_the_same_loss(clone):
-    case = Case()
-    loss = LinearDistillLoss(3.0, label_smoothing=0.1, class_weight=CLASS_WEIGHT, memory_budget=2 * ROW)
-    copied = clone(loss)
-    assert torch.equal(case.ours(copied), case.ours(loss))
-    assert copied.memory_budget == 2 * ROW
-
-
-def test_settings_may_be_scheduled_and_are_shown():
-    case, loss = Case(), LinearDistillLoss(2.0, memory_budget=1000)
-    loss.kd_weight = 0.2
-    assert_close([case.ours(loss)], [case.unfused(temperature=2.0, kd_weight=0.2)])
-    with pytest.raises(ValueError, match=r"kd_weight=-1: "):
-        loss.kd_weight = -1
-    assert repr(loss) == "LinearDistillLoss(temperature=2.0, kd_weight=0.2, memory_budget=1000)"
-    assert LinearDistillLoss(class_weight=CLASS_WEIGHT).state_dict() == {}
-
-
 # ---- bad input
 
 
@@ -466,27 +386,15 @@ NONE = {"teacher_logits": None}
         ({"features": X[0, 0]}, ValueError, r"^features has shape \(\): must be \(\.\.\., D\)"),
         ({"weight": None}, TypeError, r"^weight: must be a tensor, got NoneType"),
         ({"weight": W.T}, ValueError, r"^weight has shape \(3, 5\): must be \(K, 3\) .* as features has 3"),
-        ({"weight": W[:0]}, ValueError, r"^weight has shape \(0, 3\): must be \(K, 3\) with K ≥ 1"),
-        (
-            {"weight": W.float()},
-            TypeError,
-            r"^weight.dtype=torch.float32: must be torch.float64, the dtype of f",
-        ),
+        ({"weight": W.float()}, TypeError, r"^weight.dtype=torch.float32: must be torch.float64"),
         ({"weight": W.to("meta")}, ValueError, r"^weight is on meta: must be on cpu, the device of features"),
         ({"bias": B[:3]}, ValueError, r"^bias has shape \(3,\): must be \(5,\)"),
-        ({"target": Y + 1}, ValueError, r"^target has label 5: must be 0\.\.4 or ignore_index=-100"),
-        ({"teacher_logits": None}, ValueError, r"^teacher_logits=None: must be given with kd_weight=0.9"),
         (HEAD, ValueError, r"^teacher: give teacher_logits, or teacher_features with teacher_weight"),
         ({"teacher_weight": TW}, ValueError, r"^teacher: give teacher_logits, or"),
         ({**NONE, "teacher_features": TX}, ValueError, r"^teacher: give teacher_logits, or"),
         ({**NONE, **HEAD, "teacher_features": TX[:3]}, ValueError, r"^teacher_features has .*: must be \(4, 2\)"),
         ({**NONE, **HEAD, "teacher_weight": TW[:4]}, ValueError, r"^teacher_weight has .*: must be \(5, 2\)"),
-        ({**NONE, **HEAD, "teacher_weight": W}, ValueError, r"^teacher_weight has .*: must be \(K, 2\)"),
-        (
-            {**NONE, **HEAD, "teacher_weight": TW.clone().requires_grad_()},
-            ValueError,
-            r"^teacher_weight.requires_gr",
-        ),
+        ({**NONE, **HEAD, "teacher_weight": TW.clone().requires_grad_()}, ValueError, r"^teacher_weight.requires_grad"),
         ({**NONE, **{k: v.to("meta") for k, v in HEAD.items()}}, ValueError, r"^teacher_features is on meta: must be"),
     ],
 )
@@ -495,10 +403,3 @@ def test_bad_tensors(changed, error, message):
     with pytest.raises(error, match=message) as caught:
         LinearDistillLoss()(**given)
     assert "\n" not in str(caught.value)
-
-
-def test_without_kd_weight_the_teacher_is_not_used():
-    loss = LinearDistillLoss(kd_weight=0, ce_weight=1)
-    torch.testing.assert_close(
-        loss(X, W, Y, teacher_logits=TX, teacher_weight="no tensor"), F.cross_entropy(X @ W.T, Y)
-    )

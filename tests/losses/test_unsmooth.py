@@ -93,11 +93,6 @@ def test_a_masked_class_stays_masked_and_nan_stays_nan():
     assert found[2].isfinite().all()
 
 
-def test_it_takes_no_gradient():
-    logits = torch.randn(3, K, requires_grad=True)
-    assert not unsmooth(logits, 0.1).requires_grad
-
-
 def test_vmap_and_compile_agree_with_eager():
     logits = 4 * torch.randn(5, K, generator=seeded())
     expected = unsmooth(logits, 0.1, "others")
@@ -110,25 +105,10 @@ def test_vmap_and_compile_agree_with_eager():
     ("call", "error", "message"),
     [
         (lambda: unsmooth(LOGITS, 1.0), ValueError, r"^label_smoothing=1.0: must be a number ≥ 0 and < 1"),
-        (lambda: unsmooth(LOGITS, math.nan), ValueError, r"^label_smoothing=nan: "),
-        (lambda: unsmooth(LOGITS, "0.1"), TypeError, r"^label_smoothing='0.1': .*got str"),
-        (lambda: unsmooth(LOGITS, 0.1, "other"), ValueError, r"^smoothing='other': must be one of"),
-        (
-            lambda: unsmooth(torch.zeros(2, 2), 0.9, "others"),
-            ValueError,
-            r"^label_smoothing=0.9: is a uniform mass of 1.8",
-        ),
+        (lambda: unsmooth(torch.zeros(2, 2), 0.9, "others"), ValueError, r"=0.9: is a uniform mass of 1.8"),
         (lambda: unsmooth(LOGITS.long(), 0.1), TypeError, r"^logits: .*got torch.int64 of shape \(2, 3\)"),
         (lambda: unsmooth(torch.tensor(1.0), 0.1), TypeError, r"^logits: .*shape \(\)"),
         (lambda: unsmooth([0.0], 0.1), TypeError, r"^logits: .*got list"),
-        (
-            lambda: DistillLoss(teacher_smoothing=1.0),
-            ValueError,
-            r"^teacher_smoothing=1.0: must be a number ≥ 0 and < 1",
-        ),
-        (lambda: DistillLoss(teacher_smoothing=-0.1), ValueError, r"^teacher_smoothing=-0.1: "),
-        (lambda: DistillLoss(teacher_smoothing=None), TypeError, r"^teacher_smoothing=None: .*got NoneType"),
-        (lambda: LinearDistillLoss(teacher_smoothing=math.nan), ValueError, r"^teacher_smoothing=nan: "),
     ],
 )
 def test_bad_input_names_the_argument(call, error, message):
@@ -166,23 +146,6 @@ def test_the_loss_of_a_smoothed_teacher_is_that_of_the_clean_one(backend, temper
     assert abs(smoothed_loss - ours) > 1e-3  # it is not that smoothing does not matter here
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_backends_agree_on_a_real_teacher_with_classes_below_the_floor(dtype):
-    student, teacher = ((4 * torch.randn(20, K, generator=seeded(s))).to(dtype) for s in (0, 1))
-    target = torch.arange(20) % K
-    target[3] = -100
-    assert (teacher.float().softmax(-1) < 0.2 / K).any()
-    values, gradients = [], []
-    for backend in ("reference", "cpu"):
-        leaf = student.clone().requires_grad_()
-        loss = distill_loss(leaf, teacher, target, backend=backend, teacher_smoothing=0.2, reduction="none")
-        values.append(loss)
-        gradients.append(gradient_of(loss.sum(), leaf))
-    assert values[0].isfinite().all()
-    torch.testing.assert_close(*values, rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(*gradients, rtol=2e-2 if dtype != torch.float32 else 2e-5, atol=1e-4)
-
-
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("made_here", [True, False])
 def test_the_linear_loss_unsmooths_every_chunk(backend, made_here):
@@ -199,7 +162,6 @@ def test_the_linear_loss_unsmooths_every_chunk(backend, made_here):
     ours = loss(features, weight, target, **teacher)
     expected = distill_loss(F.linear(features, weight), p.log(), target, **SETTINGS, backend="reference")
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
-    for leaf in (features, weight):
-        torch.testing.assert_close(gradient_of(ours, leaf), gradient_of(expected, leaf), rtol=1e-10, atol=1e-13)
-        ours = loss(features, weight, target, **teacher)
-        expected = distill_loss(F.linear(features, weight), p.log(), target, **SETTINGS, backend="reference")
+    grads = (torch.autograd.grad(value, (features, weight)) for value in (ours, expected))
+    for ours_, expected_ in zip(*grads, strict=True):
+        torch.testing.assert_close(ours_, expected_, rtol=1e-10, atol=1e-13)
