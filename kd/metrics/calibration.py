@@ -1,4 +1,4 @@
-"""Accuracy, and what the confidences are worth."""
+"""Accuracy, likelihood and calibration of the predicted probabilities."""
 
 import functools
 
@@ -18,8 +18,8 @@ BINS = 15  # of equal width, [lo, hi)
 def top_k_accuracy(logits: Tensor, targets: Tensor, k: int = 1) -> Tensor:
     """Share of samples whose class is among the k ≥ 1 largest logits, from 0 to 1; 1 for k ≥ K.
 
-    mean over i of 1{rank of logits[i, targets[i]] < k}; of equal logits the one with the lower index ranks first,
-    as in argmax, so that a network with constant logits does not score 1.
+    mean over i of 1{rank of logits[i, targets[i]] < k}. Among equal logits the one with the lower index ranks first, as
+    in argmax, so that a network with constant logits does not score 1.
     """
     own = logits.gather(1, targets[:, None])
     earlier = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]
@@ -65,7 +65,7 @@ def ece(logits: Tensor, targets: Tensor) -> Tensor:
 
 @checked
 def mce(logits: Tensor, targets: Tensor) -> Tensor:
-    """Maximum calibration error: the worst bin of `ece`. Misleads: the worst bin is mostly the emptiest one.
+    """Maximum calibration error: the worst bin of `ece`. Misleading: the worst bin usually has the fewest samples.
 
     max over b of |accuracy_b - confidence_b|, empty bins count 0; Naeini et al. 2015, "Obtaining Well Calibrated
     Probabilities Using Bayesian Binning", section 2.
@@ -76,18 +76,18 @@ def mce(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @checked
-def reliability_bins(logits: Tensor, targets: Tensor, bins: int = BINS) -> dict[str, list]:
-    """A reliability diagram: how often the top class is right, by how probable it is said to be.
+def reliability_bins(logits: Tensor, targets: Tensor) -> dict[str, list]:
+    """Bins of a reliability diagram: the accuracy of the top class, by its predicted probability.
 
-    Returns lists with count, confidence and accuracy of each bin; both means are None in an empty bin.
-    Σ_b (count_b / N) |accuracy_b - confidence_b| is `ece`, up to the float32 of the latter.
+    Returns a dict of lists with one entry per bin: count, mean confidence and accuracy; the last two are None for an
+    empty bin. Σ_b (count_b / N) |accuracy_b - confidence_b| is `ece`, up to the float32 of the latter.
     """
     gap, confidence = _gap(logits, targets)
-    places = _equal_width(confidence, bins)
-    counts = places.bincount(minlength=bins).tolist()
+    places = _equal_width(confidence)
+    counts = places.bincount(minlength=BINS).tolist()
 
     def means(values: Tensor) -> list[float | None]:
-        return [total / n if n else None for total, n in zip(_sums(values, places, bins).tolist(), counts, strict=True)]
+        return [total / n if n else None for total, n in zip(_sums(values, places).tolist(), counts, strict=True)]
 
     return {"count": counts, "confidence": means(confidence), "accuracy": means((gap + confidence).round())}
 
@@ -108,11 +108,11 @@ def equal_mass_ece(logits: Tensor, targets: Tensor) -> Tensor:
 
 @metric("classwise_ece", "classwise ECE", "down", percent=True)
 def classwise_ece(logits: Tensor, targets: Tensor) -> Tensor:
-    """Calibration error of every class's probability, not only the top one's; the mean over the K classes, ≤ 2/K.
+    """Calibration error of each class's probability, averaged over the K classes; at most 2/K.
 
     (1/K) Σ_k Σ_b (n_bk / N) |share of class k_b - mean p_b[k]|, 15 bins [lo, hi) of equal width for each class; Kull et
-    al. 2019, "Beyond temperature scaling", section 2. With many classes nearly all of it is probabilities near 0, so
-    that it is small for everything: compare it at equal K only. The released code of Mukhoti et al. 2020 averages over
+    al. 2019, "Beyond temperature scaling", section 2. With many classes most probabilities are near 0, so that every
+    network has a small error: compare it at equal K only. The released code of Mukhoti et al. 2020 averages over
     max(targets) + 1 classes, has bins (lo, hi] and drops probabilities of exactly 0.
     """
     p = logits.softmax(dim=1)
@@ -122,14 +122,14 @@ def classwise_ece(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _gap(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) how much more right than confident each sample is, and its confidence."""
+    """(N,) correctness (0 or 1) less confidence, and (N,) confidence, the largest probability."""
     confidence = logits.softmax(dim=1).amax(dim=1)
     return (logits.argmax(dim=1) == targets).double() - confidence, confidence
 
 
-def _equal_width(p: Tensor, bins: int = BINS) -> Tensor:
-    return (p * bins).long().clamp(max=bins - 1)
+def _equal_width(p: Tensor) -> Tensor:
+    return (p * BINS).long().clamp(max=BINS - 1)
 
 
-def _sums(values: Tensor, places: Tensor, bins: int = BINS) -> Tensor:
-    return values.new_zeros(bins).index_add_(0, places, values)
+def _sums(values: Tensor, places: Tensor) -> Tensor:
+    return values.new_zeros(BINS).index_add_(0, places, values)

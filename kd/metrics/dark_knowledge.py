@@ -1,8 +1,8 @@
-"""What a network knows about the wrong classes.
+"""Dark knowledge: what a network predicts about the classes that are wrong.
 
-NT stands for non-target: the label's class is dropped and the others renormalised, so that accuracy and confidence
-play no part. `reference` (N, K) is what should be known: logits whose softmax is p*, such as the logarithm of the true
-posterior, or of the mean prediction of an ensemble of clean networks. Comparing wrong classes takes K ≥ 3.
+NT stands for non-target: the label's class is dropped and the others are renormalised, so that accuracy and confidence
+play no part. `reference` (N, K) holds logits whose softmax is the best known posterior p*, such as the logarithm of the
+true posterior, or of the mean prediction of an ensemble trained on hard labels. The NT metrics need K ≥ 3.
 """
 
 import math
@@ -21,10 +21,10 @@ __all__ += ["shen_instability", "transfer_efficiency"]
 
 @metric("nt_cosine", "NT-cosine", "up")
 def nt_cosine(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-    """Alignment of the wrong classes' logits with the reference's, free of scale and offset, from -1 to 1.
+    """Cosine of the wrong classes' logits with the reference's, each centred; from -1 to 1.
 
     mean over i of cos(c(logits[i] without class targets[i]), c(log p*[i] without it)), c subtracting the mean. Ours.
-    1 for reference·a + b, a > 0; a sample whose wrong classes are equal counts 0.
+    1 for reference·a + b, a > 0; 0 for a sample whose wrong classes have equal logits.
     """
     z, r = _non_target(logits, reference, targets)
     z, r = z - z.mean(dim=1, keepdim=True), r - r.mean(dim=1, keepdim=True)
@@ -34,10 +34,10 @@ def nt_cosine(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
 
 @metric("nt_kl", "NT-KL", "down")
 def nt_kl(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-    """Divergence of the wrong classes' probabilities from the reference's, in nats, at the temperature that suits best.
+    """Divergence of the wrong classes' probabilities from the reference's, in nats, at the best temperature.
 
     min over T of mean over i of KL(nt(p*[i]) ‖ nt(softmax(logits[i] / T))), one T for all samples. Ours. The best T
-    takes out what smoothing does to confidence alone. From 0 (at reference·a + b, a > 0) to the divergence from
+    removes what smoothing changes in confidence alone. From 0 (at reference·a + b, a > 0) to the divergence from
     uniform (T = inf).
     """
     z, r = _non_target(logits, reference, targets)
@@ -50,28 +50,26 @@ def nt_kl(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=1).mean().clamp(min=0)
 
 
-# Of three networks: a study's table measures it, no network alone has what it needs.
+# It compares three networks, so that only a study's table can compute it.
 @metric("transfer_efficiency", "transfer efficiency", "up", splits=("test",), networks=("student",))
 def transfer_efficiency(student: float, hard: float, bayes: float) -> float:
-    """How much of the dark knowledge that can be transferred was transferred.
+    """Share of the transferable dark knowledge that the student received.
 
     (hard - student) / (hard - bayes), each an `nt_kl` against the same reference: of the distilled student, of the same
     student trained on hard labels, and of the same student trained on the reference's probabilities. Ours.
-    1 as good as the reference itself would teach, 0 no better than labels, negative harmful; not bounded. nan where
-    hard ≤ bayes: there was nothing to transfer.
+    1: as good as training on the reference; 0: no better than labels; negative: harmful; not bounded. nan where
+    hard ≤ bayes, since there was nothing to transfer.
     """
-    if not all(0 <= value < math.inf for value in (student, hard, bayes)):
-        raise ValueError(f"student={student}, hard={hard}, bayes={bayes}: must each be an nt_kl, finite and ≥ 0")
     return (hard - student) / (hard - bayes) if hard > bayes else math.nan
 
 
 @metric("class_similarity_correlation", "class-similarity correlation", "up")
 def class_similarity_correlation(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-    """Whether the network confuses a class with the same others, in the same order, as the reference does; -1 to 1.
+    """Rank correlation of the network's class confusions with the reference's, from -1 to 1.
 
     mean over the classes c present of Spearman's ρ between the class means of softmax(logits) and of p* over the
     samples of class c, both without entry c. Ours. Smoothing a prediction exactly, (1-eps) p + eps/K, changes no rank.
-    Equal entries share their rank, and a row of equal entries counts 0.
+    Equal entries share their mean rank; a row of equal entries counts 0.
     """
     _check_wrong_classes(logits)
     present, groups = targets.unique(return_inverse=True)
@@ -86,7 +84,7 @@ SATURATION = "on fitted data it rises with smoothing because hard labels saturat
 
 @metric("gamma", "γ", splits=SPLITS, misleading=CONFIDENCE)
 def gamma(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """Müller's γ, the mass off the label. Misleads: smoothing and temperature raise it without any dark knowledge.
+    """Müller's γ, the mass off the label. Misleading: smoothing and temperature raise it without any dark knowledge.
 
     mean over i of Σ_k (1 - y_k) softmax(logits[i] / T)[k] · K/(K-1), y one-hot, T = temperature > 0; Müller et al.
     2019, "When Does Label Smoothing Help?", section 4, who set a smoothed target's eps equal to a teacher's γ(T) to
@@ -100,12 +98,12 @@ def gamma(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
 
 @metric("shen_instability", "Shen's 1 − S", splits=SPLITS, misleading=SATURATION)
 def shen_instability(logits: Tensor, targets: Tensor) -> Tensor:
-    """Shen's 1 - S, the spread of predictions in a class. Misleads: on fitted data it rises with smoothing.
+    """Shen's 1 - S, the spread of predictions within a class. Misleading: on fitted data it rises with smoothing.
 
     (1/C) Σ_c (1/n_c) Σ_{i in c} ‖p_i - mean of p over c‖², p = softmax(logits), over the C ≥ 2 classes present; Shen et
     al. 2021, "Is Label Smoothing Truly Incompatible with Knowledge Distillation?", whose stability S is 1 minus this. A
-    network that interpolates its training data with hard labels is saturated there, all its predictions one-hot, and
-    scores 0: the rise with smoothing is the end of saturation and not knowledge. From 0 to 1.
+    network that fits hard labels perfectly predicts one-hot vectors on its training data and scores 0; smoothing ends
+    this saturation, and the rise is no sign of knowledge. From 0 to 1.
     """
     p, groups = logits.softmax(dim=1), present_classes(targets)
     spread = (p - class_means(p, groups)[groups]).square().sum(dim=1, keepdim=True)
@@ -114,7 +112,7 @@ def shen_instability(logits: Tensor, targets: Tensor) -> Tensor:
 
 @metric("cmi", "CMI", splits=SPLITS, misleading=SATURATION)
 def cmi(logits: Tensor, targets: Tensor) -> Tensor:
-    """Conditional mutual information of input and prediction given the label. Misleads as `shen_instability` does.
+    """Conditional mutual information of input and prediction given the label. Misleading as `shen_instability` is.
 
     mean over i of KL(p_i ‖ mean of p over the samples of class targets[i]), p = softmax(logits), in nats, from 0 to
     log K: Ye et al. 2024, "Bayes Conditional Distribution Estimation for Knowledge Distillation Based on Conditional

@@ -1,7 +1,7 @@
-"""How close a student's predictions are to its teacher's.
+"""Fidelity: agreement and divergence between a student's predictions and its teacher's.
 
-From Stanton et al. 2021, "Does Knowledge Distillation Really Work?", section 3.
-Never show the predictive KL without the agreement: it falls with label smoothing while the agreement falls too.
+From Stanton et al. 2021, "Does Knowledge Distillation Really Work?", section 3. Show the predictive KL only beside the
+agreement: label smoothing lowers both, and a lower agreement is worse.
 """
 
 import functools
@@ -21,8 +21,8 @@ def agreement(logits: Tensor, teacher: Tensor, k: int = 1) -> Tensor:
     """Share of the k most likely classes that two networks have in common, from 0 to 1; k/K is chance.
 
     mean over i of |top k of logits[i] ∩ top k of teacher[i]| / k, k at most K. For k = 1 the share of samples with the
-    same prediction, Stanton et al. 2021; the overlap for k > 1 is ours. Of equal logits the one with the lower index
-    ranks first, as in argmax.
+    same prediction, Stanton et al. 2021; the overlap for k > 1 is ours. Among equal logits the one with the lower
+    index ranks first, as in argmax.
     """
     k = min(k, logits.shape[1])
     orders = (z.sort(dim=1, descending=True, stable=True).indices[:, :k] for z in (logits, teacher))
@@ -36,7 +36,7 @@ APART = "falls with a smoothed teacher while the agreement falls too"
 
 @metric("predictive_kl", "predictive KL", "down", needs=("teacher", "logits"), networks=STUDENT, misleading=APART)
 def predictive_kl(teacher: Tensor, logits: Tensor) -> Tensor:
-    """Divergence of the student's predictions from the teacher's, in nats. Misleads alone: show it beside `agreement`.
+    """Divergence of the student's predictions from the teacher's, in nats. Misleading without `agreement`.
 
     mean over i of Σ_k p_t[k] (log p_t[k] - log p_s[k]), p = softmax at T = 1; Stanton et al. 2021. 0 where the logits
     differ by a constant per sample.

@@ -1,4 +1,7 @@
-"""How classes lie in feature space. Features are what the last layer reads; at least two classes are present."""
+"""Geometry of the classes in feature space: variance, separation and Müller's projection.
+
+Features are the inputs of the last layer. At least two classes must be present.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,8 +19,8 @@ __all__ = ["Projection", "class_separation", "muller_projection", "within_total_
 def within_total_variance(features: Tensor, targets: Tensor) -> Tensor:
     """Share of the features' variance that lies within the classes; label smoothing lowers it.
 
-    Σ_i ‖f_i - mean of f over i's class‖² / Σ_i ‖f_i - mean of f‖². The rest is between the classes. From 0 (a point per
-    class) to 1 (equal class means).
+    Σ_i ‖f_i - mean of f over i's class‖² / Σ_i ‖f_i - mean of f‖². From 0 (each class is one point) to 1 (equal class
+    means).
     """
     groups = present_classes(targets)
     centred = features - features.mean(dim=0)
@@ -33,8 +36,8 @@ def class_separation(features: Tensor, targets: Tensor) -> Tensor:
 
     1 - d_within / d_total, d the mean of 1 - cos over all pairs of a class (a sample with itself too), averaged over
     the classes, and over all pairs of all classes, each class of equal weight; Kornblith et al. 2021, "Why Do Better
-    Loss Functions Lead to Less Transferable Features?", section 4. From 0 (equal mean directions) to 1 (a direction per
-    class). Rows of 0, where every ReLU is off, have no direction and are left out.
+    Loss Functions Lead to Less Transferable Features?", section 4. From 0 (equal mean directions) to 1 (each class has
+    one direction). Rows of zeros, where every ReLU is off, have no direction and are left out.
     """
     alive = (features != 0).any(dim=1)
     if not alive.any():
@@ -58,7 +61,7 @@ class Projection(NamedTuple):
 
 @checked
 def muller_projection(features: Tensor, weight: Tensor, bias: Tensor, classes: Sequence[int]) -> Projection:
-    """Features in the plane through the templates of three classes: the pictures of clusters and triangles.
+    """Projection of features onto the plane through the templates of three classes.
 
     A class's template is its row of the last layer with the bias appended, (w_c, b_c); a feature is (f, 1). The plane
     goes through templates i, j, k; its origin is template i, its basis the orthonormal one of (w_j - w_i, w_k - w_i) by

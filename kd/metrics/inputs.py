@@ -1,4 +1,4 @@
-"""The checks that all metrics share: arguments are checked and converted by their names."""
+"""Input checks that all metrics share; an argument's name says which apply."""
 
 import functools
 import inspect
@@ -14,7 +14,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Undefined(ValueError):
-    """The inputs are well-formed and the metric has no value for them, as a rank of one class has none."""
+    """The inputs are well-formed, but the metric is undefined for them, as within-class variance is for one class."""
 
 
 def checked(function: Function) -> Function:
@@ -25,15 +25,10 @@ def checked(function: Function) -> Function:
     def with_checks(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
         given = call.arguments
-        for name in given.keys() & {*LOGITS}:
-            given[name] = _logits(name, given[name])
-        for name in given.keys() & {*FEATURES}:
-            given[name] = _matrix(name, given[name], "(N, D) with at least one row and column", 1)
+        for name in given.keys() & {*LOGITS, *FEATURES}:
+            given[name] = _matrix(name, given[name])
         shapes = {name: tuple(given[name].shape) for name in LOGITS if name in given}
-        if len(set(shapes.values())) > 1:
-            raise ValueError(
-                f"{' and '.join(shapes)} have shapes {' and '.join(map(str, shapes.values()))}: must agree"
-            )
+        _require(len(set(shapes.values())) <= 1, f"{' and '.join(shapes)} have shapes {[*shapes.values()]}: must agree")
         if "targets" in given:
             rows = next(given[name] for name in (*LOGITS, *FEATURES) if name in given)
             _check_targets(given["targets"], len(rows), rows.shape[1] if shapes else None)
@@ -42,30 +37,35 @@ def checked(function: Function) -> Function:
     return with_checks  # type: ignore[return-value]
 
 
-def _matrix(name: str, values: Tensor, shape: str, columns: int) -> Tensor:
-    if values.ndim != 2 or len(values) == 0 or values.shape[1] < columns:
-        raise ValueError(f"{name} has shape {tuple(values.shape)}: must be {shape}")
-    if not values.is_floating_point():
-        raise ValueError(f"{name} is {values.dtype}: must be floating point")
-    if bad := (~values.isfinite().all(dim=1)).sum().item():
-        raise ValueError(f"{name} has {bad} rows with nan or inf: the model diverged, or its precision is too low")
-    return values.detach().double()
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
 
 
-def _logits(name: str, logits: Tensor) -> Tensor:
-    wide = _matrix(name, logits, "(N, K) with at least one row, two classes", 2)
-    tolerance = max(1e-4, 4 * torch.finfo(logits.dtype).eps)
-    if (wide >= 0).all() and ((wide.sum(dim=1) - 1).abs() <= tolerance).all():
-        raise ValueError(f"{name} are probabilities, rows ≥ 0 that sum to 1: must be logits; their logarithm is one")
+def _matrix(name: str, values: Tensor) -> Tensor:
+    """Check a matrix of logits or features, and convert it to float64 without gradient."""
+    columns = 2 if name in LOGITS else 1
+    fits = values.ndim == 2 and len(values) > 0 and values.shape[1] >= columns
+    _require(fits, f"{name} has shape {tuple(values.shape)}: must have 2 dimensions, ≥ 1 row and ≥ {columns} column(s)")
+    _require(values.is_floating_point(), f"{name} is {values.dtype}: must be floating point")
+    wide = values.detach().double()
+    bad = (~wide.isfinite().all(dim=1)).sum().item()
+    _require(not bad, f"{name} has {bad} rows with nan or inf: the model diverged, or its precision is too low")
+    tolerance = max(1e-4, 4 * torch.finfo(values.dtype).eps)
+    probabilities = (wide >= 0).all() and ((wide.sum(dim=1) - 1).abs() <= tolerance).all()
+    _require(
+        name not in LOGITS or not probabilities,
+        f"{name} are probabilities, rows ≥ 0 that sum to 1: must be logits; take their logarithm",
+    )
     return wide
 
 
 def _check_targets(targets: Tensor, n: int, classes: int | None) -> None:
-    if targets.shape != (n,) or targets.dtype != torch.int64:
-        raise ValueError(f"targets are {targets.dtype} of shape {tuple(targets.shape)}: must be int64 of shape ({n},)")
-    if classes is not None and (targets.min() < 0 or targets.max() >= classes):
-        low, high = targets.min().item(), targets.max().item()
-        raise ValueError(f"targets go from {low} to {high}: must be from 0 to {classes - 1}, the classes of the logits")
+    fits = targets.shape == (n,) and targets.dtype == torch.int64
+    _require(fits, f"targets are {targets.dtype} of shape {tuple(targets.shape)}: must be int64 of shape ({n},)")
+    low, high = targets.min().item(), targets.max().item()
+    if classes is not None:
+        _require(low >= 0 and high < classes, f"targets go from {low} to {high}: must be from 0 to {classes - 1}")
 
 
 def present_classes(targets: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""What a student knows about a class that its training set did not have. Logits have all K classes.
+"""Metrics of a class that the student's training set left out. Logits have all K classes.
 
 Such a student hardly ever predicts the class, because its bias is far too low. Hinton et al. 2015, "Distilling the
-Knowledge in a Neural Network", section 3, raise the bias and find that the student knew the class all the same.
-`targets` have samples of the class `omitted` and of others; all raise Undefined where they do not.
+Knowledge in a Neural Network", section 3, raise the bias and find that the student learned the class from its teacher.
+All raise Undefined unless `targets` hold samples of the class `omitted` and of others.
 """
 
 import torch
@@ -12,25 +12,16 @@ from kd.metrics.inputs import Undefined, checked
 from kd.metrics.ranking import auroc
 from kd.metrics.registry import metric
 
-__all__ = ["best_bias", "bias_corrected_recall", "omitted_auroc", "recall_with_bias"]
-
-
-def bias_corrected_recall(logits: Tensor, targets: Tensor, omitted: int) -> Tensor:
-    """Recall of the omitted class after the best bias for it. Misleads: the bias is fitted to the same samples.
-
-    `recall_with_bias` at `best_bias`, both on these logits, as Hinton et al. 2015 do. Call the two on different samples
-    where there are enough.
-    """
-    return recall_with_bias(logits, targets, omitted, best_bias(logits, targets, omitted))
+__all__ = ["best_bias", "omitted_auroc", "recall_with_bias"]
 
 
 @checked
 def best_bias(logits: Tensor, targets: Tensor, omitted: int) -> float:
-    """What to add to the omitted class's logit for the highest accuracy over all classes; exact search.
+    """The addition to the omitted class's logit that gives the highest accuracy over all classes; exact search.
 
-    The accuracy changes only where the bias passes a sample's max over the other classes less the omitted one's logit.
-    Of the best stretches between two such values it is the middle of the one nearest to 0, or 0 itself where that is in
-    one; outside all of them, 1 beyond the last.
+    The accuracy changes only where the bias passes a sample's margin: the largest logit of the other classes less the
+    omitted one's. Among the intervals of highest accuracy between two margins it is 0 if one holds 0, else the middle
+    nearest to 0; of an interval without an end, the point at distance 1 from its margin.
     """
     rest, positive = _rest(logits, targets, omitted)
     best, which = rest.max(dim=1)
@@ -39,7 +30,7 @@ def best_bias(logits: Tensor, targets: Tensor, omitted: int) -> float:
     # Biases above a sample's margin predict the omitted class for it.
     change = (positive.long() - (which == targets).long())[order]
     ends = margin[order]
-    right = torch.cat([change.new_zeros(1), change.cumsum(0)])  # gained in the stretch after n margins
+    right = torch.cat([change.new_zeros(1), change.cumsum(0)])  # gained in the interval after n margins
     low, high = torch.cat([ends[:1] - torch.inf, ends]), torch.cat([ends, ends[-1:] + torch.inf])
     middle = torch.cat([ends[:1] - 1, (ends[:-1] + ends[1:]) / 2, ends[-1:] + 1])
     middle = torch.where((low < 0) & (high > 0), 0.0, middle)
@@ -49,7 +40,10 @@ def best_bias(logits: Tensor, targets: Tensor, omitted: int) -> float:
 
 @metric("omitted_recall", "recall of the omitted class", "up", percent=True)
 def recall_with_bias(logits: Tensor, targets: Tensor, omitted: int, bias: float = 0.0) -> Tensor:
-    """Share of the omitted class's samples that are predicted as such once `bias` is added to its logit."""
+    """Recall of the omitted class once `bias` is added to its logit.
+
+    Hinton et al. 2015 fit `best_bias` to the same samples, which flatters the recall; fit it on a split of its own.
+    """
     rest, positive = _rest(logits, targets, omitted)
     margin = rest.amax(dim=1) - logits[:, omitted]
     return (margin[positive] < bias).double().mean()
@@ -63,10 +57,10 @@ metric("omitted_recall_corrected", "recall of the omitted class after a bias", "
 
 @metric("omitted_auroc", "AUROC of the omitted class", "up")
 def omitted_auroc(logits: Tensor, targets: Tensor, omitted: int) -> Tensor:
-    """How well the omitted class's log odds tell its samples from the others; no bias changes it. 1/2 is chance.
+    """Area under the ROC curve of the omitted class's log odds; no bias changes it. 1/2 is chance.
 
-    The chance that a sample of the class has higher log p/(1-p), p = softmax(logits)[omitted], than one of another
-    class, ties counting half.
+    The probability that a sample of the class has a higher log p/(1-p), p = softmax(logits)[omitted], than a sample of
+    another class; ties count half.
     """
     rest, positive = _rest(logits, targets, omitted)
     return auroc(logits[:, omitted] - rest.logsumexp(dim=1), positive)

@@ -1,4 +1,4 @@
-"""Ranks with ties shared, and the areas and correlations that are made of them."""
+"""Average ranks, Spearman's rank correlation and the area under the ROC curve."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 
 
 def auroc(scores: Tensor, positive: Tensor) -> Tensor:
-    """The chance () that a positive one of (N,) scores above another, ties counting half; both kinds are present."""
+    """The probability () that a positive sample scores above a negative one; ties count half, both are present."""
     n = positive.sum().double()
     above = average_ranks(scores)[positive].sum() - n * (n + 1) / 2
     return above / (n * (len(scores) - n))

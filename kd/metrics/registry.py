@@ -1,4 +1,4 @@
-"""The registry of metrics: how each is called and printed, what it needs, and on what it is measured.
+"""The registry of metrics: the name, label and inputs of each, and the splits and networks it is measured on.
 
 A new metric is one decorated function in any file of this folder::
 
@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from kd.metrics.inputs import Function, Undefined, checked
 
@@ -21,8 +21,6 @@ __all__ = ["METRICS", "Metric", "compute", "metric"]
 HELD_OUT = ("val", "test")
 SPLITS = ("train", *HELD_OUT)
 NETWORKS = ("teacher", "student", "control")
-Better = Literal["up", "down"] | None
-Needs = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -33,28 +31,28 @@ class Metric:
     ----------
     name : the metric's name in result.json, in a study's table, and in a contrast
     label : the name for people, as a table's header has it
-    better : "up" where a higher value is better, "down" where a lower one is, None where neither can be said
+    better : "up" where a higher value is better, "down" where a lower one is, None where neither is
     function : takes what `needs` names, in that order, and returns a number
-    needs : keys of the evidence that `compute` is given; the function's parameters without a default unless said
-        otherwise. Beside those of the legend in `kd.metrics`: scaled, the logits over the temperature that suits
-        validation best; omitted, a class; bias, what suits that class best on validation
-    percent : whether it is a share, which people read in per cent
+    needs : keys of the evidence that `compute` is given; by default the function's parameters without a default.
+        Beside those of the legend in `kd.metrics`: scaled, the logits divided by the temperature fitted on validation;
+        omitted, the class left out of training; bias, its `best_bias` on validation
+    percent : whether it is a share, printed in per cent
     splits, networks : where it is measured
     misleading : why the value alone invites a wrong conclusion; printed beside it
     """
 
     name: str
     label: str
-    better: Better
+    better: str | None
     function: Callable[..., Any]
-    needs: Needs
+    needs: tuple[str, ...]
     percent: bool = False
     splits: tuple[str, ...] = HELD_OUT
     networks: tuple[str, ...] = NETWORKS
     misleading: str = ""
 
     def value(self, evidence: Mapping[str, Any]) -> float | None:
-        """The metric of this evidence; None where a part of it is None, where it is undefined, or is not finite."""
+        """The metric of this evidence; None if an input is None, or if the metric is undefined or not finite."""
         inputs = [evidence[need] for need in self.needs]
         if any(part is None for part in inputs):
             return None
@@ -69,7 +67,7 @@ METRICS: dict[str, Metric] = {}
 
 
 def metric(
-    name: str, label: str, better: Better = None, needs: Needs = (), **about: Any
+    name: str, label: str, better: str | None = None, needs: tuple[str, ...] = (), **about: Any
 ) -> Callable[[Function], Function]:
     """Register the decorated function as a `Metric` with these attributes, and have its arguments checked."""
 
@@ -84,12 +82,12 @@ def metric(
 
 
 def compute(evidence: Mapping[str, Any], split: str, network: str) -> dict[str, float | None]:
-    """Every metric of one network on one split that the evidence allows.
+    """Every metric of one network on one split for which the evidence suffices.
 
     Parameters
     ----------
-    evidence : what is known, by the names of `Metric.needs`. A metric that needs a key which is not there is left out;
-        one that needs a key whose value is None is None.
+    evidence : values by the names of `Metric.needs`. A metric is left out if a key it needs is missing, and None if the
+        value of that key is None.
     split : "train", "val" or "test"
     network : "teacher", "student" or "control"
     """

@@ -1,4 +1,4 @@
-"""Abstaining: how well a score tells right predictions from wrong ones."""
+"""Selective classification: the area under the risk-coverage curve, and two scores that rank predictions."""
 
 import torch
 from torch import Tensor
@@ -15,17 +15,15 @@ def aurc(scores: Tensor, correct: Tensor) -> Tensor:
     mean over i = 1..N of (errors among the i highest scores) / i; Geifman & El-Yaniv 2017, "Selective Classification
     for Deep Neural Networks", and their 2018 "Bias-Reduced Uncertainty Estimation" for the area. The released code of
     Xia et al. 2025 adds the point (coverage 0, risk 0) and takes trapezoids, which is this minus error rate / 2N.
-    Equal scores have no order: each of them carries their group's error rate.
+    Equal scores have no order: each counts the error rate of its group.
 
     Parameters
     ----------
     scores : (N,) finite floating point; higher means more trusted
     correct : (N,) bool
     """
-    agree = scores.ndim == 1 and len(scores) and correct.shape == scores.shape and correct.dtype == torch.bool
-    if not agree or not scores.isfinite().all():
-        shapes = f"scores {tuple(scores.shape)} and correct {tuple(correct.shape)}, {correct.dtype}"
-        raise ValueError(f"{shapes}: must be (N,) finite numbers and (N,) bool, N ≥ 1")
+    if scores.shape != correct.shape or not len(scores) or not scores.isfinite().all():
+        raise ValueError("scores and correct must be (N,) finite numbers and (N,) bool, N ≥ 1")
     _, group, counts = (-scores.detach().double()).unique(return_inverse=True, return_counts=True)
     wrong = torch.zeros(len(counts), dtype=torch.float64, device=scores.device)
     wrong = wrong.index_add_(0, group, (~correct).double()) / counts
@@ -35,24 +33,24 @@ def aurc(scores: Tensor, correct: Tensor) -> Tensor:
 
 @checked
 def max_probability(logits: Tensor) -> Tensor:
-    """The score (N,) of a prediction by its confidence, max_k softmax(logits[i])[k], from 1/K to 1.
+    """The confidence (N,) as a score, max_k softmax(logits[i])[k], from 1/K to 1.
 
-    Hendrycks & Gimpel 2017, "A Baseline for Detecting Misclassified Examples". Label smoothing makes it worse at this
-    (Xia et al. 2025).
+    Hendrycks & Gimpel 2017, "A Baseline for Detecting Misclassified Examples". Label smoothing makes it a worse
+    score (Xia et al. 2025).
     """
     return logits.softmax(dim=1).amax(dim=1)
 
 
 @checked
 def normalised_max_logit(logits: Tensor, p: float = 4.0) -> Tensor:
-    """The score (N,) of a prediction by its largest logit in units of their p-norm; recovers what smoothing spoils.
+    """The largest centred logit (N,) over the p-norm, a score that label smoothing does not make worse.
 
     max_k v[k] / ‖v‖_p, v = logits[i] - mean over k of logits[i]; Xia et al. 2025, "Towards Understanding Why Label
     Smoothing Degrades Selective Classification and How to Fix It"; Cattelan & Silva 2024 for the score. They choose
-    p ≥ 1 on validation data. At most 1, and invariant to the logits' scale; 0 where v is 0.
+    p ≥ 1 on validation data. At most 1, invariant to the scale of the logits, 0 where v is 0.
     """
     v = logits - logits.mean(dim=1, keepdim=True)
-    # Scaled first: 1e200 to the power 4 is inf.
+    # Scaled first, as 1e200 to the power 4 would be inf.
     size = v.abs().amax(dim=1, keepdim=True)
     v = v / size.where(size > 0, 1)
     norm = torch.linalg.vector_norm(v, ord=p, dim=1)
@@ -61,11 +59,11 @@ def normalised_max_logit(logits: Tensor, p: float = 4.0) -> Tensor:
 
 @metric("aurc_max_probability", "AURC (max probability)", "down")
 def aurc_max_probability(logits: Tensor, targets: Tensor) -> Tensor:
-    """`aurc` of the confidences; the usual one."""
+    """`aurc` of `max_probability`, the usual score."""
     return aurc(max_probability(logits), logits.argmax(dim=1) == targets)
 
 
 @metric("aurc_normalised_logits", "AURC (normalised logits)", "down")
 def aurc_normalised_logits(logits: Tensor, targets: Tensor, p: float = 4.0) -> Tensor:
-    """`aurc` of the normalised logits; the fair one where smoothed and unsmoothed networks are compared."""
+    """`aurc` of `normalised_max_logit`, for a fair comparison of networks with and without label smoothing."""
     return aurc(normalised_max_logit(logits, p), logits.argmax(dim=1) == targets)

@@ -1,4 +1,4 @@
-"""How much label smoothing a classifier was trained with, read off its logits."""
+"""Estimate of the label smoothing that a classifier was trained with, from its logits."""
 
 import math
 from collections.abc import Callable
@@ -21,15 +21,15 @@ LEAST_MASS = 0.02
 
 @dataclass(frozen=True)
 class SmoothingEstimate:
-    """What `estimate_smoothing` found. Masses are under the convention "uniform"."""
+    """The result of `estimate_smoothing`. Masses are under the convention "uniform"."""
 
     label_smoothing: float  # at the median gap
-    low: float  # at the gaps that a quarter of the samples exceed and fall short of:
-    high: float  # the samples themselves say low .. high, and their number does not narrow it
+    low: float  # at the upper and the lower quartile of the gaps:
+    high: float  # low .. high is an interquartile range, which does not shrink with N
     unevenness: float  # median deviation of a sample's non-target logits, over the median gap; 0 for two classes
     accuracy: float
-    count: int  # samples classified correctly, from which all but the accuracy comes
-    doubts: tuple[str, ...]  # why not to trust it; empty: nothing was found against it
+    count: int  # samples classified correctly; all but the accuracy is computed from them
+    doubts: tuple[str, ...]  # reasons not to trust the estimate
 
     def __str__(self) -> str:
         return f"{self.label_smoothing:.3f} (middle half of {self.count} samples {self.low:.3f} to {self.high:.3f})"
@@ -37,18 +37,17 @@ class SmoothingEstimate:
 
 @checked
 def estimate_smoothing(logits: Tensor, targets: Tensor) -> SmoothingEstimate:
-    """The smoothing mass whose optimum has the logit gaps seen. Misleads for a network that was not trained out.
+    """The smoothing mass whose optimum has the observed logit gaps. Misleading before convergence.
 
     The smoothed cross entropy is least where the target's logit exceeds every other by g = log(1 + (1 - eps) K / eps)
     (Müller et al. 2019 show such clusters), so eps = K / (e^g - 1 + K). A sample's g is its target's logit less the
-    mean of the others. Over the samples that are classified correctly the median g gives the estimate and its
-    quartiles low and high, an interval that describes the samples and is no confidence interval. The estimator is ours.
+    mean of the others. The median g of the correctly classified samples gives the estimate, the quartiles of g give low
+    and high: an interquartile range, not a confidence interval. The estimator is ours.
 
-    What else limits the gap looks like smoothing: too few epochs, strong weight decay, mixup, a temperature, an
-    ensemble. Held-out samples give larger masses than training ones, on which it should be called, not augmented.
-    `doubts` name what can be seen from the logits: few samples, many mistakes, other classes' logits that smoothing
-    would have made equal and are not, and a mass so small that networks without smoothing have it too. The mass is nan,
-    with a doubt, where no sample is classified correctly.
+    Whatever else limits the gap looks like smoothing: too few epochs, strong weight decay, mixup, a temperature, an
+    ensemble. Call it on training samples without augmentation; held-out samples give larger masses. `doubts` lists what
+    the logits can show: few samples, many errors, unequal logits of the other classes, and a mass that networks trained
+    without smoothing have too. The mass is nan, with a doubt, if no sample is classified correctly.
     """
     right = logits.argmax(dim=1) == targets
     accuracy = right.double().mean().item()
@@ -65,7 +64,7 @@ def estimate_smoothing(logits: Tensor, targets: Tensor) -> SmoothingEstimate:
     return SmoothingEstimate(mass, _mass(high, classes), _mass(low, classes), unevenness, accuracy, len(z), doubts)
 
 
-# On held-out samples the probe is known to find more than there is.
+# On held-out samples the estimate is too high: the report shows by how much.
 OF_TEACHERS = {"splits": SPLITS, "networks": ("teacher",)}
 UNFINISHED = "a network trained too briefly, or with mixup, looks smoothed"
 

@@ -1,4 +1,4 @@
-"""The temperature that fits logits best: a convex search over 1/T with one answer."""
+"""Post-hoc temperature scaling: a convex search over 1/T."""
 
 import math
 
@@ -10,7 +10,7 @@ from kd.metrics.registry import metric
 
 __all__ = ["post_hoc_temperature"]
 
-# Of logits over the temperature that was fitted on validation.
+# On logits divided by the temperature that was fitted on validation.
 metric("nll_scaled", "NLL after T*", "down", needs=("scaled", "targets"))(nll)
 metric("ece_scaled", "ECE after T*", "down", needs=("scaled", "targets"), percent=True)(ece)
 
@@ -20,10 +20,10 @@ def post_hoc_temperature(logits: Tensor, targets: Tensor) -> Tensor:
     """T*, the temperature whose negative log-likelihood is least on these logits.
 
     argmin over T of mean over i of -log softmax(logits[i] / T)[targets[i]]; Guo et al. 2017, "On Calibration of Modern
-    Neural Networks", section 4.2. Fit it on validation, use it on test. Below 1 for networks that are not confident
-    enough, as after label smoothing. T*(a·logits) = a·T*(logits), to about 1e-12 of itself. 0 where every sample is
-    right, so that the likelihood rises to the end; inf where the labels' logits are on average no larger than the
-    others', so that no T beats constant logits.
+    Neural Networks", section 4.2. Fit it on validation, use it on test. Below 1 for underconfident networks, as
+    after label smoothing. T*(a·logits) = a·T*(logits), to a relative 1e-12. 0 if every sample is right, since the
+    likelihood then rises as T falls; inf if the labels' logits are on average no larger than the others', so that no T
+    beats constant logits.
     """
     inverse = inverse_temperature(logits, logits.gather(1, targets[:, None]).squeeze(1))
     return torch.tensor(math.inf if inverse == 0 else 1 / inverse, dtype=torch.float64)
@@ -33,8 +33,8 @@ def inverse_temperature(logits: Tensor, expected: Tensor) -> float:
     """The b = 1/T from 0 to inf at which mean over i of log Σ_k exp(b logits[i, k]) - b expected[i] is least.
 
     That is the cross entropy from any distribution over the classes under which the mean of logits[i] is expected[i].
-    It is convex in b and its slope is mean over i of Σ_k softmax(b logits[i])[k] logits[i, k] - expected[i], whose root
-    is found by Newton's steps, halving the bracket where one leaves it.
+    It is convex in b, and its slope is mean over i of Σ_k softmax(b logits[i])[k] logits[i, k] - expected[i]. Newton's
+    method finds the root of the slope; a step that leaves the bracket is replaced by bisection.
     """
     top = logits.amax(dim=1, keepdim=True)
     z, expected = logits - top, expected - top.squeeze(1)

@@ -29,18 +29,6 @@ def scores(logits, targets):
     return [metric(logits, targets).item() for metric in (top_k_accuracy, nll, brier, ece)]
 
 
-def test_hand_values():
-    # probabilities (3/4, 1/4), (1/4, 3/4), (1/2, 1/2) and (3/4, 1/4)
-    logits = torch.tensor([[math.log(3), 0], [0, math.log(3)], [0, 0], [math.log(3), 0]], dtype=torch.float64)
-    targets = torch.tensor([0, 0, 0, 0])
-    assert top_k_accuracy(logits, targets).item() == 0.75
-    assert top_k_accuracy(logits, targets, 2).item() == 1
-    assert nll(logits, targets).item() == pytest.approx((3 * math.log(4) + math.log(2) - 2 * math.log(3)) / 4)
-    assert brier(logits, targets).item() == pytest.approx((2 / 16 + 18 / 16 + 2 / 4 + 2 / 16) / 4)
-    # the bin of 3/4 has 3 samples of which 2 are right, the bin of 1/2 has one that is right
-    assert ece(logits, targets).item() == pytest.approx(3 / 4 * (3 / 4 - 2 / 3) + 1 / 4 * (1 - 1 / 2))
-
-
 def test_the_ends_of_the_scales():
     right, wrong = torch.tensor([0, 1]), torch.tensor([1, 0])
     sure = torch.tensor([[1e4, -1e4], [-1e4, 1e4]])

@@ -39,10 +39,6 @@ def softmax(z):
     return e / e.sum(1, keepdims=True)
 
 
-def smoothed(logits, eps):
-    return ((1 - eps) * logits.softmax(1) + eps / logits.shape[1]).log()
-
-
 # ---- wrong classes only
 
 
@@ -96,29 +92,15 @@ def test_nt_kl_where_the_reference_is_certain():
     assert nt_kl(draw() - sure, sure, LABELS).item() == pytest.approx(math.log(5), rel=1e-3)
 
 
-def test_an_exactly_smoothed_teacher_keeps_its_ranks_and_loses_nt_kl():
-    """(1-eps) p + eps/K erases no order but floors the small probabilities, and more eps floors more."""
-    p = draw(scale=4)
-    assert class_similarity_correlation(smoothed(p, 0.4), p, LABELS).item() == pytest.approx(1)
-    losses = [nt_kl(smoothed(p, eps), p, LABELS).item() for eps in (0.0, 0.1, 0.4)]
-    assert losses[0] == pytest.approx(0, abs=1e-12)
-    assert 1e-3 < losses[1] < losses[2]
-
-
-def test_class_similarity_against_scipy():
-    z, r = draw(), draw(seed=1)
-    p, q = z.softmax(1).numpy(), r.softmax(1).numpy()
-    found = []
-    for c in range(6):
-        inside = LABELS.numpy() == c
-        found.append(spearmanr(np.delete(p[inside].mean(0), c), np.delete(q[inside].mean(0), c)).statistic)
-    assert class_similarity_correlation(z, r, LABELS).item() == pytest.approx(np.mean(found), rel=1e-12)
-    only_two = LABELS % 2  # classes that are absent do not count
-    found = []
-    for c in range(2):
-        inside = only_two.numpy() == c
-        found.append(spearmanr(np.delete(p[inside].mean(0), c), np.delete(q[inside].mean(0), c)).statistic)
-    assert class_similarity_correlation(z, r, only_two).item() == pytest.approx(np.mean(found), rel=1e-12)
+@pytest.mark.parametrize("classes", [6, 2])  # with 2, four classes are absent and do not count
+def test_class_similarity_against_scipy(classes):
+    z, r, targets = draw(), draw(seed=1), LABELS % classes
+    correlations = []
+    for c in range(classes):
+        own = targets == c
+        means = [np.delete(logits.softmax(1)[own].mean(0).numpy(), c) for logits in (z, r)]
+        correlations.append(spearmanr(*means).statistic)
+    assert class_similarity_correlation(z, r, targets).item() == pytest.approx(np.mean(correlations), rel=1e-12)
 
 
 def test_ranks_share_ties_as_scipy_does():
@@ -134,15 +116,6 @@ def test_transfer_efficiency():
     assert transfer_efficiency(0.5, 0.5, 0.1) == 0
     assert transfer_efficiency(0.7, 0.5, 0.1) == pytest.approx(-0.5)
     assert math.isnan(transfer_efficiency(0.3, 0.1, 0.1))
-    for wrong in (math.nan, -0.1):
-        with pytest.raises(ValueError, match=f"hard={wrong}, bayes=0.1: must each be an nt_kl"):
-            transfer_efficiency(0.3, wrong, 0.1)
-
-
-@pytest.mark.parametrize("metric", [nt_cosine, nt_kl, class_similarity_correlation])
-def test_two_classes_have_no_dark_knowledge(metric):
-    with pytest.raises(ValueError, match=r"^logits have 2 classes: must be at least 3"):
-        metric(draw(k=2), draw(k=2), LABELS % 2)
 
 
 # ---- mass, spread, information

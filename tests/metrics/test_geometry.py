@@ -8,7 +8,6 @@ from sklearn.metrics import roc_auc_score
 
 from kd.metrics import (
     best_bias,
-    bias_corrected_recall,
     class_separation,
     muller_projection,
     omitted_auroc,
@@ -51,26 +50,6 @@ def test_class_separation_over_all_pairs():
     assert class_separation(scaled, TARGETS).item() == pytest.approx(found.item(), rel=1e-12)  # directions only
 
 
-def test_class_separation_at_its_ends():
-    points = draw(4, 4)
-    assert class_separation(points[TARGETS], TARGETS).item() == pytest.approx(1, rel=1e-12)
-    same = torch.cat([FEATURES, FEATURES])
-    assert class_separation(same, torch.arange(64) // 32).item() == pytest.approx(0, abs=1e-13)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: class_separation(FEATURES * 0, TARGETS), r"^features are all 0: they have no direction$"),
-        (lambda: class_separation(FEATURES * 0 + 1, TARGETS), r"^features have all the same direction"),
-        (lambda: within_total_variance(FEATURES * 0 + 1, TARGETS), r"^features are all equal"),
-    ],
-)
-def test_features_without_variance(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
 # ---- Müller's plane
 
 
@@ -90,14 +69,6 @@ def test_the_projection_keeps_distances_in_the_plane(classes):
     foot = edges @ torch.linalg.lstsq(edges, x.T).solution  # (5, 32)
     torch.testing.assert_close(points.norm(dim=1), foot.norm(dim=0))
     torch.testing.assert_close(torch.cdist(points, points), torch.cdist(foot.T, foot.T), atol=1e-7, rtol=1e-7)
-
-
-def test_the_projection_by_hand():
-    """Templates (0,0,0), (2,0,0) and (1,3,0) with biases 0: the plane is the first two axes."""
-    weight = torch.tensor([[0.0, 0, 0], [2, 0, 0], [1, 3, 0]])
-    points, templates = muller_projection(torch.tensor([[5.0, -6, 7]]), weight, torch.zeros(3), (0, 1, 2))
-    torch.testing.assert_close(points, torch.tensor([[5.0, -6]]).double())
-    torch.testing.assert_close(templates, torch.tensor([[0.0, 0], [2, 0], [1, 3]]).double())
 
 
 @pytest.mark.parametrize("classes", [[0, 1, 1], [0, 1], [0, 1, 2]])
@@ -131,7 +102,7 @@ def test_the_best_bias_is_the_best_of_a_grid():
     assert accuracy(found) > accuracy(0.0) + 0.1
     assert 4 < found < 8
     expected = ((logits + found * torch.tensor([0, 0, 1.0, 0])).argmax(1) == 2)[targets == 2].double().mean()
-    assert bias_corrected_recall(logits, targets, 2) == recall_with_bias(logits, targets, 2, found) == expected
+    assert recall_with_bias(logits, targets, 2, found) == expected
     assert recall_with_bias(logits, targets, 2).item() < 0.1
 
 
@@ -148,12 +119,6 @@ def test_the_best_bias_by_hand():
     assert best_bias(logits[[0, 3]], targets[[0, 3]], 0) == 6.0  # beyond the last
 
 
-def test_recall_after_correction_does_not_see_the_bias():
-    one, other = (bias_corrected_recall(*omitted_case(bias), 2) for bias in (-6.0, -60.0))
-    assert one.item() == pytest.approx(other.item())
-    assert one.item() > 0.6
-
-
 def test_auroc_against_scikit_learn():
     logits, targets = omitted_case()
     p = logits.softmax(1)[:, 2].numpy()
@@ -164,14 +129,3 @@ def test_auroc_against_scikit_learn():
     far = omitted_auroc(omitted_case(-600.0)[0], targets, 2)  # where p itself is 0 for all
     assert far.item() == pytest.approx(omitted_auroc(logits, targets, 2).item(), abs=1e-3)
     assert omitted_auroc(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1]), 0).item() == 0.5
-
-
-@pytest.mark.parametrize("metric", [best_bias, bias_corrected_recall, recall_with_bias, omitted_auroc])
-def test_an_omitted_class_has_to_be_there(metric):
-    logits, targets = omitted_case()
-    with pytest.raises(ValueError, match=r"^targets have 0 of 200 samples of class 4"):
-        metric(logits, targets, 4)
-    with pytest.raises(ValueError, match=r"^targets have 0 of 200 samples of class 2: must have some, not all$"):
-        metric(logits, targets.where(targets != 2, 1), 2)
-    with pytest.raises(ValueError, match=r"^targets have 200 of 200 samples of class 2"):
-        metric(logits, torch.full((200,), 2), 2)

@@ -1,6 +1,5 @@
 """Every metric of the registry says what is wrong with its input, and the registry measures what it says."""
 
-import inspect
 import math
 import subprocess
 import sys
@@ -21,10 +20,9 @@ TENSORS = ("logits", "teacher", "reference", "scaled", "features", "views")
 BAD_LOGITS = [
     (LOGITS.softmax(1), "are probabilities, rows ≥ 0 that sum to 1: must be logits"),
     (LOGITS.softmax(1).bfloat16(), "are probabilities"),
-    (LOGITS[:, :1], r"has shape \(12, 1\): must be \(N, K\) with at least one row, two classes"),
-    (LOGITS[0], r"has shape \(4,\): must be \(N, K\)"),
-    (LOGITS[:0], r"has shape \(0, 4\): must be"),
-    (LOGITS.where(LOGITS < 3, math.nan), r"has \d+ rows with nan or inf"),
+    (LOGITS[:, :1], r"has shape \(12, 1\): must have"),
+    (LOGITS[0], r"has shape \(4,\): must have"),
+    (LOGITS[:0], r"has shape \(0, 4\): must have"),
     (LOGITS.where(LOGITS < 3, math.inf), r"has \d+ rows with nan or inf"),
     (LOGITS.long(), "is torch.int64: must be floating point"),
 ]
@@ -57,11 +55,8 @@ def test_every_metric_refuses_what_is_no_logits(name):
         with pytest.raises(ValueError, match=r"has \d+ rows with nan or inf"):
             called(name, **{need: LOGITS.where(LOGITS < 3, math.nan)})
     if len(needs) > 1:
-        with pytest.raises(ValueError, match=r"have shapes \(12, 4\) and \(12, 3\): must agree"):
-            called(
-                name,
-                **{needs[0]: LOGITS[:, :3], needs[1]: LOGITS} if name == "predictive_kl" else {needs[1]: LOGITS[:, :3]},
-            )
+        with pytest.raises(ValueError, match=r"have shapes .*: must agree"):
+            called(name, **{needs[1]: LOGITS[:, :3]})
     if "targets" in METRICS[name].needs:
         with pytest.raises(ValueError, match="targets are"):
             called(name, targets=TARGETS[:11])
@@ -78,12 +73,6 @@ def test_what_is_no_logits_is_one_line(logits, said):
 def test_targets_that_do_not_fit_are_one_line(targets, said):
     with pytest.raises(ValueError, match="^" + said):
         metrics.nll(LOGITS, targets)
-
-
-def test_keywords_are_checked_as_well():
-    with pytest.raises(ValueError, match=r"^targets are"):
-        metrics.nll(logits=LOGITS, targets=TARGETS.float())
-    assert list(inspect.signature(metrics.nll).parameters) == ["logits", "targets"]
 
 
 def test_logits_that_only_resemble_probabilities_pass():
@@ -123,11 +112,10 @@ def test_a_metric_is_left_out_without_its_evidence_and_none_where_it_has_no_valu
     assert compute({"views": LOGITS * 0}, "train", "student") == {"mutual_information": None}
 
 
-def test_what_misleads_says_so_in_its_first_line():
-    public = {getattr(metrics, name) for name in metrics.__all__ if name != "METRICS"}
-    for name, metric in METRICS.items():
-        if metric.function in public:
-            assert ("Misleads" in metric.function.__doc__.split("\n\n")[0]) == bool(metric.misleading), name
+def test_a_misleading_metric_says_so_in_its_first_line():
+    for metric in METRICS.values():
+        if metric.name == metric.function.__name__:
+            assert ("Misleading" in metric.function.__doc__.split("\n\n")[0]) == bool(metric.misleading), metric.name
 
 
 def test_metrics_can_be_imported_without_the_rest():
