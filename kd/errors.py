@@ -15,3 +15,9 @@ class ImageError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training that cannot continue. The message names the update and the reason."""
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise ConfigError with the message unless the condition holds."""
+    if not holds:
+        raise ConfigError(message)

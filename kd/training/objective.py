@@ -34,9 +34,6 @@ class Objective(nn.Module):
         loss: the first two terms, with reduction "sum".
         methods: the others by name; they are the objective's submodules, and what they learn its parameters.
         new_peer: makes a second student with other weights, for methods that need "peer".
-
-    Raises:
-        ValueError: more than one method brings a classifier of its own.
     """
 
     def __init__(
@@ -47,24 +44,20 @@ class Objective(nn.Module):
     ):
         super().__init__()
         assert loss.reduction == "sum"
-        methods = methods or {}
         self.loss = loss
-        self.methods = nn.ModuleDict({name: each.method for name, each in methods.items()})
-        self._weights = {name: (each.weight, each.warmup_epochs) for name, each in methods.items()}
+        self._weighted = dict(methods or {})
+        self.methods = nn.ModuleDict({name: each.method for name, each in self._weighted.items()})
         self._new_peer = new_peer
-        with_classifier = [name for name, method in self._each() if method.classifies]
-        if len(with_classifier) > 1:
-            raise ValueError(f"{' and '.join(with_classifier)}: each has its own classifier to evaluate; choose one")
 
     @property
     def needs(self) -> frozenset[str]:
         """What the methods need of the loop, as `Method.needs` lists it."""
-        return frozenset().union(*(method.needs for _, method in self._each()))
+        return frozenset().union(*(each.method.needs for each in self._weighted.values()))
 
     @property
     def classifier(self) -> Method | None:
         """The method that gives the logits to evaluate; None where those are the student's own."""
-        return next((method for _, method in self._each() if method.classifies), None)
+        return next((each.method for each in self._weighted.values() if each.method.classifies), None)
 
     @torch.no_grad()
     def logits(self, student: View) -> Tensor:
@@ -77,16 +70,13 @@ class Objective(nn.Module):
         method.train(training)
         return logits
 
-    def _each(self) -> Iterator[tuple[str, Method]]:
-        yield from self.methods.items()  # type: ignore[misc]
-
     @torch.no_grad()
     def build(self, seen: Seen, num_samples: int) -> None:
         """Let every method make what it learns and keeps, from a first batch and the number of training examples.
 
         Raises ValueError, beginning with the method's name.
         """
-        for name, method in self._each():
+        for name, (method, *_) in self._weighted.items():
             with _about(name):
                 method.build(Setup(seen, num_samples, self._peer() if "peer" in method.needs else None))
         self.to(seen.student.logits.device)
@@ -102,31 +92,27 @@ class Objective(nn.Module):
         Raises ValueError, beginning with the method's name.
         """
         self.train()
-        for name, method in self._each():
+        for name, (method, *_) in self._weighted.items():
             with _about(name):
                 method(seen)
 
     def end_epoch(self) -> None:
         """Tell every method that an epoch is over."""
-        for _, method in self._each():
-            method.end_epoch()
+        for each in self._weighted.values():
+            each.method.end_epoch()
 
     def forward(self, seen: Seen) -> Terms:
         """The terms of one batch, or of a piece of one."""
         teacher = None if seen.teacher is None else seen.teacher.logits
         total, ce, kd = self.loss.terms(seen.student.logits, teacher, seen.target)
         values = {name: term for name, term in (("ce", ce), ("kd", kd)) if term is not None}
-        for name, method in self._each():
+        for name, (method, weight, warmup_epochs) in self._weighted.items():
             value: Tensor = method(seen)
             value = value.sum() if method.per_example else value * len(seen.target)
-            total = total + self.weight(name, seen.epoch) * value
+            risen = min(1.0, seen.epoch / warmup_epochs) if warmup_epochs else 1.0
+            total = total + weight * risen * value
             values[name] = value.detach()
         return Terms(total, values)
-
-    def weight(self, name: str, epoch: float) -> float:
-        """A method's weight after so many epochs: it rises linearly over its warm-up."""
-        weight, warmup_epochs = self._weights[name]
-        return weight * (min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0)
 
 
 @contextmanager

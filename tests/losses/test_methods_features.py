@@ -9,7 +9,7 @@ from golden_features import SAMPLES, K, N, built, numpy, randn, two_pairs, views
 from torch import nn
 
 from kd.losses.methods.base import Seen, View
-from kd.losses.methods.connectors import OverhaulFeature, ReusedClassifier, normal_mean_of_negatives
+from kd.losses.methods.connectors import OverhaulFeature, ReusedClassifier
 from kd.losses.methods.contrastive import ContrastiveRepresentation
 from kd.losses.methods.features import AttentionTransfer, Hint
 from kd.losses.methods.relations import CorrelationCongruence, ProbabilisticKnowledge, Relational, SimilarityPreserving
@@ -83,21 +83,6 @@ def test_ofd_margins_are_means_of_negative_values(seen):
     for i, t in enumerate(seen.teacher.maps):
         want = [channel[channel < 0].mean() for channel in numpy(t).transpose(1, 0, 2, 3)]
         np.testing.assert_allclose(numpy(method.get_buffer(f"margin{i}")).ravel(), want, rtol=1e-6)
-
-
-def test_ofd_margin_of_a_normal_is_the_mean_of_its_negative_half():
-    mean, deviation = torch.tensor([0.0, 1.0, -2.0, 0.5]), torch.tensor([1.0, -2.0, 0.5, 1.0])
-    x = torch.linspace(-30, 0, 300_001, dtype=torch.float64)[:, None]
-    density = torch.exp(-(((x - mean) / deviation) ** 2) / 2)
-    want = (x * density).sum(0) / density.sum(0)
-    torch.testing.assert_close(normal_mean_of_negatives(mean, deviation), want, rtol=1e-3, atol=1e-3)
-    assert normal_mean_of_negatives(torch.tensor([4.0]), torch.tensor([1.0])) == -3  # P(x < 0) = 3e-5
-
-
-def test_ofd_takes_margins_from_batch_normalisations(seen):
-    method = built(OverhaulFeature(), seen)
-    method.set_margins([nn.BatchNorm2d(4), nn.BatchNorm2d(5)])
-    torch.testing.assert_close(method.margin1, torch.full((5, 1, 1), -((2 / math.pi) ** 0.5), dtype=torch.float64))
 
 
 def test_simkd_classifies_as_the_teacher_where_the_maps_agree(seen):

@@ -248,7 +248,7 @@ def test_many_values_make_a_run_of_each(kd_train, tmp_path):
 
 
 WRONG = {
-    "loss=dkd loss.methods.dkd.nkd_weight=1": "loss.methods.dkd.nkd_weight: no such setting; did you mean loss",
+    "loss=dkd loss.methods.dkd.nkd_weight=1": "loss.methods.dkd.nkd_weight: no such setting; did you mean",
     "loss=dkd loss.methods.dkd.temperature=hot": "loss.methods.dkd.temperature=hot: must be a number",
     "loss=dkd data.mixup=0.2": "loss.methods: dkd: needs class labels, not probabilities; turn mixup and cutmix off",
     "loss=fsp": "loss.methods: fsp: compares neighbouring maps: there is 1 map, name 2 or more layers",
@@ -270,13 +270,13 @@ def test_a_wrong_line_says_what_to_type_before_anything_is_trained(kd_train, tmp
 
 
 WRONG_NAMES = {
-    "ddk": "loss=ddk: no such method as 'ddk'; did you mean loss=dkd?",
+    "ddk": "loss=ddk: no such method as 'ddk'; did you mean dkd?",
     "": "loss=: no such method as ''; --help lists them",
     "dkd:cifar": "loss=dkd:cifar: dkd has no preset 'cifar'; there is cifar100, imagenet",
     "[dkd,dkd]": "loss=[dkd,dkd]: names dkd twice",
 }
 WRONG_SETTINGS = [
-    ({"dkd": {"temprature": 1}}, "loss.methods.dkd.temprature: no such setting; did you mean loss"),
+    ({"dkd": {"temprature": 1}}, "loss.methods.dkd.temprature: no such setting; did you mean temperature?"),
     ({"dkd": 1}, "loss.methods.dkd=1: must be settings such as {weight: 1.0}; type loss=dkd"),
     ({"kd": {"weight": 1}}, "loss.methods.kd: is there already; type loss.kd_weight=... and loss.temperature=..."),
     ({"dkd": {"temperature": 0}}, "loss.methods.dkd.temperature=0: must be a number from 0.001 to 1000"),

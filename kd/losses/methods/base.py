@@ -181,62 +181,45 @@ class Method(nn.Module):
             return self.values(_blank(seen, ignored)).masked_fill(ignored, 0)
 
     def _check_inputs(self, seen: Seen) -> None:
-        examples, classes = len(seen.student.logits), seen.student.logits.shape[-1]
-        self.require(seen.teacher is not None or "teacher" not in self.needs, "needs a teacher")
-        self._check_view("student", seen.student, examples)
+        """Refuse what is missing, what PyTorch would broadcast in silence, and a target that the method cannot use."""
+        self._check_given({"teacher": seen.teacher, "index": seen.index, "images": seen.images}, "")
+        for who, view in (("student", seen.student), ("teacher", seen.teacher)):
+            if view is not None:
+                given = {"maps": view.maps or None, "embedding": view.embedding, "weight": view.weight}
+                self._check_given(given, f" of the {who}")
+                shape, n = tuple(view.logits.shape), len(seen.target)
+                self.require(len(shape) == 2 and shape[0] == n, f"{who}'s logits of shape {shape}: must be ({n}, K)")
         if seen.teacher is not None:
-            self._check_view("teacher", seen.teacher, examples)
             self._check_pair(seen.student, seen.teacher)
-        for need in sorted(self.needs & {"index", "images"}):
-            self.require(getattr(seen, need) is not None, f"needs {need}")
-        self._check_target(seen.target, examples, classes)
+        self._check_target(seen.target, seen.student.logits.shape[-1])
 
-    def _check_view(self, who: str, view: View, examples: int) -> None:
-        """Refuse what PyTorch would broadcast in silence, or report from somewhere inside."""
-        tensors: dict[str, tuple[str, Tensor | None]] = {"logits": ("(N, K)", view.logits)}
-        if "maps" in self.needs:
-            self.require(len(view.maps) > 0, f"needs maps of the {who}")
-            tensors |= {f"map {i}": ("(N, C, H, W)", x) for i, x in enumerate(view.maps)}
-        if "embedding" in self.needs:
-            self.require(view.embedding is not None, f"needs embedding of the {who}")
-            tensors["embedding"] = "(N, D)", view.embedding
-        if "weight" in self.needs:
-            self.require(view.weight is not None, f"needs weight of the {who}")
-        for what, (form, x) in tensors.items():
-            assert x is not None
-            self.require(
-                x.ndim == form.count(",") + 1 and len(x) == examples and x.is_floating_point(),
-                f"{who}'s {what} of shape {tuple(x.shape)} and {x.dtype}: must be floating, {form} with N = {examples}",
-            )
+    def _check_given(self, given: Mapping[str, object], whose: str) -> None:
+        for need, what in given.items():
+            self.require(what is not None or need not in self.needs, f"needs the {need}{whose}")
 
     def _check_pair(self, student: View, teacher: View) -> None:
-        """Refuse logits that cannot be compared where they are all there is, and maps that do not pair up."""
-        if self.needs & {"maps", "embedding", "weight"}:
+        """Refuse maps that do not pair up, and logits that cannot be compared where they are all there is."""
+        if "maps" in self.needs:
+            ours, theirs = len(student.maps), len(teacher.maps)
             self.require(
-                "maps" not in self.needs or len(student.maps) == len(teacher.maps),
-                f"{len(student.maps)} maps of the student and {len(teacher.maps)} of the teacher; name as many layers "
-                "of each",
+                ours == theirs,
+                f"{ours} maps of the student and {theirs} of the teacher; name as many layers of each",
             )
-        elif "teacher" in self.needs:
+        if "teacher" in self.needs and not self.needs & {"maps", "embedding", "weight"}:
             ours, theirs = student.logits.shape[-1], teacher.logits.shape[-1]
             self.require(ours == theirs, f"student has {ours} classes and teacher {theirs}: must be equal")
 
-    def _check_target(self, target: Tensor, examples: int, classes: int) -> None:
+    def _check_target(self, target: Tensor, classes: int) -> None:
         soft = target.is_floating_point()
         self.require(self.soft_targets or not soft, "needs class labels, not probabilities; turn mixup and cutmix off")
-        self.require(
-            target.shape == ((examples, classes) if soft else (examples,)),
-            f"target of shape {tuple(target.shape)} and {target.dtype}: must be ({examples},) int64 labels"
-            + (f" or ({examples}, {classes}) probabilities" if self.soft_targets else ""),
-        )
-        try:  # on a GPU the values are not read, because the host would wait for them
-            check_target(target, classes, IGNORE, read_values=target.device.type == "cpu")
-        except (TypeError, ValueError) as error:
-            self.require(False, str(error))
+        shape = tuple(target.shape)
+        self.require(len(shape) == 1 + soft, f"target of shape {shape}: must be (N,) labels or (N, K) probabilities")
+        # On a GPU the values are not read, because the host would wait for them.
+        check_target(target, classes, IGNORE, read_values=target.device.type == "cpu")
         if not self.per_example:
             self.require(
-                examples >= self.smallest_batch,
-                f"compares examples with each other: a batch of {examples} is too small, give {self.smallest_batch} "
+                len(target) >= self.smallest_batch,
+                f"compares examples with each other: a batch of {len(target)} is too small, give {self.smallest_batch} "
                 "or more",
             )
             self.require(

@@ -27,7 +27,7 @@ class OverhaulFeature(Method, name="ofd"):
     convolution and batch normalisation. g is 0 where t ≤ 0 and r(s) ≤ t', else 1: this partial distance asks a student
     for values as low as the teacher's, not for equal ones. j counts the L pairs of maps from the shallowest. The margin
     is the mean of the teacher's negative values in a channel over the first batch; a channel without any takes -3 of
-    its standard deviations. `set_margins` takes the margins from batch normalisations, as the released code does.
+    its standard deviations. (The released code computes that mean from the batch normalisation in front of the map.)
 
     In squared teacher activations, summed over a map: the published weights, 1e-3 and 1e-4, are small for that. Zero
     and stationary where r(s) = t' at every positive t and r(s) ≤ t' elsewhere. Name layers in front of their ReLU:
@@ -60,13 +60,6 @@ class OverhaulFeature(Method, name="ofd"):
             self.connectors.append(nn.Sequential(convolution, nn.BatchNorm2d(t.shape[1])))
             self.register_buffer(f"margin{i}", _mean_of_negatives(t.detach().float()))
 
-    @torch.no_grad()
-    def set_margins(self, normalisations: list[nn.BatchNorm2d]) -> None:
-        """Take the margins from the batch normalisation in front of each of the teacher's maps, after `build`."""
-        for i, norm in enumerate(normalisations):
-            margin = self.get_buffer(f"margin{i}")
-            margin.copy_(rearrange(normal_mean_of_negatives(norm.bias, norm.weight), "c -> c 1 1"))
-
     def values(self, seen: Seen) -> Tensor:
         """()."""
         pairs = seen.map_pairs
@@ -86,14 +79,6 @@ def _mean_of_negatives(x: Tensor) -> Tensor:
     deviation = rearrange(x, "n c h w -> c (n h w)").std(-1, correction=0)
     mean = reduce(negative, "n c h w -> c 1 1", "sum") / count.clamp(min=1)
     return torch.where(count > 0, mean, -3 * rearrange(deviation, "c -> c 1 1"))
-
-
-def normal_mean_of_negatives(mean: Tensor, deviation: Tensor) -> Tensor:
-    """E[x | x < 0] of normal x, elementwise; -3 deviations where x < 0 has a probability of 0.001 or less."""
-    mean, deviation = mean.double(), deviation.double().abs().clamp(min=1e-30)
-    share = torch.special.ndtr(-mean / deviation)
-    density = torch.exp(-((mean / deviation) ** 2) / 2) / math.sqrt(2 * math.pi)
-    return torch.where(share > 1e-3, mean - deviation * density / share.clamp(min=1e-3), -3 * deviation)
 
 
 class _Fusion(nn.Module):

@@ -5,19 +5,20 @@ torch is imported when a method is asked for, not before, so that ``--help`` ans
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
+import json
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kd.errors import ConfigError
+from kd.errors import ConfigError, require
 from kd.losses.ranges import WEIGHTS, is_weight
+from kd.text import did_you_mean
 
 if TYPE_CHECKING:
     from kd.losses.methods.base import Method
@@ -66,8 +67,7 @@ def import_own(given: str) -> None:
     """
     path = Path(given)
     is_file = path.suffix == ".py"
-    if is_file and not path.is_file():
-        raise ConfigError(f"--import {given}: no such file")
+    require(not is_file or path.is_file(), f"--import {given}: no such file")
     try:
         if is_file:
             _run_file(path)
@@ -88,16 +88,11 @@ def _run_file(path: Path) -> None:
     spec.loader.exec_module(module)
 
 
-def _find(name: str, wrong: str, before: str) -> type[Method]:
-    if name not in library():
-        raise ConfigError(f"{wrong}; {_nearest(name, library(), before, '--help lists them')}")
-    return library()[name]
-
-
-def _nearest(word: str, known: Iterable[str], before: str, otherwise: str) -> str:
-    """What to type instead of a name that is not known."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {before}{near[0]}?" if near else otherwise
+def _find(name: str, typed: str) -> type[Method]:
+    known = library()
+    hint = did_you_mean(name, known) or "; --help lists them"
+    require(name in known, f"{typed}: no such method as {name!r}{hint}")
+    return known[name]
 
 
 # ---- `loss=NAME`, spelled out
@@ -112,8 +107,7 @@ def section(value: str) -> dict[str, Any]:
     chosen: dict[str, dict[str, Any]] = {}
     for word in re.split(r"[+,]", value.strip("[]")):
         name, _, preset = (part.strip() for part in word.partition(":"))
-        if name in chosen:
-            raise ConfigError(f"loss={value}: names {name} twice")
+        require(name not in chosen, f"loss={value}: names {name} twice")
         chosen[name] = _settings(f"loss={value}", name, preset)
     ce_weights = [settings.pop("ce_weight") for settings in chosen.values() if "ce_weight" in settings]
     loss: dict[str, Any] = {"kd_weight": 0.0}
@@ -126,30 +120,22 @@ def section(value: str) -> dict[str, Any]:
 
 def _settings(typed: str, name: str, preset: str) -> dict[str, Any]:
     """A method's weights and fields under a preset, as plain values."""
-    method = _find(name, f"{typed}: no such method as {name!r}", "loss=")
+    method = _find(name, typed)
     presets = method.presets
-    if preset and preset not in presets:
-        raise ConfigError(f"{typed}: {name} has no preset {preset!r}; there is {', '.join(presets) or 'none'}")
+    known = ", ".join(presets) or "none"
+    require(not preset or preset in presets, f"{typed}: {name} has no preset {preset!r}; there is {known}")
     usual = USUAL if USUAL in presets else next(iter(presets), "")
-    return _plain({**SHARED, **_defaults(method), **presets.get(preset or usual, {})})
+    settings = {**SHARED, **_defaults(method), **presets.get(preset or usual, {})}
+    return json.loads(json.dumps(settings))  # as YAML can hold them: tuples become lists
 
 
 def _defaults(method: type[Method]) -> dict[str, Any]:
     """The method's fields with their defaults."""
     known = [f for f in fields(method) if f.init]  # type: ignore[arg-type]
     for f in known:
-        if f.default is MISSING and f.default_factory is MISSING:
-            raise ConfigError(f"{method.name}: its field {f.name} has no default; give it one in its class")
+        has_default = f.default is not MISSING or f.default_factory is not MISSING
+        require(has_default, f"{method.name}: its field {f.name} has no default; give it one in its class")
     return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in known}
-
-
-def _plain(value: Any) -> Any:
-    """What YAML can hold."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value
 
 
 # ---- from a recipe's values to methods
@@ -161,31 +147,28 @@ def build(values: Mapping[str, Any], section: str = "loss") -> dict[str, Weighte
     `section` is `teacher` for those that the teacher itself is trained with, which have no teacher to learn from.
     """
     made = {name: _build(f"{section}.methods.", name, settings) for name, settings in values.items()}
-    for name, each in made.items():
-        if section == "teacher" and each.method.needs:
-            alone = [known for known, method in library().items() if not method.needs]
-            raise ConfigError(f"teacher.methods.{name}: needs a teacher of its own; must be of {', '.join(alone)}")
+    if section == "teacher":
+        alone = ", ".join(name for name, method in library().items() if not method.needs)
+        for name, each in made.items():
+            require(not each.method.needs, f"teacher.methods.{name}: needs a teacher of its own; must be of {alone}")
     return made
 
 
 def _build(before: str, name: str, settings: Any) -> Weighted:
     at = f"{before}{name}"
-    if name == PLAIN:
-        raise ConfigError(f"{at}: is there already; type loss.kd_weight=... and loss.temperature=...")
-    if name in TAKEN:
-        raise ConfigError(f"{at}: {name} is another value in metrics.jsonl; give the method another name")
-    method = _find(name, f"{at}: no such method", before)
-    if not isinstance(settings, Mapping):
-        raise ConfigError(f"{at}={settings}: must be settings such as {{weight: 1.0}}; type loss={name}")
+    require(name != PLAIN, f"{at}: is there already; type loss.kd_weight=... and loss.temperature=...")
+    require(name not in TAKEN, f"{at}: {name} is another value in metrics.jsonl; give the method another name")
+    method = _find(name, at)
+    is_section = isinstance(settings, Mapping)
+    require(is_section, f"{at}={settings}: must be settings such as {{weight: 1.0}}; type loss={name}")
     known = [*_defaults(method), *SHARED]
     for key in settings:
-        if key not in known:
-            hint = _nearest(key, known, f"{at}.", f"{name} has {', '.join(known)}")
-            raise ConfigError(f"{at}.{key}: no such setting; {hint}")
+        hint = did_you_mean(key, known) or f"; {name} has {', '.join(known)}"
+        require(key in known, f"{at}.{key}: no such setting{hint}")
     shared = {key: settings.get(key, default) for key, default in SHARED.items()}
     for key, value in shared.items():  # the epochs are bounded like the weight
-        if isinstance(value, bool) or not isinstance(value, int | float) or not is_weight(value):
-            raise ConfigError(f"{at}.{key}={value}: must be {WEIGHTS}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        require(is_number and is_weight(value), f"{at}.{key}={value}: must be {WEIGHTS}")
     try:
         made = method(**{key: value for key, value in settings.items() if key not in SHARED})
     except ValueError as error:  # of a field; it begins with the method's name
