@@ -9,7 +9,6 @@ from typing import Any
 
 from kd.cli.errors import one_line_errors
 from kd.config.arguments import check_target, read
-from kd.training.stored import numbers
 
 HELP = """usage: python -m kd.evaluate run=DIR [picture=FILE.svg] [data.root=PATH] [data.workers=N]
 
@@ -37,15 +36,7 @@ def evaluate(directory: Path, picture: str | None, words: list[str]) -> int:
     results.print_result({key: stored[key] | value for key, value in scores.items()}, console)
     if picture:
         save_picture(console, Path(picture), f"python -m kd.train recipe={recipe.name}")
-    before = numbers(stored)
-    # An older kd had fewer metrics. Counts of reliability bins jump where a confidence is at the edge of its bin.
-    differences = {
-        name: abs(value - before[name])
-        for name, value in numbers(scores).items()
-        if name in before and "reliability" not in name
-    }
-    worst = max(differences, key=differences.__getitem__)
-    largest = differences[worst]
+    largest, worst = results.largest_difference(stored, scores)
     print(f"largest difference to result.json: {largest:.2g}{f' ({worst})' if largest else ''}")
     return int(largest > TOLERANCE)
 

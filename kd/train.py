@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kd.cli.environment import check_torchrun
 from kd.cli.errors import fail, one_line_errors
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 PROGRAM = "kd.train"
 
 
-def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
-    """Run one recipe to its result, once `check` has seen what is prepared; returns the exit code."""
+def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> Run:
+    """Run one recipe to its result, once `check` has seen what is prepared."""
     # Imported here: --help and a wrong command line must not wait for torch.
     from kd.training import pipeline, results
     from kd.training.dry_run import print_layers, print_plan
@@ -34,7 +34,7 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
     run = pipeline.prepare(recipe)
     if recipe.list_layers:
         print_layers(run)
-        return 0
+        return run
     if check:
         check(run)
     path = run.directory / "result.json"
@@ -42,7 +42,7 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
         pipeline.rehearse(run)
         if recipe.dry_run:
             print_plan(run)
-            return 0
+            return run
         signals.check(run.accelerator)
         with alone_on_run(run) as finished:
             claim(run)
@@ -60,10 +60,10 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> int:
         fail(f"stopped; {go_on}", signals.CTRL_C)
     finally:
         run.accelerator.end_training()
-    return 0
+    return run
 
 
-def main(words: list[str], run: Callable[..., int] = run) -> int:
+def main(words: list[str], run: Callable[..., Any] = run) -> int:
     """Run the recipe that the command line names, several with -m, or replay a run; returns the exit code."""
     if {"-h", "--help"} & set(words):
         print(help_text("all" in words))
@@ -88,8 +88,8 @@ def main(words: list[str], run: Callable[..., int] = run) -> int:
     for config, recipe in zip(configs, recipes, strict=True):
         if options.show:
             print(compose.to_yaml(config))
-        elif code := run(recipe):
-            return code
+        else:
+            run(recipe)
     return 0
 
 

@@ -75,7 +75,6 @@ class Data:
     std: tuple[float, ...]
     hash: str
     omit_class: int | None = None  # for `transfer`
-    val_is_given: bool = False  # the data set comes with a validation split; otherwise it is held out of train
 
     @property
     def num_classes(self) -> int:

@@ -175,5 +175,4 @@ def stream_data(
         std=IMAGENET_DEFAULT_STD,
         hash=digest(lines),
         omit_class=config.omit_class,
-        val_is_given=parts["val"].given != "train",
     )

@@ -158,5 +158,4 @@ def tensor_data(
         std=tuple(std.tolist()),
         hash=digest(values.numpy() for split in splits.values() for values in (split.images, split.targets)),
         omit_class=config.omit_class,
-        val_is_given=parts["val"].given != "train",
     )

@@ -22,7 +22,7 @@ from kd.study.grid import Point
 from kd.study.jobs import Job
 from kd.study.measure import INPUTS, VIEWS, Outcome, Outputs, log_posterior, measure, parts_of
 from kd.study.population import Member, Population, Training
-from kd.training.pipeline import teacher_metadata
+from kd.training.pipeline import metadata
 
 BATCH = 500  # samples scored at once
 
@@ -68,7 +68,7 @@ def _train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
             continue
         if role == "teacher":
             weights = training.population.member(i)
-            save_sealed(folder.weights(point.id), weights, teacher_metadata(point.recipe, data))
+            save_sealed(folder.weights(point.id), weights, metadata("teacher", point.recipe, data))
         yield point, outcome | {"seconds": seconds}
 
 

@@ -23,7 +23,7 @@ class Logger:
 
     def __init__(self, path: Path, accelerator: Accelerator, console: Console):
         self.path, self.accelerator, self.console = path, accelerator, console
-        self._bar: Progress | None = None
+        self._bar = Progress(disable=True)
 
     def rewind(self, stage: str, update: int, epochs: int) -> None:
         """Drop lines logged after the last checkpoint, and truncated ones.
@@ -62,24 +62,15 @@ class Logger:
     @contextmanager
     def progress(self, stage: str, total: int, done: int) -> Iterator[None]:
         """A progress bar over the updates of a stage, on a terminal."""
-        if not (self.accelerator.is_main_process and self.console.is_terminal):
-            yield
-            return
         columns = (TextColumn(f"{stage:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as self._bar:
+        hidden = not (self.accelerator.is_main_process and self.console.is_terminal)
+        with Progress(*columns, console=self.console, transient=True, disable=hidden) as self._bar:
             self._bar.add_task(stage, total=total, completed=done)
             yield
-        self._bar = None
 
     def advance(self, update: int) -> None:
         """Move the progress bar."""
-        if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=update)
-
-    def epoch(self, stage: str, epoch: int, epochs: int, top1: float, nll: float, skipped: int = 0) -> None:
-        """Print one line after an epoch; `skipped` counts the updates that fp16's gradient scaler has left out."""
-        more = f"   {skipped} updates skipped (fp16)" if skipped else ""
-        self.say(f"{stage:8} epoch {epoch:>3}/{epochs}   validation top-1 {top1:6.2%}   nll {nll:.4f}{more}")
+        self._bar.update(self._bar.task_ids[0], completed=update)
 
     def say(self, text: str) -> None:
         """Print lines once, not once per process, and never wrapped: a path can then be copied."""

@@ -275,7 +275,11 @@ class Trainer:
         top1, val_nll = top_k_accuracy(logits, targets, 1).item(), nll(logits, targets).item()
         entry = {"stage": self.stage.name, "update": self.progress.update, "epoch": epoch}
         self.logger.write({**entry, "val_top1": top1, "val_nll": val_nll})
-        self.logger.epoch(self.stage.name, epoch + 1, self.stage.epochs, top1, val_nll, self.progress.skipped)
+        skipped = f"   {self.progress.skipped} updates skipped (fp16)" if self.progress.skipped else ""
+        self.logger.say(
+            f"{self.stage.name:8} epoch {epoch + 1:>3}/{self.stage.epochs}   validation top-1 {top1:6.2%}   "
+            f"nll {val_nll:.4f}{skipped}"
+        )
         self.progress.epochs = epoch + 1
         best = self.progress.selected
         # Ties in accuracy, common on small sets, go to the lower nll.

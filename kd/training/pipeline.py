@@ -34,8 +34,16 @@ from kd.training.logger import Logger
 from kd.training.loop import Trainer
 from kd.training.objective import Objective
 from kd.training.predict import not_finite, predict
-from kd.training.preflight import chance, check_batch, check_environment, check_places, check_validation
-from kd.training.run import Run, alone_on_teacher, run_directory, teacher_directory, teacher_is_trained
+from kd.training.preflight import chance, check_batch, check_environment, check_places
+from kd.training.run import (
+    WEIGHTS,
+    Run,
+    alone_on_teacher,
+    check_finished,
+    run_directory,
+    teacher_directory,
+    teacher_is_trained,
+)
 from kd.training.schedule import mixed_seed
 from kd.training.stage import Stage
 from kd.training.stage import build as build_objective
@@ -63,7 +71,6 @@ def prepare(recipe: Recipe, directory: Path | None = None, teacher: Path | None 
         data = load_data(recipe.data, recipe.seed)
     data = replace(data, **{name: getattr(data, name).to(accelerator.device) for name in ("train", "val", "test")})
     check_batch(recipe, data, accelerator.num_processes)
-    check_validation(recipe, data)
     logger = Logger(directory / "metrics.jsonl", accelerator, terminal())
     run = Run(recipe, data, accelerator, directory, teacher or teacher_directory(recipe, data.hash), logger)
     teacher_network(run)
@@ -129,7 +136,7 @@ def teacher_stage(run: Run) -> Stage:
     own = run.recipe.teacher
     loss = replace(own.own_loss(), backend=run.recipe.loss.backend)
     objective = Objective(_distill_loss(loss), methods.build(loss.methods, "teacher"))
-    model, about = Student(teacher_network(run)), teacher_metadata(run.recipe, run.data)
+    model, about = Student(teacher_network(run)), metadata("teacher", run.recipe, run.data)
     return Stage("teacher", model, objective, own.epochs, run.data, run.teacher_directory, about)
 
 
@@ -143,7 +150,7 @@ def student_stage(run: Run, teacher: Teacher) -> Stage:
     if taps:
         teacher = Teacher(teacher.model, features=taps[1].names)
     model = Student(network, features=taps[0].names if taps else ())
-    about = student_metadata(recipe, run.data)
+    about = metadata("student", recipe, run.data)
     return Stage("student", model, objective, recipe.student.epochs, data, directory, about, teacher, taps)
 
 
@@ -151,7 +158,7 @@ def control_stage(run: Run) -> Stage:
     """The student's network, ready to train on labels alone for as many epochs."""
     recipe, data, directory = run.recipe, run.data.transfer, run.directory / "control"
     objective = Objective(_distill_loss(replace(recipe.loss, kd_weight=0.0, ce_weight=1.0, methods={})))
-    model, about = Student(student_network(run)), student_metadata(recipe, run.data)
+    model, about = Student(student_network(run)), metadata("control", recipe, run.data)
     return Stage("control", model, objective, recipe.student.epochs, data, directory, about)
 
 
@@ -160,25 +167,15 @@ def _distill_loss(loss: LossConfig) -> DistillLoss:
     return DistillLoss(**settings, reduction="sum")
 
 
-def teacher_metadata(recipe: Recipe, data: Data) -> dict[str, Any]:
-    """What is saved with a teacher's weights, so that they can be used without the recipe."""
-    own = recipe.teacher
-    # A method that acts on the labels may smooth them too, by a mass that nobody knows.
-    return ({"methods": own.methods} if own.methods else _smoothing(own)) | _network_metadata(own.model, data)
-
-
-def student_metadata(recipe: Recipe, data: Data) -> dict[str, Any]:
-    """What is saved with the weights of a student or control, so that they can be used without the recipe."""
-    return _smoothing(recipe.loss) | _network_metadata(recipe.student.model, data)
-
-
-def _smoothing(section: TeacherConfig | LossConfig) -> dict[str, Any]:
-    return {"label_smoothing": str(section.label_smoothing), "smoothing": section.smoothing}
-
-
-def _network_metadata(model: str, data: Data) -> dict[str, Any]:
-    return {
-        "model": model,
+def metadata(name: str, recipe: Recipe, data: Data) -> dict[str, Any]:
+    """What is saved with the weights of a stage, so that they can be used without the recipe."""
+    section, labels = (recipe.teacher, recipe.teacher) if name == "teacher" else (recipe.student, recipe.loss)
+    about: dict[str, Any] = {"label_smoothing": str(labels.label_smoothing), "smoothing": labels.smoothing}
+    if name == "teacher" and recipe.teacher.methods:
+        # A method that acts on the labels may smooth them too, by a mass that nobody knows.
+        about = {"methods": recipe.teacher.methods}
+    return about | {
+        "model": section.model,
         "num_classes": str(data.num_classes),
         "class_names": data.class_names,
         "input_shape": list(data.input_shape),
@@ -257,7 +254,7 @@ def _train_members(run: Run) -> None:
         directories.append(member.teacher_directory)
     if run.accelerator.is_main_process:
         manifests, weights = [], {}
-        for which in ("last", "selected"):
+        for which in WEIGHTS:
             paths = [directory / f"{which}.safetensors" for directory in directories]
             manifests = [finished(path, advice("teacher", path.parent)) for path in paths]
             parts = [read_weights(path) for path in paths]
@@ -266,7 +263,7 @@ def _train_members(run: Run) -> None:
             }
         about: dict[str, Any] = {key: sum(each[key] for each in manifests) for key in ("updates", "seconds", "skipped")}
         about["selected"] = {"epoch": [each["selected"]["epoch"] for each in manifests]}
-        finish(run.teacher_directory, weights, teacher_metadata(run.recipe, run.data), about, run.owner("teacher"))
+        finish(run.teacher_directory, weights, metadata("teacher", run.recipe, run.data), about, run.owner("teacher"))
     run.accelerator.wait_for_everyone()
 
 
@@ -292,15 +289,13 @@ def check_teacher(run: Run, teacher: Teacher) -> None:
 
 def _is_finished(run: Run, name: str) -> bool:
     """Whether the student or control is finished. Raises CheckpointError where its files are damaged or another's."""
-    directory = run.directory / name
-    if done := (directory / "stage.json").exists():
-        _check_finished(run, name, directory)
+    if done := (run.directory / name / "stage.json").exists():
+        _check_finished(run, name, run.directory / name)
     return done
 
 
 def _check_finished(run: Run, name: str, directory: Path) -> None:
     """Raise CheckpointError unless a finished stage is whole and its own; remove checkpoints that a kill left there."""
-    for which in ("last", "selected"):  # both are scored when everything is trained, which may be days later
-        finished(directory / f"{which}.safetensors", advice(name, directory), run.owner(name))
+    check_finished(run, name)
     if run.accelerator.is_main_process:
         remove(directory / CHECKPOINTS)

@@ -20,8 +20,6 @@ from kd.models.weights import weights_metadata
 from kd.training.run import run_name, teacher_is_trained
 from kd.training.schedule import optimizer
 
-USUAL_OPTIMIZERS = ["adamw", "sgd", "lamb"]
-
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
@@ -44,17 +42,15 @@ def check_environment(recipe: Recipe) -> None:
 
 def _check_optimizer(recipe: Recipe) -> None:
     name = recipe.optimizer.name
-    known = [str(each) for each in list_optimizers()]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or USUAL_OPTIMIZERS
-    _require(name in known, f"optimizer.name={name}: timm has no such optimizer; try {', '.join(near)}")
-    usual = ", ".join(each for each in USUAL_OPTIMIZERS if each != name)
-    second_order = get_optimizer_info(name).second_order
-    _require(not second_order, f"optimizer.name={name}: needs second-order gradients; try {usual}")
+    known = [str(each) for each in list_optimizers() if each != name]
+    near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.5) or ["adamw", "sgd", "lamb"])
     try:
         optimizer([nn.Parameter(torch.ones(2, 2))], recipe)
-    except Exception as error:  # a package that it needs is missing, or its arguments do not suit it
+    except Exception as error:  # timm does not know it, a package that it needs is missing, or its arguments are others
         reason = str(error).partition("\n")[0] or "a package that it needs is not installed"
-        raise ConfigError(f"optimizer.name={name}: cannot be used here ({reason}); try {usual}") from error
+        raise ConfigError(f"optimizer.name={name}: cannot be used here ({reason}); try {near}") from error
+    second_order = get_optimizer_info(name).second_order
+    _require(not second_order, f"optimizer.name={name}: needs second-order gradients; try adamw, sgd or lamb")
 
 
 def _check_teacher(recipe: Recipe) -> None:
@@ -82,16 +78,12 @@ def check_places(recipe: Recipe, directory: Path) -> None:
         )
     _require(recipe.name != "teachers", "name=teachers: is the directory of trained teachers; choose another name")
     finished = recipe.resume and (directory / "result.json").exists()
-    check_output(recipe.output, write=not (finished or recipe.list_layers))
-
-
-def check_output(output: str, write: bool) -> None:
-    """Raise ConfigError for an output that is no directory and cannot become one; to `write`, without permission."""
-    path = Path(output)
-    nearest = next((each for each in (path, *path.parents) if each.exists() or each.is_symlink()), path)
-    wrong = f"output={output}: must be a directory that exists or can be made"
-    _require(output != "" and nearest.is_dir(), f"{wrong} ({nearest} is not one)")
-    _require(not write or os.access(nearest, os.W_OK), f"{wrong} ({nearest}: Permission denied)")
+    path = Path(recipe.output)
+    nearest = next((each for each in (path, *path.parents) if each.exists()), path)
+    wrong = f"output={path}: must be a directory that exists or can be made"
+    _require(nearest.is_dir(), f"{wrong} ({nearest} is not one)")
+    only_read = finished or recipe.list_layers
+    _require(only_read or os.access(nearest, os.W_OK), f"{wrong} ({nearest}: Permission denied)")
 
 
 def check_batch(recipe: Recipe, data: Data, processes: int) -> None:
@@ -102,17 +94,6 @@ def check_batch(recipe: Recipe, data: Data, processes: int) -> None:
         batch >= accumulation * processes,
         f"train.batch_size={batch}: must be ≥ {accumulation * processes}, one image for each of {processes} processes "
         f"x train.accumulation={accumulation}",
-    )
-
-
-def check_validation(recipe: Recipe, data: Data) -> None:
-    """Raise ConfigError for so few validation images that even a perfect teacher could not be told from chance."""
-    guessing, bound = chance(data.val.targets)
-    setting = f"name={data.name}" if data.val_is_given else f"val_fraction={recipe.data.val_fraction}"
-    _require(
-        bound < 1,
-        f"data.{setting}: gives {len(data.val)} validation images, too few to tell a teacher from chance "
-        f"({guessing:.2%}): add images",
     )
 
 

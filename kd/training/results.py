@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from rich.table import Table
 from torch import Tensor
 
 from kd.checkpoint.files import write_json
-from kd.checkpoint.store import advice, finished
+from kd.checkpoint.store import finished
 from kd.config.compose import saved_recipe
 from kd.config.schema import Recipe, content_hash, identity
+from kd.config.types import leaves
 from kd.errors import ConfigError
 from kd.metrics import compute, reliability_bins
 from kd.models.wrappers import Teacher
@@ -24,11 +25,10 @@ from kd.runtime.provenance import provenance
 from kd.text import plain
 from kd.training.pipeline import evaluated_network
 from kd.training.predict import predict
-from kd.training.run import STAGES, Run, checkpoint_hash, teacher_is_trained
+from kd.training.run import STAGES, WEIGHTS, Run, check_finished, checkpoint_hash
 from kd.training.stored import read_result
 from kd.training.teacher_smoothing import recorded_smoothing
 
-WEIGHTS = ("last", "selected")
 SPLITS = ("val", "test")
 Networks = dict[str, dict[str, Teacher]]  # by stage and weights
 
@@ -36,36 +36,13 @@ Networks = dict[str, dict[str, Teacher]]  # by stage and weights
 # ---- networks of a finished run
 
 
-def weights_of(run: Run, name: str, which: str) -> Path | None:
-    """The weight file of a stage; None for a teacher that is used with the weights it has."""
-    if name != "teacher":
-        return run.directory / name / f"{which}.safetensors"
-    return run.teacher_directory / f"{which}.safetensors" if teacher_is_trained(run.recipe) else None
-
-
-def verified(run: Run, advise: Callable[[str, Path], str] = advice) -> dict[str, str]:
-    """The sha256 of the last weights of every stage that was trained, once all its files are known to be whole.
-
-    Raises CheckpointError, ending in what `advise` says of a stage and its directory.
-    """
-    hashes = {}
-    for name in _stages(run):
-        for path in filter(None, (weights_of(run, name, which) for which in reversed(WEIGHTS))):
-            manifest = finished(path, advise(name, path.parent), run.owner(name))
-            hashes[name] = manifest["files"][path.name]["sha256"]
-    return hashes
-
-
-def _stages(run: Run) -> tuple[str, ...]:
-    return STAGES if run.recipe.control else STAGES[:2]
-
-
 def load_networks(run: Run) -> Networks:
     """Every network of a finished run, frozen, by stage and weights. Raises CheckpointError for damaged files."""
-    verified(run)
     networks: Networks = {}
-    for name in _stages(run):
-        paths = {which: weights_of(run, name, which) for which in WEIGHTS}
+    for name in STAGES if run.recipe.control else STAGES[:2]:
+        paths = {which: run.weights(name, which) for which in WEIGHTS}
+        if None not in paths.values():
+            check_finished(run, name)
         teacher = networks.get("teacher", {}).get("last")
         # A teacher that was not trained here has one set of weights: it is loaded once.
         loaded = {path: Teacher(evaluated_network(run, name, path, teacher)) for path in set(paths.values())}
@@ -128,33 +105,37 @@ def write_result(run: Run) -> dict[str, Any]:
     networks = load_networks(run)
     result: dict[str, Any] = {"recipe": run.recipe.name, **score(run, networks)}
     for name, by_weights in networks.items():
-        result[name] |= _origin(run, name, by_weights["last"])
-    result["provenance"] = provenance(run.accelerator.num_processes) | {
-        "recipe_hash": content_hash(identity(run.recipe)),
-        "data_hash": run.data.hash,
-        "teacher_file": checkpoint_hash(run.recipe),
-        "seed": run.recipe.seed,
-        "seconds": sum(result[name]["seconds"] for name in networks),
-    }
+        result[name] |= _about(run, name, by_weights["last"])
+    result["provenance"] = origin(run) | {"seconds": sum(result[name]["seconds"] for name in networks)}
     if run.accelerator.is_main_process:
         write_json(run.directory / "result.json", result)
     run.accelerator.wait_for_everyone()  # another process may read it next
     return result
 
 
-def _origin(run: Run, name: str, network: Teacher) -> dict[str, Any]:
+def origin(run: Run) -> dict[str, Any]:
+    """What decides a run's result: code, versions, hardware, recipe, data and the teacher's file."""
+    return provenance(run.accelerator.num_processes) | {
+        "recipe_hash": content_hash(identity(run.recipe)),
+        "data_hash": run.data.hash,
+        "teacher_file": checkpoint_hash(run.recipe),
+        "seed": run.recipe.seed,
+    }
+
+
+def _about(run: Run, name: str, network: Teacher) -> dict[str, Any]:
     """The model of a stage, where its weights came from and what they cost."""
     recipe = run.recipe
     section = recipe.teacher if name == "teacher" else recipe.student
-    origin = {"model": section.model, "parameters": sum(p.numel() for p in network.model.parameters())}
-    path = weights_of(run, name, "last")
+    about = {"model": section.model, "parameters": sum(p.numel() for p in network.model.parameters())}
+    path = run.weights(name)
     if path is None:
         record = recorded_smoothing(recipe)
         smoothing = {"label_smoothing": record[0], "smoothing": record[1]} if record else {}
-        return origin | {"weights": recipe.teacher.checkpoint or "timm", "seconds": 0.0, **smoothing}
+        return about | {"weights": recipe.teacher.checkpoint or "timm", "seconds": 0.0, **smoothing}
     manifest = finished(path)
     smoothed = recipe.teacher if name == "teacher" else recipe.loss
-    return origin | {
+    return about | {
         "weights": str(path),
         "sha256": manifest["files"][path.name]["sha256"],
         "seconds": manifest["seconds"],
@@ -174,6 +155,22 @@ def read_run(directory: Path, words: list[str]) -> tuple[Recipe, dict[str, Any]]
         if not (directory / name).is_file():
             raise ConfigError(f"{directory}: holds no {name}; give the directory of a finished run, OUTPUT/NAME/RUN")
     return saved_recipe(directory / "recipe.yaml", words), read_result(directory / "result.json")
+
+
+def largest_difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[float, str]:
+    """The largest difference between the figures of two results, and the figure's name.
+
+    An older kd had fewer metrics: only figures of both are compared.
+    """
+    old, new = (dict(_figures(result)) for result in (before, now))
+    return max((abs(new[name] - old[name]), name) for name in new.keys() & old.keys())
+
+
+def _figures(result: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    # Counts of reliability bins jump where a confidence is at the edge of its bin.
+    for name, value in leaves(result):
+        if set(WEIGHTS) & set(name.split(".")) and "reliability" not in name and isinstance(value, int | float):
+            yield name, value
 
 
 # ---- for people

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 
 from kd.checkpoint.files import digest, write_json, write_text
+from kd.checkpoint.store import advice, finished
 from kd.config.schema import Recipe, content_hash, identity
 from kd.config.types import leaves
 from kd.data import Data
@@ -22,6 +24,7 @@ from kd.training.logger import Logger
 from kd.training.stored import read_card
 
 STAGES = ("teacher", "student", "control")  # directories of a run; only a study keeps its teachers there too
+WEIGHTS = ("last", "selected")  # that a finished stage leaves
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ class Run:
         path = self.directory / "run.json"
         # An older kd may have written fewer settings: the file, not today's recipe, is what the manifests were made of.
         return {"stage": stage, "run": content_hash(read_card(path) if path.exists() else card(self))}
+
+    def weights(self, stage: str, which: str = "last") -> Path | None:
+        """The weight file of a stage; None for a teacher that is used with the weights it has."""
+        if stage != "teacher":
+            return self.directory / stage / f"{which}.safetensors"
+        return self.teacher_directory / f"{which}.safetensors" if teacher_is_trained(self.recipe) else None
 
 
 def run_name(recipe: Recipe) -> str:
@@ -130,6 +139,19 @@ def _check_same(stored: dict[str, Any], own: dict[str, Any], directory: Path) ->
             f"run={directory.name} holds another recipe ({key}={before.get(key)}, now {now.get(key)}; {len(changed)} "
             f"differences): choose another run=NAME, or resume=false to set that run aside"
         )
+
+
+def check_finished(run: Run, stage: str, advise: Callable[[str, Path], str] = advice) -> str:
+    """The sha256 of a trained stage's last weights, once all its files are seen to be whole and its own.
+
+    Raises CheckpointError, ending in what `advise` says of the stage and its directory.
+    """
+    sha256 = ""
+    for which in reversed(WEIGHTS):  # both are scored when everything is trained, which may be days later
+        path = run.weights(stage, which)
+        assert path is not None
+        sha256 = finished(path, advise(stage, path.parent), run.owner(stage))["files"][path.name]["sha256"]
+    return sha256
 
 
 def alone_on_run(run: Run) -> AbstractContextManager[bool]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from kd.checkpoint.files import read_json
-from kd.config.types import leaves
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -18,8 +17,3 @@ def read_card(path: Path) -> dict[str, Any]:
     """A run.json, which identifies a run. Raises CheckpointError where it is missing, damaged or something else."""
     needs = ("identity", "data_hash", "teacher_checkpoint_hash")
     return read_json(path, needs, "; restore it, or resume=false to set that run aside")
-
-
-def numbers(tree: dict[str, Any]) -> dict[str, float]:
-    """Every number of nested dicts by its dotted name."""
-    return {name: v for name, v in leaves(tree) if isinstance(v, int | float) and not isinstance(v, bool)}

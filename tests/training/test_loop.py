@@ -82,8 +82,8 @@ def test_sgd_without_momentum_is_plain(tmp_path):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("adamx", "optimizer.name=adamx: timm has no such optimizer; try"),
-        ("adahessian", "optimizer.name=adahessian: needs second-order gradients; try adamw, sgd, lamb"),
+        ("adamx", "optimizer.name=adamx: cannot be used here (Optimizer adamx not found in registry); try"),
+        ("adahessian", "optimizer.name=adahessian: needs second-order gradients; try adamw, sgd or lamb"),
         ("bnbsgd", "optimizer.name=bnbsgd: cannot be used here ("),
     ],
 )
