@@ -136,7 +136,7 @@ WRONG = {
     "seed=${oc.env:HOME}": "${oc.env:HOME} is not read, only references to settings",
     "+teacher.model_kwargs.x={_target_:1}": "_target_",
     "loss.kd_weight=0 loss.ce_weight=0": "loss.kd_weight=0 with loss.ce_weight=0: nothing to learn",
-    "loss=dkdd": "loss=dkdd: no such method as 'dkdd'; did you mean loss=dkd?",
+    "loss=dkdd": "loss=dkdd: no such method as 'dkdd'; did you mean dkd?",
     "loss=kd loss=dkd": "loss=kd loss=dkd: type one loss=[A,B]",
     "loss.methods.dkd.weight=1": "the recipe does not use dkd; type loss=dkd too",
     "recipe=smoke": "recipe=smoke recipe=smoke: type one recipe=",

@@ -249,10 +249,8 @@ def test_many_values_make_a_run_of_each(kd_train, tmp_path):
 
 WRONG = {
     "loss=dkd loss.methods.dkd.nkd_weight=1": "loss.methods.dkd.nkd_weight: no such setting; did you mean",
-    "loss=dkd loss.methods.dkd.temperature=hot": "loss.methods.dkd.temperature=hot: must be a number",
     "loss=dkd data.mixup=0.2": "loss.methods: dkd: needs class labels, not probabilities; turn mixup and cutmix off",
     "loss=fsp": "loss.methods: fsp: compares neighbouring maps: there is 1 map, name 2 or more layers",
-    "loss=at student.layers=[layer1]": "loss.methods: 1 student layers and 2 teacher layers",
     "loss=at student.layers=[layers.7] teacher.layers=[layers.0]": "loss.methods: features='layers.7': no such module",
     "loss=reviewkd train.batch_size=8 train.accumulation=8": "loss.methods: reviewkd: compares examples",
     "--import nowhere.py": "--import nowhere.py: no such file",
@@ -305,11 +303,6 @@ def test_a_teacher_cannot_be_trained_by_a_method_that_needs_one():
         methods.build({"dkd": {}}, "teacher")
 
 
-def test_help_lists_the_methods(kd_train):
-    out = kd_train("--help").out
-    assert all(re.search(rf"\b{name}\b", out) for name in EVERY)
-
-
 def test_layers_are_listed_with_their_shapes(kd_train, tmp_path):
     out = kd_train(*MAPS, "list_layers=true").out
     assert re.search(r"\*\s+layer2\s+Sequential\s+64 x 2 x 2", out)
@@ -334,17 +327,11 @@ def test_the_readmes_method_trains_from_one_file(kd_train, tmp_path):
     assert evaluate.main([f"run={tmp_path / 'runs/smoke/one'}"]) == 0
 
 
-@pytest.mark.parametrize(
-    ("code", "says"),
-    [
-        ("a = 1\nb = a.nothing\n", "AttributeError: 'int' object has no attribute 'nothing' (line 2 "),
-        ("raise SystemExit(7)\n", "SystemExit: 7 (line 1 "),
-    ],
-)
-def test_an_error_in_ones_own_file_names_its_line(kd_train, tmp_path, code, says):
-    (tmp_path / "mine.py").write_text(code)
+def test_an_error_in_ones_own_file_names_its_line(kd_train, tmp_path):
+    (tmp_path / "mine.py").write_text("a = 1\nb = a.nothing\n")
     done = kd_train("recipe=smoke", "--import=mine.py")
-    assert (done.code, done.err.startswith(f"error: --import mine.py: {says}")) == (2, True)
+    says = "error: --import mine.py: AttributeError: 'int' object has no attribute 'nothing' (line 2 "
+    assert (done.code, done.err.startswith(says)) == (2, True)
 
 
 def test_a_recipe_cannot_name_code(kd_train, tmp_path):

@@ -144,7 +144,7 @@ def test_the_sides_of_a_contrast_are_points_in_the_order_of_the_seeds():
         ({"grid": {"how": {1: {}, "1": {}}}}, "of one or more different labels"),
         ({"grid": {"how": {"x": 3}}}, "must be {label: {setting: value}}"),
         ({"grid": {"how": {"x": {"seed": 3}}}}, "seed is no axis; type study.seeds=N"),
-        ({"grid": {"loss": ["dsit"]}}, "did you mean loss=dist?"),
+        ({"grid": {"loss": ["dsit"]}}, "did you mean dist?"),
         ({"grid": {"loss.temperature": [0.0]}}, "loss.temperature=0.0: must be "),
     ],
 )
