@@ -90,40 +90,44 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def reading(path: Path, hint: str = "") -> Iterator[None]:
-    """Turn a failed read into a CheckpointError, which ends in `hint`."""
+def reading(path: Path) -> Iterator[None]:
+    """Turn a failed read into a CheckpointError."""
     try:
         yield
     except (OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read ({plain(reason, 160)}){hint}") from error
+        raise CheckpointError(f"{path}: cannot be read ({plain(reason, 160)})") from error
+
+
+@contextmanager
+def advised(advice: str) -> Iterator[None]:
+    """Have a CheckpointError end in `advice`, what a user may do about it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {advice}" if advice else str(error)) from error
 
 
 def file_size(path: Path) -> int:
-    """Bytes of a file that is not empty. Raises CheckpointError, also for what is not a file."""
+    """Bytes of a file that is not empty. Raises CheckpointError, also for a directory."""
     with reading(path):
         size = path.stat().st_size
-    if not path.is_file():
-        raise CheckpointError(f"{path}: must be a file{', is a directory' if path.is_dir() else ''}")
-    if not size:
-        raise CheckpointError(f"{path}: is empty")
+    if path.is_dir() or not size:
+        raise CheckpointError(f"{path}: {'is a directory, must be a file' if path.is_dir() else 'is empty'}")
     return size
 
 
-def read_json(path: Path, needs: Iterable[str] = (), hint: str = "") -> Any:
-    """Plain values from a JSON file: an object with the keys `needs`, where any are given.
-
-    Raises CheckpointError, which ends in `hint`.
-    """
-    with reading(path, hint):
+def read_json(path: Path, needs: Iterable[str] = ()) -> Any:
+    """Plain values from a JSON file: an object with the keys `needs`, where any are given. Raises CheckpointError."""
+    with reading(path):
         raw = path.read_bytes()
     try:
         values = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not JSON ({plain(str(error), 160)}){hint}") from error
+        raise CheckpointError(f"{path}: is not JSON ({plain(str(error), 160)})") from error
     missing = [key for key in needs if not isinstance(values, dict) or key not in values]
     if missing:
-        raise CheckpointError(f"{path}: has no entry {missing[0]!r}{hint}")
+        raise CheckpointError(f"{path}: has no entry {missing[0]!r}")
     return values
 
 

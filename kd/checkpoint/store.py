@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kd.checkpoint.files import make_directory, sync, writing
+from kd.checkpoint.files import advised, make_directory, sync, writing
 from kd.checkpoint.manifest import ANYONE, DONE, MANIFEST, Foreign, check_file, read_manifest, verified, write_manifest
 from kd.checkpoint.safetensors_io import header_of, load_state, read_weights, save_weights, size_of, split
 from kd.errors import CheckpointError
@@ -137,14 +137,19 @@ def load(
     `warn` gets one line where a newer one is damaged. Raises CheckpointError, ending in `advice`, where none is whole,
     or the newest whole one is of a newer kd or another `owner`.
     """
+    with advised(advice):
+        return _newest_whole(directory, warn, owner)
+
+
+def _newest_whole(directory: Path, warn: Callable[[str], None], owner: Mapping[str, str]) -> Checkpoint | None:
     problems: list[str] = []
     for path in checkpoints_in(directory):
         try:
             manifest = verified(path / MANIFEST, owner)
             selected = read_weights(path / SELECTED) if SELECTED in manifest["files"] else None
             checkpoint = Checkpoint(path, load_state(path / STATE), selected)
-        except Foreign as error:
-            raise CheckpointError(f"{error}; {advice}") from error
+        except Foreign:
+            raise
         except CheckpointError as error:  # kept until two newer ones are whole: it may be readable another time
             problems.append(str(error))
             continue
@@ -152,9 +157,7 @@ def load(
             warn(f"warning: {'; '.join(problems)}; falling back to {path}")
         return checkpoint
     if problems:
-        raise CheckpointError(
-            f"no checkpoint in {directory / CHECKPOINTS} can be read: {'; '.join(problems)}; {advice}"
-        )
+        raise CheckpointError(f"no checkpoint in {directory / CHECKPOINTS} can be read: {'; '.join(problems)}")
     return None
 
 
@@ -191,11 +194,9 @@ def finished(path: Path, advice: str = "", owner: Mapping[str, str] = ANYONE) ->
     Raises CheckpointError, ending in `advice`.
     """
     done = path.with_name(DONE)
-    try:
+    with advised(advice):
         manifest = read_manifest(done, owner)
         check_file(done, manifest, path.name)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; {advice}" if advice else str(error)) from error
     return manifest
 
 
@@ -207,8 +208,6 @@ def save_sealed(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str
 
 def read_sealed(path: Path, advice: str) -> dict[str, Tensor]:
     """The weights that `save_sealed` wrote. Raises CheckpointError, ending in `advice`, unless they are as written."""
-    try:
+    with advised(advice):
         verified(path.with_suffix(".json"))
         return read_weights(path)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; {advice}") from error

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from kd.cli.environment import check_directory, speaks
+from kd.cli.environment import speaks
 from kd.errors import ConfigError, TrainingError
 from kd.runtime.signals import CTRL_C, GO_ON
 from kd.text import plain
@@ -23,7 +23,6 @@ LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "NCCL")
 def one_line_errors(program: str) -> Iterator[None]:
     """Turn what a user can mend into one line on stderr and an exit code. Our own mistakes keep their traceback."""
     try:
-        check_directory()
         yield
         sys.stdout.flush()  # here: at the interpreter's end Python would print a traceback of its own
     except KeyboardInterrupt:

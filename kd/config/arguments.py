@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,9 +28,7 @@ def read(words: Sequence[str], allowed: Mapping[str, str], required: Sequence[st
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not (key in allowed or key.startswith(prefixes)):
-            near = difflib.get_close_matches(key, allowed, n=1)
-            hint = f"did you mean {near[0]}={allowed[near[0]]}?" if near else f"type {usage}"
-            raise ConfigError(f"{word}: no such argument; {hint}")
+            raise ConfigError(f"{word}: no such argument; type {usage}")
         if key in values:
             raise ConfigError(f"{word}: {key} is given twice; keep one")
         if not value:  # as of a shell variable that is not set

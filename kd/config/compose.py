@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from kd.config.schema import PACKAGE, Recipe
 from kd.config.yaml_reader import load
 from kd.errors import ConfigError
 from kd.losses.methods import registry as methods
+from kd.text import did_you_mean
 
 STUDIES = "studies"  # the directory of the recipes that are studies
 GROUPS = {"recipe": "recipe", "data": "data set", "loss": "loss"}  # what a word chooses by name, in words
@@ -28,8 +28,6 @@ def one_line() -> Iterator[None]:
     """Turn an error of Hydra's or OmegaConf's into a ConfigError of one line: the setting and the problem."""
     try:
         yield
-    except RecursionError as error:
-        raise ConfigError("settings refer to each other in a circle; ${...} must end at a value") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("hydra", "omegaconf"):
             raise
@@ -82,28 +80,28 @@ def recipe_file(group: str, name: str, folder: str = "") -> Path:
     files = {f"{folder}/{stem}" if folder else stem: path for stem, path in files.items()}
     if name in files:
         return files[name]
-    near = difflib.get_close_matches(name, files, n=1)
-    hint = f"did you mean {group}={near[0]}?" if near else f"must be one of {', '.join(files)}"
-    wrong = f"{group}={name}: no such {GROUPS[group]}" if name else f"{group}: not given"
-    raise ConfigError(f"{wrong}; {hint}")
+    hint = did_you_mean(name, files) or f"; must be one of {', '.join(files)}"
+    raise ConfigError(f"{group}={name}: no such {GROUPS[group]}{hint}" if name else f"{group}: not given{hint}")
 
 
 # ---- composing
 
 
 @one_line()
-def compose(words: Sequence[str], schema: type = Recipe, folder: str = "", launcher: Sequence[str] = ()) -> Any:
+def compose(words: Sequence[str], schema: type = Recipe, folder: str = "") -> Any:
     """The config of a command line such as recipe=NAME data=NAME loss=NAME key=value ...: not yet resolved.
 
     The data set's file comes first, with its usual schedule; then the recipe, the loss and the settings, each over
-    what came before. `launcher` has words for Hydra's launcher, which are checked. Raises ConfigError.
+    what came before. Raises ConfigError.
     """
+    from omegaconf import OmegaConf
+
     chosen, changes = _split(words)
     recipe = read_recipe(recipe_file("recipe", chosen.get("recipe", ""), folder), schema)
     data = read_recipe(recipe_file("data", chosen.get("data", _data_set(recipe))), schema)
     recipe.pop("defaults", None)
-    layers = [schema, data, recipe, *([_loss(chosen["loss"], recipe)] if "loss" in chosen else [])]
-    config = _merged(layers, launcher)
+    loss = _loss(chosen["loss"], recipe) if "loss" in chosen else {}
+    config = OmegaConf.merge(_structured(schema), data, recipe, loss)
     override(config, changes, schema)
     return config
 
@@ -136,19 +134,17 @@ def losses(text: str) -> list[str]:
     return [re.sub(r"\s*,\s*", "+", value.strip("[] ")) for value in types.several(text)]
 
 
-def _merged(layers: Sequence[Any], launcher: Sequence[str]) -> Any:
-    """Hydra's composition of a schema and the values over it."""
+@one_line()
+def check_launcher(words: Sequence[str]) -> None:
+    """Raise ConfigError for hydra/launcher=NAME or hydra.launcher.KEY=VALUE that Hydra cannot compose."""
     from hydra import compose as hydra_compose
     from hydra import initialize
-    from hydra.core.config_store import ConfigStore
 
-    store = ConfigStore.instance()
-    names = [f"layer{i}" for i in range(len(layers))]
-    for name, layer in zip(names, layers, strict=True):
-        store.store(name=name, node=layer, replace=True)
-    store.store(name="kd", node={"defaults": [*names, "_self_"]}, replace=True)
-    with initialize(config_path=None):
-        return hydra_compose("kd", overrides=[*launcher])
+    try:
+        with initialize(config_path=None):
+            hydra_compose(overrides=[*words])
+    except ValueError as error:  # hydra/launcher=null, which is no name
+        raise ConfigError(f"{' '.join(words)}: {error}") from error
 
 
 def override(config: Any, words: Sequence[str], schema: type = Recipe) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from kd.config import yaml_reader
 from kd.config.schema import Recipe, allowed
 from kd.errors import ConfigError
+from kd.text import did_you_mean
 
 # What YAML must have read for each kind of setting, and what to type.
 KINDS = {
@@ -105,9 +105,6 @@ def no_such_setting(key: str, schema: type = Recipe) -> str:
     names = list(settings(schema))
     if inside := [name for name in names if name.startswith(f"{key}.")]:
         return f"{key}: is a group of settings; type for example {inside[0]}=VALUE"
-    leaf = key.rpartition(".")[2]
-    near = [name for name in names if name.rpartition(".")[2] == leaf]
-    near = near or difflib.get_close_matches(key, names, n=1)
-    near = near or [name for name in names if difflib.get_close_matches(leaf, [name.rpartition(".")[2]], cutoff=0.7)]
-    hint = f"did you mean {' or '.join(near[:3])}?" if near else "--help all lists the settings"
-    return f"{key}: no such setting; {hint}"
+    if elsewhere := [name for name in names if name.endswith(f".{key.rpartition('.')[2]}")]:
+        return f"{key}: no such setting; did you mean {' or '.join(elsewhere[:3])}?"
+    return f"{key}: no such setting{did_you_mean(key, names) or '; --help all lists the settings'}"

@@ -68,8 +68,6 @@ _Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(lo
 
 def load(path: Path) -> dict[str, Any]:
     """The plain values of a recipe file. Raises ConfigError that names the file, the line and what is wrong."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: not a readable recipe (no such file)")
     with path.open("rb") as file:
         return parse(file.read(MAX_BYTES + 1), str(path))
 

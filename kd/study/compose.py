@@ -28,7 +28,8 @@ def compose(words: list[str]) -> tuple[StudyRecipe, list[str], bool] | None:
         methods.import_own(path)
     composed, axes, launcher = _split(settings)
     default = [] if any(word.startswith("hydra/launcher=") for word in launcher) else ["hydra/launcher=joblib"]
-    config = recipes.compose(composed, StudyRecipe, STUDIES, [*default, *launcher])
+    config = recipes.compose(composed, StudyRecipe, STUDIES)
+    recipes.check_launcher([*default, *launcher])
     fixed = {word.partition("=")[0].lstrip("+") for word in composed}
     differs = _set_grid(config, axes, fixed)
     study = recipes.typed(config)
@@ -73,6 +74,7 @@ def _per_point(value: Any) -> Any:
     return re.sub(r"(?<!\\)\$\{", r"\\${", value) if isinstance(value, str) else value
 
 
+@recipes.one_line()
 def _set_grid(config: Any, axes: dict[str, list[Any]], fixed: set[str]) -> bool:
     """Put what the command line says of the grid into the config; returns whether it says anything."""
     from omegaconf import OmegaConf

@@ -227,8 +227,8 @@ def test_json_that_is_missing_damaged_or_something_else_is_one_line(text, tmp_pa
     path = tmp_path / "a.json"
     if text is not None:
         path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(CheckpointError, match=r"a\.json: .*; do this$") as error:
-        read_json(path, needs=["a"], hint="; do this")
+    with pytest.raises(CheckpointError, match=r"a\.json: ") as error:
+        read_json(path, needs=["a"])
     assert "\n" not in str(error.value)
 
 

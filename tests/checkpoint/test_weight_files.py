@@ -2,7 +2,7 @@
 
 import json
 import os
-import zipfile
+import re
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def saved(tmp_path, weights, **options):
     [
         (lambda path: None, "No such file"),
         (lambda path: path.touch(), "is empty"),
-        (lambda path: path.mkdir(), "must be a file, is a directory"),
+        (lambda path: path.mkdir(), "is a directory, must be a file"),
         (lambda path: path.write_bytes(bytes(100)), "not a readable .safetensors file"),
         (lambda path: save_file({"w": torch.ones(99)}, path) or os.truncate(path, 200), "not a readable .safetensors"),
     ],
@@ -76,14 +76,6 @@ def test_a_pth_that_holds_code_is_refused_and_told_from_weights(tmp_path):
         read_weights(saved(tmp_path, {}))
 
 
-def test_a_zip_bomb_is_not_unpacked(tmp_path):
-    path = tmp_path / "w.pth"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(2**24))
-    with pytest.raises(CheckpointError, match="unpacks to 16,777,216 bytes"):
-        read_weights(path)
-
-
 def test_a_tensor_that_claims_more_than_the_file_has_is_refused(tmp_path):
     path = saved(tmp_path, {"w": torch.as_strided(torch.zeros(1), (10**12,), (0,))})
     with pytest.raises(CheckpointError, match="its tensors claim 4,000,000,000,000 bytes"):
@@ -108,23 +100,21 @@ def test_weights_of_8_bits_are_loaded_and_found_whole(tmp_path, capsys):
         assert main([f"path={tmp_path / name}"]) == 0, capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore:.*(quantize|nested|Nested)")
+@pytest.mark.filterwarnings("ignore:.*quantize")
 @pytest.mark.parametrize(
     ("alter", "kind"),
     [
-        (lambda v: v.to("meta"), "meta"),
-        (lambda v: v.to_sparse(), "sparse"),
-        (lambda v: torch.nested.nested_tensor([v, v[:1]]), "nested"),
-        (lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), "torch.qint8"),
-        (lambda v: v.to(torch.uint8).view(torch.float4_e2m1fn_x2), "torch.float4_e2m1fn_x2"),
+        (lambda v: v.to_sparse(), "torch.float32, torch.sparse_coo, cpu"),
+        (lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), "torch.qint8, torch.strided, cpu"),
+        (lambda v: v.to(torch.uint8).view(torch.float4_e2m1fn_x2), "torch.float4_e2m1fn_x2, torch.strided, cpu"),
     ],
 )
 def test_tensors_that_nothing_computes_with_are_named_by_training_and_by_verify(alter, kind, tmp_path, capsys):
     given = weights()
     first = next(iter(given))
     path = saved(tmp_path, {**given, first: alter(given[first])})
-    said = f"{first} is a {kind} tensor, must be a dense one"
-    with pytest.raises(ConfigError, match=f"w.pth: {said}"):
+    said = f"{first} ({kind}) must be a dense tensor"
+    with pytest.raises(ConfigError, match=re.escape(said)):
         build("mlp_nano", num_classes=10, input_shape=(1, 8, 8), checkpoint=path)
     assert main([f"path={path}"]) == 1
     assert f"{path}: {said}" in capsys.readouterr().out

@@ -140,7 +140,7 @@ WRONG = {
     "loss=kd loss=dkd": "loss=kd loss=dkd: type one loss=[A,B]",
     "loss.methods.dkd.weight=1": "the recipe does not use dkd; type loss=dkd too",
     "recipe=smoke": "recipe=smoke recipe=smoke: type one recipe=",
-    "data=cifar": "data=cifar: no such data set; did you mean data=cifar10?",
+    "data=cifar": "data=cifar: no such data set; did you mean cifar10?",
     "data.omit_class=1 data.label_noise=0.1": "data.omit_class=1 with data.label_noise=0.1: only one",
 }
 
@@ -218,7 +218,7 @@ ALLOWED = {"run": "DIR", "data.": "VALUE"}
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("runn=a", "runn=a: no such argument; did you mean run=DIR?"),
+        ("runn=a", "runn=a: no such argument; type run=DIR"),
         ("a", "a: no such argument; type run=DIR, data.KEY=VALUE"),
         ("run=a run=b", "run=b: run is given twice"),
         ("run=", "run=: must not be empty"),
@@ -244,7 +244,7 @@ def test_a_file_to_write_is_checked_before_the_work(tmp_path):
     ("line", "code", "said"),
     [
         ("kd.train recipe=smoke loss.temprature=2", 2, "did you mean loss.temperature?"),
-        ("kd.evaluate runn=nowhere", 2, "runn=nowhere: no such argument; did you mean run=DIR?"),
+        ("kd.evaluate runn=nowhere", 2, "runn=nowhere: no such argument; type run=DIR"),
         ("kd.probe data=digits model=x split=all", 2, "split=all: must be one of train, val, test"),
         ("kd.study recipe=studies/mnist1d_grid study.seeds=0", 2, "study.seeds=0: must be ≥ 1"),
     ],
