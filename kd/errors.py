@@ -17,7 +17,7 @@ class TrainingError(RuntimeError):
     """Training that cannot continue. The message names the update and the reason."""
 
 
-def require(holds: bool, message: str) -> None:
-    """Raise ConfigError with the message unless the condition holds."""
+def require(holds: object, message: str, error: type[Exception] = ConfigError) -> None:
+    """Raise `error` with this message unless `holds` is true."""
     if not holds:
-        raise ConfigError(message)
+        raise error(message)

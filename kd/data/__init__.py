@@ -9,7 +9,7 @@ from pkgutil import iter_modules
 from kd.config.schema import DataConfig
 from kd.data.base import FAMILIES, Batch, Data, Split
 from kd.data.mixing import Mixer, mixer
-from kd.errors import ConfigError
+from kd.errors import require
 
 __all__ = ["FAMILIES", "Batch", "Data", "Mixer", "Split", "load_data", "mixer"]
 
@@ -23,6 +23,6 @@ def load_data(config: DataConfig, seed: int) -> Data:
     Raises ConfigError for a setting or a data set that cannot be used, ImageError for an unreadable file where
     data.verify is on.
     """
-    if config.family not in FAMILIES:
-        raise ConfigError(f"data.family={config.family}: must be one of {', '.join(sorted(FAMILIES))}")
+    families = ", ".join(sorted(FAMILIES))
+    require(config.family in FAMILIES, f"data.family={config.family}: must be one of {families}")
     return FAMILIES[config.family](config, seed)

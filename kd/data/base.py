@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kd.config.schema import DataConfig
-from kd.errors import ConfigError
+from kd.errors import require
 
 
 class Batch(NamedTuple):
@@ -109,8 +109,8 @@ def family(load: Callable[[DataConfig, int], Data]) -> Callable[[DataConfig, int
 def refuse_settings(config: DataConfig, names: Sequence[str], why: str) -> None:
     """Raise ConfigError for a setting of these that is on, since it would do nothing."""
     for name in names:
-        if value := getattr(config, name):
-            raise ConfigError(f"data.{name}={value}: {why}; leave it out")
+        value = getattr(config, name)
+        require(not value, f"data.{name}={value}: {why}; leave it out")
 
 
 def digest(parts: Iterable[bytes | np.ndarray]) -> str:

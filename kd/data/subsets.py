@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kd.config.schema import DataConfig
-from kd.errors import ConfigError
+from kd.errors import require
 
 
 class Part(NamedTuple):
@@ -35,15 +35,13 @@ def draw(config: DataConfig, targets: Mapping[str, np.ndarray], class_names: Seq
         class_names: names of the K classes.
 
     Raises:
-        ConfigError: the labels are not 0 to K - 1, or a setting leaves a split without a class.
+        ConfigError: a setting leaves a split without a class.
     """
     last = len(class_names) - 1
     targets = {name: np.asarray(labels, dtype=np.int64) for name, labels in targets.items()}
-    for name, labels in targets.items():
-        if len(outside := labels[(labels < 0) | (labels > last)]):
-            raise ConfigError(f"{config.name} {name}: has the label {outside[0]}, must be 0 to {last}")
-    if config.omit_class is not None and config.omit_class > last:
-        raise ConfigError(f"data.omit_class={config.omit_class}: must be ≤ {last}, the last class of {config.name}")
+    assert all(labels.min() >= 0 and labels.max() <= last for labels in targets.values()), "labels must be 0 to K - 1"
+    omitted = config.omit_class or 0
+    require(omitted <= last, f"data.omit_class={omitted}: must be ≤ {last}, the last class of {config.name}")
     parts = assign(config, targets, class_names)
     train = parts["train"]
     if config.train_size is not None:
@@ -79,11 +77,11 @@ def hold_out(config: DataConfig, setting: str, part: Part, class_names: Sequence
     with suppress(ValueError):  # a class of one sample, or fewer places in a part than there are classes
         halves = train_test_split(positions, test_size=share, stratify=part.targets, random_state=config.split_seed)
     counts = np.bincount(part.targets, minlength=len(class_names))
-    if not halves or any(len(np.unique(part.targets[half])) < len(counts) for half in halves):
-        raise ConfigError(
-            f"data.{setting}={share}: cannot hold out images of every class of {config.name}, the smallest, "
-            f"{class_names[int(counts.argmin())]!r}, has {counts.min()}; raise it or add images"
-        )
+    require(
+        halves and all(len(np.unique(part.targets[half])) == len(counts) for half in halves),
+        f"data.{setting}={share}: cannot hold out images of every class of {config.name}, the smallest, "
+        f"{class_names[int(counts.argmin())]!r}, has {counts.min()}; raise it or add images",
+    )
     kept, held_out = (part.take(np.sort(half)) for half in halves)
     return kept, held_out
 
@@ -96,12 +94,11 @@ def stratified(targets: np.ndarray, size: int, config: DataConfig, class_names: 
         own = order[targets[order] == label]
         share[own] = (np.arange(len(own)) + 0.5) / len(own)
     chosen = np.sort(order[np.argsort(share[order], kind="stable")[:size]])
-    counts = np.bincount(targets[chosen], minlength=len(class_names))
-    if size > len(targets) or counts.min() == 0:
-        raise ConfigError(
-            f"data.train_size={size}: must be ≤ {len(targets)}, the training images of {config.name}, and leave at "
-            f"least one of every class"
-        )
+    require(
+        size <= len(targets) and len(np.unique(targets[chosen])) == len(class_names),
+        f"data.train_size={size}: must be ≤ {len(targets)}, the training images of {config.name}, and leave at "
+        f"least one of every class",
+    )
     return chosen
 
 

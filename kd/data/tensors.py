@@ -18,7 +18,7 @@ from kd.config.schema import DataConfig
 from kd.data.base import Batch, Data, Split, digest, refuse_settings
 from kd.data.sample_rng import mix, normals, sample_keys, uniforms
 from kd.data.subsets import draw
-from kd.errors import ConfigError
+from kd.errors import require
 
 
 def unit(images: Tensor) -> Tensor:
@@ -130,8 +130,8 @@ def tensor_data(
     refuse_settings(config, streamed, f"only for streamed sets, {config.name} is held in memory")
     if len(shape) == 1:
         refuse_settings(config, ("hflip", "mixup", "cutmix"), f"only for images, {config.name} holds signals")
-    if config.shift >= shape[-1]:
-        raise ConfigError(f"data.shift={config.shift}: must be < {shape[-1]}, the stored size of {config.name}")
+    stored_size = f"must be < {shape[-1]}, the stored size of {config.name}"
+    require(config.shift < shape[-1], f"data.shift={config.shift}: {stored_size}")
     parts = draw(config, {name: targets for name, (_, targets) in given.items()}, class_names)
     stored = {name: given[part.given][0][part.index] for name, part in parts.items()}
     mean, std = channel_statistics(stored["train"])

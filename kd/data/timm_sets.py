@@ -11,7 +11,7 @@ from kd.config.schema import DataConfig
 from kd.data.base import Data, family
 from kd.data.image_files import Source, reason
 from kd.data.streams import stream_data
-from kd.errors import ConfigError
+from kd.errors import ConfigError, require
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,20 @@ class HubImages(Source):
         """Its split, position and, where the data set has file names, its file."""
         return f"{self.split} image {i} {self.reader.filename(i) or ''}".rstrip()
 
-    def identity(self, i: int) -> str:
-        """The same: the hash of these data sets covers their splits, names and labels."""
-        return self.name(i)
+    identity = name  # the hash of these data sets covers their splits, names and labels
 
 
 @family
 def timm(config: DataConfig, seed: int) -> Data:
     """data.dataset=hfds/NAME, kept in data.root: its splits train, validation and test, see `subsets.assign`."""
     setting = f"data.dataset={config.dataset}"
-    if not config.dataset.startswith("hfds/"):
-        raise ConfigError(f"{setting}: must be hfds/NAME; for files on this machine data.family=folder")
+    hub = config.dataset.startswith("hfds/")
+    require(hub, f"{setting}: must be hfds/NAME; for files on this machine data.family=folder")
     opened = {"train": _open(config, "train"), "val": _open(config, "validation"), "test": _open(config, "test")}
     # the hub's test splits often come without labels, as -1
     sources = {name: images for name, images in opened.items() if images and images.targets.min() >= 0}
     classes = list(sources["train"].reader.class_to_idx) if "train" in sources else []
-    if len(classes) < 2:
-        raise ConfigError(f"{setting}: needs a split 'train' whose 'label' has 2 or more named classes")
+    require(len(classes) > 1, f"{setting}: needs a split 'train' whose 'label' has 2 or more named classes")
     return stream_data(config, seed, sources, classes, threads=1)
 
 

@@ -19,7 +19,7 @@ from kd.data.folder import data_root
 from kd.data.image_files import Files, reason
 from kd.data.streams import stream_data
 from kd.data.tensors import tensor_data
-from kd.errors import ConfigError
+from kd.errors import ConfigError, require
 from kd.text import did_you_mean
 
 BY_TRAIN = {"train": {"train": True}, "test": {"train": False}}
@@ -41,9 +41,8 @@ SETS: dict[str, dict[str, dict[str, Any]]] = {
 @family
 def torchvision(config: DataConfig, seed: int) -> Data:
     """data.dataset, one of SETS, in data.root. Sets that torchvision holds as one array become tensors."""
-    if config.dataset not in SETS:
-        hint = did_you_mean(config.dataset, SETS)
-        raise ConfigError(f"data.dataset={config.dataset}: must be one of {', '.join(SETS)}{hint}")
+    allowed = f"must be one of {', '.join(SETS)}{did_you_mean(config.dataset, SETS)}"
+    require(config.dataset in SETS, f"data.dataset={config.dataset}: {allowed}")
     sets = {name: _open(config, arguments) for name, arguments in SETS[config.dataset].items()}
     if isinstance(vars(sets["train"]).get("data"), np.ndarray | Tensor):
         arrays = {name: (_pixels(each), np.asarray(_labels(each))) for name, each in sets.items()}

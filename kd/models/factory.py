@@ -15,7 +15,7 @@ from timm.models import resolve_model_input_args
 from torch import Tensor, nn
 
 import kd.models.networks  # noqa: F401 (registers its names)
-from kd.errors import CheckpointError, ConfigError
+from kd.errors import ConfigError, require
 from kd.models.weights import load_weights, other_classes
 from kd.text import did_you_mean
 
@@ -62,7 +62,8 @@ def build(
         The network in train mode, on the CPU.
 
     Raises:
-        ConfigError: the name is unknown, the weights cannot be had or do not fit; one line that says what to type.
+        ConfigError: the name is unknown, or timm's weights cannot be had or do not fit.
+        CheckpointError: the file cannot be read, or does not fit.
     """
     shape, kwargs = tuple(input_shape), dict(model_kwargs or {})
     setting = f"{role}.model={name}" + (f" {role}.model_kwargs={kwargs}" if kwargs else "")
@@ -75,19 +76,17 @@ def build(
         model = timm.create_model(**arguments, pretrained=download, checkpoint_path=None)
         _try_out(model, shape, num_classes)
     if checkpoint is not None:
-        try:
-            load_weights(model, Path(checkpoint), finetune)
-        except CheckpointError as error:
-            raise ConfigError(f"{role}.checkpoint={error}") from error
+        load_weights(model, Path(checkpoint), finetune)
     return model
 
 
 def _check_name(name: str, setting: str) -> None:
     """Raise ConfigError when timm does not know the network or the tag of its weights."""
     if ":" in name:
-        return  # named on the hub or in a folder
-    if not timm.is_model(name) or ("." in name and name not in timm.list_models(include_tags=True)):
-        near = did_you_mean(name, timm.list_models() + timm.list_models(include_tags=True), 3)
+        return  # named on the hub or in a directory
+    tagged = timm.list_models(include_tags=True)
+    if not timm.is_model(name) or ("." in name and name not in tagged):
+        near = did_you_mean(name, timm.list_models() + tagged, 3)
         raise ConfigError(f"{setting}: timm and kd know no such network{near}")
 
 
@@ -121,8 +120,7 @@ def _try_out(model: nn.Module, shape: tuple[int, ...], num_classes: int) -> None
         logits = model.eval()(torch.zeros(1, *shape))
     model.train()
     gives = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if gives != (1, num_classes):
-        raise ValueError(f"gives {gives} where logits (1, {num_classes}) are needed")
+    require(gives == (1, num_classes), f"gives {gives} where logits (1, {num_classes}) are needed", ValueError)
 
 
 @contextmanager
@@ -135,10 +133,7 @@ def _one_line(setting: str, shape: tuple[int, ...], role: str) -> Generator[None
     except Exception as error:  # every network has errors of its own for a wrong size or argument
         said = textwrap.shorten(str(error), 160) or type(error).__name__
         if isinstance(error, OSError):  # the hub's errors too
-            offline = {
-                "teacher": "teacher.checkpoint=/path/to/weights.safetensors",
-                "student": "student.model=local-dir:/path/to/a/folder",  # a student has no checkpoint of its own
-            }[role]
+            offline = f"teacher.checkpoint=FILE, or {role}.model=local-dir:DIRECTORY"
             wrong = f"cannot be loaded ({said}); without network give {offline}"
         else:
             wrong = f"does not work for inputs of shape {shape} ({said})"

@@ -9,6 +9,7 @@ n: images, c: channels, h, w: height and width, l: tokens, d: dimensions, k: cla
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from kd.errors import require
 from kd.losses.methods.base import View
 from kd.models.wrappers import INPUT, Output
 
@@ -93,18 +95,16 @@ def tap_pair(
     """
     if student_layers or teacher_layers:
         ours, theirs = tap(student, student_layers), tap(teacher, teacher_layers)
-        if len(ours.layers) != len(theirs.layers):
-            raise ValueError(
-                f"{len(ours.layers)} student layers and {len(theirs.layers)} teacher layers: must be equal"
-            )
+        counts = f"{len(ours.layers)} student layers and {len(theirs.layers)} teacher layers"
+        require(len(ours.layers) == len(theirs.layers), f"{counts}: must be equal", ValueError)
         return ours, theirs
     stages = _stages(student), _stages(teacher)
     if len(stages[0]) == len(stages[1]):
         return tap(student), tap(teacher)
     at = [{entry["reduction"]: entry["module"] for entry in each} for each in stages]  # of several, the last stays
     common = [reduction for reduction in at[0] if reduction in at[1]]
-    if not common:
-        raise ValueError(f"student stages reduce by {list(at[0])}, teacher stages by {list(at[1])}: name layers")
+    reductions = f"student stages reduce by {list(at[0])}, teacher stages by {list(at[1])}"
+    require(common, f"{reductions}: name layers", ValueError)
     return tap(student, [at[0][r] for r in common]), tap(teacher, [at[1][r] for r in common])
 
 
@@ -112,9 +112,9 @@ def classifier_name(model: nn.Module) -> str:
     """The name of the linear module that gives the logits, as timm's get_classifier has it. Raises ValueError."""
     get_classifier: Any = getattr(model, "get_classifier", lambda: None)  # networks of other libraries have none
     classifier = get_classifier()
-    if not isinstance(getattr(classifier, "weight", None), Tensor):
-        kind = type(classifier).__name__
-        raise ValueError(f"{type(model).__name__}: get_classifier() gives {kind}, not one linear layer with a weight")
+    gives = f"{type(model).__name__}: get_classifier() gives {type(classifier).__name__}"
+    linear = isinstance(getattr(classifier, "weight", None), Tensor)
+    require(linear, f"{gives}, not one linear layer with a weight", ValueError)
     return next(name for name, module in model.named_modules() if module is classifier)
 
 
@@ -126,15 +126,13 @@ def list_layers(model: nn.Module, input_shape: Sequence[int]) -> list[Layer]:
         if isinstance(output, Tensor):
             layers.setdefault(name, Layer(name, type(module).__name__, tuple(output.shape)))
 
-    handles = [module.register_forward_hook(partial(keep, name)) for name, module in model.named_modules() if name]
-    parameter, training = next(model.parameters()), model.training
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype))
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+    model = copy.deepcopy(model).eval()  # the hooks go with the copy
+    for name, module in model.named_modules():
+        if name:
+            module.register_forward_hook(partial(keep, name))
+    parameter = next(model.parameters())
+    with torch.no_grad():
+        model(torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype))
     return list(layers.values())
 
 
@@ -145,34 +143,30 @@ def as_map(name: str, feature: Tensor, model: nn.Module) -> Tensor:
         return rearrange(feature, "n h w c -> n c h w") if last else feature
     if feature.ndim == 2:
         return rearrange(feature, "n d -> n d 1 1")
-    if feature.ndim == 3:
-        tokens = feature[:, getattr(model, "num_prefix_tokens", 0) :]
-        height, width = _grid(name, tokens.shape[1], model)
-        return rearrange(tokens, "n (h w) d -> n d h w", h=height, w=width)
-    raise ValueError(f"layer {name}: gives shape {tuple(feature.shape)}, not a map, tokens or a vector; name another")
-
-
-def _grid(name: str, tokens: int, model: nn.Module) -> tuple[int, int]:
-    stated = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if stated is not None and math.prod(stated) == tokens:
-        return tuple(stated)
-    side = math.isqrt(tokens)
-    if side * side != tokens:
-        raise ValueError(f"layer {name}: gives {tokens} tokens, not a square and not the network's grid")
-    return side, side
+    gives = f"layer {name}: gives shape {tuple(feature.shape)}"
+    require(feature.ndim == 3, f"{gives}, not a map, tokens or a vector; name another", ValueError)
+    tokens = feature[:, getattr(model, "num_prefix_tokens", 0) :]
+    count = tokens.shape[1]
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", (0, 0))
+    if math.prod(grid) != count:  # a network without a stated grid, or a layer after a merging of tokens
+        grid = math.isqrt(count), math.isqrt(count)
+    require(
+        math.prod(grid) == count, f"{gives}: {count} tokens are not a square and not the network's grid", ValueError
+    )
+    return rearrange(tokens, "n (h w) d -> n d h w", h=grid[0], w=grid[1])
 
 
 def _embedding(name: str, feature: Tensor) -> Tensor:
     if feature.ndim == 4 and feature.shape[2:] == (1, 1):
         return rearrange(feature, "n d 1 1 -> n d")
-    if feature.ndim != 2:
-        raise ValueError(f"classifier {name}: reads shape {tuple(feature.shape)}, not one embedding (n, d) an image")
+    reads = f"classifier {name}: reads shape {tuple(feature.shape)}"
+    require(feature.ndim == 2, f"{reads}, not one embedding (n, d) an image", ValueError)
     return feature
 
 
 def _stages(model: nn.Module) -> list[dict[str, Any]]:
     info: Any = getattr(model, "feature_info", None)
     stages = [entry for entry in info or () if entry.get("module")]
-    if not stages:
-        raise ValueError(f"{type(model).__name__}: does not state its stages (timm's feature_info); name the layers")
+    unstated = f"{type(model).__name__}: does not state its stages (timm's feature_info); name the layers"
+    require(stages, unstated, ValueError)
     return stages

@@ -4,6 +4,7 @@ n: images or vectors, c: channels, h, w: height and width, d: width of the last 
 Every network gives logits (n, k), and with num_classes=0 the features (n, d) in front of its head.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
@@ -15,7 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 
-class _Network(nn.Module):
+class _Network(nn.Module, ABC):
     """timm's conventions around a linear head `fc` on averaged features.
 
     A subclass ends its construction with `reset_classifier` and gives `forward_features` and `cfg`.
@@ -32,16 +33,14 @@ class _Network(nn.Module):
         """The linear head."""
         return self.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+    def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one of `num_classes`; 0 for none. The pooling is always the average."""
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"global_pool={global_pool}: must be avg")
         self.num_classes = num_classes
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
+    @abstractmethod
     def forward_features(self, x: Tensor) -> Tensor:
         """Features (n, d) or (n, d, h, w)."""
-        raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features (n, d) or (n, d, h, w) to logits (n, k), or to (n, d) where `pre_logits`."""

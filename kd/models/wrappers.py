@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kd.errors import require
 from kd.text import did_you_mean
 
 
@@ -38,8 +39,8 @@ class _Hooks:
         modules = {name: module for name, module in model.named_modules() if name}
         for name in self.names:
             module = name.removesuffix(INPUT)
-            if module not in modules:
-                raise ValueError(f"features={name!r}: no such module{did_you_mean(module, modules, 3)}")
+            near = did_you_mean(module, modules, 3)
+            require(module in modules, f"features={name!r}: no such module{near}", ValueError)
             if name.endswith(INPUT):
                 modules[module].register_forward_pre_hook(partial(self._keep_input, name))
             else:
@@ -52,9 +53,7 @@ class _Hooks:
 
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if self.running:  # otherwise the network is called directly, past its wrapper
-            if not isinstance(output, Tensor):
-                side = "input" if name.endswith(INPUT) else "output"
-                raise ValueError(f"features={name!r}: the module's {side} is a {type(output).__name__}, not a tensor")
+            _check_tensor(output, f"features={name!r}: the module gives")
             self.running[-1][name] = (output, _writes(output))
 
     def run(self, model: nn.Module, inputs: tuple[Any, ...]) -> Output:
@@ -63,14 +62,12 @@ class _Hooks:
             logits = model(*inputs)
         finally:
             kept = self.running.pop()
-        if not isinstance(logits, Tensor):
-            raise ValueError(f"the network's output is a {type(logits).__name__}, not logits (n, k)")
+        _check_tensor(logits, "logits (n, k): the network gives")
         for name in self.names:
-            if name not in kept:
-                raise ValueError(f"features={name!r}: the forward pass does not call this module")
+            require(name in kept, f"features={name!r}: the forward pass does not call this module", ValueError)
             feature, writes = kept[name]
-            if _writes(feature) != writes:
-                raise ValueError(f"features={name!r}: overwritten in place by a later module; name that one instead")
+            overwritten = f"features={name!r}: overwritten in place by a later module; name that one instead"
+            require(_writes(feature) == writes, overwritten, ValueError)
         return Output(logits, {name: kept[name][0] for name in self.names})
 
 
@@ -103,8 +100,8 @@ class Teacher(nn.Module):
         if create_kwargs.get("pretrained"):
             weights: Any = model.pretrained_cfg
             published, classes = weights["num_classes"], model.num_classes
-            if published != classes:
-                raise ValueError(f"num_classes={classes}: the pretrained weights have {published}; fine-tune first")
+            differ = f"num_classes={classes}: the pretrained weights have {published}; fine-tune first"
+            require(published == classes, differ, ValueError)
         self._hooks = _Hooks(model, features)
         self._held = (model.eval().requires_grad_(False),)  # modules in a tuple are not registered
         self.eval()
@@ -159,18 +156,17 @@ class Student(nn.Module):
 
 def _network(model: nn.Module | str, create_kwargs: dict[str, Any]) -> nn.Module:
     if isinstance(model, nn.Module):
-        if create_kwargs:
-            raise ValueError(f"{', '.join(create_kwargs)}: only for networks given by name")
+        require(not create_kwargs, f"{', '.join(create_kwargs)}: only for networks given by name", ValueError)
         return model
-    if not isinstance(model, str):
-        raise TypeError(f"model is a {type(model).__name__}, must be an nn.Module or the name of a network")
-    try:
-        from kd.models.factory import create
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"a network by name, {model!r}, needs {error.name}: pip install 'kd-torch[train]'"
-        ) from error
+    wrong = f"model is a {type(model).__name__}, must be an nn.Module or the name of a network"
+    require(isinstance(model, str), wrong, TypeError)
+    from kd.models.factory import create  # here: a network by name needs timm, an nn.Module does not
+
     return create(model, **create_kwargs)
+
+
+def _check_tensor(value: object, what: str) -> None:
+    require(isinstance(value, Tensor), f"{what} a {type(value).__name__}, must be a tensor", ValueError)
 
 
 def _writes(tensor: Tensor) -> int:

@@ -114,7 +114,7 @@ def test_tensors_that_nothing_computes_with_are_named_by_training_and_by_verify(
     first = next(iter(given))
     path = saved(tmp_path, {**given, first: alter(given[first])})
     said = f"{first} ({kind}) must be a dense tensor"
-    with pytest.raises(ConfigError, match=re.escape(said)):
+    with pytest.raises(CheckpointError, match=re.escape(said)):
         build("mlp_nano", num_classes=10, input_shape=(1, 8, 8), checkpoint=path)
     assert main([f"path={path}"]) == 1
     assert f"{path}: {said}" in capsys.readouterr().out

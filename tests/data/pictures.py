@@ -1,7 +1,6 @@
 """Images and folders of images made on the spot, and what several tests of data sets ask of them."""
 
 import io
-import os
 import random
 
 import numpy as np
@@ -60,11 +59,3 @@ def everything(split, epoch, size=64):
 
 def rng_state():
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-
-
-def contents(folder):
-    """Everything below a folder, as it lies on the disk."""
-    return {
-        str(path): (os.lstat(path).st_mode, path.read_bytes() if path.is_file() else b"")
-        for path in sorted(folder.rglob("*"))
-    }

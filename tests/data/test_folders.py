@@ -7,15 +7,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from pictures import CLASSES, contents, encoded, everything, load_folder, make_folder, names, picture, rng_state, splits
+from pictures import CLASSES, encoded, everything, load_folder, make_folder, names, picture, rng_state, splits
 from PIL import Image
-from torch.utils.data import get_worker_info
 
-from kd.config.schema import DataConfig
-from kd.data import load_data
-from kd.data.image_files import Files
 from kd.errors import ConfigError, ImageError
-from kd.models.weights import weights_metadata
 
 AUGMENTED = {"hflip": 0.5, "crop_scale": 0.3, "auto_augment": "rand-m9-n2-mstd0.5", "random_erase": 0.5}
 NETS = [f"{role}.{setting}" for role in ("teacher", "student") for setting in ("model=test_resnet", "pretrained=false")]
@@ -37,15 +32,6 @@ def own(images, tmp_path):
 def trains(root, **settings):
     words = {"data.workers": 0, "data.image_size": 24, "train.batch_size": 8, "data.val_fraction": 0.4} | settings
     return ["recipe=timm_finetune", f"data.root={root}", *NETS, *(f"{key}={value}" for key, value in words.items())]
-
-
-def refused(kd_train, tmp_path, *words):
-    """The one line of a run that starts with nothing written and ends with exit code 2."""
-    before = contents(tmp_path)
-    done = kd_train(*words)
-    assert (done.code, done.err.count("\n")) == (2, 1), done.err
-    assert contents(tmp_path) == before
-    return done.err.removeprefix("error: ").removesuffix("\n")
 
 
 # --- layouts
@@ -101,14 +87,13 @@ def test_the_hash_follows_content_and_not_place(images, own):
     assert load_folder(own).hash != load_folder(images).hash
 
 
-def test_links_inside_the_folder_and_linked_class_folders_are_followed(own, tmp_path):
+def test_links_to_directories_and_images_are_followed(own, tmp_path):
     subset = tmp_path / "subset"
-    subset.mkdir()
-    for label in CLASSES:
-        (subset / label).symlink_to(own / label)
-    (own / "one" / "twin.jpg").symlink_to("000.jpg")
-    for root in (own, subset):
-        assert sum(len(s) for s in splits(load_folder(root))) == 61
+    (subset / "one").mkdir(parents=True)
+    (subset / "one" / "a.jpg").symlink_to(own / "one" / "000.jpg")
+    (subset / "one" / "more").symlink_to(own / "one")
+    (subset / "three").symlink_to(own / "three")
+    assert sum(len(s) for s in splits(load_folder(subset))) == 41
 
 
 def break_folder(root, kind):
@@ -128,25 +113,20 @@ def break_folder(root, kind):
             make_folder(root / "validation", 3)
         case "gif":
             picture(0).save(train / "one" / "a.gif")
-        case "link out":
-            picture(0).save(root.parent / "x.jpg")
-            (train / "one" / "a.jpg").symlink_to(root.parent / "x.jpg")
-        case "link to a folder":
-            (train / "one" / "more").symlink_to(train / "three")
+        case "missing":
+            shutil.rmtree(root)
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("no train", "data.root={root}: has val/ but no train/"),
-        ("other classes", "data.root={root}: train/ and val/ differ in the class 'two words'"),
-        ("empty class", "data.root: class folder '{root}/train/four' holds no JPEG, PNG or WEBP image"),
-        ("one class", "data.root: {root}/train holds 1 class folders, needs at least 2; images lie in train/CLASS"),
-        ("misnamed", "data.root={root}: validation/: folders of splits are called train, val and test"),
+        ("no train", "data.root={root}: has val but no train"),
+        ("other classes", "data.root={root}: train and val differ in the classes ['two words', 'zwei']"),
+        ("empty class", "data.root: class directory '{root}/train/four' holds no JPEG, PNG or WEBP image"),
+        ("one class", "data.root: {root}/train holds 1 class directories, needs at least 2"),
+        ("misnamed", "data.root={root}: validation: directories of splits are called train, val and test"),
         ("gif", "data.root: '{root}/train/one/a.gif' is not JPEG, PNG or WEBP; convert or remove it"),
-        ("link out", "data.root: '{root}/train/one/a.jpg' is a link out of the folder, "),
-        ("link to a folder", "data.root: '{root}/train/one/more' is a link to a folder, "),
-        ("too few", "data.test_fraction=0.2: cannot hold out images of every class of toy, the smallest, 'one', has 3"),
+        ("missing", "data.root={root}: no such directory"),
     ],
 )
 def test_a_folder_that_cannot_work_is_one_line(tmp_path, kind, message):
@@ -164,20 +144,10 @@ def test_classes_may_be_called_like_a_split(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("root", "said"), [(None, " is not set; give"), ("/no/such", "=/no/such: no such folder; give")]
-)
-def test_a_root_that_is_missing(root, said):
-    with pytest.raises(ConfigError, match=rf"^data\.root{said} the folder that holds toy, data\.root=/path/to/it$"):
-        load_data(DataConfig(name="toy", family="folder", root=root), 0)
-
-
-@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"shift": 2}, r"data\.shift=2: only for small sets, toy is streamed; leave it out"),
-        ({"noise": 0.1}, r"data\.noise=0\.1: only for small sets"),
         ({"auto_augment": "best"}, r"data\.auto_augment=best: timm has no such policy"),
-        ({"auto_augment": "rand-zz9"}, r"data\.auto_augment=rand-zz9: timm has no such policy"),
     ],
 )
 def test_a_setting_that_would_do_nothing_is_an_error(images, settings, message):
@@ -294,45 +264,7 @@ def test_a_class_folder_that_may_not_be_read_is_not_passed_over(own, monkeypatch
 def test_a_bad_file_stops_a_run_before_it_writes(kd_train, own, tmp_path):
     bad = own / "one" / "a\nb<script>.jpg"
     bad.write_bytes(b"<html>404</html>")
-    said = refused(kd_train, tmp_path, *trains(own))
-    assert said == f"cannot read '{own}/one/a\\nb<script>.jpg': not a JPEG, PNG or WEBP image"
-
-
-def test_too_few_validation_images_stop_a_run_before_it_writes(kd_train, own, tmp_path):
-    said = refused(kd_train, tmp_path, *trains(own, **{"data.val_fraction": 0.07}))
-    assert said.startswith("data.val_fraction=0.07: gives 4 validation images")
-
-
-def test_a_file_that_vanishes_while_it_trains_is_one_line(kd_train, own, monkeypatch):
-    opened, count = Files.open, []
-
-    def vanish(self, i):
-        if get_worker_info() is not None:
-            count.append(i)
-            if len(count) == 3:
-                os.remove(self.name(i))
-        return opened(self, i)
-
-    monkeypatch.setattr(Files, "open", vanish)
-    done = kd_train(*trains(own, **{"data.workers": 1, "output": "out"}))
+    done = kd_train(*trains(own))
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
-    assert done.err.startswith(f"error: cannot read '{own}/")
-    assert done.err.endswith(": No such file or directory\n")
-
-
-HOSTILE = ["<script>alert(1)<", "=cmd|' -C calc'!A0", "a\nb", "a..b", "\x1b[31mred", "[bold]x[", "caf\udcff", "x" * 200]
-
-
-def test_class_names_of_any_characters_train_and_write_nothing_of_their_own(kd_train, tmp_path):
-    for c, name in enumerate(HOSTILE):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for i in range(20):  # told apart by their colour: the teacher must be better than chance
-            colour = 255 * (c & 1), 255 * (c >> 1 & 1), 255 * (c >> 2)
-            Image.new("RGB", (32, 32), colour).save(tmp_path / "images" / name / f"{i}.png")
-    settings = {"output": "out", "control": "false", "teacher.epochs": 4, "optimizer.lr": 0.01, "data.color_jitter": 0}
-    done = kd_train(*trains(tmp_path / "images", **settings))
-    assert done.code == 0, done.err
-    assert "\x1b" not in done.out + done.err
-    assert {path.name for path in tmp_path.iterdir()} == {"images", "out"}
-    weights = next((tmp_path / "out").rglob("student/last.safetensors"))
-    assert weights_metadata(weights)["class_names"] == sorted(HOSTILE)
+    assert f"cannot read '{own}/one/a\\nb<script>.jpg': not a JPEG, PNG or WEBP image" in done.err
+    assert list(tmp_path.iterdir()) == [own]

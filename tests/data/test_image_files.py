@@ -95,13 +95,10 @@ NO_IMAGE = "not a JPEG, PNG or WEBP image"
 BAD = {
     "truncated": (encoded(picture(0), "JPEG")[:-200], "image file is truncated"),
     "truncated png": (PNG[: len(PNG) // 2], "image file is truncated"),
-    "truncated webp": (encoded(picture(0), "WEBP")[:200], ""),
-    "png cut in its header": (PNG[:20], ""),
     "flipped bit": (PNG[:60] + bytes([PNG[60] ^ 1]) + PNG[61:], ""),
     "empty": (b"", NO_IMAGE),
     "text": (b"<html>404</html>", NO_IMAGE),
     "gif": (encoded(picture(0), "GIF"), NO_IMAGE),
-    "tiff": (encoded(picture(0), "TIFF"), NO_IMAGE),
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", NO_IMAGE),  # Pillow would start Ghostscript
     "bomb": (encoded(Image.new("1", (8192, 8193)), "PNG"), f"8192 x 8193 is more than {MAX_PIXELS} pixels"),
     "long line": (encoded(Image.new("1", (16383, 1)), "PNG"), "or longer than 1 : 100"),
@@ -127,9 +124,3 @@ def test_the_largest_allowed_image_is_read_and_one_more_row_is_not(monkeypatch):
     with pytest.raises(ValueError, match="40 x 33 is more than 1280 pixels"):
         decode(io.BytesIO(encoded(picture(0).resize((40, 33)), "PNG")))
     assert Image.MAX_IMAGE_PIXELS > MAX_PIXELS
-
-
-def test_the_size_is_checked_before_anything_is_decoded(monkeypatch):
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
-    with pytest.raises(ValueError, match="is more than"):
-        decode(io.BytesIO(BAD["bomb"][0]))

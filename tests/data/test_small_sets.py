@@ -12,7 +12,7 @@ from kd.config.schema import DataConfig
 from kd.data import load_data
 from kd.data.sample_rng import bits, global_rng, normals, sample_keys, uniforms
 from kd.data.synthetic import _mnist1d
-from kd.data.tensors import channel_statistics, translate
+from kd.data.tensors import channel_statistics
 from kd.errors import ConfigError
 
 
@@ -40,9 +40,6 @@ def test_sizes_and_content_of_the_embedded_sets():
     assert signals.input_shape == (40,)
     pooled = torch.cat([s.images for s in (signals.train, signals.val, signals.test)])
     assert pooled.double().std(correction=0).item() == pytest.approx(1, abs=1e-6)  # as its authors standardise it
-
-
-# --- views
 
 
 # --- views
@@ -91,15 +88,6 @@ def shifted_by_hand(image, dy, dx):
             if 0 <= y - dy < height and 0 <= x - dx < width:
                 out[..., y, x] = image[..., y - dy, x - dx]
     return out
-
-
-def test_translate_is_a_shift_filled_with_zeros():
-    images = torch.randint(1, 256, (5, 2, 4, 6), dtype=torch.uint8)
-    dy, dx = torch.tensor([-2, -1, 0, 1, 3]), torch.tensor([5, 0, -3, 2, -1])
-    moved = translate(translate(images, dx, -1), dy, -2)
-    assert moved.dtype == torch.uint8
-    for i in range(5):
-        assert moved[i].tolist() == shifted_by_hand(images[i].numpy(), dy[i], dx[i]).tolist()
 
 
 def test_training_images_are_shifted_stored_images_of_every_offset():
@@ -205,12 +193,6 @@ def test_the_hash_is_splitmix64():
     assert [int(x) % 2**64 for x in bits(torch.tensor([1234567]), 4)[0]] == published
 
 
-def test_no_two_samples_share_a_key():
-    index = torch.arange(2000)
-    keys = torch.cat([sample_keys(seed, epoch, index) for seed in range(5) for epoch in range(5)])
-    assert len(keys.unique()) == 5 * 5 * 2000
-
-
 def test_uniforms_are_uniform_and_normals_normal():
     from scipy import stats
 
@@ -247,10 +229,8 @@ def test_global_rng_seeds_inside_and_restores_outside_even_after_an_error():
             {"color_jitter": 0.4},
             "data.color_jitter=0.4: only for streamed sets, digits is held in memory; leave it out",
         ),
-        ({"auto_augment": "rand-m9"}, "data.auto_augment=rand-m9: only for streamed sets"),
         ({"shift": 8}, "data.shift=8: must be < 8, the stored size of digits"),
         ({"family": "mnist1d", "hflip": 0.5}, "data.hflip=0.5: only for images, digits holds signals"),
-        ({"family": "mnist1d", "cutmix": 1.0}, "data.cutmix=1.0: only for images"),
     ],
 )
 def test_a_setting_that_would_do_nothing_is_an_error(settings, message):

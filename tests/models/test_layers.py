@@ -115,7 +115,7 @@ def test_what_cannot_be_read_says_why():
         classifier_name(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match=r"get_classifier\(\) gives Identity"):
         tap(timm.create_model("test_resnet", num_classes=0))
-    with pytest.raises(ValueError, match=r"layer a: gives 12 tokens, not a square"):
+    with pytest.raises(ValueError, match="12 tokens are not a square"):
         as_map("a", torch.zeros(2, 12, 3), nn.Module())
     with pytest.raises(ValueError, match=r"layer a: gives shape \(2, 3, 4, 5, 6\)"):
         as_map("a", torch.zeros(2, 3, 4, 5, 6), nn.Module())

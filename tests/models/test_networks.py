@@ -129,9 +129,7 @@ def test_heads_follow_timms_conventions(name):
     before = model.forward_head(model.forward_features(x), pre_logits=True)
     torch.testing.assert_close(model(x), model.get_classifier()(before))
     assert before.shape == (2, model.num_features)
-    model.reset_classifier(4, "avg")
+    model.reset_classifier(4)
     assert model(x).shape == (2, model.num_classes) == (2, 4)
     model.reset_classifier(0)
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="global_pool=max: must be avg"):
-        model.reset_classifier(4, "max")

@@ -162,7 +162,7 @@ def test_the_estimate_is_of_a_fixed_sample_of_at_most_2000(monkeypatch, weights)
         (["data=mixture"], "model: not given, nor recorded with the weights; type model=NAME"),
         (["data=mixture", "checkpoint=nowhere.pth"], "nowhere.pth: cannot be read (No such file"),
         (["data=mixture", "model=mlp_smal", "checkpoint=FILE"], "teacher.model=mlp_smal: timm and kd know no such"),
-        (["data=digits", "checkpoint=FILE"], "teacher.checkpoint=FILE: does not fit the network"),
+        (["data=digits", "checkpoint=FILE"], "FILE: does not fit the network"),
         (["data=mixture", "split=all", "model=x"], "split=all: must be one of train, val, test"),
         (["data=mixture", "data.nose=1", "checkpoint=FILE"], "data.nose: no such setting; did you mean data.noise?"),
     ],
