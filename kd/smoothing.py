@@ -27,7 +27,8 @@ def to_uniform(label_smoothing: float, num_classes: int, smoothing: str) -> floa
 
     Raises ValueError or TypeError where ``label_smoothing`` is outside [0, 1), K < 1 or the convention is unknown.
     """
-    check_smoothing(label_smoothing, smoothing)
+    check_number("label_smoothing", label_smoothing, MASSES, is_mass)
+    check_choice("smoothing", smoothing, SMOOTHINGS)
     _check_classes(num_classes)
     return uniform_mass(label_smoothing, num_classes, smoothing)
 
@@ -94,11 +95,9 @@ def unsmooth(logits: Tensor, label_smoothing: float, smoothing: str = "uniform")
     Such rows sum to more than 1 until the next softmax. A masked class stays -inf.
 
     Raises ValueError or TypeError for arguments that to_uniform rejects, a uniform mass ≥ 1, which cannot be inverted,
-    and logits that are not a floating tensor ``(..., K)``.
+    and logits that are not a floating tensor.
     """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim == 0:
-        got = f"{logits.dtype} of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"logits: must be a floating tensor of shape (..., K), got {got}")
+    check_floating("logits", logits)
     classes = logits.shape[-1]
     mass = to_uniform(label_smoothing, classes, smoothing)
     if mass >= 1:
@@ -134,10 +133,13 @@ def check_choice(name: str, value: object, among: tuple[str, ...]) -> None:
         raise error(f"{name}={value!r}: must be one of {', '.join(among)}")
 
 
-def check_smoothing(label_smoothing: object, smoothing: object) -> None:
-    """Raise unless the mass is in [0, 1) and the convention is known."""
-    check_number("label_smoothing", label_smoothing, MASSES, is_mass)
-    check_choice("smoothing", smoothing, SMOOTHINGS)
+def check_floating(name: str, value: object) -> None:
+    """Raise TypeError unless it is a tensor of a real floating dtype."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return
+    got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+    hint = "; pass its .logits" if isinstance(getattr(value, "logits", None), Tensor) else ""
+    raise TypeError(f"{name}: must be a floating tensor, got {got}{hint}")
 
 
 def _check_classes(num_classes: int) -> None:
@@ -151,14 +153,10 @@ def check_target(target: Tensor, num_classes: int, ignore_index: int | None = No
 
     Reading values makes the host wait for a GPU; ``read_values=False`` checks dtype and shape only.
     """
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target={target!r}: must be a tensor, got {type(target).__name__}")
-    if target.layout is not torch.strided:
-        raise TypeError(f"target.layout={target.layout}: must be dense; use target.to_dense()")
-    soft = target.is_floating_point()
-    if not soft and target.dtype != torch.int64:
-        wanted = "int64 labels (use target.long()) or floating probabilities"
-        raise TypeError(f"target.dtype={target.dtype}: must be {wanted}")
+    soft = isinstance(target, Tensor) and target.is_floating_point()
+    if not soft and (not isinstance(target, Tensor) or target.dtype != torch.int64):
+        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"target: must be int64 labels (use target.long()) or floating probabilities, got {got}")
     if soft and (target.ndim == 0 or target.shape[-1] != num_classes):
         raise ValueError(
             f"target of {target.dtype} with shape {tuple(target.shape)}: floating targets are probabilities of "
@@ -166,10 +164,14 @@ def check_target(target: Tensor, num_classes: int, ignore_index: int | None = No
         )
     if not read_values or not values_readable(target):
         return False
-    if soft:
-        _check_probabilities(target)
-        return False
-    return _check_labels(target, num_classes, ignore_index)
+    if not soft:
+        return _check_labels(target, num_classes, ignore_index)
+    bad = ~are_probabilities(target)
+    if bad.any():
+        row = target[bad][0].double()
+        got = f"sums to {row.sum().item():g}, with {row.min().item():g} as its smallest value"
+        raise ValueError(f"target has a row that {got}: must be probabilities, which are ≥ 0 and sum to 1")
+    return False
 
 
 def _check_labels(target: Tensor, num_classes: int, ignore_index: int | None) -> bool:
@@ -187,16 +189,6 @@ def _check_labels(target: Tensor, num_classes: int, ignore_index: int | None) ->
     return False
 
 
-def _check_probabilities(target: Tensor) -> None:
-    bad = ~(target >= 0)
-    if bad.any():
-        raise ValueError(f"target has probability {target[bad][0].item():g}: must be ≥ 0 in rows that sum to 1")
-    total = target.sum(-1, dtype=torch.float64)
-    bad = ~((total - 1).abs() <= row_sum_tolerance(target.dtype))
-    if bad.any():
-        raise ValueError(f"target has a row that sums to {total[bad][0].item():g}: probabilities must sum to 1")
-
-
 def values_readable(tensor: Tensor) -> bool:
     """Whether a check may read values: not under torch.compile, torch.func, CUDA graph capture, or on meta."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or tensor.is_meta:
@@ -204,6 +196,7 @@ def values_readable(tensor: Tensor) -> bool:
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def row_sum_tolerance(dtype: torch.dtype) -> float:
-    """How far a row of rounded probabilities may sum from 1: 1e-4, or 4 epsilons of a half precision."""
-    return max(1e-4, 4 * torch.finfo(dtype).eps)
+def are_probabilities(rows: Tensor) -> Tensor:
+    """Whether each row ``(..., K)`` is ≥ 0 and sums to 1 within 1e-4, or 4 epsilons of a half precision; nan is not."""
+    off = (rows.sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32)) - 1).abs()
+    return (rows >= 0).all(-1) & (off <= max(1e-4, 4 * torch.finfo(rows.dtype).eps))

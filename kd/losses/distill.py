@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from kd.losses import reference
-from kd.losses.inputs import check_logits
 from kd.losses.kernels import autograd as fused
 from kd.losses.settings import DistillSettings
-from kd.smoothing import unsmooth
+from kd.smoothing import check_floating, unsmooth
 
 
 class DistillTerms(NamedTuple):
@@ -107,7 +106,7 @@ class DistillLoss(DistillSettings):
         self, student: Tensor, teacher: Tensor | None, target: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | int | None]:
         """The reduced loss, the unweighted terms of every position, and the divisor of their sums."""
-        check_logits("student_logits", student)
+        check_floating("student_logits", student)
         if self.kd_weight == 0:
             teacher = None
         backend = self._choose(student)

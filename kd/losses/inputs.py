@@ -6,12 +6,10 @@ Shapes: ``(...)`` positions, ``K`` classes, ``D`` features.
 import warnings
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from kd.losses.kernels.chunked import linear_dtype
-from kd.losses.reference import wide_dtype
-from kd.smoothing import check_target, row_sum_tolerance, values_readable
+from kd.smoothing import are_probabilities, check_floating, check_target, values_readable
 
 
 def check_inputs(
@@ -38,44 +36,32 @@ def check_inputs(
     if class_weight is not None:
         check_fits("class_weight", class_weight, student.shape[-1:], student)
     if teacher is not None:
-        check_logits("teacher_logits", teacher)
+        check_floating("teacher_logits", teacher)
         check_fits("teacher_logits", teacher, student.shape, student)
         if read_values:
             _warn_of_probabilities(teacher)
     return all_count
 
 
-def check_logits(name: str, logits: object) -> None:
-    """Raise TypeError unless it is a dense floating tensor."""
-    if not isinstance(logits, Tensor):
-        hint = "; pass its .logits" if isinstance(getattr(logits, "logits", None), Tensor) else ""
-        raise TypeError(f"{name}: must be a tensor, got {type(logits).__name__}{hint}")
-    if not logits.is_floating_point():
-        raise TypeError(f"{name}.dtype={logits.dtype}: must be a real floating dtype")
-    if logits.layout is not torch.strided:
-        raise TypeError(f"{name}.layout={logits.layout}: must be dense; use {name}.to_dense()")
+def head_logits(prefix: str, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A stand-in for the logits of ``(..., D)`` features, a ``(K, D)`` weight and a ``(K,)`` bias, which it checks.
 
-
-def check_head(prefix: str, features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raise unless ``(..., D)`` features, a ``(K, D)`` weight and a ``(K,)`` bias make logits.
-
-    ``prefix`` stands before their names in a message: "" or "teacher_". A teacher's tensors get no gradient.
+    The logits are never made: it is one element viewed in their shape, so that the checks of logits apply to it.
+    ``prefix`` stands before the names in a message: "" or "teacher_". A teacher's tensors get no gradient.
     """
-    names = (f"{prefix}features", f"{prefix}weight", f"{prefix}bias")
-    for name, tensor in zip(names, (features, weight, bias), strict=True):
-        if tensor is not None or name == names[1]:
-            check_logits(name, tensor)
-    if features.ndim == 0:
-        raise ValueError(f"{names[0]} has shape (): must be (..., D)")
-    if weight.ndim != 2 or len(weight) == 0 or weight.shape[1] != features.shape[-1]:
-        got, width = tuple(weight.shape), features.shape[-1]
-        raise ValueError(f"{names[1]} has shape {got}: must be (K, {width}) with K ≥ 1, as {names[0]} has {width}")
-    for name, tensor, shape in zip(names[1:], (weight, bias), (weight.shape, weight.shape[:1]), strict=True):
-        if tensor is None:
-            continue
-        check_fits(name, tensor, shape, features, beside=names[0], constant=prefix != "")
+    beside = f"{prefix}features"
+    tensors = {beside: features, f"{prefix}weight": weight} | ({} if bias is None else {f"{prefix}bias": bias})
+    for name, tensor in tensors.items():
+        check_floating(name, tensor)
         if linear_dtype(tensor) != linear_dtype(features):
-            raise TypeError(f"{name}.dtype={tensor.dtype}: must be {features.dtype}, the dtype of {names[0]}")
+            raise TypeError(f"{name}.dtype={tensor.dtype}: must be {features.dtype}, the dtype of {beside}")
+    if weight.ndim != 2 or weight.shape[1:] != features.shape[-1:]:
+        got, wanted = tuple(weight.shape), f"(K, D) for (..., D) {beside} {tuple(features.shape)}"
+        raise ValueError(f"{prefix}weight has shape {got}: must be {wanted}")
+    for (name, tensor), shape in zip(tensors.items(), (features.shape, weight.shape, weight.shape[:1]), strict=False):
+        check_fits(name, tensor, shape, features, beside=beside, constant=prefix != "")
+    one = features.detach().new_zeros((), dtype=linear_dtype(features))
+    return one.expand(*features.shape[:-1], len(weight))
 
 
 def check_fits(
@@ -102,10 +88,5 @@ def _warn_of_probabilities(teacher: Tensor) -> None:
     if teacher.shape[-1] == 1 or teacher.numel() == 0 or teacher.itemsize < 2 or not values_readable(teacher):
         return
     first = teacher[(0,) * (teacher.ndim - 1)]
-    if first.min().item() >= 0 and _are_probabilities(first) and _are_probabilities(teacher):
+    if first.min().item() >= 0 and are_probabilities(first) and are_probabilities(teacher).all():
         warnings.warn("teacher_logits look like probabilities: pass logits, or probabilities.log()", stacklevel=8)
-
-
-def _are_probabilities(rows: Tensor) -> bool:
-    off = (rows.sum(-1, dtype=wide_dtype(rows)) - 1).abs()
-    return bool((rows >= 0).all() & (off <= row_sum_tolerance(rows.dtype)).all())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kd.losses.distill import DistillTerms
-from kd.losses.inputs import check_fits, check_head
+from kd.losses.inputs import head_logits
 from kd.losses.kernels.chunked import HeadInputs, Plan, chunked_loss, linear_dtype
 from kd.losses.reference import wide_dtype
 from kd.losses.settings import DistillSettings
@@ -77,15 +77,16 @@ class LinearDistillLoss(DistillSettings):
         teacher_bias: Tensor | None = None,
     ) -> DistillTerms:
         """The loss with its unweighted terms, detached, from one pass and under the same reduction."""
-        check_head("", features, weight, bias)
-        lead, classes = features.shape[:-1], len(weight)
-        # A view of one element has the shape of the logits that are never made, so that DistillLoss's checks apply.
-        logits = features.detach().new_zeros((), dtype=linear_dtype(features)).expand(*lead, classes)
+        logits = head_logits("", features, weight, bias)
+        lead, classes = logits.shape[:-1], logits.shape[-1]
         backend = self._choose(logits)
         if self.kd_weight == 0:
             teacher_logits = teacher_features = teacher_weight = teacher_bias = None
-        _check_teacher(features, weight, teacher_logits, teacher_features, teacher_weight, teacher_bias)
-        taught = teacher_logits if teacher_features is None else logits
+        taught = teacher_logits
+        if not (teacher_features is teacher_weight is teacher_bias is None):
+            if teacher_features is None or teacher_weight is None or taught is not None:
+                raise ValueError("teacher: give teacher_logits, or teacher_features with teacher_weight (teacher_bias)")
+            taught = head_logits("teacher_", teacher_features, teacher_weight, teacher_bias)
         all_count = self._check_inputs(logits, taught, target, backend)
         self.backend_used = backend
         count = self._count(target, all_count)
@@ -153,22 +154,3 @@ class LinearDistillLoss(DistillSettings):
         heaviest = 1 if self.class_weight is None else self.class_weight.max().to(wide)
         bound = one * (self.ce_weight * heaviest + self.kd_weight * plan.numbers.student_temperature)
         return torch.exp2((13 - bound.clamp(min=2**-10).log2()).floor())
-
-
-def _check_teacher(
-    student_features: Tensor,
-    student_weight: Tensor,
-    logits: Tensor | None,
-    features: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> None:
-    """Raise unless the teacher is given in one way, and a head of its own fits the student's positions and classes."""
-    if features is None and weight is None and bias is None:
-        return
-    if features is None or weight is None or logits is not None:
-        raise ValueError("teacher: give teacher_logits, or teacher_features with teacher_weight (and teacher_bias)")
-    check_head("teacher_", features, weight, bias)
-    rows = student_features.shape[:-1] + features.shape[-1:]
-    check_fits("teacher_features", features, rows, student_features, beside="features")
-    check_fits("teacher_weight", weight, student_weight.shape[:1] + weight.shape[1:], student_weight, beside="weight")

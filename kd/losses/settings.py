@@ -14,10 +14,19 @@ from kd.losses.inputs import check_inputs
 from kd.losses.kernels import autograd as fused
 from kd.losses.ranges import LARGEST_WEIGHT, TEMPERATURES, WEIGHTS, is_temperature, is_weight, or_nothing
 from kd.losses.reference import Numbers
-from kd.smoothing import MASSES, SMOOTHINGS, check_choice, check_number, is_mass, uniform_mass, values_readable
+from kd.smoothing import (
+    MASSES,
+    SMOOTHINGS,
+    check_choice,
+    check_floating,
+    check_number,
+    is_mass,
+    uniform_mass,
+    values_readable,
+)
 
 REDUCTIONS = ("mean", "sum", "none")
-BACKENDS = ("auto", "reference", *fused.BACKENDS)
+BACKENDS = ("auto", *fused.MODULES)
 # The fused backend of a device type, and the package it needs.
 _FUSED = {"cpu": ("cpu", "numba"), "cuda": ("triton", "triton")}
 _INSTALLED = {package: find_spec(package) is not None for _, package in _FUSED.values()}
@@ -136,9 +145,8 @@ def _is_size(value: float) -> bool:
 def _check_class_weight(name: str, weight: object) -> None:
     if weight is None:
         return
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 1:
-        got = f"{weight.dtype} of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"{name} is {got}: must be None or a floating tensor of shape (K,)")
+    check_floating(name, weight)  # its shape is checked beside the logits
+    assert isinstance(weight, Tensor)
     if values_readable(weight):
         bad = ~((weight >= 0) & (weight <= LARGEST_WEIGHT))
         if bad.any():

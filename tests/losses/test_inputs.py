@@ -18,7 +18,7 @@ Y = torch.tensor([0, 1, 2, 0])
 P = torch.tensor([[0.5, 0.5, 0.0]] * 4)
 NAN, INF = math.nan, math.inf
 META = {"device": "meta"}
-VALUES = ("target has label", "target has probability", "target has a row")  # checks that read them
+VALUES = ("target has label", "target has a row")  # checks that read them
 
 
 @pytest.fixture(params=["auto", "reference", "cpu", "triton"])
@@ -70,9 +70,8 @@ def test_numbers_out_of_range_are_refused_in_the_constructor_and_where_a_schedul
         ({"backend": "cuda"}, ValueError, r"backend='cuda': must be one of auto, reference, cpu, triton"),
         ({"ignore_index": 1.0}, ValueError, r"ignore_index=1.0: must be an int"),
         ({"ignore_index": 2**63}, ValueError, r"ignore_index=9223372036854775808: must be an int that fits into int64"),
-        ({"class_weight": [1.0, 1.0, 1.0]}, TypeError, r"class_weight is list: must be None or a floating tensor"),
-        ({"class_weight": torch.ones(3, dtype=torch.int64)}, TypeError, r"class_weight is torch.int64 of shape \(3,\)"),
-        ({"class_weight": torch.ones(1, 3)}, TypeError, r"class_weight is .* shape \(1, 3\): .* shape \(K,\)"),
+        ({"class_weight": [1.0, 1.0, 1.0]}, TypeError, "class_weight: must be a floating tensor, got list"),
+        ({"class_weight": torch.ones(3, dtype=torch.int64)}, TypeError, "class_weight: must be .* got torch.int64"),
         ({"class_weight": torch.tensor([1.0, -2.0])}, ValueError, r"class_weight has -2: must be from 0 to 1000000"),
         ({"class_weight": torch.tensor([1.0, NAN])}, ValueError, r"class_weight has nan: "),
         ({"class_weight": torch.tensor([1.0, 1e38])}, ValueError, r"class_weight has 1e\+38: "),
@@ -95,39 +94,32 @@ def test_wrong_settings(settings, error, message):
         (S, T, Y + 1, {}, ValueError, r"target has label 3: must be 0\.\.2 or ignore_index=-100"),
         (S, T, Y - 100, {"ignore_index": -99}, ValueError, r"target has label -100: .* ignore_index=-99"),
         (S, T, Y.float(), {}, ValueError, r"target of torch.float32 with shape \(4,\): .*target.long\(\)"),
-        (S, T, Y.int(), {}, TypeError, r"target.dtype=torch.int32: must be int64 .*target.long\(\)"),
-        (S, T, Y.to(torch.complex64), {}, TypeError, r"target.dtype=torch.complex64: must be int64"),
-        (S, T, Y[:1], {}, ValueError, r"target has shape \(1,\): must be \(4,\) for student_logits \(4, 3\)"),
+        (S, T, Y.int(), {}, TypeError, r"target: must be int64 .*target.long\(\).* got torch.int32"),
         (S, T, Y[:, None], {}, ValueError, r"target has shape \(4, 1\): must be \(4,\)"),
         (S, T, F.one_hot(Y, 3), {}, ValueError, r"target has shape \(4, 3\): must be \(4,\)"),
         (S, T, Y.to("meta"), {}, ValueError, r"target is on meta: must be on cpu"),
-        (S, T, Y.tolist(), {}, TypeError, r"target=\[0, 1, 2, 0\]: must be a tensor, got list"),
+        (S, T, Y.tolist(), {}, TypeError, "target: must be int64 labels .* got list"),
         # probabilities as target
-        (S, T, P - 0.1, {}, ValueError, r"target has probability -0.1: must be ≥ 0"),
-        (S, T, P * NAN, {}, ValueError, r"target has probability nan: must be ≥ 0"),
-        (S, T, P * 0.999, {}, ValueError, r"target has a row that sums to 0.999: probabilities must sum to 1"),
-        (S, T, (P * 0.9).bfloat16(), {}, ValueError, r"target has a row that sums to 0\.[89]"),
+        (S, T, P - 0.1, {}, ValueError, "target has a row that sums to 0.7, with -0.1"),
+        (S, T, P * NAN, {}, ValueError, "target has a row that sums to nan"),
+        (S, T, P * 0.999, {}, ValueError, "target has a row that sums to 0.999, "),
         (S, T, P[:, :2], {}, ValueError, r"shape \(4, 2\): floating targets are probabilities of shape \(\.\.\., 3\)"),
         (S, T, P[:1], {}, ValueError, r"target has shape \(1, 3\): must be \(4, 3\)"),
         (S, T, P, {"ignore_index": 1}, ValueError, r"ignore_index=1: must be < 0 \(off\) with probabilities"),
         (S, T, P.clone().requires_grad_(), {}, ValueError, r"target.requires_grad=True: .*target.detach\(\)"),
-        (S, T, P.to_sparse(), {}, TypeError, r"target.layout=torch.sparse_coo: must be dense"),
         # class weights
         (S, T, Y, {"class_weight": torch.ones(2)}, ValueError, r"class_weight has shape \(2,\): must be \(3,\)"),
         (S, T, Y, {"class_weight": torch.ones(3, **META)}, ValueError, r"class_weight is on meta: must be on cpu"),
         # teacher
         (S, None, Y, {}, ValueError, r"teacher_logits=None: must be given with kd_weight=0.9"),
-        (S, T.tolist(), Y, {}, TypeError, "teacher_logits: must be a tensor, got list"),
-        (S, T.long(), Y, {}, TypeError, r"teacher_logits.dtype=torch.int64: must be a real floating dtype"),
-        (S, T.to_sparse(), Y, {}, TypeError, r"teacher_logits.layout=torch.sparse_coo: must be dense"),
-        (S, T[:, :1], Y, {}, ValueError, r"teacher_logits has shape \(4, 1\): must be \(4, 3\)"),
+        (S, T.tolist(), Y, {}, TypeError, "teacher_logits: must be a floating tensor, got list"),
+        (S, T.long(), Y, {}, TypeError, "teacher_logits: must be a floating tensor, got torch.int64"),
         (S, T[:1], Y, {}, ValueError, r"teacher_logits has shape \(1, 3\): must be \(4, 3\)"),
         (S, T.to("meta"), Y, {}, ValueError, r"teacher_logits is on meta: must be on cpu"),
         (S, T.clone().requires_grad_(), Y, {}, ValueError, r"teacher_logits.requires_grad=True: .*torch.no_grad\(\)"),
         # student
-        (S.long(), T, Y, {}, TypeError, r"student_logits.dtype=torch.int64: must be a real floating dtype"),
-        (S.to(torch.complex64), T, Y, {}, TypeError, r"student_logits.dtype=torch.complex64"),
-        (S.tolist(), T, Y, {}, TypeError, "student_logits: must be a tensor, got list"),
+        (S.long(), T, Y, {}, TypeError, "student_logits: must be a floating tensor, got torch.int64"),
+        (S.tolist(), T, Y, {}, TypeError, "student_logits: must be a floating tensor, got list"),
         (S[:, :0], T[:, :0], Y, {}, ValueError, r"student_logits has shape \(4, 0\): .* K ≥ 1"),
         (S[0, 0], T[0, 0], Y[0], {}, ValueError, r"student_logits has shape \(\): "),
     ],
@@ -196,5 +188,5 @@ def test_no_gradient_reaches_the_teacher_under_torch_func():
 
 def test_an_output_given_as_logits_is_told_about_its_logits():
     teacher = Teacher(torch.nn.Linear(5, 3))
-    with pytest.raises(TypeError, match=r"teacher_logits: must be a tensor, got Output; pass its \.logits"):
+    with pytest.raises(TypeError, match=r"teacher_logits: must be a floating tensor, got Output; pass its \.logits"):
         distill_loss(torch.zeros(2, 3), teacher(torch.zeros(2, 5)), torch.tensor([0, 1]))

@@ -336,7 +336,7 @@ def test_what_is_missing_is_named(variant):
 WRONG = {
     r"at: student's logits of shape \(5, 4\): must be \(3, K\)": lambda seen: replace(seen, target=seen.target[:3]),
     r"at: target of shape \(5, 1\)": lambda seen: replace(seen, target=seen.target[:, None]),
-    "target.dtype=torch.int32: must be int64 labels": lambda seen: replace(seen, target=seen.target.int()),
+    "target: must be int64 labels": lambda seen: replace(seen, target=seen.target.int()),
     "target has label 4: must be 0..3": lambda seen: replace(seen, target=seen.target * 0 + 4),
     "at: 1 maps of the student and 2 of": lambda seen: replace(seen, student=replace(seen.student, maps=[draw(5)])),
     r"at: teacher's logits of shape \(2, 4\)": lambda seen: replace(seen, teacher=take(seen, slice(0, 2)).teacher),

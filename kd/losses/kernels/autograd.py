@@ -22,8 +22,11 @@ from torch import Tensor
 
 from kd.losses.reference import Inputs, Numbers, wide_dtype
 
-MODULES = {"cpu": "kd.losses.kernels.cpu", "triton": "kd.losses.kernels.triton"}
-BACKENDS = tuple(MODULES)
+MODULES = {
+    "reference": "kd.losses.reference",
+    "cpu": "kd.losses.kernels.cpu",
+    "triton": "kd.losses.kernels.triton",
+}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -44,7 +47,7 @@ def terms(
     elif torch.is_grad_enabled() and inputs.student.requires_grad:
         loss, ce, kd = _Eager.apply(*inputs, count, backend, numbers)
     else:
-        loss, ce, kd, _ = _module(backend).rows(inputs, _guess(inputs.student, None), numbers, with_gradient=False)
+        loss, ce, kd, _ = module_of(backend).rows(inputs, _guess(inputs.student, None), numbers, with_gradient=False)
         loss = _reduce(loss, count)
     if len(shape) != 1:
         loss, ce, kd = loss if loss.ndim == 0 else loss.view(shape), ce.view(shape), kd.view(shape)
@@ -75,7 +78,8 @@ def _guess(student: Tensor, count: Tensor | int | None) -> Tensor:
 
 
 @cache
-def _module(backend: str) -> Any:
+def module_of(backend: str) -> Any:
+    """The module that has ``rows``; it is imported, and compiled, on first use."""
     return import_module(MODULES[backend])
 
 
@@ -85,7 +89,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, target, class_weight, count, backend, numbers):
         inputs, held = Inputs(student, teacher, target, class_weight), _guess(student, count)
-        loss, ce, kd, ctx.gradient = _module(backend).rows(inputs, held, numbers, with_gradient=True)
+        loss, ce, kd, ctx.gradient = module_of(backend).rows(inputs, held, numbers, with_gradient=True)
         ctx.save_for_backward(*inputs, held)
         ctx.count, ctx.backend, ctx.numbers = count, backend, numbers
         ctx.mark_non_differentiable(ce, kd)
@@ -98,7 +102,7 @@ class _Eager(torch.autograd.Function):
         inputs = Inputs(*tensors)
         if ctx.count is not None:
             upstream = (upstream / ctx.count).expand_as(held)
-        module = _module(ctx.backend)
+        module = module_of(ctx.backend)
         gradient, ctx.gradient = ctx.gradient, None  # its receiver may change it in place
         if gradient is None:  # a retained graph, once more: the same two steps give the same bits
             gradient = module.rows(inputs, held, ctx.numbers, with_gradient=True)[-1]
@@ -170,7 +174,7 @@ def fused_rows(
     """A backend's ``rows`` as one operator that a compiler does not look into."""
     inputs = Inputs(student, teacher, target, class_weight)
     numbers = Numbers(temperature, student_temperature, kd_weight, ce_weight, uniform_mass, ignore_index)
-    *values, gradient = _module(backend).rows(inputs, upstream, numbers, with_gradient=with_gradient)
+    *values, gradient = module_of(backend).rows(inputs, upstream, numbers, with_gradient=with_gradient)
     return *(value.clone() for value in values), gradient  # an operator's results may not share memory
 
 

@@ -6,7 +6,6 @@ Shapes: N rows, ``D`` features, ``K`` classes. "Wide" is float32, or float64 for
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
 from kd.losses import reference
-from kd.losses.kernels.autograd import MODULES
+from kd.losses.kernels.autograd import module_of
 from kd.losses.reference import Numbers, wide_dtype
 from kd.smoothing import unsmooth
 
@@ -78,30 +77,24 @@ class _Totals:
                 total *= factor
 
 
-class _Held:
-    """The totals of the forward pass, until the backward pass returns them."""
-
-    totals: _Totals | None = None
-
-
 def chunked_loss(inputs: HeadInputs, guess: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, ce and kd (N,); the loss carries gradients for features, weight and bias.
 
     ``guess`` is one number, the expected upstream gradient of every row. With it the forward pass computes the
     gradients too.
     """
-    return _ChunkedLoss.apply(*inputs, guess, plan, _Held())
+    return _ChunkedLoss.apply(*inputs, guess, plan, [])
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """(loss, ce, kd), each (N,); with a guess of the upstream gradient, the gradients too, kept in ``held``."""
+    """(loss, ce, kd), each (N,); with a guess of the upstream gradient, the gradients too, in the list ``held``."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         *tensors, guess, plan, held = arguments
         inputs = HeadInputs(*tensors)
         values = [inputs.features.new_empty(len(inputs.features), dtype=wide_dtype(plan.dtype)) for _ in range(3)]
-        held.totals = _sweep(inputs, guess, plan, values)
+        held.append(_sweep(inputs, guess, plan, values))
         return tuple(values)
 
     @staticmethod
@@ -124,7 +117,7 @@ class _Gradients(torch.autograd.Function):
         *tensors, guess, upstream, plan, held = arguments
         inputs = HeadInputs(*tensors)
         # A returned gradient belongs to the caller, who may write to it: the next backward pass starts afresh.
-        totals, held.totals = held.totals, None
+        totals = held.pop() if held else None
         if totals is None:
             totals = _sweep(inputs, upstream, plan, None)
             assert totals is not None
@@ -199,7 +192,7 @@ def _chunk(
     inputs: reference.Inputs, upstream: Tensor, plan: Plan, values: list[Tensor] | None, *, with_gradient: bool
 ) -> Tensor:
     """Fill the ``values`` of a chunk of rows and return the gradient of its logits, which overwrites them."""
-    rows = reference.rows if plan.backend == "reference" else import_module(MODULES[plan.backend]).rows
+    rows = module_of(plan.backend).rows
     student, teacher, target, class_weight = inputs
     for part in _slices(len(student), plan.part):
         taught = None if teacher is None else unsmooth(teacher[part], plan.teacher_smoothing)
