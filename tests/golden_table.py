@@ -29,6 +29,25 @@ class Case(NamedTuple):
     gradient: Tensor | None = None  # None: only the value is known
 
 
+def tensor(numbers: object) -> Tensor:
+    """In float64."""
+    return torch.as_tensor(numbers, dtype=torch.float64)
+
+
+def authors_case(
+    stored: dict,
+    method: str,
+    loss: Callable[[Tensor], Tensor],
+    student: Tensor,
+    value: object,
+    gradient: object = None,
+    more: str = "",
+) -> Case:
+    """A case of an ``authors_*.json``; `more` ends the name where there are several of it."""
+    slopes = None if gradient is None else tensor(gradient)
+    return Case(method, f"{stored['repo']} {stored['path']}", stored["id"] + more, loss, student, tensor(value), slopes)
+
+
 def relative(found: Tensor, expected: Tensor) -> float:
     """Largest difference in units of the largest element."""
     assert found.shape == expected.shape

@@ -3,40 +3,33 @@
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import features_second as second
 import numpy as np
 import torch
-from golden_table import SECOND, Case, slope
+from golden_table import SECOND, Case, slope, tensor
+from golden_table import authors_case as stored_case
 from torch import nn
 
 from kd.losses.methods.base import Seen, Setup, View
-from kd.losses.methods.connectors import OverhaulFeature, ReusedClassifier, ReviewKD
-from kd.losses.methods.contrastive import ContrastiveRepresentation
-from kd.losses.methods.features import (
-    AttentionTransfer,
-    FlowOfSolution,
-    Hint,
-    NeuronSelectivity,
-    VariationalInformation,
-)
-from kd.losses.methods.relations import CorrelationCongruence, ProbabilisticKnowledge, Relational, SimilarityPreserving
+from kd.losses.methods.registry import library
 
 FILE = json.loads((Path(__file__).parent.parent / "golden" / "authors_features.json").read_text())
 
-# The method that gives a golden case's number. Learned layers become the identity: the numbers are without them.
+# The method and the fields that give a golden case's number. Learned layers become the identity, as in the numbers.
 AUTHORS = {
-    "at": lambda p: AttentionTransfer(power=p, released=True),
-    "at_orig": lambda: AttentionTransfer(released=True),
-    "sp": SimilarityPreserving,
-    "rkd": lambda w_d, w_a: Relational(distance_weight=w_d, angle_weight=w_a, released=True),
-    "rkd_d": lambda: Relational(distance_weight=1, angle_weight=0, released=True),
-    "rkd_a": lambda: Relational(distance_weight=0, angle_weight=1, released=True),
-    "pkt": lambda: ProbabilisticKnowledge(released=True),
-    "pkt_orig": lambda: ProbabilisticKnowledge(released=True),
-    "cc": lambda: CorrelationCongruence(released=True),
-    "hint": lambda: Hint(layer=-1, released=True),
+    "at": lambda p: ("at", {"power": p, "released": True}),
+    "at_orig": lambda: ("at", {"released": True}),
+    "sp": lambda: ("sp", {}),
+    "rkd": lambda w_d, w_a: ("rkd", {"distance_weight": w_d, "angle_weight": w_a, "released": True}),
+    "rkd_d": lambda: ("rkd", {"distance_weight": 1, "angle_weight": 0, "released": True}),
+    "rkd_a": lambda: ("rkd", {"distance_weight": 0, "angle_weight": 1, "released": True}),
+    "pkt": lambda: ("pkt", {"released": True}),
+    "pkt_orig": lambda: ("pkt", {"released": True}),
+    "cc": lambda: ("cc", {"released": True}),
+    "hint": lambda: ("hint", {"layer": -1, "released": True}),
 }
 
 
@@ -52,14 +45,14 @@ def views(s, t):
 
 
 def authors_case(case):
-    s, t = (torch.tensor(FILE["inputs"][case["inputs"]][key], dtype=torch.float64) for key in "st")
-    method = AUTHORS[case["key"]](**case["hyper"])
+    s, t = (tensor(FILE["inputs"][case["inputs"]][key]) for key in "st")
+    name, settings = AUTHORS[case["key"]](**case["hyper"])
+    method = library()[name](**settings)
     method.build(Setup(views(s, t), len(s)))
-    for name, _ in list(method.named_children()):
-        setattr(method, name, nn.Identity())
-    numbers = (torch.tensor(case["expected"][key], dtype=torch.float64) for key in ("loss", "grad_s"))
-    source = f"{case['repo']} {case['path']}"
-    return Case(method.name, source, case["id"], lambda x: method(views(x, t)).mean(), s, *numbers)
+    for learned, _ in list(method.named_children()):
+        setattr(method, learned, nn.Identity())
+    numbers = (case["expected"][key] for key in ("loss", "grad_s"))
+    return stored_case(case, method.name, lambda x: method(views(x, t)).mean(), s, *numbers)
 
 
 def randn(*shape, seed=0):
@@ -152,70 +145,52 @@ def equal_channels():
     return Seen(student, teacher, seen.target)
 
 
-def vid(released):
-    """With variances that differ from channel to channel."""
-
-    def prepare(method):
+def prepare(method):
+    """Give vid's channels different variances; keep crd's constants of a first batch, at which the derivative is."""
+    if method.name == "vid":
         for scale in method.scales:
             scale.data += torch.linspace(-1, 1, len(scale))
-
-    return lambda: VariationalInformation(released=released), prepare
-
-
-def crd(released):
-    def prepare(method):  # the constants of a first batch, from which the derivative is taken, stay
+    if method.name == "crd":
         torch.manual_seed(1)
         before = {key: x.clone() for key, x in method.state_dict().items()}
         method(two_pairs())
         method.load_state_dict(before | {"log_constants": method.log_constants.clone()})
 
-    return lambda: ContrastiveRepresentation(7, 0.5, embed_dim=8, released=released), prepare
 
-
-def plain(make):
-    return make, lambda method: None
-
-
+CRD = {"num_negatives": 7, "temperature": 0.5, "embed_dim": 8}
 WRITINGS = {
-    # name: (how the method is made and prepared), its second writing, what it sees
-    "hint": (plain(Hint), of_hint, two_pairs),
-    "hint of a larger teacher": (plain(lambda: Hint(layer=-1)), of_hint, two_pairs),
-    "hint released": (
-        plain(lambda: Hint(released=True)),
-        lambda *given: of_hint(*given, form=second.hint_released),
-        two_pairs,
-    ),
-    "at": (plain(AttentionTransfer), of_maps(second.at), two_pairs),
-    "at power 1": (plain(lambda: AttentionTransfer(1.0)), of_maps(second.at, power=1.0), two_pairs),
-    "at power 3": (plain(lambda: AttentionTransfer(3.0)), of_maps(second.at, power=3.0), two_pairs),
-    "vid": (vid(False), of_vid, two_pairs),
-    "vid released": (vid(True), of_vid, two_pairs),
-    "nst": (plain(NeuronSelectivity), of_maps(second.nst), two_pairs),
-    "fsp": (plain(FlowOfSolution), of_maps(second.fsp, released=False), equal_channels),
-    "fsp released": (plain(lambda: FlowOfSolution(released=True)), of_maps(second.fsp, released=True), equal_channels),
-    "pkt": (plain(ProbabilisticKnowledge), of_embeddings(second.pkt), two_pairs),
-    "rkd": (plain(Relational), of_embeddings(second.rkd), two_pairs),
-    "rkd distance 3": (plain(lambda: Relational(3.0)), of_embeddings(second.rkd, distance_weight=3), two_pairs),
-    "rkd angle 0": (plain(lambda: Relational(angle_weight=0.0)), of_embeddings(second.rkd, angle_weight=0), two_pairs),
-    "cc": (plain(CorrelationCongruence), of_embeddings(second.cc), two_pairs),
-    "cc order 4": (
-        plain(lambda: CorrelationCongruence(1.5, 4)),
-        of_embeddings(second.cc, gamma=1.5, order=4),
-        two_pairs,
-    ),
-    "crd": (crd(False), of_crd, two_pairs),
-    "crd released": (crd(True), of_crd, two_pairs),
-    "ofd": (plain(OverhaulFeature), of_ofd, two_pairs),
-    "reviewkd": (plain(ReviewKD), of_reviewkd, two_pairs),
-    "simkd": (plain(ReusedClassifier), of_simkd, two_pairs),
+    # name, which begins with the method's: its fields and its second writing
+    "hint": ({}, of_hint),
+    "hint of a larger teacher": ({"layer": -1}, of_hint),
+    "hint released": ({"released": True}, partial(of_hint, form=second.hint_released)),
+    "at": ({}, of_maps(second.at)),
+    "at power 1": ({"power": 1.0}, of_maps(second.at, power=1.0)),
+    "at power 3": ({"power": 3.0}, of_maps(second.at, power=3.0)),
+    "vid": ({}, of_vid),
+    "vid released": ({"released": True}, of_vid),
+    "nst": ({}, of_maps(second.nst)),
+    "fsp": ({}, of_maps(second.fsp, released=False)),
+    "fsp released": ({"released": True}, of_maps(second.fsp, released=True)),
+    "pkt": ({}, of_embeddings(second.pkt)),
+    "rkd": ({}, of_embeddings(second.rkd)),
+    "rkd distance 3": ({"distance_weight": 3.0}, of_embeddings(second.rkd, distance_weight=3)),
+    "rkd angle 0": ({"angle_weight": 0.0}, of_embeddings(second.rkd, angle_weight=0)),
+    "cc": ({}, of_embeddings(second.cc)),
+    "cc order 4": ({"gamma": 1.5, "order": 4}, of_embeddings(second.cc, gamma=1.5, order=4)),
+    "crd": (CRD, of_crd),
+    "crd released": (CRD | {"released": True}, of_crd),
+    "ofd": ({}, of_ofd),
+    "reviewkd": ({}, of_reviewkd),
+    "simkd": ({}, of_simkd),
 }
 
 
 def second_case(name):
     """Value at the drawn features, derivative along a drawn direction of all of the student's."""
-    (make, prepare), written, see = WRITINGS[name]
-    seen = see()
-    method = built(make(), seen)
+    settings, written = WRITINGS[name]
+    method = library()[name.split()[0]](**settings)
+    seen = equal_channels() if method.name == "fsp" else two_pairs()
+    built(method, seen)
     prepare(method)
     start = [*seen.student.maps, seen.student.embedding]
     directions = [randn(*x.shape, seed=7) for x in start]
@@ -230,7 +205,7 @@ def second_case(name):
         moved = [numpy(x) + way * numpy(direction) for x, direction in zip(start, directions, strict=True)]
         return np.sum(written(method, moved, seen))
 
-    at, *numbers = (torch.tensor(float(x), dtype=torch.float64) for x in (0, theirs(0.0), slope(theirs)))
+    at, *numbers = (tensor(float(x)) for x in (0, theirs(0.0), slope(theirs)))
     return Case(method.name, SECOND, name, loss, at, *numbers)
 
 

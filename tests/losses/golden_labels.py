@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from golden_table import SECOND, Case
+from golden_logits import softmax
+from golden_table import SECOND, Case, authors_case, tensor
 from method_batches import draw, labels
 from torch import nn
 
@@ -57,15 +58,6 @@ AUTHORS = {
 }
 
 
-def golden_case(case, method, name, loss, student, value, slopes=None):
-    source = f"{case['repo']} {case['path']}"
-    return Case(method, source, name, loss, student, *(None if x is None else tensor(x) for x in (value, slopes)))
-
-
-def tensor(x):
-    return torch.as_tensor(x, dtype=torch.float64)
-
-
 def authors_cases():
     for case in FILE["cases"]:
         if case["key"] == "ols":
@@ -83,7 +75,7 @@ def authors_cases():
             return size * (weights[0] * ours + weights[1] * ce(z, y).mean())
 
         expected = case["expected"]
-        yield golden_case(case, method.name, case["id"], loss, student, expected["loss"], expected["grad_s"])
+        yield authors_case(case, method.name, loss, student, expected["loss"], expected["grad_s"])
 
 
 def ols_cases(case):
@@ -111,20 +103,14 @@ def ols_cases(case):
                 return 0.5 * ce(z, target).mean() + 0.5 * after(done)(seen(z, target)).mean()
 
             numbers = expected["batch_loss"][n], expected["batch_grad_s"][n]
-            yield golden_case(case, "online_label_smoothing", f"{case['id']}:{e}:{n}", loss, student, *numbers)
+            yield authors_case(case, "online_label_smoothing", loss, student, *numbers, more=f":{e}:{n}")
             done += 1
 
         def of_table(_, done=done):
             return after(done).table
 
-        yield golden_case(
-            case, "online_label_smoothing", f"{case['id']}:{e}", of_table, student, expected["matrix_after"]
-        )
-
-
-def softmax(z):
-    e = np.exp(z - z.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
+        table = expected["matrix_after"]
+        yield authors_case(case, "online_label_smoothing", of_table, student, table, more=f":{e}")
 
 
 class Peer(nn.Module):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from golden_table import SECOND, Case
+from golden_table import SECOND, Case, authors_case, tensor
 from method_batches import logit_batch, logit_values
 
 from kd.losses.methods.base import Seen, View, batch_mean
@@ -20,10 +20,6 @@ from kd.losses.methods.temperature import LogitStandardization
 # ---- the authors' numbers
 
 FILE = json.loads((Path(__file__).parent.parent / "golden" / "authors_logits.json").read_text())
-
-
-def tensor(rows):
-    return torch.tensor(rows, dtype=torch.float64)
 
 
 def mean(method, s, t, y):
@@ -105,31 +101,24 @@ def mlkd_whole(case, inputs):
     return loss
 
 
-def golden_cases():
-    for case in FILE["cases"]:
-        inputs, expected = FILE["inputs"][case["inputs"]], case["expected"]
-        s, t, y = tensor(inputs["s"]), tensor(inputs["t"]), torch.tensor(inputs["y"])
-        if case["key"] == "mlkd":
-            whole, strong, value = mlkd_whole(case, inputs), tensor(inputs["s_strong"]), expected["total"]
-            of_strong, of_weak = partial(whole, s), lambda z, whole=whole, strong=strong: whole(z, strong)
-            yield golden_case(case, of_weak, s, value, expected["grad_s"])
-            yield golden_case(case, of_strong, strong, value, expected["grad_s_strong"])
-            continue
-        if s.ndim == 3:
-            loss, value = sequence_case(case, s, t, y), expected["loss"]
-        else:
-            loss, value = released(case, t, y), expected["loss"]
-        yield golden_case(case, loss, s, value, expected["grad_s"])
-
-
 # Which of kd's methods a golden file's key is, where the names differ.
 IS = dict.fromkeys(("mlkd_kd", "timm_kd", "torchdistill_kd"), "kd") | {"lskd_dkd": "lskd"}
 IS |= dict.fromkeys(("mlkd_cc", "mlkd_bc"), "mlkd")
 
 
-def golden_case(case, loss, student, value, slopes):
-    method, source = IS.get(case["key"], case["key"]), f"{case['repo']} {case['path']}"
-    return Case(method, source, case["id"], loss, student, tensor(value), tensor(slopes))
+def golden_cases():
+    for case in FILE["cases"]:
+        inputs, expected = FILE["inputs"][case["inputs"]], case["expected"]
+        s, t, y = tensor(inputs["s"]), tensor(inputs["t"]), torch.tensor(inputs["y"])
+        method = IS.get(case["key"], case["key"])
+        if case["key"] == "mlkd":
+            whole, strong, value = mlkd_whole(case, inputs), tensor(inputs["s_strong"]), expected["total"]
+            of_strong, of_weak = partial(whole, s), lambda z, whole=whole, strong=strong: whole(z, strong)
+            yield authors_case(case, method, of_weak, s, value, expected["grad_s"])
+            yield authors_case(case, method, of_strong, strong, value, expected["grad_s_strong"])
+            continue
+        loss = sequence_case(case, s, t, y) if s.ndim == 3 else released(case, t, y)
+        yield authors_case(case, method, loss, s, expected["loss"], expected["grad_s"])
 
 
 # ---- a second writing: numpy, probabilities formed as the formula has them, gradients by the complex step

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_logits import FILE, np_pearson, softmax, tensor
-from golden_table import TOLERANCE
+from golden_logits import FILE, np_pearson, softmax
+from golden_table import TOLERANCE, tensor
 from method_batches import draw
 from method_batches import logit_batch as batch
 from method_batches import logit_values as ready
