@@ -59,74 +59,48 @@ def line(rng: random.Random, recipe: str) -> list[str]:
     return words
 
 
+EXTRA = (
+    "seed: 1", "hydra: {run: {dir: /}}", "defaults: [override /data: mnist1d]", "defaults: [x]", "<<: {seed: 1}", "_target_: x",
+    "teacher: 3", "loss: {methods: {dkd: {weight: 1}}}", "loss: {methods: [1]}", "? [a]", "---", "...",
+)  # fmt: skip
+
+
 def content(rng: random.Random) -> bytes:
-    """A recipe: real settings with drawn values, then often a mutation of its bytes or lines."""
-    sections: dict[str, list[str]] = {}
+    """A recipe: real settings with drawn values, often with a strange line, or with bytes changed."""
+    lines = [rng.choice(EXTRA)] if rng.random() < 0.3 else []
     for name in rng.sample(list(settings()), rng.randint(1, 5)):
         section, _, key = name.rpartition(".")
-        value = _value(rng)[:5000]
-        sections.setdefault(section, []).append(f"{'  ' if section else ''}{key}: {value}")
-    lines = sections.pop("", [])
-    for section, inside in sections.items():
-        lines += [f"{section}:", *inside]
-    draw = rng.random()
-    if draw < 0.3:
-        extra = ("seed: 1", "hydra: {run: {dir: /}}", "defaults: [override /data: mnist1d]", "defaults: [x]", "<<: {seed: 1}",
-                 "_target_: x", "teacher: 3", "loss: {methods: {dkd: {weight: 1}}}", "loss: {methods: [1]}", "? [a]", "---", "...")  # fmt: skip
-        lines.insert(rng.randint(0, len(lines)), rng.choice(extra))
-    elif draw < 0.4:
-        lines.append(rng.choice(lines))
-    text = "\n".join(lines).encode(errors="surrogatepass")
-    if rng.random() < 0.3:
-        some = bytearray(text)
-        for _ in range(rng.randint(1, 4)):
-            at = rng.randrange(len(some) + 1)
-            some[at : at + rng.randint(0, 2)] = bytes(rng.randrange(256) for _ in range(rng.randint(0, 3)))
-        text = bytes(some)
-    return text
+        setting = f"{key}: {_value(rng)[:5000]}"
+        lines += [f"{section}:", f"  {setting}"] if section else [setting]
+    text = bytearray("\n".join(lines).encode(errors="surrogatepass"))
+    for _ in range(rng.choice([0, 0, 0, 1, 4])):
+        at = rng.randrange(len(text) + 1)
+        text[at : at + rng.randint(0, 2)] = rng.randbytes(rng.randint(0, 3))
+    return bytes(text)
 
 
 SMALL = b"""name: t
 data: {name: digits, family: digits, image_size: 8}
 loss: {temperature: 1.0, kd_weight: 1.0, ce_weight: 0.0}
 """
-AXES = ("loss.temperature", "teacher.label_smoothing", "loss", "how", "loss.methods.dkd.weight", "loss.methods", "seed", "point", "a b", "1", "''",
-        "student", "hydra", "study.seeds")  # fmt: skip
-
-
-def _mapping(rng: random.Random, keys: tuple[str, ...], value: Callable[[random.Random], str]) -> str:
-    return "{" + ", ".join(f"{rng.choice(keys)}: {value(rng)}" for _ in range(rng.randint(0, 2))) + "}"
-
-
-def _axis(rng: random.Random) -> str:
-    """The values of an axis: a list, labels with their settings, or neither."""
-    draw = rng.random()
-    if draw < 0.6:
-        return "[" + ", ".join(_short(rng) for _ in range(rng.randint(0, 2))) + "]"
-    return _mapping(rng, ("a", "b", "1", "T 4"), lambda rng: _mapping(rng, AXES, _short)) if draw < 0.9 else _short(rng)
-
-
-def _short(rng: random.Random) -> str:
-    return _value(rng)[:400]
-
-
-def _contrasts(rng: random.Random) -> str:
-    sides = ("a", "b", "name", "metric", "minus")
-    keys = (*AXES, "role", "control")
-    return f"[{_mapping(rng, sides, lambda rng: _mapping(rng, keys, _short) if rng.random() < 0.8 else _short(rng))}]"
 
 
 def study(rng: random.Random) -> bytes:
     """A study: a small recipe, or a hostile one, with a drawn grid, contrasts and other settings."""
-    drawn = {"grid": lambda rng: _mapping(rng, (*AXES, *settings()), _axis) if rng.random() < 0.9 else _short(rng)}
-    drawn |= {"contrasts": _contrasts} if rng.random() < 0.4 else {}
-    drawn |= dict.fromkeys(
-        rng.sample(("seeds", "engine", "controls", "claim", "control_smoothing"), rng.randint(0, 2)), _short
-    )
-    lines = [f"  {key}: {value(rng)}" for key, value in drawn.items()]
-    return (SMALL if rng.random() < 0.8 else content(rng) + b"\n") + "\n".join(["study:", *lines]).encode(
-        errors="surrogatepass"
-    )
+
+    def drawn() -> str:
+        return _value(rng)[:400]
+
+    axes = [f"{rng.choice([*settings(), 'how', 'loss'])}: [{drawn()}, {drawn()}]" for _ in range(rng.randint(0, 2))]
+    if rng.random() < 0.4:
+        axes.append(f"how: {{a: {{{rng.choice(list(settings()))}: {drawn()}}}, b: {{}}}}")
+    lines = ["study:", f"  grid: {{{', '.join(axes)}}}" if rng.random() < 0.9 else f"  grid: {drawn()}"]
+    if rng.random() < 0.4:
+        lines.append(f"  contrasts: [{{name: x, metric: {drawn()}, a: {{how: a}}, b: {{control: {drawn()}}}}}]")
+    if rng.random() < 0.4:
+        lines.append(f"  {rng.choice(['seeds', 'engine', 'controls', 'claim', 'control_smoothing'])}: {drawn()}")
+    base = SMALL if rng.random() < 0.8 else content(rng) + b"\n"
+    return base + "\n".join(lines).encode(errors="surrogatepass")
 
 
 def _train(words: list[str], found: list[Recipe]) -> None:
@@ -164,12 +138,6 @@ def attempt(words: list[str], run: Callable[[list[str], list[Recipe]], None] = _
     return said.getvalue(), found
 
 
-def _timed(words: list[str], run: Callable[[list[str], list[Recipe]], None]) -> tuple[str, list[Recipe], float]:
-    started = time.process_time()  # of this process: others may share its core
-    said, found = attempt(words, run)
-    return said, found, time.process_time() - started
-
-
 def _prepare(folder: Path) -> None:
     (folder / "recipes" / "studies").mkdir(parents=True, exist_ok=True)
     (folder / "recipes" / "studies" / "small.yaml").write_bytes(
@@ -195,9 +163,9 @@ def _trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
             words = line(rng, name)
             files = sorted(Path.cwd().rglob("*"))
             try:
-                said, found, seconds = _timed(words, run)
-                if seconds >= SECONDS:  # once more: in a process of many tests the garbage of all is collected between
-                    seconds = _timed(words, run)[2]
+                started = time.process_time()  # of this process: others may share its core
+                said, found = attempt(words, run)
+                seconds = time.process_time() - started
             except Exception as error:
                 recipe = file.read_bytes() if own else b""
                 raise AssertionError(

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.torture import forked
@@ -44,37 +45,33 @@ def trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
     return counts
 
 
-class _Process:
-    """What a forked and an own process have in common."""
-
-    def __init__(self, pid: int, wait):
-        self.pid, self.wait = pid, wait
-
-
-def _forked(place: Path) -> _Process:
+def _forked(place: Path) -> tuple[int, Callable[[float], int]]:
+    """A run's process and how to wait for its exit code; this one is forked with all imports done."""
     (process,) = forked.start(*WORDS, folder=place)
     assert process.pid is not None
-    return _Process(process.pid, lambda seconds: forked.finish([process], seconds)[0])
+    return process.pid, lambda seconds: forked.finish([process], seconds)[0]
 
 
-def _own_process(place: Path) -> _Process:
+def _own_process(place: Path) -> tuple[int, Callable[[float], int]]:
     with (place / "log.txt").open("a") as log:
         process = subprocess.Popen([sys.executable, "-m", "kd.train", *WORDS], cwd=place, stdout=log, stderr=log)
-    return _Process(process.pid, lambda seconds: process.wait(seconds))
+    return process.pid, process.wait
 
 
-def stopped(rng: random.Random, process: _Process, place: Path, longest: float) -> bool:
+def stopped(rng: random.Random, process: tuple[int, Callable[[float], int]], place: Path, longest: float) -> bool:
     """Send a signal at some moment from when the process listens on; False where it had finished by then."""
+    pid, wait = process
     log = place / "log.txt"
     signum = rng.choice((signal.SIGTERM, signal.SIGUSR1))
-    while not _listens(process.pid, signum):
+    while not _listens(pid, signum):
         time.sleep(0.01)
     time.sleep(rng.uniform(0, longest))
     said = len(SAID.findall(log.read_text()))
     asked = time.monotonic()
     try:
-        signal_to(process.pid, signum)
-        code = process.wait(PROMISED)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+            os.kill(pid, signum)
+        code = wait(PROMISED)
     except (AssertionError, subprocess.TimeoutExpired) as error:
         raise AssertionError(f"{signum.name}: still there after {PROMISED:.0f} s: {log.read_text()[-300:]}") from error
     took = time.monotonic() - asked
@@ -94,12 +91,6 @@ def saved(place: Path) -> int:
     stage = found[1] if found[1] in on_disk else "mlp_wide"
     assert on_disk[stage] == int(found[2]), f"{said}, but update {on_disk[stage]} is on the disk"
     return 1
-
-
-def signal_to(pid: int, signum: signal.Signals) -> None:
-    """Where the process has ended by itself, nothing."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signum)
 
 
 def _listens(pid: int, signum: int) -> bool:
