@@ -12,14 +12,10 @@ from kd.config.schema import DataConfig
 Mixer = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
-def unmixed(images: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """The batch as it is, its targets (B,) int64."""
-    return images, targets
-
-
 def mixer(config: DataConfig, num_classes: int) -> Mixer:
-    """A function (images, targets, seed) -> (mixed images, (B, K) float32 probabilities); `unmixed` where both are off.
+    """A function (images, targets, seed) -> (mixed images, (B, K) float32 probabilities).
 
+    Where both are off it gives the batch as it is.
     Sample i is mixed with sample i-1 of the batch, all with one coefficient drawn from Beta(value, value). Where both
     mixup and CutMix are on, the seed chooses one of them for the batch with equal probability.
     """
@@ -28,7 +24,7 @@ def mixer(config: DataConfig, num_classes: int) -> Mixer:
     kinds = [(v2.MixUp, config.mixup), (v2.CutMix, config.cutmix)]
     transforms = [kind(alpha=value, num_classes=num_classes) for kind, value in kinds if value > 0]
     if not transforms:
-        return unmixed
+        return lambda images, targets, seed: (images, targets)
     choice = v2.RandomChoice(transforms)
 
     def mixed(images: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Tensor]:

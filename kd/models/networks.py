@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from einops import rearrange, reduce
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, downsample_conv
 from torch import Tensor, nn
 
 
@@ -60,26 +61,6 @@ def _stages(*widths_and_reductions: tuple[int, int]) -> list[dict[str, Any]]:
     ]
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: the identity, or a 1x1 convolution where the shape changes."""
-
-    def __init__(self, in_width: int, width: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_width, width, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = None
-        if stride != 1 or in_width != width:
-            self.downsample = nn.Sequential(nn.Conv2d(in_width, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, in_width, h, w) to (n, width, h / stride, w / stride)."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(x)) + shortcut)
-
-
 class CifarResNet(_Network):
     """The ResNet of depth 6 m + 2 for 32x32 images, of widths 16, 32 and 64 (He et al. 2016, §4.2).
 
@@ -111,8 +92,9 @@ class CifarResNet(_Network):
 
     @staticmethod
     def _stage(blocks: int, in_width: int, width: int, stride: int) -> nn.Sequential:
-        first = BasicBlock(in_width, width, stride)
-        return nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(blocks - 1)))
+        shortcut = None if in_width == width else downsample_conv(in_width, width, kernel_size=1, stride=stride)
+        first = BasicBlock(in_width, width, stride, shortcut)
+        return nn.Sequential(first, *(BasicBlock(width, width) for _ in range(blocks - 1)))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (n, c, h, w) to features (n, 64, h / 4, w / 4)."""

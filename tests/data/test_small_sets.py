@@ -164,10 +164,6 @@ def test_augmentation_differs_between_epochs_samples_and_seeds():
     first = everything(split, 0)[0]
     for images in (everything(split, 1)[0], everything(other, 0)[0]):
         assert not (first == images).flatten(1).all(1).any()
-    noise = load_data(config(noise=1.0), 0).train
-    residual = (everything(noise, 0)[0] - everything(noise, None)[0]).flatten(1)
-    correlation = torch.corrcoef(residual[:200]) - torch.eye(200)
-    assert correlation.abs().max() < 0.6  # 64 values each: the largest of 19,900 is near 0.5 by chance
 
 
 def test_augmentation_leaves_the_global_generators_alone():
