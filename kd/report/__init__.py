@@ -1,5 +1,5 @@
-"""A study's results for people: ``python -m kd.report DIR`` makes one HTML page and the same tables as Markdown.
+"""Reports: ``python -m kd.report`` makes one HTML page of a study or a run, and the same tables as Markdown.
 
-It reads the folder that `kd.study` fills and nothing else, trains nothing, and writes its own files only. What a
-contrast shows is said by rule (`kd.report.statistics.verdict`), alike for what was hoped for and for what was not.
+It trains nothing and only reads the study or run directory. `kd.report.statistics.verdict` words every contrast by the
+same rule, whatever the study hoped for.
 """

@@ -2,9 +2,9 @@
        python -m kd.report run=DIR [output=FILE.html]
 
 Writes one HTML page that needs no network, and its tables as Markdown beside it. Trains nothing.
-  study=DIR         the directory of a study, finished or not; what each declared contrast shows is printed too
-  run=DIR           the directory of a finished run
-  output=FILE.html  where the page goes; DIR/report.html if not given
+  study=DIR         directory of a study, finished or not; the verdict of each declared contrast is printed too
+  run=DIR           directory of a finished run
+  output=FILE.html  file of the page (default: DIR/report.html)
 
 examples: python -m kd.report study=checkpoints/studies/mnist1d_grid
           python -m kd.report run=checkpoints/resnet50_to_18/seed0-1a2b3c4d5e6f
@@ -37,30 +37,20 @@ def main(words: list[str]) -> int:
         raise ConfigError(f"{kind}={directory}: no such directory")
     target = Path(values.get("output", directory / "report.html"))
     check_target("output", target, ".html")
-    write(kind, directory, target)
-    return 0
 
-
-def write(kind: str, directory: Path, target: Path) -> None:
-    """Write the page and its Markdown, and print what a study's contrasts or a run's control show."""
     # Heavy imports wait until the command line is known to be right.
     from kd.checkpoint.files import write_text
-    from kd.report import page
+    from kd.report.page import to_html, to_markdown
     from kd.report.run_page import run_page
     from kd.report.study import Study
-    from kd.report.study_page import study_page, summary
+    from kd.report.study_page import study_page
 
-    if kind == "run":
-        made = run_page(directory)
-        print(f"{made.source}\n{made.headline}")
-    else:
-        study = Study(directory)
-        made = study_page(study)
-        print(summary(study))
+    page = run_page(directory) if kind == "run" else study_page(Study(directory))
     text = target.with_suffix(".md")
-    write_text(target, page.to_html(made))
-    write_text(text, page.to_markdown(made))
-    print(f"wrote {target} and {text}")
+    write_text(target, to_html(page))
+    write_text(text, to_markdown(page))
+    print(f"{page.summary}\nwrote {target} and {text}")
+    return 0
 
 
 if __name__ == "__main__":

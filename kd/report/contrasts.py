@@ -1,4 +1,4 @@
-"""The section that a study is for: the contrasts that were declared before it ran, and what each of them shows."""
+"""The section of a study's declared contrasts: the verdict, statistics and differences of each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pandas import DataFrame
 from kd.report import figures
 from kd.report import formatting as fmt
 from kd.report.figures import Effect
-from kd.report.page import TONES, Card, Figure, Section, Table
+from kd.report.page import Card, Figure, Section, Table
 from kd.report.statistics import EXACT, Paired, Verdict, bootstrap_coverage, holm, paired, verdict
 from kd.report.study import Study
 
@@ -21,53 +21,38 @@ SIGNS = {"up": 1, "down": -1, None: 0}
 
 @dataclass(frozen=True)
 class Result:
-    """A contrast's paired statistics, Holm's p of the t test and of the sign flips, and the words for it."""
+    """A contrast with its paired statistics, Holm's p of the t test and of the sign flips, and its verdict."""
 
+    name: str
+    column: str  # the metric that is compared, as a column of the study's table
     contrast: Mapping[str, Any]
     pair: Paired
     holm_t: float | None
     holm_signs: float | None
     verdict: Verdict
 
-    @property
-    def name(self) -> str:
-        """The contrast's name."""
-        return fmt.clean(self.contrast["name"], 80)
-
-    @property
-    def effect(self) -> Effect:
-        """The row of the forest plot."""
-        pair = self.pair
-        assert pair.mean is not None
-        bars = pair.t_interval, pair.bootstrap_interval
-        return Effect(self.name, self.column, pair.mean, self.verdict.tone, *bars, pair.differences)
-
-    @property
-    def column(self) -> str:
-        """The metric that is compared, as a column of the study's table."""
-        return self.contrast["metric"]
-
 
 def results(study: Study) -> list[Result]:
-    """What each declared contrast shows."""
+    """The result of each declared contrast."""
     contrasts = study.card["contrasts"]
     pairs = [paired(study.differences(contrast).tolist()) for contrast in contrasts]
     by_t, by_signs = holm([pair.p_t for pair in pairs]), holm([pair.p_signs for pair in pairs])
-    made = []
+    shown = []
     for contrast, pair, t, signs in zip(contrasts, pairs, by_t, by_signs, strict=True):
-        # Of a difference of differences neither sign is better.
-        better = 0 if contrast.get("minus") else SIGNS[fmt.metric(contrast["metric"]).better]
-        made.append(Result(contrast, pair, t, signs, verdict(pair, t, better)))
-    return made
+        name, column = fmt.clean(contrast["name"], 80), contrast["metric"]
+        # Neither sign of a difference of differences is better.
+        better = 0 if contrast.get("minus") else SIGNS[fmt.metric(column).better]
+        shown.append(Result(name, column, contrast, pair, t, signs, verdict(pair, t, better)))
+    return shown
 
 
-def section(study: Study) -> Section:
-    """The contrasts as sentences, as a picture, as a table, and seed by seed."""
-    shown = results(study)
+def section(study: Study, shown: list[Result]) -> Section:
+    """The contrasts as cards, as a forest plot, as a table, and seed by seed."""
     if not shown:
         return Section("Findings", TITLE, [fmt.note("no_contrasts")])
     made = Section("Findings", TITLE, cards=[_card(result) for result in shown])
-    if effects := [result.effect for result in shown if result.pair.n]:
+    effects = [Effect(each.name, each.column, each.verdict.tone, each.pair) for each in shown if each.pair.n]
+    if effects:
         made.figures.append(Figure.named("forest", figures.forest(effects)))
     made.tables += [_numbers(study, shown), _by_seed(study, shown)]
     return made
@@ -80,7 +65,7 @@ def _card(result: Result) -> Card:
         detail += f", 95 % t interval {fmt.interval(pair.t_interval, column)}"
     points = " points" if fmt.metric(column).percent and pair.n else ""
     value = f"{fmt.difference(pair.mean, column)}{points}"
-    return Card(result.name, value, result.verdict.words, detail, TONES[result.verdict.tone])
+    return Card(result.name, value, result.verdict.words, detail, result.verdict.tone)
 
 
 def _numbers(study: Study, shown: list[Result]) -> Table:
@@ -110,7 +95,7 @@ def _numbers(study: Study, shown: list[Result]) -> Table:
 
 
 def sides(contrast: Mapping[str, Any]) -> str:
-    """What is subtracted from what: `teacher ε 0.4 − teacher ε 0 at T 4`."""
+    """The difference in words: `teacher ε 0.4 − teacher ε 0 at T 4`."""
     text = _minus(contrast["a"]["settings"], contrast["b"]["settings"])
     other = contrast.get("minus")
     return f"({text}) − ({_minus(other['a']['settings'], other['b']['settings'])})" if other else text
@@ -119,16 +104,12 @@ def sides(contrast: Mapping[str, Any]) -> str:
 def _minus(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     same = {key: value for key, value in a.items() if key in b and b[key] == value}
     differ = [{key: value for key, value in side.items() if key not in same} for side in (a, b)]
-    text = f" {fmt.MINUS} ".join(_all(side) or "the recipe's own" for side in differ)
-    return f"{text} at {_all(same)}" if same else text
-
-
-def _all(settings: Mapping[str, Any]) -> str:
-    return ", ".join(fmt.setting(key, value) for key, value in settings.items())
+    text = f" {fmt.MINUS} ".join(fmt.settings(side) or "the recipe's own" for side in differ)
+    return f"{text} at {fmt.settings(same)}" if same else text
 
 
 def notes(shown: list[Result]) -> str:
-    """How the words are chosen, and what intervals and p values from so few seeds are worth."""
+    """The rule of the verdicts, and the limits of intervals and p values from few seeds."""
     lines = [fmt.note("rule", count=len(shown))]
     for n in sorted({result.pair.n for result in shown if result.pair.n > 1}):
         lines.append(fmt.note("coverage", n=n, held=100 * bootstrap_coverage(n)))

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from kd.report import formatting as fmt
+from kd.report.statistics import Paired
 
 STYLE = Path(__file__).parent / "page.mplstyle"
 WIDTH = 11.2  # inches of a page
@@ -132,19 +133,16 @@ def _colours(number: int, ordered: bool) -> list[str]:
 
 @dataclass
 class Effect:
-    """A row of a forest plot: a difference, its 95 % interval as a bar, and, of several seeds, each of them."""
+    """A row of a forest plot."""
 
     name: str
-    column: str
-    mean: float
-    tone: int
-    bar: tuple[float, float] | None = None
-    line: tuple[float, float] | None = None
-    dots: Sequence[float] = ()
+    column: str  # the metric
+    tone: int  # 1 positive, -1 negative, 0 neither
+    pair: Paired
 
 
 def forest(effects: Sequence[Effect]) -> str:
-    """Differences below each other: the dots are seeds, the diamond is their mean. Shares have an axis in common."""
+    """Differences one above another: dots are seeds, diamonds means. All shares have one axis in common."""
     units = [effect.column if fmt.scale(effect.column) == 1 else "" for effect in effects]
     groups = [[e for e, own in zip(effects, units, strict=True) if own == unit] for unit in dict.fromkeys(units)]
     heights = [0.55 * len(group) + 0.35 for group in groups]
@@ -170,15 +168,14 @@ def forest(effects: Sequence[Effect]) -> str:
 
 
 def _effect(ax: Axes, place: int, effect: Effect) -> None:
-    scale, colour = fmt.scale(effect.column), TONES[effect.tone]
-    if effect.bar:
-        ends = np.multiply(scale, effect.bar)
-        ax.plot(ends, [place] * 2, color=colour, lw=6, alpha=0.35, solid_capstyle="butt")
-    if effect.line:
-        ax.plot(np.multiply(scale, effect.line), [place] * 2, color=colour, lw=1.6)
-    dots = np.multiply(scale, effect.dots)
+    scale, colour, pair = fmt.scale(effect.column), TONES[effect.tone], effect.pair
+    broad, thin = {"lw": 6, "alpha": 0.35, "solid_capstyle": "butt"}, {"lw": 1.6}
+    for interval, style in ((pair.t_interval, broad), (pair.bootstrap_interval, thin)):
+        if interval:
+            ax.plot(np.multiply(scale, interval), [place] * 2, color=colour, **style)
+    dots = np.multiply(scale, pair.differences)
     ax.plot(dots, [place + 0.24] * len(dots), ls="", marker="o", ms=3.6, color=MUTED, mew=0)
-    ax.plot(scale * effect.mean, place, marker="D", ms=6.5, color=colour, mec=PAGE, mew=0.8)
+    ax.plot(np.multiply(scale, pair.mean), place, marker="D", ms=6.5, color=colour, mec=PAGE, mew=0.8)
 
 
 def reliability(panels: Mapping[str, Mapping[str, Sequence]]) -> str:

@@ -1,11 +1,11 @@
-"""Labels, sentences and numbers as a page prints them, and text from a study's files made harmless to look at."""
+"""Labels, sentences and numbers as a page prints them; text from a study's files without control characters."""
 
 from __future__ import annotations
 
 import math
 import tomllib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def metric(column: str) -> Metric:
 
 
 def label(column: str) -> str:
-    """A metric's label with a sign where the value misleads alone."""
+    """A metric's label, with a warning if the value misleads alone."""
     about = metric(column)
     return f"{about.label} ⚠ misleading alone" if about.misleading else about.label
 
@@ -54,12 +54,12 @@ def with_unit(column: str) -> str:
 
 
 def scale(column: str) -> int:
-    """What a metric's values are multiplied by where they are printed or drawn."""
+    """The factor by which a metric's values are multiplied before they are printed or drawn."""
     return 100 if metric(column).percent else 1
 
 
 def remarks(columns: Sequence[str]) -> str:
-    """Why the metrics among these columns mislead, of those that do."""
+    """The warnings of those metrics among these columns that mislead."""
     known = dict.fromkeys(METRICS[name] for column in columns if (name := column.rpartition(".")[2]) in METRICS)
     texts = [f"{metric.label}: {metric.misleading}" for metric in known if metric.misleading]
     return f" ⚠ Misleading alone: {'; '.join(texts)}." if texts else ""
@@ -87,8 +87,13 @@ def setting(name: str, value: Any) -> str:
     return f"{choice(name, value)}s" if name == "role" else f"{axis(name)} {choice(name, value)}"
 
 
+def settings(values: Mapping[str, Any]) -> str:
+    """Axes with their values: `teacher ε 0.4, T 4`."""
+    return ", ".join(setting(name, value) for name, value in values.items())
+
+
 def control(kind: str) -> str:
-    """What a control is taught with."""
+    """The name of a control: what it learns from."""
     return TEXTS["controls"].get(kind, clean(kind))
 
 
@@ -96,7 +101,7 @@ def control(kind: str) -> str:
 
 
 def number(value: float | None, column: str = "", digits: int | None = None, sign: bool = False) -> str:
-    """A metric's value, in per cent where it is a share; "–" where there is none."""
+    """A metric's value, in per cent if it is a share; "–" for none."""
     if value is None or not math.isfinite(value):
         return NOTHING
     value = value * scale(column)
@@ -107,7 +112,7 @@ def number(value: float | None, column: str = "", digits: int | None = None, sig
 
 
 def difference(value: float | None, column: str) -> str:
-    """A difference of two values of a metric with its sign, in points where the metric is in per cent."""
+    """A difference of two values of a metric with its sign; of shares, in percentage points."""
     digits = 2 if metric(column).percent else 3
     if value and abs(scale(column) * value) < 0.5 * 10**-digits:
         return f"{scale(column) * value:+.1g}".replace("-", MINUS)  # not 0, which only 0 is

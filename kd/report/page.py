@@ -1,11 +1,10 @@
-"""A page and how it is written: as HTML in one file that needs no network, and its text and tables as Markdown."""
+"""The page of a report, written as one HTML file that needs no network, and as Markdown without the drawings."""
 
 from __future__ import annotations
 
 import html
 import re
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,18 +13,16 @@ from pandas import DataFrame
 
 from kd.report.formatting import TEXTS
 
-TONES = {1: "positive", -1: "negative", 0: "null"}
-
 
 @dataclass
 class Card:
-    """One finding in a sentence; all cards of a section stand alike, whatever they show."""
+    """One finding: a value, what it means in words, and details. All look alike but for the colour of the tone."""
 
     name: str
     value: str
     words: str
     detail: str
-    tone: str
+    tone: int  # 1 positive, -1 negative, 0 neither
 
 
 @dataclass
@@ -64,15 +61,10 @@ class Section:
     figures: list[Figure] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
 
-    @property
-    def anchor(self) -> str:
-        """What the address of the section ends in."""
-        return self.short.lower().replace(" ", "-")
-
 
 @dataclass
 class Page:
-    """All of a report. The headline is the largest text; `name` stands above it, `source` below."""
+    """All of a report. The headline is the largest text, `name` is above it, `source` below."""
 
     name: str
     headline: str
@@ -80,30 +72,18 @@ class Page:
     command: str
     warning: str
     sections: list[Section]
+    summary: str  # for a terminal
 
 
 def to_html(page: Page) -> str:
     """The page. Every text is escaped; drawings are not, in which matplotlib has escaped every text."""
-    return _environment().get_template("page.html.j2").render(page=page) + "\n"
+    return ENVIRONMENT.get_template("page.html.j2").render(page=page) + "\n"
 
 
 def to_markdown(page: Page) -> str:
     """The page's text and tables, without its drawings."""
-    made = _environment().get_template("page.md.j2").render(page=page)
-    return re.sub(r"\n{3,}", "\n\n", made).strip() + "\n"
-
-
-@cache
-def _environment() -> Environment:
-    made = Environment(
-        loader=PackageLoader("kd.report", "."),
-        autoescape=True,  # whatever the template is called
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters["md"] = _markdown
-    return made
+    text = ENVIRONMENT.get_template("page.md.j2").render(page=page)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def _markdown(text: Any) -> Markup:
@@ -111,3 +91,13 @@ def _markdown(text: Any) -> Markup:
     plain = html.escape(" ".join(str(text).split()), quote=False)
     plain = re.sub(r"([\\`*_\[\]#|~$!])", r"\\\1", plain)
     return Markup(re.sub(r"^([-+>]|\d+[.)])(?=\s)", r"\\\1", plain))
+
+
+ENVIRONMENT = Environment(
+    loader=PackageLoader("kd.report", "."),
+    autoescape=True,  # whatever the template is called
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+ENVIRONMENT.filters["md"] = _markdown

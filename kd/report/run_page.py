@@ -1,4 +1,4 @@
-"""The page of a single run: its result, how it was trained, and whether its networks know how sure they are."""
+"""The page of a single run: its result, training curves, reliability diagrams and provenance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from kd.errors import ConfigError
 from kd.report import figures
 from kd.report import formatting as fmt
 from kd.report.figures import Effect, Panel
-from kd.report.page import TONES, Card, Figure, Page, Section, Table
+from kd.report.page import Card, Figure, Page, Section, Table
+from kd.report.statistics import Paired
 from kd.report.study_page import facts, origin
 from kd.training.results import verdict
 from kd.training.run import STAGES
@@ -30,7 +31,7 @@ Result = Mapping[str, Any]
 
 
 def run_page(directory: Path) -> Page:
-    """All of a finished run's report. Raises CheckpointError for a result.json that kd did not write."""
+    """The report of a finished run. Raises CheckpointError for a result.json that kd did not write."""
     path = directory / "result.json"
     if not path.is_file():
         raise ConfigError(f"run={directory}: has no result.json; give the directory of a finished run")
@@ -47,7 +48,8 @@ def run_page(directory: Path) -> Page:
         reliability(result, networks),
         provenance(result, networks),
     ]
-    return Page(name, word[:1].upper() + word[1:], source, command, "", sections)
+    headline = word[:1].upper() + word[1:]
+    return Page(name, headline, source, command, "", sections, summary=f"{source}\n{headline}")
 
 
 def outcome(result: Result, networks: list[str]) -> Section:
@@ -58,13 +60,14 @@ def outcome(result: Result, networks: list[str]) -> Section:
         mean, error = paired["top1"], paired["standard_error"]
         tone = (mean > 2 * error) - (mean < -2 * error)  # the rule of `verdict`
         value, words = f"{fmt.difference(mean, 'top1')} points", f"± {100 * error:.2f} standard error"
-        made.cards.append(Card("student − control", value, words, fmt.note("paired", n=paired["n"]), TONES[tone]))
-        effect = Effect("student − control", "test.top1", mean, tone, (mean - 2 * error, mean + 2 * error))
+        made.cards.append(Card("student − control", value, words, fmt.note("paired", n=paired["n"]), tone))
+        pair = Paired((), mean, t_interval=(mean - 2 * error, mean + 2 * error))
+        effect = Effect("student − control", "test.top1", tone, pair)
         made.figures.append(Figure.named("paired", figures.forest([effect])))
     agreement = result["student"]["last"]["test"].get("agreement")
     if agreement is not None:
         words = "student and teacher predict the same"
-        made.cards.append(Card("agreement", f"{100 * agreement:.1f} %", words, "on test images", TONES[0]))
+        made.cards.append(Card("agreement", f"{100 * agreement:.1f} %", words, "on test images", 0))
     made.tables.append(scores(result, networks))
     return made
 

@@ -1,11 +1,11 @@
-"""What differences that are paired by seed say: intervals, exact p values, Holm's correction, and words by rule."""
+"""Statistics of differences paired by seed: intervals, exact p values, Holm's correction, and the verdict by rule."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -21,17 +21,17 @@ class Paired:
     """The differences of one contrast, one for each seed that has both sides.
 
     `t_interval` and `bootstrap_interval` are for the mean at 95 %; they and the p values are None below two seeds.
-    Where all seeds have the same difference, intervals and `p_t` are None too: a few hundred test samples give equal
-    counts by chance, and an interval of no width would be certain of them.
+    Intervals and `p_t` are None too if all seeds have the same difference: on a few hundred test samples equal counts
+    occur by chance, and an interval of width 0 would claim certainty.
     """
 
     differences: tuple[float, ...]
-    mean: float | None
-    sd: float | None
-    t_interval: Interval | None
-    bootstrap_interval: Interval | None
-    p_t: float | None
-    p_signs: float | None
+    mean: float | None = None
+    sd: float | None = None
+    t_interval: Interval | None = None
+    bootstrap_interval: Interval | None = None
+    p_t: float | None = None
+    p_signs: float | None = None
 
     @property
     def n(self) -> int:
@@ -40,51 +40,46 @@ class Paired:
 
 
 def paired(differences: Sequence[float]) -> Paired:
-    """Everything that is printed of a contrast whose differences by seed are given."""
+    """The statistics of a contrast from its differences by seed.
+
+    `t_interval` is mean ± t(0.975, n - 1)·sd/√n, exact for normal differences; `p_t` is the two-sided p of the same
+    paired t test.
+    """
     d = np.asarray(differences, dtype=float)
+    values = tuple(d.tolist())
     if len(d) < 2:
-        return Paired(tuple(d.tolist()), d.item() if len(d) else None, None, None, None, None, None)
-    mean, sd = d.mean().item(), d.std(ddof=1).item()
+        return Paired(values, mean=values[0] if values else None)
+    mean = d.mean().item()
     if np.ptp(d) <= 1e-9 * np.abs(d).max():  # 0.9 - 0.8 and 0.4 - 0.3 are not the same float
-        return Paired(tuple(d.tolist()), mean, 0.0, None, None, None, p_signs(d))
-    return Paired(tuple(d.tolist()), mean, sd, t_interval(d), bootstrap_interval(d), p_t(d), p_signs(d))
-
-
-def t_interval(d: np.ndarray) -> Interval:
-    """mean ± t(0.975, n - 1)·sd/√n, which is exact where the differences are normal."""
-    half = stats.t.ppf((1 + LEVEL) / 2, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d))
-    return (d.mean() - half).item(), (d.mean() + half).item()
+        return Paired(values, mean, sd=0.0, p_signs=p_signs(d))
+    test = stats.ttest_1samp(d, 0.0)
+    low, high = test.confidence_interval(LEVEL)
+    interval = float(low), float(high)
+    return Paired(values, mean, d.std(ddof=1).item(), interval, bootstrap_interval(d), float(test.pvalue), p_signs(d))
 
 
 def bootstrap_interval(d: np.ndarray) -> Interval:
-    """Percentile bootstrap of the mean difference (Efron 1979): seeds drawn with their pair, always the same."""
-    made = stats.bootstrap(
+    """Percentile bootstrap of the mean difference (Efron 1979), with a fixed random seed."""
+    interval = stats.bootstrap(
         (d,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
-    return float(made.low), float(made.high)
-
-
-def p_t(d: np.ndarray) -> float:
-    """Two-sided p of the paired t test; of differences that are not all equal."""
-    return float(stats.ttest_1samp(d, 0.0).pvalue)
+    return float(interval.low), float(interval.high)
 
 
 def p_signs(d: np.ndarray) -> float:
     """Two-sided p of the sign-flip test: the share of all 2^n sign patterns whose mean is at least as far from 0.
 
-    It needs no normality, only that without an effect a difference is as likely as its negative. Its smallest value is
-    2/2^n. Above 16 seeds the patterns are a random 2^16.
+    It assumes no normality, only that without an effect a difference is as likely as its negative. Its smallest value
+    is 2/2^n. Above 16 seeds, 2^16 patterns are drawn at random.
     """
-    made = stats.permutation_test(
-        (d,), np.mean, permutation_type="samples", n_resamples=EXACT, rng=np.random.default_rng(0)
-    )
-    return float(made.pvalue)
+    rng = np.random.default_rng(0)
+    return float(stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=EXACT, rng=rng).pvalue)
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
     """Holm's step-down adjusted p values (Holm 1979), in the order given; None stays None.
 
-    What was declared but has no p yet counts as 1, so that a correction does not grow while a study runs. The i-th
+    A declared contrast without a p yet counts as 1, so that the correction does not grow while a study runs. The i-th
     smallest of m becomes max over j <= i of min(1, (m - j + 1)·p_j): the chance of any false finding among all m stays
     below the level.
     """
@@ -97,46 +92,43 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a contrast shows: `sign` is -1, 0 or 1, None where there is no interval.
+class Verdict(NamedTuple):
+    """What a contrast shows in words, and its tone: the sign of the difference, 0 if it is not significant."""
 
-    `holds` is whether a sign stays after correction; one that does not is drawn as if there were none.
-    """
-
-    sign: int | None
+    tone: int
     words: str
-    holds: bool = True
-
-    @property
-    def tone(self) -> int:
-        """The sign that it is coloured by."""
-        return self.sign if self.sign and self.holds else 0
 
 
-def verdict(found: Paired, adjusted: float | None, better: int = 0) -> Verdict:
-    """Words by rule: whether the t interval excludes 0, and whether Holm's p of the t test is below .05.
+NO_INTERVAL = (  # by the number of seeds
+    "no pair of points yet",
+    "one seed: no interval, nothing can be said",
+    "all seeds the same: no interval, nothing can be said",
+)
 
-    `better` is 1 where a higher metric is better, -1 where a lower one is, 0 where neither can be said.
+
+def verdict(pair: Paired, adjusted: float | None, better: int = 0) -> Verdict:
+    """The verdict by rule: whether the t interval excludes 0, and whether Holm's p of the t test is below 0.05.
+
+    `better` is 1 if a higher metric is better, -1 if a lower one is, 0 if neither is.
     """
-    if found.t_interval is None:
-        why = ("no pair of points yet", "one seed: no interval, nothing can be said")
-        return Verdict(None, (*why, "all seeds the same: no interval, nothing can be said")[min(found.n, 2)])
-    low, high = found.t_interval
+    if pair.t_interval is None:
+        return Verdict(0, NO_INTERVAL[min(pair.n, 2)])
+    low, high = pair.t_interval
     if low <= 0 <= high:
         return Verdict(0, "not distinguished from 0")
     sign = 1 if low > 0 else -1
     side = "" if not better else " (better)" if sign == better else " (worse)"
-    weak = adjusted is None or adjusted >= 1 - LEVEL
     words = ("positive" if sign > 0 else "negative") + side
-    return Verdict(sign, f"{words}, not after correction" if weak else words, holds=not weak)
+    if adjusted is None or adjusted >= 1 - LEVEL:
+        return Verdict(0, f"{words}, not after correction")
+    return Verdict(sign, words)
 
 
 @cache
 def bootstrap_coverage(n: int, trials: int = 2000, resamples: int = 2000) -> float:
-    """How often the percentile bootstrap interval of n normal differences holds their true mean; it should be 0.95.
+    """The coverage of the percentile bootstrap interval for the mean of n normal differences; nominally 0.95.
 
-    Simulated, always with the same seed: the standard error is about 0.008 for 2000 trials.
+    Simulated with a fixed seed; the standard error is about 0.008 for 2000 trials.
     """
     rng = np.random.default_rng(0)
     samples = rng.normal(size=(n, trials))

@@ -95,7 +95,7 @@ class Study:
 
     def names(self, places: Mapping[str, int]) -> str:
         """The values at these places, in words."""
-        return ", ".join(fmt.setting(axis, self.axes[axis][place]) for axis, place in places.items())
+        return fmt.settings({axis: self.axes[axis][place] for axis, place in places.items()})
 
     def ticks(self, axis: str) -> list[str]:
         """The values of an axis."""

@@ -1,4 +1,4 @@
-"""The page of a study: what it is, what it shows, its numbers, what went wrong, and where each point comes from."""
+"""The page of a study: overview, contrasts, drawings, numbers, failed points and provenance."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ OF_THE_PROCESS = ("study", "output", "run", "resume", "dry_run", "list_layers") 
 
 
 def study_page(study: Study) -> Page:
-    """All of a study's report."""
-    card = study.card
+    """The report of a study."""
+    card, results = study.card, contrasts.results(study)
     sections = [
         overview(study),
-        contrasts.section(study),
+        contrasts.section(study, results),
         networks.students(study),
         networks.calibration(study),
         networks.knowledge(study),
@@ -39,20 +39,20 @@ def study_page(study: Study) -> Page:
     name, claim, paper = (fmt.clean(card.get(key) or "", 600) for key in ("name", "claim", "paper"))
     whole = len(study.states()["finished"]) == len(study.table)
     warning = "" if whole else fmt.note("incomplete", progress=progress(study))
-    return Page(name, claim, paper, fmt.clean(card["command"], 2000), warning, sections)
+    return Page(name, claim, paper, fmt.clean(card["command"], 2000), warning, sections, summary(study, results))
 
 
 def progress(study: Study) -> str:
-    """How many points have finished, failed, or are missing."""
+    """The numbers of points that have finished, failed, or are missing."""
     states = study.states()
     text = f"{len(states['finished'])} of {len(study.table)} finished"
     return text + "".join(f", {len(states[name])} {name}" for name in ("failed", "missing") if states[name])
 
 
-def summary(study: Study) -> str:
-    """How far a study is and what each of its contrasts shows, for a terminal."""
+def summary(study: Study, results: Sequence[contrasts.Result]) -> str:
+    """The progress of a study and the verdict of each contrast, for a terminal."""
     lines = [f"{fmt.clean(study.card['name'])}: {progress(study)}"]
-    for result in contrasts.results(study):
+    for result in results:
         value = fmt.difference(result.pair.mean, result.column)
         lines.append(f"{result.name}: {value}, n = {result.pair.n}, {result.verdict.words}")
     return "\n".join(lines)
@@ -78,7 +78,7 @@ def overview(study: Study) -> Section:
 
 
 def facts(title: str, rows: Iterable[tuple[str, str]], folded: bool = False) -> Table:
-    """Names and what they are."""
+    """A table of names and their values."""
     return Table(title, DataFrame(rows, columns=["", " "]), folded=folded)
 
 
@@ -145,7 +145,7 @@ def problems(study: Study) -> Section:
 
 
 def provenance(study: Study) -> Section:
-    """What ran, on what, with which versions, and the settings that differ between points."""
+    """Code, versions and machines of the points, the recipe, and the settings that differ between points."""
     made = Section("Provenance", "Recipes and provenance")
     origins = [origin(point["provenance"]) for point in study.points.values()]
     frame = DataFrame(origins or [origin(study.card["provenance"])])

@@ -9,7 +9,6 @@ from pages import ATTRIBUTES, DRAWN, ELEMENTS, Outline, browsed
 from report_folder import EPS, Maker, T
 from rich.console import Console
 
-from kd.cli import errors as cli
 from kd.report.__main__ import main
 from kd.training.results import print_result
 
@@ -99,12 +98,6 @@ def test_a_hundred_hostile_names_break_no_row_of_the_markdown(page):
 
 ODD = "[red]\x1b]0;title\x07\x9b2J[/red]\u202e\ud800"
 WRITTEN = r"[red]\x1b]0;title\x07\x9b2J[/red]\u202e\ud800"
-
-
-def test_an_error_shows_control_characters_and_obeys_none(capsys):
-    with pytest.raises(SystemExit):
-        cli.fail(f"data.root={ODD}\nsecond line")
-    assert capsys.readouterr().err == f"error: data.root={WRITTEN}\\nsecond line\n"
 
 
 def test_the_table_of_a_run_shows_names_as_they_are():

@@ -1,8 +1,6 @@
 """The page of a study: what it says of effects that are known, and of studies that are small, broken or unfinished."""
 
 import json
-import re
-import shutil
 
 import numpy as np
 import pytest
@@ -105,12 +103,6 @@ def test_the_numbers_are_those_of_the_points(written):
     assert "test predictive KL ⚠ misleading alone" in header
 
 
-def test_the_interaction_has_the_paired_differences(written):
-    rows = tables(written)
-    row = next(row for row in rows if row[0] == "T 4" and len(row) == 3)
-    assert [float(cell.split()[0].replace("−", "-")) for cell in row[1:]] == pytest.approx([0, -5], abs=0.4)
-
-
 def test_the_probe_stands_beside_the_truth(written):
     rows = tables(written)
     header = next(row for row in rows if "trained with" in row)
@@ -118,16 +110,6 @@ def test_the_probe_stands_beside_the_truth(written):
     assert (row["train, estimate"], row["test, estimate"]) == ("0.405 ± 0.000", "0.600 ± 0.000")
     assert (row["train, interval holds it"], row["test, interval holds it"]) == ("5 of 5", "0 of 5")
     assert row["doubts on train"] == "few samples (5 of 5)"
-
-
-def test_pairs_are_made_by_the_seeds_of_points_and_not_by_their_places(tmp_path):
-    study = maker(tmp_path / "study", few=True)
-    right = Study(study.write()).differences(study.contrasts[0])
-    shutil.rmtree(study.folder)
-    study.contrasts[0]["a"]["points"].reverse()
-    reversed_ = Study(study.write())
-    assert reversed_.differences(reversed_.card["contrasts"][0]).equals(right)
-    assert len(right) == 5
 
 
 def test_equal_counts_of_right_answers_are_no_effect(tmp_path, kd_report):
@@ -204,12 +186,6 @@ def test_numbers_are_printed_with_their_unit_and_sign():
 
 
 # ---- the command
-
-
-def test_the_help_is_a_usage_line_and_what_may_be_typed(kd_report):
-    code, out, _ = kd_report("--help")
-    assert code == 0
-    assert re.match(r"usage: python -m kd.report study=DIR \[output=FILE.html\]\n", out)
 
 
 @pytest.mark.parametrize(
