@@ -169,13 +169,15 @@ def forest(effects: Sequence[Effect]) -> str:
 
 def _effect(ax: Axes, place: int, effect: Effect) -> None:
     scale, colour, pair = fmt.scale(effect.column), TONES[effect.tone], effect.pair
-    broad, thin = {"lw": 6, "alpha": 0.35, "solid_capstyle": "butt"}, {"lw": 1.6}
-    for interval, style in ((pair.t_interval, broad), (pair.bootstrap_interval, thin)):
-        if interval:
-            ax.plot(np.multiply(scale, interval), [place] * 2, color=colour, **style)
+    assert pair.mean is not None
+    if pair.t_interval:
+        ends = np.multiply(scale, pair.t_interval)
+        ax.plot(ends, [place] * 2, color=colour, lw=6, alpha=0.35, solid_capstyle="butt")
+    if pair.bootstrap_interval:
+        ax.plot(np.multiply(scale, pair.bootstrap_interval), [place] * 2, color=colour, lw=1.6)
     dots = np.multiply(scale, pair.differences)
     ax.plot(dots, [place + 0.24] * len(dots), ls="", marker="o", ms=3.6, color=MUTED, mew=0)
-    ax.plot(np.multiply(scale, pair.mean), place, marker="D", ms=6.5, color=colour, mec=PAGE, mew=0.8)
+    ax.plot(scale * pair.mean, place, marker="D", ms=6.5, color=colour, mec=PAGE, mew=0.8)
 
 
 def reliability(panels: Mapping[str, Mapping[str, Sequence]]) -> str:

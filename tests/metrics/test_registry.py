@@ -75,14 +75,6 @@ def test_targets_that_do_not_fit_are_one_line(targets, said):
         metrics.nll(LOGITS, targets)
 
 
-def test_logits_that_only_resemble_probabilities_pass():
-    metrics.nll(torch.zeros(3, 4), TARGETS[:3])
-    metrics.nll(LOGITS.log_softmax(1), TARGETS)
-    near = LOGITS.softmax(1)
-    near[0, 0] += 0.01
-    metrics.nll(near, TARGETS)
-
-
 # ---- the registry
 
 

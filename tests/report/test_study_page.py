@@ -206,12 +206,3 @@ def test_a_wrong_command_line_is_one_line_and_writes_nothing(kd_report, tmp_path
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert said in err
     assert not list(tmp_path.iterdir())
-
-
-def test_a_study_of_another_schema_is_refused_in_one_line(tmp_path, kd_report):
-    study = maker(tmp_path / "study", seeds=1)
-    folder = study.write()
-    (folder / "study.json").write_text(json.dumps(study.card() | {"schema": 99}))
-    code, _, err = kd_report(f"study={folder}")
-    assert (code, len(err.splitlines())) == (2, 1)
-    assert "schema 99" in err
