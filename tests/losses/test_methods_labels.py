@@ -115,8 +115,8 @@ FIRST = torch.tensor([[SHARP, 0, 0], [0, 0, 0], [0, SHARP, 0], [0, 0, SHARP]], d
 TARGET = torch.tensor([0, 0, 1, 0])  # right (4/6, 1/6, 1/6); right by the tie (1/3 each); right; wrong
 
 
-def online(start="uniform"):
-    method = OnlineLabelSmoothing(start)
+def online():
+    method = OnlineLabelSmoothing()
     method.build(Setup(seen(FIRST, TARGET), 4))
     return method
 
@@ -140,13 +140,6 @@ def test_an_epoch_of_online_smoothing_by_hand():
     method.end_epoch()
     method.end_epoch()  # an epoch without any right one
     torch.testing.assert_close(method.table, torch.full((3, 3), third, dtype=torch.float64))
-
-
-def test_online_smoothing_from_zero_has_no_soft_term_in_the_first_epoch():
-    method = online("zero")
-    value, grad = value_and_grad(lambda z: method(seen(z, TARGET)), FIRST)
-    assert value.count_nonzero() == grad.count_nonzero() == 0
-    assert method.counted.tolist() == [2, 1, 0]
 
 
 def test_online_smoothing_gathers_only_while_training_and_only_labels_that_count():

@@ -240,13 +240,6 @@ def test_later_words_change_single_fields_and_a_recipes_methods_give_way(kd_trai
     assert "    nst:\n      weight: 7\n" in out
 
 
-def test_many_values_make_a_run_of_each(kd_train, tmp_path):
-    done = kd_train("-m", "recipe=smoke", "control=false", "output=runs", "loss=kd:imagenet,[dkd,tf_reg]")
-    assert done.code == 0, done.err
-    found = [curve(folder)[0].keys() for folder in (tmp_path / "runs/smoke").iterdir() if folder.is_dir()]
-    assert sorted((set(keys) & {"kd", "dkd", "tf_reg"} for keys in found), key=len) == [{"kd"}, {"dkd", "tf_reg"}]
-
-
 WRONG = {
     "loss=dkd loss.methods.dkd.nkd_weight=1": "loss.methods.dkd.nkd_weight: no such setting; did you mean",
     "loss=dkd data.mixup=0.2": "loss.methods: dkd: needs class labels, not probabilities; turn mixup and cutmix off",
