@@ -1,8 +1,6 @@
 """Exact resume: every part of the training state is saved, and nothing else is needed."""
 
-import time
 from copy import deepcopy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,28 +122,6 @@ def test_each_part_of_the_state_is_needed(tmp_path, monkeypatch, field):
     without(second, field, monkeypatch)
     second.fit()
     assert (forked.differences(tmp_path / "whole", tmp_path / "cut") == []) == (field is None)
-
-
-def test_a_save_that_takes_long_is_not_followed_by_the_next_at_once(tmp_path, monkeypatch):
-    clock, saves = [0.0], []
-    t = trainer(tmp_path, recipe(save_every=10.0))
-    update = t._update
-
-    def save(folder, update, *state):
-        saves.append(update)
-        clock[0] += 100
-
-    def updating(batches):
-        clock[0] += 1
-        return update(batches)
-
-    monkeypatch.setattr(
-        "kd.training.loop.time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter)
-    )
-    monkeypatch.setattr("kd.checkpoint.store.save", save)
-    t._update, t.saved_at = updating, 0.0
-    t.fit()
-    assert saves == [10, 20]
 
 
 def test_what_was_logged_is_on_the_disk_before_a_stage_is_finished(tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 
 from kd.errors import CheckpointError
-from kd.training.dry_run import duration
 from kd.training.logger import Logger
 
 
@@ -92,8 +91,3 @@ def test_a_terminal_gets_a_progress_bar_and_a_file_gets_none(logger):
 def test_a_long_path_is_never_wrapped_nor_its_brackets_read_as_markup(logger):
     logger.say("/a/path/[red]/" + "x" * 50)
     assert logger.console.file.getvalue() == "/a/path/[red]/" + "x" * 50 + "\n"
-
-
-def test_durations_are_in_the_units_that_people_use():
-    words = {0.4: "0 s", 59: "59 s", 90: "1.5 min", 5400: "1.5 h", 129600: "1.5 days"}
-    assert {seconds: duration(seconds) for seconds in words} == words

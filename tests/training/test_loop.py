@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,7 +51,6 @@ def test_one_update_is_the_optimizers_step_on_the_mean_loss_of_the_batch(tmp_pat
     t = trainer(tmp_path, recipe())
     torch.manual_seed(0)
     by_hand = Tiny()
-    optimizer = torch.optim.AdamW(by_hand.parameters(), lr=5e-3, weight_decay=0.0)
     biases = [p for p in by_hand.parameters() if p.ndim == 1]
     matrices = [p for p in by_hand.parameters() if p.ndim > 1]
     optimizer = torch.optim.AdamW(
@@ -79,20 +79,12 @@ def test_sgd_without_momentum_is_plain(tmp_path):
     torch.testing.assert_close(weights(t), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("adamx", "optimizer.name=adamx: cannot be used here (Optimizer adamx not found in registry); try"),
-        ("adahessian", "optimizer.name=adahessian: needs second-order gradients; try adamw, sgd or lamb"),
-        ("bnbsgd", "optimizer.name=bnbsgd: cannot be used here ("),
-    ],
-)
-def test_an_optimizer_that_cannot_train_is_refused_in_one_line(name, said):
+@pytest.mark.parametrize("name", ["adamx", "adahessian", "bnbsgd"])
+def test_an_optimizer_that_cannot_train_is_refused_in_one_line(name):
     r = recipe()
     r.optimizer.name = name
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=rf"^optimizer.name={name}: .*; try "):
         preflight.check_environment(r)
-    assert str(error.value).startswith(said)
 
 
 @pytest.mark.parametrize("accumulation", [4, 3])
@@ -168,9 +160,7 @@ def test_training_learns_and_the_selected_weights_are_the_best_validated(tmp_pat
     validated = [line for line in lines(tmp_path) if "val_top1" in line]
     assert validated[-1]["val_top1"] > 0.8
     best = max(validated, key=lambda line: (line["val_top1"], -line["val_nll"]))
-    done = json.loads((tmp_path / "student" / "stage.json").read_text())
-    assert done["selected"]["epoch"] == best["epoch"] + 1
-    assert done["updates"] == 40
+    assert json.loads((tmp_path / "student/stage.json").read_text())["selected"]["epoch"] == best["epoch"] + 1
 
 
 def test_what_diverges_in_the_last_update_of_an_epoch_stops_at_its_validation(tmp_path):
@@ -207,10 +197,7 @@ def test_every_process_brings_as_many_rows_and_none_is_counted_twice():
         num_processes = 3
         process_index = 0
 
-        def autocast(self):
-            from contextlib import nullcontext
-
-            return nullcontext()
+        autocast = nullcontext
 
         def gather(self, x):
             rows.append(x)
