@@ -120,15 +120,6 @@ def test_any_settings_in_sweeps(dtype, drawn):
         any_settings("triton", dtype, 3, 21, drawn)
 
 
-@torture
-@pytest.mark.timeout(1800)
-@given(drawn=SETTINGS)
-@settings(FEW, max_examples=100)
-def test_many_settings(kernel, drawn):
-    for dtype in DTYPES:
-        any_settings("triton", dtype, 3, 21, drawn)
-
-
 @pytest.mark.parametrize(
     ("kernel", "name", "dtype"),
     [

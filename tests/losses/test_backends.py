@@ -6,10 +6,9 @@ Threads, processes and numba's cache are in test_cpu_processes.py, autograd and 
 import loss_checks
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_checks import BF16, DTYPES, F16, F32, F64, FULL, SETTINGS, batch, class_weights, compare, draw, exact, results
+from loss_checks import BF16, DTYPES, F16, F32, F64, FULL, SETTINGS, batch, class_weights, compare, draw, results
 
 from kd.losses import reference
 from kd.losses.kernels import cpu
@@ -41,19 +40,6 @@ def test_any_settings(backend, dtype, drawn, shape):
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_confident_rows_in_half_types(backend, dtype):
     loss_checks.confident_half_rows(backend, dtype)
-
-
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_the_tolerance_of_confident_rows_refuses_a_loss_computed_in_the_half_type(dtype):
-    """It stays within 5 % of the largest element, which a loose test would accept."""
-    s, _, y = batch(64, 10, dtype)
-    s[torch.arange(64), y] += 4
-    right = exact(s, None, y, kd_weight=0.0, ce_weight=1.0)[3]
-    in_half = (s - s.amax(-1, keepdim=True)).exp()
-    in_half = in_half / in_half.sum(-1, keepdim=True) - F.one_hot(y, 10)
-    off = (in_half.double() - right).abs()
-    assert off.max() <= 0.05 * right.abs().max()
-    assert not (off <= torch.finfo(dtype).eps / 2 * right.abs() + 4e-7).all()
 
 
 @pytest.mark.usefixtures("nan_in_new_memory")

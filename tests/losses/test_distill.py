@@ -84,22 +84,6 @@ def test_kd_term_is_pytorchs_kl_div(shape, temperature):
     )
 
 
-@pytest.mark.parametrize("student_temperature", [1.0, 2.5])
-def test_the_student_may_have_its_own_temperature(student_temperature):
-    s, t, y = batch()
-    ts = student_temperature
-
-    def theirs(z):
-        return ts**2 * F.kl_div(F.log_softmax(z / ts, -1), F.softmax(t / 5, -1), reduction="batchmean")
-
-    def ours(z):
-        return distill_loss(z, t, y, 5, kd_weight=1, ce_weight=0, student_temperature=ts)
-
-    assert_same(ours, theirs, s)
-    grad = ts * (F.softmax(s / ts, -1) - F.softmax(t / 5, -1)) / len(s)
-    torch.testing.assert_close(value_and_grad(ours, s)[1], grad.detach(), rtol=1e-12, atol=1e-15)
-
-
 WEIGHT = torch.tensor([0.3, 2.0, 0.0, 1.0, 5.0], dtype=torch.float64)
 
 

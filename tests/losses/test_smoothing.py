@@ -1,7 +1,5 @@
 """Both conventions of label smoothing against hand values, F.cross_entropy and the identities they satisfy."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,17 +87,10 @@ LABELS = torch.tensor([0, 1])
     ("call", "error", "message"),
     [
         (lambda: to_uniform(-0.1, 5, "uniform"), ValueError, r"label_smoothing=-0.1: must be a number ≥ 0 and < 1"),
-        (lambda: to_uniform(1, 5, "uniform"), ValueError, r"label_smoothing=1: "),
-        (lambda: to_uniform(math.nan, 5, "uniform"), ValueError, r"label_smoothing=nan: "),
         (lambda: to_uniform("0.1", 5, "uniform"), TypeError, r"label_smoothing='0.1': .* got str"),
-        (lambda: to_uniform(True, 5, "uniform"), TypeError, r"label_smoothing=True: .* got bool"),
         (lambda: to_uniform(0.1, 0, "uniform"), ValueError, r"num_classes=0: must be a whole number ≥ 1"),
-        (lambda: to_uniform(0.1, 2.5, "others"), ValueError, r"num_classes=2.5: "),
         (lambda: to_uniform(0.1, 5, "other"), ValueError, r"smoothing='other': must be one of uniform, others"),
-        (lambda: to_uniform(0.1, 5, None), TypeError, r"smoothing=None: must be one of uniform, others"),
-        (lambda: from_uniform(1.0, 5, "uniform"), ValueError, r"uniform_mass=1.0: "),
         (lambda: from_uniform(1.25, 5, "others"), ValueError, r"uniform_mass=1.25: .*K/\(K-1\)"),
-        (lambda: smooth_targets(LABELS, 1, 0.1), ValueError, r"target has label 1: must be 0\.\.0"),
         (lambda: smooth_targets(LABELS - 1, 2, 0.1), ValueError, r"target has label -1: must be 0\.\.1"),
         (
             lambda: smooth_targets(LABELS.int(), 2, 0.1),

@@ -18,7 +18,6 @@ pytest.importorskip("triton", reason="triton is published for Linux only")
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from kd.losses.kernels import triton as launcher
 from kd.losses.reference import Inputs, Numbers
@@ -184,9 +183,14 @@ def vector(case: Case) -> int:
     return next(v for v in (8, 4, 2, 1) if v <= 16 // size and case.classes % v == 0)
 
 
+def elements(case: Case, shape) -> int:
+    """Class elements of one thread in one sweep."""
+    return shape.rows * shape.block // (shape.warps * TARGETS[case.arch].warp_size)
+
+
 def expected_loads(case: Case, shape) -> collections.Counter:
     """Loads of class elements by one thread in one sweep: number by bytes at a time."""
-    each = shape.rows * shape.block // (shape.warps * TARGETS[case.arch].warp_size)
+    each = elements(case, shape)
     loads = collections.Counter()
     kinds = [case.student, "" if case.terms == "ce" else case.teacher]
     if case.terms != "kd":
@@ -223,7 +227,7 @@ def check(case: Case):
 
 def check_exponentials(case, shape, code, cdna):
     """At most three an element and sweep: e^s, e^(s/Ts), e^(t/T); with the few by which sweeps rescale their sums."""
-    each = shape.rows * shape.block // (shape.warps * TARGETS[case.arch].warp_size)
+    each = elements(case, shape)
     terms = {"both": 3, "ce": 1, "kd": 2}[case.terms]
     sweeps = 1 if shape.resident else 1 + (case.call != "values")
     rescaling = 0 if shape.resident else 2 * terms
@@ -251,14 +255,10 @@ def check_transfers(case, shape, code, cdna):
     size = DTYPES[case.student].itemsize
     width = min(vector(case) * size, 16)
     if case.call != "values":
-        stores = loads_each(case, shape) * size // width
+        stores = elements(case, shape) * size // width
         assert count("store", width) >= stores
         if shape.resident and width == 16:
             assert count("store", width) == stores
-
-
-def loads_each(case, shape):
-    return shape.rows * shape.block // (shape.warps * TARGETS[case.arch].warp_size)
 
 
 PAIRS = [
@@ -296,26 +296,6 @@ SAMPLE = {  # by default
 )
 def test_machine_code(case):
     check(case)
-
-
-@pytest.mark.parametrize("k", [1000, pytest.param(50257, marks=pytest.mark.torture)])
-def test_scalars_in_double_do_not_spread(k):
-    """torch.compile passes Python floats as float64: they are rounded on arrival, and nothing else is done to them."""
-    compiled, shape = launch(Case("sm_90", k))
-    source = compiled.src
-    names = source.fn.arg_names
-    signature = source.signature | dict.fromkeys(SCALARS, "fp64")
-    constants = {names[i]: value for (i,), value in source.constants.items()}
-    source = ASTSource(source.fn, signature, constants, source.attrs)
-    compiled = triton.compile(source, target=TARGETS["sm_90"], options={"num_warps": shape.warps})
-    assert signature["temperature"] == "fp64"
-    assert all(re.search(r"\.param \.f64|ld\.param|cvt\.rn\.f32\.f64", line) for line in _lines(compiled, r"\.f64"))
-    assert len(SCALARS) <= len(_lines(compiled, r"cvt\.rn\.f32\.f64")) <= 2 * len(SCALARS)  # once for each sweep
-    assert read(compiled, shape).spilled == 0
-
-
-def _lines(compiled, pattern):
-    return [line for line in compiled.asm["ptx"].splitlines() if re.search(pattern, line)]
 
 
 @pytest.mark.parametrize(("k", "student"), [(40, "fp64"), (40000, "bf16")])
