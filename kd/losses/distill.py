@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kd.losses import reference
 from kd.losses.kernels import autograd as fused
+from kd.losses.ranges import or_nothing
 from kd.losses.settings import DistillSettings
 from kd.smoothing import check_floating, unsmooth
 
@@ -107,7 +108,7 @@ class DistillLoss(DistillSettings):
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | int | None]:
         """The reduced loss, the unweighted terms of every position, and the divisor of their sums."""
         check_floating("student_logits", student)
-        if self.kd_weight == 0:
+        if or_nothing(self.kd_weight) == 0:
             teacher = None
         backend = self._choose(student)
         all_count = self._check_inputs(student, teacher, target, backend)

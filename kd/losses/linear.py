@@ -13,6 +13,7 @@ from torch import Tensor
 from kd.losses.distill import DistillTerms
 from kd.losses.inputs import head_logits
 from kd.losses.kernels.chunked import HeadInputs, Plan, chunked_loss, linear_dtype
+from kd.losses.ranges import or_nothing
 from kd.losses.reference import wide_dtype
 from kd.losses.settings import DistillSettings
 
@@ -80,7 +81,7 @@ class LinearDistillLoss(DistillSettings):
         logits = head_logits("", features, weight, bias)
         lead, classes = logits.shape[:-1], logits.shape[-1]
         backend = self._choose(logits)
-        if self.kd_weight == 0:
+        if or_nothing(self.kd_weight) == 0:
             teacher_logits = teacher_features = teacher_weight = teacher_bias = None
         taught = teacher_logits
         if not (teacher_features is teacher_weight is teacher_bias is None):
@@ -106,8 +107,8 @@ class LinearDistillLoss(DistillSettings):
         loss, ce, kd = (value.reshape(lead) for value in chunked_loss(inputs, guess, plan))
         return DistillTerms.reduced(
             loss if count is None else loss.sum() / count,
-            ce if self.ce_weight > 0 else None,
-            kd if self.kd_weight > 0 else None,
+            ce if plan.numbers.ce_weight > 0 else None,
+            None if taught is None else kd,
             count,
         )
 

@@ -59,7 +59,7 @@ def terms(inputs: Inputs, numbers: Numbers) -> tuple[Tensor, Tensor | None, Tens
     if numbers.ce_weight > 0:
         ce = cross_entropy(student, share)
         loss = loss + numbers.ce_weight * ce
-    if numbers.kd_weight > 0 and teacher is not None:
+    if teacher is not None:
         kd = distillation(student, teacher.to(wide), numbers.temperature, numbers.student_temperature)
         loss = loss + numbers.kd_weight * kd
     return loss, ce, kd

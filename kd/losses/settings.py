@@ -102,7 +102,7 @@ class DistillSettings(nn.Module):
 
     def _check_inputs(self, student: Tensor, teacher: Tensor | None, target: Tensor, backend: str) -> bool:
         """Raise for tensors that do not fit; True where it is known that no position is ignored."""
-        if self.kd_weight > 0 and teacher is None:
+        if or_nothing(self.kd_weight) > 0 and teacher is None:
             raise ValueError(f"teacher_logits=None: must be given with kd_weight={self.kd_weight} (0 needs no teacher)")
         read_values = backend != "triton"  # the host would wait for the GPU
         return check_inputs(student, teacher, target, self.class_weight, self.ignore_index, read_values=read_values)

@@ -51,8 +51,7 @@ def terms(
         loss = _reduce(loss, count)
     if len(shape) != 1:
         loss, ce, kd = loss if loss.ndim == 0 else loss.view(shape), ce.view(shape), kd.view(shape)
-    has_kd = numbers.kd_weight > 0 and inputs.teacher is not None
-    return loss, ce if numbers.ce_weight > 0 else None, kd if has_kd else None
+    return loss, ce if numbers.ce_weight > 0 else None, None if inputs.teacher is None else kd
 
 
 def as_rows(inputs: Inputs) -> Inputs:

@@ -4,7 +4,7 @@ Shapes: N rows, ``D`` features, ``K`` classes. "Wide" is float32, or float64 for
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -169,7 +169,8 @@ def _sweep(inputs: HeadInputs, upstream: Tensor | None, plan: Plan, values: list
     n = len(inputs.features)
     totals = None if upstream is None else _Totals(inputs, plan)
     upstream = (inputs.features.new_ones((), dtype=wide_dtype(plan.dtype)) if upstream is None else upstream).expand(n)
-    with _without_autocast(inputs.features.device.type):
+    device = inputs.features.device.type
+    with torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext():
         student = _Head.cast(plan.dtype, plan.step, *inputs[:3])
         teacher = None
         if inputs.teacher_features is not None:
@@ -227,7 +228,3 @@ def linear_dtype(features: Tensor) -> torch.dtype:
     if features.dtype != torch.float64 and is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return features.dtype
-
-
-def _without_autocast(device: str) -> AbstractContextManager:
-    return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()

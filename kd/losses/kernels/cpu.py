@@ -68,8 +68,6 @@ def _launch(gradient: Tensor | None, held: Tensor | None, upstream: Tensor, inpu
     if count == 0:
         return values
     temperature, student_temperature, kd_weight, ce_weight, uniform_mass, ignore_index = numbers
-    if kd_weight == 0:
-        teacher = None
     if teacher is None and ce_weight == 0:
         if gradient is not None:
             gradient.zero_()

@@ -88,7 +88,7 @@ def _launch(
     *scalars, ignore_index = numbers
     double, soft = student.dtype == torch.float64, target.is_floating_point()
     student = _rows_of_ones(student)
-    teacher = _rows_of_ones(teacher) if teacher is not None and numbers.kd_weight > 0 else None
+    teacher = None if teacher is None else _rows_of_ones(teacher)
     target = _rows_of_ones(target) if soft else target
     class_weight = None if class_weight is None else class_weight.contiguous()
     strides = [0 if x is None else x.stride(0) for x in (student, teacher, target)]
