@@ -90,7 +90,9 @@ def _readable(path: Path, what: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{path}: not {what} ({type(error).__name__}: {plain(str(error), 160)})") from error
+        raise CheckpointError(
+            f"{path}: not {what} ({type(error).__name__}: {plain(str(error).partition('. ')[0], 160)})"
+        ) from error
 
 
 @contextmanager

@@ -66,7 +66,9 @@ def options(words: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
     chosen, rest = parser.parse_known_args(words)
     for word in rest:
         if word.startswith("-"):
-            raise ConfigError(f"{word}: no such option; --help lists the options")
+            raise ConfigError(
+                f"{word}: no such option; settings are typed without dashes, such as seed=1; --help lists both"
+            )
         if not SETTING.fullmatch(word.partition("=")[0]) or "=" not in word:
-            raise ConfigError(f"{word}: cannot be read; settings are typed key=value, such as seed=1")
+            raise ConfigError(f"{word}: cannot be read; settings are typed key=value, such as recipe=smoke")
     return rest, chosen

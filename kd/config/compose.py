@@ -32,8 +32,13 @@ def one_line() -> Iterator[None]:
         if type(error).__module__.partition(".")[0] not in ("hydra", "omegaconf"):
             raise
         at, problem = getattr(error, "full_key", None), str(error).splitlines()[0]
-        if launcher := re.search(r"'hydra/launcher/(\w+)'", problem):
-            problem += f"; pip install 'kd-torch[{LAUNCHERS.get(launcher[1], 'study')}]' brings launchers"
+        if launcher := re.search(r"Could not find 'hydra/launcher/(\w+)'", problem):
+            at, problem = (
+                f"hydra/launcher={launcher[1]}",
+                f"no such launcher; must be one of basic, {', '.join(LAUNCHERS)}",
+            )
+            if launcher[1] in LAUNCHERS:
+                problem = f"is not installed; pip install 'kd-torch[{LAUNCHERS[launcher[1]]}]'"
         raise ConfigError(f"{at}: {problem}" if at else problem) from error
 
 

@@ -56,6 +56,9 @@ def load_weights(model: nn.Module, path: Path, finetune: bool = False) -> None:
         "with NaN or infinite values": _not_finite(model, weights),
     }
     said = [f"{len(keys)} tensors {what}, first {keys[0]}" for what, keys in misfits.items() if keys]
+    if reshaped:
+        first = reshaped[0]
+        said.append(f"{first} is {tuple(weights[first].shape)} in the file, {tuple(own[first].shape)} in the network")
     if said:
         raise CheckpointError(f"{path}: does not fit the network: {'; '.join(said)}")
     model.load_state_dict(weights)

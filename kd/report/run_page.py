@@ -34,7 +34,9 @@ def run_page(directory: Path) -> Page:
     """The report of a finished run. Raises CheckpointError for a result.json that kd did not write."""
     path = directory / "result.json"
     if not path.is_file():
-        raise ConfigError(f"run={directory}: has no result.json; give the directory of a finished run")
+        raise ConfigError(
+            f"run={directory}: has no result.json; give the directory of a finished run, checkpoints/NAME/RUN"
+        )
     result = read_result(path)
     networks = [name for name in STAGES if name in result]
     student, teacher = (fmt.clean(result[name]["model"]) for name in ("student", "teacher"))

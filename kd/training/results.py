@@ -153,7 +153,9 @@ def read_run(directory: Path, words: list[str]) -> tuple[Recipe, dict[str, Any]]
     """
     for name in ("recipe.yaml", "result.json"):
         if not (directory / name).is_file():
-            raise ConfigError(f"{directory}: holds no {name}; give the directory of a finished run, OUTPUT/NAME/RUN")
+            raise ConfigError(
+                f"{directory}: holds no {name}; give the directory of a finished run, checkpoints/NAME/RUN"
+            )
     return saved_recipe(directory / "recipe.yaml", words), read_result(directory / "result.json")
 
 

@@ -191,7 +191,7 @@ STUDY = {
     "nosuch=1,2": "nosuch: no such setting",
     "how=a,b": "how: no such setting",
     "-m": "a study is many runs by itself",
-    "hydra/launcher=evil": "hydra/launcher/evil",
+    "hydra/launcher=evil": "hydra/launcher=evil: no such launcher; must be one of basic, joblib",
     "hydra.launcher.nosuch=1": "hydra.launcher.nosuch",
 }
 

@@ -263,7 +263,7 @@ def test_a_wrong_line_says_what_to_type_before_anything_is_trained(kd_train, tmp
 WRONG_NAMES = {
     "ddk": "loss=ddk: no such method as 'ddk'; did you mean dkd?",
     "": "loss=: no such method as ''; --help lists them",
-    "dkd:cifar": "loss=dkd:cifar: dkd has no preset 'cifar'; there is cifar100, imagenet",
+    "dkd:cifar": "loss=dkd:cifar: dkd has no preset 'cifar'; its presets: cifar100, imagenet",
     "[dkd,dkd]": "loss=[dkd,dkd]: names dkd twice",
 }
 WRONG_SETTINGS = [

@@ -123,7 +123,7 @@ def _settings(typed: str, name: str, preset: str) -> dict[str, Any]:
     method = _find(name, typed)
     presets = method.presets
     known = ", ".join(presets) or "none"
-    require(not preset or preset in presets, f"{typed}: {name} has no preset {preset!r}; there is {known}")
+    require(not preset or preset in presets, f"{typed}: {name} has no preset {preset!r}; its presets: {known}")
     usual = USUAL if USUAL in presets else next(iter(presets), "")
     settings = {**SHARED, **_defaults(method), **presets.get(preset or usual, {})}
     return json.loads(json.dumps(settings))  # as YAML can hold them: tuples become lists
