@@ -17,7 +17,7 @@ from tests.checkpoint.test_store import damage, manifest, updates
 RUN = ("recipe=smoke", "control=false", "run=one", "student.epochs=2", "train.ema_decay=0.5")
 
 
-def stopped(kd_train, monkeypatch, output: str, *at: int, words: tuple[str, ...] = RUN) -> None:
+def stopped(kd_train, monkeypatch, output: str, *at: int) -> None:
     """A run of 10 updates, saved at each of some, and stopped at the last of them."""
     update, seen = loop.Trainer._update, []
 
@@ -29,7 +29,7 @@ def stopped(kd_train, monkeypatch, output: str, *at: int, words: tuple[str, ...]
         patch.setattr(loop.Trainer, "_update", counted)
         for count in at:
             patch.setattr(loop, "stop_requested", lambda accelerator, count=count: seen.count("student") == count)
-            assert kd_train(*words, f"output={output}").code == 130
+            assert kd_train(*RUN, f"output={output}").code == 130
 
 
 def one_line(done, *parts: str) -> None:
@@ -150,13 +150,3 @@ def test_weights_of_another_stage_or_run_are_refused(kd_train, monkeypatch, tmp_
     shutil.rmtree(first)
     shutil.copytree(second, first)
     one_line(kd_train(*words), f"is of stage teacher, run {second.name}, must be of stage teacher, run {first.name}")
-
-
-def test_an_unfinished_stage_of_another_run_is_not_gone_on_with(kd_train, monkeypatch, tmp_path):
-    stopped(kd_train, monkeypatch, "runs", 3)
-    student = tmp_path / "runs/smoke/one/student"
-    shutil.rmtree(student)
-    stopped(kd_train, monkeypatch, "runs", 3, words=(*RUN[:2], *RUN[3:], "run=nine", "seed=9"))
-    shutil.copytree(tmp_path / "runs/smoke/nine/student", student)
-    done = kd_train(*RUN, "output=runs")
-    one_line(done, "update-00000003/manifest.json: is of stage student, run ", "; resume=false sets the run aside")

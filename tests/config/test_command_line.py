@@ -56,6 +56,12 @@ def test_a_recipe_keeps_its_hash(words):
     assert content_hash(identity(recipe(*words))) == HASHES[words]
 
 
+def test_the_hash_changes_with_what_is_computed_and_not_with_where_it_is_kept():
+    base = recipe("seed=0")
+    hashes = [content_hash(identity(recipe(*words))) for words in (["output=x", "run=y", "data.workers=9"], ["seed=1"])]
+    assert hashes[0] == content_hash(identity(base)) != hashes[1]
+
+
 def test_a_reference_takes_the_value_of_another_setting():
     words = ["loss.teacher_smoothing=${teacher.label_smoothing}", "teacher.label_smoothing=.1"]
     assert recipe(*words).loss.teacher_smoothing == 0.1
@@ -102,36 +108,23 @@ def test_a_recipe_of_ones_own_needs_no_edit_in_kd(monkeypatch, tmp_path):
 
 WRONG = {
     "seed": "seed: cannot be read; settings are typed key=value",
-    "~seed": "~seed: cannot be read",
     "--nosuchflag": "--nosuchflag: no such option",
-    "--cfg all": "--cfg",
     "seed=": "seed=: must be a whole number",
-    "seed=null": "seed=null: must be a whole number",
-    "seed=1_0": "seed=1_0: must be a whole number",
-    "seed=-1": "seed=-1: must be ≥ 0",
-    "seed=99999999999999999999": "must be a whole number",
     "seed=1,2": "seed=1,2: is several values; add -m",
-    "student.epochs=1.5": "student.epochs=1.5: must be a whole number ≥ 1",
     "train.compile=no": "train.compile=no: must be true or false",
     "loss.temperature=0": "loss.temperature=0.0: must be ≥ 0.001 and ≤ 1000 (divides",
-    "loss.temperature=nan": "loss.temperature=nan: must be a number",
     "loss.temperature=1e999": "loss.temperature=inf: must be ≥ 0.001",
-    "loss.temperature=hot": "loss.temperature=hot: must be a number ≥ 0.001 and ≤ 1000",
+    "teacher.label_smoothing=1": "teacher.label_smoothing=1.0: must be ≥ 0 and < 1",
     "loss.smoothing=both": "loss.smoothing=both: must be one of uniform, others",
     "loss.temprature=2": "loss.temprature: no such setting; did you mean loss.temperature?",
     "lr=0.1": "lr: no such setting; did you mean optimizer.lr?",
     "epochs=3": "epochs: no such setting; did you mean teacher.epochs or student.epochs?",
-    "+learning=1": "learning: no such setting; --help all lists",
     "teacher=resnet50": "teacher: is a group of settings; type for example teacher.model=",
     "student.layers=[[a]]": "student.layers=[['a']]: must be a list of names",
-    "student.layers=[1]": "numbers inside quotes",
-    "scheduler.milestones=abc": "scheduler.milestones=abc: must be a list of whole numbers such as [30,60]",
     "scheduler.milestones=[60,30]": "scheduler.milestones=[60, 30]: must be rising epochs ≥ 1",
     "scheduler.milestones=[30": "scheduler.milestones=[30: cannot be read",
     "teacher.model_kwargs={a:1}": "a:1 needs a space after the colon",
     "teacher.checkpoint=": "teacher.checkpoint=: must not be empty",
-    "run=": "run=: must not be empty",
-    "seed=${foo}": "seed: Interpolation key 'foo' not found",
     "seed=${seed}": "seed: Recursive interpolation detected",
     "seed=${oc.env:HOME}": "${oc.env:HOME} is not read, only references to settings",
     "+teacher.model_kwargs.x={_target_:1}": "_target_",
@@ -183,13 +176,9 @@ def test_a_command_that_cannot_work_writes_nothing(kd_train, tmp_path, line):
 STUDY = {
     "seed=1,2": "study.seeds",
     "study.seeds=0": "study.seeds=0: must be ≥ 1",
-    "study.seeds=1,2": "no axis",
     "study.controls=[soft]": "hard",
     "loss.temperature=1,1": "loss.temperature",
-    "loss.temperature=[1,2]": "a number",
-    "data.verify=no,yes": "true or false",
     "nosuch=1,2": "nosuch: no such setting",
-    "how=a,b": "how: no such setting",
     "-m": "a study is many runs by itself",
     "hydra/launcher=evil": "hydra/launcher=evil: no such launcher; must be one of basic, joblib",
     "hydra.launcher.nosuch=1": "hydra.launcher.nosuch",
@@ -245,7 +234,6 @@ def test_a_file_to_write_is_checked_before_the_work(tmp_path):
     [
         ("kd.train recipe=smoke loss.temprature=2", 2, "did you mean loss.temperature?"),
         ("kd.evaluate runn=nowhere", 2, "runn=nowhere: no such argument; type run=DIR"),
-        ("kd.probe data=digits model=x split=all", 2, "split=all: must be one of train, val, test"),
         ("kd.study recipe=studies/mnist1d_grid study.seeds=0", 2, "study.seeds=0: must be ≥ 1"),
     ],
 )

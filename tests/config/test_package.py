@@ -147,11 +147,3 @@ def test_nothing_goes_to_the_network_by_itself(tmp_path, tiny_study):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "checkpoints/studies/tiny/report.html").exists()
     assert not seen
-
-
-@pytest.mark.torture
-def test_a_download_that_was_asked_for_is_seen_by_that_test(tmp_path):
-    words = ["data.family=torchvision", "data.dataset=CIFAR10", "data.root=sets", "data.download=true"]
-    done, seen = watched(tmp_path, "-m", "kd.train", "recipe=smoke", *words)
-    assert (done.returncode, seen) == (2, True)
-    assert done.stderr.startswith("error: data.")
