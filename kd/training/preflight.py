@@ -77,6 +77,7 @@ def check_places(recipe: Recipe, directory: Path) -> None:
             f"{key}={part!r}: must be a plain directory name (≤ 200 bytes, printable, no /, not starting with a dot)",
         )
     _require(recipe.name != "teachers", "name=teachers: is the directory of trained teachers; choose another name")
+    _require(recipe.output != "", "output=: must be a directory; output=. is the working directory")
     finished = recipe.resume and (directory / "result.json").exists()
     path = Path(recipe.output)
     nearest = next((each for each in (path, *path.parents) if each.exists()), path)
