@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.methods import pure
 from kd.config.compose import saved_recipe
-from kd.training.stored import read_result
+from kd.training.results import read_result
 
 ROOT = Path(__file__).parent.parent
 CONTROL = "labels alone"

@@ -25,10 +25,10 @@ PROGRAM = "kd.train"
 def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> Run:
     """Run one recipe to its result, once `check` has seen what is prepared."""
     # Imported here: --help and a wrong command line must not wait for torch.
+    from kd.runtime.lock import locked
     from kd.training import pipeline, results
     from kd.training.dry_run import print_layers, print_plan
-    from kd.training.run import alone_on_run, claim
-    from kd.training.stored import read_result
+    from kd.training.run import claim
 
     go_on = signals.GO_ON if recipe.resume else "resume=true goes on, the same command starts again"
     run = pipeline.prepare(recipe)
@@ -44,13 +44,14 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> Run:
             print_plan(run)
             return run
         signals.check(run.accelerator)
-        with alone_on_run(run) as finished:
+        # What is finished is only read, by any number of processes.
+        with locked(run.directory, None, lambda: recipe.resume and path.exists(), run.accelerator) as finished:
             claim(run)
             if not finished:
                 pipeline.execute(run)
                 results.write_result(run)
         if run.accelerator.is_main_process:
-            results.print_result(read_result(path), run.logger.console)
+            results.print_result(results.read_result(path), run.logger.console)
             print(path)
     except signals.Interrupted as stop:
         if run.accelerator.is_main_process:

@@ -17,9 +17,8 @@ from kd.report.figures import Effect, Panel
 from kd.report.page import Card, Figure, Page, Section, Table
 from kd.report.statistics import Paired
 from kd.report.study_page import facts, origin
-from kd.training.results import verdict
+from kd.training.results import read_result, verdict
 from kd.training.run import STAGES
-from kd.training.stored import read_result
 
 CURVES = {  # columns of metrics.jsonl: a factor and the title of the plot
     "loss": (1, "training loss"),

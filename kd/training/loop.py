@@ -72,22 +72,17 @@ class Trainer:
         self.selected_weights: dict[str, Tensor] | None = None  # on the CPU: every checkpoint has them
         self.deployed = build(stage, recipe, accelerator)
         self.optimizer = optimizer(stage.model.model, recipe)
-        self._add_learned()
+        # What the objective learns follows the same rule for weight decay.
+        o = recipe.optimizer
+        rule = {"weight_decay": o.weight_decay, "weight_decay_exclude_1d": not o.decay_norm_and_bias}
+        for group in param_groups_weight_decay(stage.objective, **rule):
+            self.optimizer.add_param_group(group)
         self.scheduler = schedule(self.optimizer, recipe, stage.epochs, self.updates_per_epoch)
         self.ema = ModelEmaV3(self.deployed, decay=recipe.train.ema_decay) if recipe.train.ema_decay else None
         for network in stage.networks() if recipe.train.compile else ():
             network.compile()
         self.model, self.stepper = accelerator.prepare(stage.model, self.optimizer)
         self.mix = mixer(recipe.data, self.data.num_classes)
-
-    def _add_learned(self) -> None:
-        """Add what the objective learns to the student's optimizer, under the same rule for weight decay."""
-        o = self.recipe.optimizer
-        groups = param_groups_weight_decay(
-            self.stage.objective, o.weight_decay, weight_decay_exclude_1d=not o.decay_norm_and_bias
-        )
-        for group in groups:
-            self.optimizer.add_param_group(group)
 
     # ---- epochs
 

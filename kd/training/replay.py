@@ -10,9 +10,8 @@ from typing import Any
 from kd.config.arguments import read
 from kd.errors import ConfigError
 from kd.text import plain
-from kd.training.results import largest_difference, origin, read_run
+from kd.training.results import largest_difference, origin, read_result, read_run
 from kd.training.run import STAGES, Run, check_finished
-from kd.training.stored import read_result
 
 ARGUMENTS = {"replay": "DIR", "allow_differences": "true", "output": "DIR", "data.root": "PATH"}
 DECISIVE = ("git_sha", "git_dirty", "python", "data_hash", "seed", "recipe_hash", "teacher_file")  # of the provenance

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from kd.checkpoint.files import write_json
+from kd.checkpoint.files import advised, read_json, write_json
 from kd.checkpoint.store import finished
 from kd.config.compose import saved_recipe
 from kd.config.schema import Recipe, content_hash, identity
@@ -26,7 +26,6 @@ from kd.text import plain
 from kd.training.pipeline import evaluated_network
 from kd.training.predict import predict
 from kd.training.run import STAGES, WEIGHTS, Run, check_finished, checkpoint_hash
-from kd.training.stored import read_result
 from kd.training.teacher_smoothing import recorded_smoothing
 
 SPLITS = ("val", "test")
@@ -144,6 +143,12 @@ def _about(run: Run, name: str, network: Teacher) -> dict[str, Any]:
         "label_smoothing": smoothed.label_smoothing,
         "smoothing": smoothed.smoothing,
     }
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result.json. Raises CheckpointError where it is missing, damaged or has no results."""
+    with advised("give the result of a finished run"):
+        return read_json(path, ("provenance", "teacher", "student"))
 
 
 def read_run(directory: Path, words: list[str]) -> tuple[Recipe, dict[str, Any]]:

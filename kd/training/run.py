@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 
-from kd.checkpoint.files import digest, write_json, write_text
+from kd.checkpoint.files import advised, digest, read_json, write_json, write_text
 from kd.checkpoint.store import advice, finished
 from kd.config.schema import Recipe, content_hash, identity
 from kd.config.types import leaves
@@ -21,7 +21,6 @@ from kd.errors import ConfigError
 from kd.runtime.lock import locked
 from kd.runtime.signals import check
 from kd.training.logger import Logger
-from kd.training.stored import read_card
 
 STAGES = ("teacher", "student", "control")  # directories of a run; only a study keeps its teachers there too
 WEIGHTS = ("last", "selected")  # that a finished stage leaves
@@ -99,6 +98,12 @@ def card(run: Run) -> dict[str, Any]:
     }
 
 
+def read_card(path: Path) -> dict[str, Any]:
+    """A run.json. Raises CheckpointError where it is missing, damaged or something else."""
+    with advised("restore it, or resume=false to set that run aside"):
+        return read_json(path, ("identity", "data_hash", "teacher_checkpoint_hash"))
+
+
 def claim(run: Run) -> None:
     """Write run.json into the run directory, or check that it is this run's. Nothing is ever deleted there.
 
@@ -152,15 +157,6 @@ def check_finished(run: Run, stage: str, advise: Callable[[str, Path], str] = ad
         assert path is not None
         sha256 = finished(path, advise(stage, path.parent), run.owner(stage))["files"][path.name]["sha256"]
     return sha256
-
-
-def alone_on_run(run: Run) -> AbstractContextManager[bool]:
-    """Keep every other process out of the run directory; gives whether the run is finished, and so only read.
-
-    Raises ConfigError while another process trains there.
-    """
-    result = run.directory / "result.json"
-    return locked(run.directory, None, lambda: run.recipe.resume and result.exists(), run.accelerator)
 
 
 def alone_on_teacher(run: Run) -> AbstractContextManager[bool]:

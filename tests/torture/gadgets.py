@@ -26,7 +26,7 @@ from kd.config.compose import read_recipe
 from kd.errors import CheckpointError, ConfigError
 from kd.models.factory import build
 from kd.models.weights import load_weights
-from kd.training.stored import read_result
+from kd.training.results import read_result
 from kd.verify import rows
 from tests.torture.faults import save
 from tests.torture.gadget_files import gadgets
