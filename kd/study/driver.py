@@ -6,7 +6,6 @@ import json
 import os
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -23,7 +23,6 @@ from rich.table import Table
 from kd.checkpoint.files import write_json
 from kd.cli.console import terminal
 from kd.config import types
-from kd.config.schema import DataConfig, Recipe
 from kd.data import Data
 from kd.errors import ConfigError
 from kd.losses.methods import registry as methods
@@ -57,12 +56,12 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
     narrowed : whether the grid differs from the recipe's own, and may lack what its contrasts compare
     """
     console = terminal()
-    folder = Folder(_directory(study))
+    base = base_recipe(study)
+    folder = Folder(Path(study.output) / "studies" / study.name)
+    check_places(replace(base, run=study.name), folder.path)
     before = folder.read_card()["points"] if folder.card.exists() else None
-    sets = DataSets(base_recipe(study))
-    planned = plan(study, sets, narrowed)
-    engine = Engines(study, sets)
-    all_jobs = jobs(planned, engine)
+    planned = plan(study, lambda data: data_of(replace(base, data=data)), narrowed)
+    all_jobs = jobs(planned, engines(planned, study.study.engine))
     pending = [job for job in all_jobs if not all(folder.is_finished(point) for point in job.points)]
     _say(console, _summary(planned, all_jobs, pending, folder))
     if study.dry_run:
@@ -70,13 +69,8 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
         return 0
     with folder.lock():
         if before is not None and set(before) != planned.points.keys():
-            _say(
-                console,
-                f"study.json was of another grid, of {len(before)} points, and is now of this one, of "
-                f"{len(planned.points)}; the other's finished points are kept, and its own command makes it "
-                f"study.json again",
-            )
-        write_json(folder.card, card(study, planned, sets, {job.engine for job in all_jobs}))
+            _say(console, f"study.json was of another grid, of {len(before)} points; its finished points are kept")
+        write_json(folder.card, card(study, planned, {job.engine for job in all_jobs}))
         started = time.perf_counter()
         for phase in PHASES:
             _launch([job for job in pending if job.phase == phase], phase, folder, words, console)
@@ -95,60 +89,40 @@ def _say(console: Console, text: str) -> None:
     console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
 
 
-def _directory(study: StudyRecipe) -> Path:
-    """The directory of a study. Raises ConfigError for a name or an output that cannot be one."""
-    directory = Path(study.output) / "studies" / study.name
-    check_places(replace(base_recipe(study), run=study.name), directory)
-    return directory
+def engines(planned: Plan, asked: str) -> dict[str, str]:
+    """Which engine trains each point: `population` where it can, else `runs`, a run of its own.
 
-
-class DataSets:
-    """The data sets of a study, each loaded once."""
-
-    def __init__(self, base: Recipe):
-        self.base = base
-        self.loaded: dict[str, Data] = {}
-
-    def __call__(self, config: DataConfig) -> Data:
-        """The data set of these settings."""
-        key = json.dumps(asdict(config))
-        if key not in self.loaded:
-            self.loaded[key] = data_of(replace(self.base, data=config))
-        return self.loaded[key]
-
-
-class Engines:
-    """Which engine trains a point: the population where it can, else a run of its own."""
-
-    def __init__(self, study: StudyRecipe, sets: DataSets):
-        self.asked, self.sets = study.study.engine, sets
-        self._reasons: dict[str, str | None] = {}
-
-    def __call__(self, point: Point) -> str:
-        """`population` or `runs`. Raises ConfigError where the recipe asks for one that cannot train the point."""
+    Raises ConfigError where the recipe asks for an engine that cannot train a point.
+    """
+    reasons: dict[str, str | None] = {}  # against the population, by what decides it
+    chosen = {}
+    for point in planned.points.values():
         # Neither the seed nor the teacher's smoothing decides what can be trained, and checking builds a network.
         settings = {k: v for k, v in point.settings.items() if k not in ("seed", "teacher.label_smoothing")}
-        key = json.dumps([point.role, settings], sort_keys=True)
-        if key not in self._reasons:
-            self._reasons[key] = self._why_not(point)
-        reason = self._reasons[key] or ("study.engine=runs" if self.asked == "runs" else None)
-        if reason and self.asked == "population":
-            raise ConfigError(f"study.engine=population: cannot train a {point.role}, {reason}; type study.engine=auto")
-        if reason and point.control == "bayes":
-            raise ConfigError(f"study.controls: bayes needs the population engine, which cannot: {reason}")
-        return "runs" if reason else "population"
-
-    def _why_not(self, point: Point) -> str | None:
-        recipe, data = point.recipe, self.sets(point.recipe.data)
-        check_environment(recipe)
-        check_batch(recipe, data, 1)
-        methods.build(recipe.loss.methods)
-        if recipe.teacher.members > 1:
-            raise ConfigError(f"teacher.members={recipe.teacher.members}: must be 1 in a study")
-        return why_not(recipe, point.section, network(recipe, point.network, data), data.num_classes)
+        kind = json.dumps([point.role, settings], sort_keys=True)
+        if kind not in reasons:
+            reasons[kind] = _why_not(point, planned.data[point.data_hash])
+        reason = reasons[kind] or ("study.engine=runs" if asked == "runs" else None)
+        if reason and (asked == "population" or point.control == "bayes"):
+            raise ConfigError(
+                f"study.engine={asked}: the population cannot train a {point.control or point.role}, {reason}; type "
+                f"study.engine=auto, and leave the control bayes out"
+            )
+        chosen[point.id] = "runs" if reason else "population"
+    return chosen
 
 
-def card(study: StudyRecipe, planned: Plan, sets: DataSets, engines: set[str]) -> dict[str, Any]:
+def _why_not(point: Point, data: Data) -> str | None:
+    recipe = point.recipe
+    check_environment(recipe)
+    check_batch(recipe, data, 1)
+    methods.build(recipe.loss.methods)
+    if recipe.teacher.members > 1:
+        raise ConfigError(f"teacher.members={recipe.teacher.members}: must be 1 in a study")
+    return why_not(recipe, point.section, network(recipe, point.network, data), data.num_classes)
+
+
+def card(study: StudyRecipe, planned: Plan, used: set[str]) -> dict[str, Any]:
     """The content of study.json; the docstring of `kd.study` says what each entry is."""
     axes = labelled(study.study.grid)
     named = {axis: values for axis, values in axes.items() if axis not in types.settings()}
@@ -158,7 +132,7 @@ def card(study: StudyRecipe, planned: Plan, sets: DataSets, engines: set[str]) -
         "claim": study.study.claim,
         "paper": study.study.paper,
         "command": " ".join(["python -m kd.study", *sys.argv[1:]]),
-        "engine": "+".join(sorted(engines)),
+        "engine": "+".join(sorted(used)),
         "recipe": asdict(base_recipe(study)),
         "seeds": list(range(study.seed, study.seed + study.study.seeds)),
         "axes": {axis: list(values) for axis, values in axes.items()},
@@ -167,7 +141,7 @@ def card(study: StudyRecipe, planned: Plan, sets: DataSets, engines: set[str]) -
         "controls": planned.controls,
         "contrasts": planned.contrasts,
         "points": sorted(planned.points),
-        "data": {data.hash: _about(data) for data in sets.loaded.values()},
+        "data": {key: _about(data) for key, data in planned.data.items()},
         "misleading": {name: metric.misleading for name, metric in METRICS.items() if metric.misleading},
         "provenance": provenance(1),
     }
@@ -249,22 +223,16 @@ def _progress(phase: str, wanted: list[Path], console: Console) -> Iterator[None
         _say(console, f"{phase:8} {len(wanted)} points")
         yield
         return
-    stop = threading.Event()
     columns = (TextColumn(f"{phase:8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(phase, total=len(wanted))
+    bar = Progress(*columns, console=console)
+    task = bar.add_task(phase, total=len(wanted))
 
-        def watch() -> None:
-            while not stop.wait(0.5):
-                bar.update(task, completed=sum(path.exists() for path in wanted))
+    def now() -> RenderableType:
+        bar.update(task, completed=sum(path.exists() for path in wanted))
+        return bar.get_renderable()
 
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+    with Live(get_renderable=now, console=console, transient=True, refresh_per_second=2):
+        yield
 
 
 # ---- results

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 
-import torch
-
 from kd.config.schema import LossConfig
 from kd.study.jobs import Job
 from kd.study.population import Member, Population, Training
-from kd.study.train_population import data_of, loss_of, network
+from kd.study.train_population import data_of, loss_of, network, one_thread
 
 UPDATES = 3
 MEASURING = 0.1  # seconds a point
@@ -38,11 +36,9 @@ def _seconds_per_update(job: Job) -> float:
     source = (lambda images, index: teacher.logits(images)) if point.network == "student" else None
     training = Training(point.recipe, data, 1, own, members, source)
     batch = next(training.batches(0))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    training.step(batch)
-    started = time.process_time()  # of this process alone: the cores may be busy now
-    for _ in range(UPDATES):
+    with one_thread():
         training.step(batch)
-    torch.set_num_threads(threads)
+        started = time.process_time()  # of this process alone: the cores may be busy now
+        for _ in range(UPDATES):
+            training.step(batch)
     return (time.process_time() - started) / UPDATES

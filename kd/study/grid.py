@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -17,11 +15,11 @@ from kd.errors import ConfigError
 from kd.metrics import METRICS
 from kd.study.axes import NotInGrid, Settings, expand, labelled
 from kd.study.schema import Contrast, StudyRecipe
+from kd.text import did_you_mean
 
 if TYPE_CHECKING:
     from kd.data import Data
 
-MOST = 10_000  # cells times seeds: as many recipes are built and checked before anything is trained
 ROUNDING = 1e-12  # of the largest value; four doubles differ by 1e-15 of it, one of a million samples by 1e-6
 SECTIONS = {"teacher": ("teacher",), "student": ("teacher", "student", "loss"), "control": ("student", "loss")}
 
@@ -55,9 +53,10 @@ class Point:
 
 @dataclass
 class Plan:
-    """A study spelled out: `points` by id, and the rest as study.json has it."""
+    """A study spelled out: `points` by id, and from `cells` to `contrasts` as study.json has it."""
 
     points: dict[str, Point] = field(default_factory=dict)
+    data: dict[str, Data] = field(default_factory=dict)  # by content hash
     cells: list[dict[str, Any]] = field(default_factory=list)
     controls: list[dict[str, Any]] = field(default_factory=list)
     contrasts: list[dict[str, Any]] = field(default_factory=list)
@@ -84,17 +83,25 @@ def base_recipe(study: StudyRecipe) -> Recipe:
 class Maker:
     """Makes the points of a study from its base recipe."""
 
-    def __init__(self, study: StudyRecipe, data_of: Callable[[DataConfig], Data]):
-        self.base, self.data_of = base_recipe(study), data_of
+    def __init__(self, study: StudyRecipe, load: Callable[[DataConfig], Data]):
+        self.base, self._load = base_recipe(study), load
         self.control_smoothing = study.study.control_smoothing
-        self._made: dict[str, Recipe] = {}
+        self._recipes: dict[str, Recipe] = {}
+        self.data_sets: dict[str, Data] = {}
+
+    def data(self, config: DataConfig) -> Data:
+        """The data set of these settings, loaded once."""
+        key = json.dumps(asdict(config))
+        if key not in self.data_sets:
+            self.data_sets[key] = self._load(config)
+        return self.data_sets[key]
 
     def recipe(self, settings: Settings, seed: int) -> Recipe:
         """The base recipe with these settings, checked."""
         key = json.dumps(settings, sort_keys=True)
-        if key not in self._made:  # building takes milliseconds, and every seed has the same
-            self._made[key] = build(_nested(asdict(self.base), settings))
-        return replace(self._made[key], seed=seed)
+        if key not in self._recipes:  # building takes milliseconds, and every seed has the same
+            self._recipes[key] = build(_nested(asdict(self.base), settings))
+        return replace(self._recipes[key], seed=seed)
 
     def teacher(self, recipe: Recipe) -> Point:
         """The point of a recipe's teacher."""
@@ -115,7 +122,7 @@ class Maker:
         return self._point("control", name, replace(recipe, loss=loss), None)
 
     def _point(self, role: str, control: str | None, recipe: Recipe, teacher: str | None) -> Point:
-        data_hash = self.data_of(recipe.data).hash
+        data_hash = self.data(recipe.data).hash
         identifier = content_hash([role, control, _identity(role, recipe), data_hash])
         return Point(identifier, role, control, recipe, teacher, data_hash)
 
@@ -156,21 +163,18 @@ def _identity(role: str, recipe: Recipe) -> dict[str, Any]:
 # ---- the plan
 
 
-def plan(study: StudyRecipe, data_of: Callable[[DataConfig], Data], narrowed: bool = False) -> Plan:
+def plan(study: StudyRecipe, load: Callable[[DataConfig], Data], narrowed: bool = False) -> Plan:
     """Spell a study out. Raises ConfigError for settings that cannot work.
 
     Parameters
     ----------
     study : the study's recipe
-    data_of : loads a data set, of which a point's id has the content hash
+    load : loads a data set, of which a point's id has the content hash
     narrowed : whether the grid differs from the recipe's own; a contrast without points is then left out, not an error
     """
     axes = labelled(study.study.grid)
     seeds = range(study.seed, study.seed + study.study.seeds)
-    sizes = [*map(len, axes.values()), len(seeds)]
-    if (cells := math.prod(sizes)) > MOST:
-        raise ConfigError(f"study.grid: {' x '.join(map(str, sizes))} (seeds) are {cells:,} cells; must be ≤ {MOST:,}")
-    maker, made = Maker(study, data_of), Plan()
+    maker, made = Maker(study, load), Plan()
     for seed, (labels, settings) in itertools.product(seeds, list(_combinations(axes))):
         recipe = maker.recipe(settings, seed)
         point = _add(made, maker.student(recipe))
@@ -178,7 +182,7 @@ def plan(study: StudyRecipe, data_of: Callable[[DataConfig], Data], narrowed: bo
         made.cells.append({"axes": labels, "seed": seed, "point": point.id})
         shared = {axis: label for axis, label in labels.items() if _changes_controls(axes[axis])}
         for name in study.study.controls:
-            train = data_of(recipe.data).train
+            train = maker.data(recipe.data).train
             if name == "bayes" and (train.posterior is None or train.augments):  # of an augmented image it is not known
                 raise ConfigError(
                     f"study.controls: bayes needs a data set whose posterior is known, not {recipe.data.name}"
@@ -194,6 +198,7 @@ def plan(study: StudyRecipe, data_of: Callable[[DataConfig], Data], narrowed: bo
             if not narrowed:
                 raise
             made.left_out.append(f"{contrast.name or contrast.metric}: {error}")
+    made.data = {data.hash: data for data in maker.data_sets.values()}
     return made
 
 
@@ -227,9 +232,8 @@ def _contrast(made: Plan, maker: Maker, contrast: Contrast, axes: Mapping, seeds
 
     columns = [f"{split}.{name}" for name, metric in METRICS.items() for split in metric.splits]
     if contrast.metric not in columns:
-        near = difflib.get_close_matches(contrast.metric, columns, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"must be one of {', '.join(columns)}"
-        raise ConfigError(f"study.contrasts: metric={contrast.metric}: no such metric; {hint}")
+        hint = did_you_mean(contrast.metric, columns) or f"; must be one of {', '.join(columns)}"
+        raise ConfigError(f"study.contrasts: metric={contrast.metric}: no such metric{hint}")
     name = contrast.name or contrast.metric
     entry = {"name": name, "metric": contrast.metric, **pair(contrast)}
     return entry | {"minus": pair(contrast.minus) if contrast.minus else None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 from kd.checkpoint.files import read_json, write_json
@@ -38,15 +38,15 @@ class Job:
         return cls(**values, points=tuple(points))
 
 
-def jobs(plan: Plan, engine_of: Callable[[Point], str]) -> list[Job]:
-    """Every job of a study, those of the first phase first.
+def jobs(plan: Plan, engines: Mapping[str, str]) -> list[Job]:
+    """Every job of a study, those of the first phase first; `engines` by point.
 
     They follow from the plan alone and not from what is finished: a half-finished job is done again with the same
     members, because the rounding of a batched product can depend on their number.
     """
     cohorts: dict[tuple[str, str, str], list[Point]] = {}
     for point in plan.points.values():
-        engine = engine_of(point)
+        engine = engines[point.id]
         phase = PHASES[0] if point.role == "teacher" else PHASES[1]
         shared = point.id if engine == "runs" else _shared(point)
         cohorts.setdefault((phase, engine, shared), []).append(point)

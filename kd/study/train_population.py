@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import Any
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from kd.checkpoint.store import read_sealed, save_sealed
 from kd.config.schema import DataConfig, LossConfig, Recipe
 from kd.data import Data, Split, load_data
-from kd.errors import ConfigError
 from kd.models.factory import build
 from kd.study.folder import Folder, train_again
 from kd.study.grid import Point
@@ -29,10 +29,17 @@ BATCH = 500  # samples scored at once
 
 def train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
     """Train the job's points as one population. Yields each point with its metrics, or with its error."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the number of threads changes rounding, and the other cores have other jobs
-    try:
+    with one_thread():  # the number of threads changes rounding, and the other cores have other jobs
         yield from _train(folder, job)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -41,8 +48,6 @@ def _train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
     started = time.perf_counter()
     first = job.points[0]
     recipe, role, data = first.recipe, first.network, data_of(first.recipe)
-    if data.hash != first.data_hash:
-        raise ConfigError(f"data.name={data.name}: has changed since the study was planned")
     teachers = Teachers(folder, job.points, recipe, data)
     points = [point for point in job.points if point.teacher not in teachers.failed]
     for point in job.points:
@@ -58,13 +63,10 @@ def _train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
     outputs = outputs_of(training.fit(), network(recipe, role, data), parts_of(data, role), recipe)
     seconds = (time.perf_counter() - started) / len(points)
     for i, point in enumerate(points):
-        if i in training.diverged:
-            yield point, {"error": f"diverged: {training.diverged[i]}", "seconds": seconds}
-            continue
         try:
             outcome = measure(point.role, outputs[i], data, taught.get(point.teacher))
-        except ValueError as error:  # logits that are not finite on images that it did not train on
-            yield point, {"error": f"measured: {error}", "seconds": seconds}
+        except ValueError as error:  # logits that are not finite
+            yield point, {"error": f"diverged: {error}", "seconds": seconds}
             continue
         if role == "teacher":
             weights = training.population.member(i)
