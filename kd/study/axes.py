@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from kd.config import types
-from kd.errors import ConfigError
+from kd.errors import ConfigError, require
 from kd.losses.methods import registry as methods
 from kd.study.schema import COLUMNS, LOSS, StudyRecipe
 
@@ -31,10 +31,8 @@ def labelled(grid: Mapping[str, Any]) -> dict[str, dict[Any, Settings]]:
             axes[axis] = _labels(at, axis, values)
         elif axis == LOSS:
             axes[axis] = {value: _method(value) for value in _values(at, values)}
-        elif is_setting(axis):
-            axes[axis] = {value: {axis: value} for value in _values(at, values)}
         else:
-            raise ConfigError(f"study.grid: {types.no_such_setting(axis)}")
+            axes[axis] = {value: {axis: value} for value in _values(at, values)}
         for settings in axes[axis].values():
             _check(at, settings)
     return axes
@@ -49,18 +47,18 @@ def _values(at: str, values: Any) -> list[Any]:
     """The values of an axis that is a setting."""
     values = values if isinstance(values, list) else [values]
     plain = not any(isinstance(value, list | Mapping) for value in values)
-    if not values or not plain or len(set(values)) < len(values):
-        raise ConfigError(f"{at}={values}: must be one or more different plain values; labels may stand for others")
+    different = plain and len(set(values)) == len(values) > 0
+    require(different, f"{at}={values}: must be one or more different plain values; labels may stand for others")
     return values
 
 
 def _labels(at: str, axis: str, values: Mapping[Any, Any]) -> dict[Any, Settings]:
     """The labels of an axis of the study's own, each with its settings."""
-    if axis in TAKEN or is_setting(axis) or not axis.isidentifier():
-        raise ConfigError(f"{at}: must be a name of letters, digits and _, and none of {', '.join(sorted(TAKEN))}")
-    distinct = len({str(label) for label in values}) == len(values)  # JSON has labels as text
-    if not values or not distinct or not all(isinstance(each, Mapping) for each in values.values()):
-        raise ConfigError(f"{at}={values}: must be {{label: {{setting: value}}}}, of one or more different labels")
+    free = axis.isidentifier() and axis not in TAKEN and not is_setting(axis)
+    require(free, f"{at}: must be a name of letters, digits and _, and none of {', '.join(sorted(TAKEN))}")
+    distinct = len({str(label) for label in values}) == len(values) > 0  # JSON has labels as text
+    nested = all(isinstance(each, Mapping) for each in values.values())
+    require(distinct and nested, f"{at}={values}: must be {{label: {{setting: value}}}}, of different labels")
     return {label: _spelled(settings) for label, settings in values.items()}
 
 
@@ -77,10 +75,9 @@ def _method(value: Any) -> Settings:
 def _check(at: str, settings: Settings) -> None:
     """Raise ConfigError for a setting that does not exist, is no property of a network, or has a value of its type."""
     for key, value in settings.items():
-        if not is_setting(key):
+        if not is_setting(key):  # looking for the nearest one takes milliseconds
             raise ConfigError(f"{at}: {types.no_such_setting(key)}")
-        if "." not in key:  # such as seed or output
-            raise ConfigError(f"{at}: {key} is no axis; {'type study.seeds=N' if key == 'seed' else 'leave it out'}")
+        require("." in key, f"{at}: {key} is no axis; leave it out, and type study.seeds=N for seeds")
         types.check_kind(key, value)
 
 
@@ -111,6 +108,4 @@ def check_overlap(grid: Mapping[str, Any], axes: Set[str], fixed: Set[str]) -> N
             own = settings.keys() | grid[axis][label].keys()  # `loss: NAME` itself, and what it stands for
             inside = {key for key in fixed if any(key.startswith(f"{each}.") for each in settings)}
             for key in sorted((axes | fixed) & own | inside):
-                raise ConfigError(
-                    f"{key}: {axis}={label} sets it too; leave {key} out, or type {axis}= with labels that do not"
-                )
+                raise ConfigError(f"{key}: {axis}={label} sets it too; leave {key} out, or type other labels")

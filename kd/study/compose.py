@@ -7,7 +7,7 @@ from typing import Any
 
 from kd.config import arguments, types
 from kd.config import compose as recipes
-from kd.errors import ConfigError
+from kd.errors import ConfigError, require
 from kd.losses.methods import registry as methods
 from kd.study.axes import check_overlap, is_setting
 from kd.study.schema import LOSS, StudyRecipe
@@ -22,8 +22,7 @@ def compose(words: list[str]) -> tuple[StudyRecipe, list[str], bool] | None:
     None where --cfg job only prints the recipe. Raises ConfigError.
     """
     settings, options = arguments.options(words)
-    if options.sweep:
-        raise ConfigError("-m: a study is many runs by itself; leave it out")
+    require(not options.sweep, "-m: a study is many runs by itself; leave it out")
     for path in options.imports:
         methods.import_own(path)
     composed, axes, launcher = _split(settings)
@@ -49,11 +48,11 @@ def _split(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list[str]
     known, seen = types.settings(StudyRecipe), set()
     for word in words:
         key, _, text = word.partition("=")
-        if key in seen:
-            raise ConfigError(f"{word}: {key} is given twice; keep one")
+        require(key not in seen, f"{word}: {key} is given twice; keep one")
         seen.add(key)
-        if key.lstrip("+") == "study.grid":  # Hydra would merge it with the recipe's, and not replace it
-            raise ConfigError(f"{word}: type an axis as SETTING=A,B, or NAME=LABEL,LABEL of the recipe's own")
+        # Hydra would merge it with the recipe's, and not replace it.
+        axis = "type an axis as SETTING=A,B, or NAME=LABEL,LABEL of the recipe's own"
+        require(key.lstrip("+") != "study.grid", f"{word}: {axis}")
         if key.lstrip("+").startswith("hydra"):
             launcher.append(word)
         elif key == LOSS:
@@ -83,15 +82,14 @@ def _set_grid(config: Any, axes: dict[str, list[Any]], fixed: set[str]) -> bool:
     for key, values in axes.items():
         labels = grid.get(key)
         if isinstance(labels, dict):
-            if wrong := [value for value in values if value not in list(labels)]:
-                raise ConfigError(f"{key}={wrong[0]}: must be some of {', '.join(map(str, labels))}")
+            wrong = [value for value in values if value not in list(labels)]
+            require(not wrong, f"{key}={', '.join(map(str, wrong))}: must be some of {', '.join(map(str, labels))}")
             grid[key] = {value: labels[value] for value in values}
         elif is_setting(key) or key == LOSS:
             grid[key] = values
-        elif key in types.settings(StudyRecipe):
-            raise ConfigError(f"{key}: is no axis; type one value, a list as [A,B]")
         else:
-            raise ConfigError(types.no_such_setting(key, StudyRecipe))
+            require(key in types.settings(StudyRecipe), types.no_such_setting(key, StudyRecipe))
+            raise ConfigError(f"{key}: is no axis; type one value, a list as [A,B]")
     narrowed = fixed & grid.keys() - axes.keys()
     for key in narrowed:  # one value of an axis of the recipe's
         grid[key] = [OmegaConf.select(config, key)]

@@ -24,7 +24,7 @@ from kd.checkpoint.files import write_json
 from kd.cli.console import terminal
 from kd.config import types
 from kd.data import Data
-from kd.errors import ConfigError
+from kd.errors import require
 from kd.losses.methods import registry as methods
 from kd.metrics import METRICS
 from kd.runtime.provenance import provenance
@@ -103,11 +103,12 @@ def engines(planned: Plan, asked: str) -> dict[str, str]:
         if kind not in reasons:
             reasons[kind] = _why_not(point, planned.data[point.data_hash])
         reason = reasons[kind] or ("study.engine=runs" if asked == "runs" else None)
-        if reason and (asked == "population" or point.control == "bayes"):
-            raise ConfigError(
-                f"study.engine={asked}: the population cannot train a {point.control or point.role}, {reason}; type "
-                f"study.engine=auto, and leave the control bayes out"
-            )
+        must = asked == "population" or point.control == "bayes"
+        require(
+            not (reason and must),
+            f"study.engine={asked}: the population cannot train a {point.control or point.role}, {reason}; type "
+            f"study.engine=auto, and leave the control bayes out",
+        )
         chosen[point.id] = "runs" if reason else "population"
     return chosen
 
@@ -117,8 +118,7 @@ def _why_not(point: Point, data: Data) -> str | None:
     check_environment(recipe)
     check_batch(recipe, data, 1)
     methods.build(recipe.loss.methods)
-    if recipe.teacher.members > 1:
-        raise ConfigError(f"teacher.members={recipe.teacher.members}: must be 1 in a study")
+    require(recipe.teacher.members == 1, f"teacher.members={recipe.teacher.members}: must be 1 in a study")
     return why_not(recipe, point.section, network(recipe, point.network, data), data.num_classes)
 
 

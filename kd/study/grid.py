@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd.config.compose import build
 from kd.config.schema import DataConfig, LossConfig, Recipe, StudentConfig, TeacherConfig, content_hash, identity
-from kd.errors import ConfigError
+from kd.errors import require
 from kd.metrics import METRICS
 from kd.study.axes import NotInGrid, Settings, expand, labelled
 from kd.study.schema import Contrast, StudyRecipe
@@ -110,8 +110,8 @@ class Maker:
     def student(self, recipe: Recipe) -> Point:
         """The point of a recipe's student. Raises ConfigError where its loss does not involve the teacher."""
         loss = recipe.loss
-        if loss.kd_weight == 0 and not loss.methods:
-            raise ConfigError("loss.kd_weight=0: is the control `hard`, not a point of the grid; must be > 0 in it")
+        taught = loss.kd_weight > 0 or bool(loss.methods)
+        require(taught, "loss.kd_weight=0: is the control `hard`, not a point of the grid; must be > 0 in it")
         recipe = replace(recipe, loss=_canonical(loss))
         return self._point("student", None, recipe, self.teacher(recipe).id)
 
@@ -183,13 +183,13 @@ def plan(study: StudyRecipe, load: Callable[[DataConfig], Data], narrowed: bool 
         shared = {axis: label for axis, label in labels.items() if _changes_controls(axes[axis])}
         for name in study.study.controls:
             train = maker.data(recipe.data).train
-            if name == "bayes" and (train.posterior is None or train.augments):  # of an augmented image it is not known
-                raise ConfigError(
-                    f"study.controls: bayes needs a data set whose posterior is known, not {recipe.data.name}"
-                )
+            known = train.posterior is not None and not train.augments  # of an augmented image it is not known
+            require(
+                name != "bayes" or known,
+                f"study.controls: bayes needs a data set whose posterior is known, not {recipe.data.name}",
+            )
             point = maker.control(name, recipe)
-            if point.id not in made.points:
-                _add(made, point)
+            if _add(made, point) is point:
                 made.controls.append({"control": name, "axes": shared, "seed": seed, "point": point.id})
     for contrast in study.study.contrasts:
         try:
@@ -231,9 +231,8 @@ def _contrast(made: Plan, maker: Maker, contrast: Contrast, axes: Mapping, seeds
         return {"a": a, "b": b}
 
     columns = [f"{split}.{name}" for name, metric in METRICS.items() for split in metric.splits]
-    if contrast.metric not in columns:
-        hint = did_you_mean(contrast.metric, columns) or f"; must be one of {', '.join(columns)}"
-        raise ConfigError(f"study.contrasts: metric={contrast.metric}: no such metric{hint}")
+    hint = did_you_mean(contrast.metric, columns) or f"; must be one of {', '.join(columns)}"
+    require(contrast.metric in columns, f"study.contrasts: metric={contrast.metric}: no such metric{hint}")
     name = contrast.name or contrast.metric
     entry = {"name": name, "metric": contrast.metric, **pair(contrast)}
     return entry | {"minus": pair(contrast.minus) if contrast.minus else None}
@@ -243,8 +242,7 @@ def _side(made: Plan, maker: Maker, given: Settings, axes: Mapping, seeds: range
     """One side of a contrast: a point for each seed, of students unless `role` or `control` says otherwise."""
     settings = {key: value for key, value in given.items() if key not in ("control", "role")}
     control, role = given.get("control"), given.get("role", "student")
-    if role not in ("student", "teacher"):
-        raise ConfigError(f"study.contrasts: role={role}: must be student or teacher; a control is control: NAME")
+    require(role in ("student", "teacher"), f"study.contrasts: role={role}: must be student or teacher")
     single = [axis for axis in axes.values() if len(axis) == 1]  # whose only value goes without saying
     expanded = {key: value for axis in single for only in axis.values() for key, value in only.items()}
     expanded |= expand(settings, axes)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -51,7 +51,8 @@ class Population:
     @classmethod
     def start(cls, network: nn.Module, size: int) -> Population:
         """`size` members with the weights of `network`."""
-        return cls.of(network, [dict(network.named_parameters())] * size)
+        named = network.named_parameters()
+        return cls(network, {name: repeat(p.detach(), "... -> m ...", m=size).clone() for name, p in named})
 
     @classmethod
     def of(cls, network: nn.Module, states: Sequence[dict[str, Tensor]]) -> Population:
@@ -121,6 +122,8 @@ class Losses:
 
     def __call__(self, student: Tensor, teachers: Tensor | None, target: Tensor, **when) -> Tensor:
         """(M, B, K); `when` has the index, epoch and epochs that methods may read."""
+        if not self.groups:  # without the copies that picking members makes, which also change the order in memory
+            return self._plain(student, self._taught(teachers, self.plain), target)
         gradient = torch.empty_like(student)
         if self.plain:
             gradient[self.plain] = self._plain(student[self.plain], self._taught(teachers, self.plain), target)

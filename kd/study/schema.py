@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kd.config.schema import Checked, Recipe, setting
-from kd.errors import ConfigError
+from kd.errors import require
 
 CONTROLS = ("hard", "smoothed", "bayes")
 LOSS = "loss"  # the axis whose values are methods, as in `loss=NAME`
@@ -49,8 +49,8 @@ class StudyConfig(Checked, section="study."):
 
     def __post_init__(self):
         super().__post_init__()
-        if not set(self.controls) <= {*CONTROLS} or len(set(self.controls)) < len(self.controls):
-            raise ConfigError(f"study.controls={self.controls}: must be different ones of {', '.join(CONTROLS)}")
+        known = set(self.controls) <= {*CONTROLS}
+        require(known, f"study.controls={self.controls}: must be some of {', '.join(CONTROLS)}")
 
 
 @dataclass

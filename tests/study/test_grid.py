@@ -8,7 +8,6 @@ import pytest
 
 from kd.config.schema import DataConfig, LossConfig, TeacherConfig
 from kd.errors import ConfigError
-from kd.study import grid
 from kd.study.axes import labelled
 from kd.study.compose import compose
 from kd.study.folder import Folder
@@ -67,6 +66,9 @@ def test_the_same_network_by_two_names_is_one_point():
     at = {tuple(cell["axes"].values()): cell["point"] for cell in made.cells}
     assert at[1.0, None] == at[1.0, 1.0]
     assert len({at[1.0, None], at[4.0, None], at[4.0, 1.0]}) == 3
+    # An omitted class changes the student but not its teacher.
+    made = planned(grid={"data.omit_class": [None, 7]}, seeds=1, controls=["hard"])
+    assert roles(made) == {"teacher": 1, "student": 2, "control": 2}
 
 
 @pytest.mark.parametrize(
@@ -84,11 +86,6 @@ def test_only_what_a_network_depends_on_is_its_identity(change, same):
     assert (before == after) is same
     if not same:
         assert not before & after
-
-
-def test_an_omitted_class_changes_the_student_but_not_its_teacher():
-    made = planned(grid={"data.omit_class": [None, 7]}, seeds=1, controls=["hard"])
-    assert roles(made) == {"teacher": 1, "student": 2, "control": 2}
 
 
 def test_labels_stand_for_settings_and_methods_and_a_later_axis_wins():
@@ -134,16 +131,13 @@ def test_the_sides_of_a_contrast_are_points_in_the_order_of_the_seeds():
     ("changes", "said"),
     [
         ({"contrasts": [Contrast(a={"loss.temperature": 3.0})]}, '{"loss.temperature": 3.0} is not in the grid'),
-        ({"contrasts": [Contrast(a={"loss.temprature": 1.0})]}, "did you mean loss.temperature"),
-        ({"contrasts": [Contrast(a={"control": "bayes"})]}, '{"control": "bayes"} is not in the grid'),
         ({"contrasts": [Contrast(name="it", a={"loss.temperature": 1}, b={})]}, "it: a and b are the same points"),
         ({"contrasts": [Contrast(metric="test.top2")]}, "metric=test.top2: no such metric; did you mean test.top"),
-        ({"grid": {"loss.temperature": [[1.0]]}}, "one or more different plain values"),
         ({"grid": {"loss.temperature": [1, 1.0]}}, "one or more different plain values"),
         ({"grid": {"loss.temperature": {"hot": {}}}}, "must be a name of letters"),
-        ({"grid": {"how": {1: {}, "1": {}}}}, "of one or more different labels"),
+        ({"grid": {"how": {1: {}, "1": {}}}}, "of different labels"),
         ({"grid": {"how": {"x": 3}}}, "must be {label: {setting: value}}"),
-        ({"grid": {"how": {"x": {"seed": 3}}}}, "seed is no axis; type study.seeds=N"),
+        ({"grid": {"how": {"x": {"seed": 3}}}}, "seed is no axis; leave it out, and type study.seeds=N"),
         ({"grid": {"loss": ["dsit"]}}, "did you mean dist?"),
         ({"grid": {"loss.temperature": [0.0]}}, "loss.temperature=0.0: must be "),
     ],
@@ -157,10 +151,8 @@ def test_a_grid_that_cannot_be_is_one_line(changes, said):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["taught='T 4'", "loss.temperature=2"], "loss.temperature: taught=T 4 sets it too"),  # the label would win
         (["loss.temperature=1,2"], "loss.temperature: taught=T 4 sets it too"),  # the label would lose
         (["data.train_size=300"], "data.train_size: points=20000 sets it too; leave data.train_size out"),
-        (["loss=kd,dist"], "loss: taught=T 1, exactly smoothed by .4 sets it too"),
         # what no label sets that is left, and what changes one field of a method that a label chooses
         (["data.train_size=300", "points=600", "loss.temperature=1,2", "taught='T 1'"], None),
         (["loss.methods.smoothed_teacher.taken_out=.1,.2", "taught='T 4, exactly smoothed by .4'"], None),
@@ -205,33 +197,26 @@ def test_a_typed_setting_that_follows_another_follows_that_of_its_point(monkeypa
     assert (len(students), pairs) == (4, {(0.0, 0.0), (0.4, 0.4)})
 
 
-def test_a_product_without_end_is_refused_before_it_is_made(monkeypatch):
-    monkeypatch.setattr(grid, "MOST", 17)
-    with pytest.raises(ConfigError, match=r"study\.grid: 3 x 2 x 3 \(seeds\) are 18 cells; must be ≤ 17"):
-        planned()
-    assert len(planned(seeds=2).cells) == 12
-
-
-def test_jobs_hold_each_point_once_in_cohorts_of_one_seed_and_do_not_depend_on_what_is_done():
+def test_jobs_hold_each_point_once_in_cohorts_of_one_seed():
     many = {"loss.temperature": [float(t) for t in range(1, 31)], "teacher.label_smoothing": [0.0, 0.1, 0.4]}
     made = planned(grid=many)
-    found = jobs(made, lambda point: "population")
+    found = jobs(made, dict.fromkeys(made.points, "population"))
     assert sorted(p.id for job in found for p in job.points) == sorted(made.points)
-    assert found == jobs(made, lambda point: "population")
     for job in found:
         assert len({point.recipe.seed for point in job.points}) == 1
         assert len({point.role == "teacher" for point in job.points}) == 1
         assert len(job.points) <= CHUNK
     sizes = [len(job.points) for job in found if job.phase == "students"]
     assert (sum(sizes), max(sizes) - min(sizes)) == (3 * 92, 1)
-    alone = jobs(made, lambda point: "runs")
+    alone = jobs(made, dict.fromkeys(made.points, "runs"))
     assert all(len(job.points) == 1 for job in alone)
     assert [job.phase for job in alone] == sorted((job.phase for job in alone), reverse=True)  # teachers first
 
 
 def test_a_job_survives_its_file(tmp_path):
     grid = {"how": {"x": {"loss": "dist", "student.model_kwargs": {"a": 1}}}}
-    job = jobs(planned(grid=grid, controls=["hard"]), lambda point: "population")[-1]
+    made = planned(grid=grid, controls=["hard"])
+    job = jobs(made, dict.fromkeys(made.points, "population"))[-1]
     job.write(Folder(tmp_path))
     assert Job.read(Folder(tmp_path), job.name) == job
 
@@ -242,7 +227,5 @@ def test_equal_counts_make_no_difference_and_the_smallest_other_one_does():
     assert all(a - b - c + d for a, b, c, d in shares[:3])  # what floats make of it
     assert [difference(each) for each in shares] == [0.0] * 4
     assert difference([1e6 * share for share in shares[0]]) == 0  # whatever the metric's size
-    million = [0.5, 0.5 - 1e-6, 0.25, 0.25]
-    assert difference(million) == pytest.approx(1e-6)
-    assert difference([0.3, 0.5]) == pytest.approx(-0.2)
+    assert difference([0.5, 0.5 - 1e-6, 0.25, 0.25]) == pytest.approx(1e-6)
     assert difference([1e-13, 2e-13]) == pytest.approx(-1e-13)  # small metrics keep theirs

@@ -164,11 +164,9 @@ def test_a_method_of_the_batch_and_one_per_example_equal_the_ordinary_loop(data,
 
 
 def test_sgd_with_momentum_is_each_members_own(data, teachers):
-    recipe = with_optimizer(name="sgd", lr=0.05, momentum=0.8)
+    recipe, criterion = with_optimizer(name="sgd", lr=0.05, momentum=0.8), criterion_of(LOSSES[1], teachers[1])
     population = trained(data, [Member(LOSSES[0], 0), Member(LOSSES[1], 1)], teachers, recipe).population
-    assert_same(
-        ordinary_loop(data, network("mlp_nano"), criterion_of(LOSSES[1], teachers[1]), recipe), population.member(1)
-    )
+    assert_same(ordinary_loop(data, network("mlp_nano"), criterion, recipe), population.member(1))
 
 
 def test_unsmoothing_recovers_the_clean_teachers_student(data):
@@ -228,8 +226,7 @@ def test_a_member_that_diverges_takes_no_other_along(data, teachers):
     members = [Member(LOSSES[0], 0), Member(LOSSES[0], 2), Member(LOSSES[1], 1)]
     with_it = trained(data, members, [*teachers, broken])
     without = trained(data, [members[0], Member(HARD), members[2]], teachers)
-    assert list(with_it.diverged) == [1]
-    assert "epoch 1" in with_it.diverged[1]
+    assert not any(p.isfinite().all() for p in with_it.population.member(1).values())
     for i in (0, 2):
         for name, p in with_it.population.member(i).items():
             assert torch.equal(p, without.population.member(i)[name])
@@ -263,8 +260,6 @@ def test_the_stacked_network_is_its_members_forward_and_backward(model, batched)
     ("change", "reason"),
     [
         ({"data": DataConfig(mixup=0.2)}, "data.mixup=0.2"),
-        ({"train": TrainConfig(precision="bf16")}, "train.precision=bf16"),
-        ({"optimizer": OptimizerConfig(name="lamb")}, "optimizer.name=lamb"),
         ({"loss": replace(HARD, methods={"crd": {}})}, "needs embedding, index"),
         ({"loss": replace(HARD, methods={"ctkd": {}})}, "learns or keeps"),
         ({"loss": replace(HARD, methods={"dist": {}, "dkd": {}})}, None),
@@ -276,10 +271,13 @@ def test_what_a_population_cannot_do_is_said(change, reason):
     assert found is None if reason is None else reason in found
 
 
-def test_batch_normalisation_dropout_and_size_are_reasons_too():
-    def reason(*layers):
-        return why_not(RECIPE, RECIPE.student, nn.Sequential(*layers), 10)
-
-    assert "batch normalisation" in reason(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    assert "dropout" in reason(nn.Linear(4, 4), nn.Dropout(0.1))
-    assert "2.3 M parameters" in reason(nn.Linear(1500, 1500))
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.BatchNorm1d(4), "batch normalisation"),
+        (nn.Dropout(0.1), "dropout"),
+        (nn.Linear(1500, 1500), "2.3 M parameters"),
+    ],
+)
+def test_batch_normalisation_dropout_and_size_are_reasons_too(layer, reason):
+    assert reason in why_not(RECIPE, RECIPE.student, nn.Sequential(layer), 10)
