@@ -1,4 +1,4 @@
-"""The drawings of a page: each function takes values and gives one `svg` element as text."""
+"""The drawings of a page: each function returns one `svg` element as text."""
 
 from __future__ import annotations
 
@@ -180,10 +180,10 @@ def _effect(ax: Axes, place: int, effect: Effect) -> None:
     ax.plot(scale * pair.mean, place, marker="D", ms=6.5, color=colour, mec=PAGE, mew=0.8)
 
 
-def reliability(panels: Mapping[str, Mapping[str, Sequence]]) -> str:
-    """Accuracy of each bin of confidence, by title; below the diagonal a network is overconfident.
+def reliability(panels: Mapping[str, Mapping[str, Sequence] | DataFrame]) -> str:
+    """Reliability diagrams by title; below the diagonal a network is overconfident.
 
-    A panel has the lists count, confidence and accuracy of `kd.metrics.reliability_bins`, of one network or several.
+    A panel has the columns count, confidence and accuracy of `kd.metrics.reliability_bins`, of one network or several.
     """
 
     def fill(axes: Sequence[Axes], fits: int) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from pandas import DataFrame, Series
 
 from kd.report import figures
@@ -32,14 +33,14 @@ def at(frame: DataFrame, places: Places) -> DataFrame:
 
 
 def combinations(study: Study, axes: Iterable[str]) -> list[Places]:
-    """Every combination of the places of some axes."""
+    """All combinations of the places of some axes."""
     axes = list(axes)
     ranges = (range(len(study.axes[axis])) for axis in axes)
     return [dict(zip(axes, places, strict=True)) for places in itertools.product(*ranges)]
 
 
 def panel(study: Study, frame: DataFrame, column: str, title: str, x: str, line: Iterable[str]) -> Panel:
-    """A metric of some networks along an axis, a line for each combination of others."""
+    """A metric of some networks along axis x, one line for each combination of the axes `line`."""
     known = frame.dropna(subset=[column])
     labels = [study.names({axis: row[axis] for axis in line}) or "all" for _, row in known.iterrows()]
     values = {"x": known[x].astype(int), "line": labels, "value": fmt.scale(column) * known[column]}
@@ -47,7 +48,7 @@ def panel(study: Study, frame: DataFrame, column: str, title: str, x: str, line:
 
 
 def of_students(study: Study, column: str, title: str, places: Places) -> Panel:
-    """A metric of the students at these places, and the means of the controls where these do not vary along it."""
+    """A metric of the students at these places, with the means of controls that do not vary within the plot."""
     x, line, _ = study.facets
     assert x
     made = panel(study, at(study.students, places), column, title, x, [line] if line else [])
@@ -63,7 +64,7 @@ def of_students(study: Study, column: str, title: str, places: Places) -> Panel:
 
 
 def students(study: Study) -> Section:
-    """The metrics that the study is about, along the grid."""
+    """The study's primary metrics along the grid."""
     x = study.facets.x
     made = Section("Students", f"Students against {fmt.axis(x)}" if x else "Students")
     for column in [column for column in study.primary if x and has(study.students, column)]:
@@ -87,7 +88,7 @@ def _against(study: Study, column: str) -> Figure:
 
 
 def _interaction(study: Study, column: str) -> Table:
-    """The paired differences to where x is 0, or first."""
+    """Paired differences to the base value of x, 0 or else the first."""
     x, line, rest = study.facets
     assert x
     base = study.axes[x].index(0) if study.ordered(x) and 0 in study.axes[x] else 0
@@ -108,7 +109,7 @@ def _interaction(study: Study, column: str) -> Table:
 
 
 def student_metrics(study: Study, columns: Iterable[str], heading: str) -> list[Figure]:
-    """Small plots of several metrics at the values of the first contrast on the axes that are neither x nor lines."""
+    """Small plots of several metrics; axes that are neither x nor lines are at the values of the first contrast."""
     x, line, rest = study.facets
     known = [column for column in columns if has(study.students, column)]
     if not x or not known:
@@ -134,7 +135,7 @@ def teacher_metrics(study: Study, columns: Iterable[str], heading: str) -> list[
 
 
 def details(study: Study, name: str) -> dict[str, list[Any]]:
-    """An entry of `detail` of each teacher that has it, by the values of its axes in words."""
+    """One entry of the points' `detail` for all teachers that have it, by the values of their axes in words."""
     entries = {
         title: [entry for point in own["point"] if (entry := study.points[point]["detail"].get(name)) is not None]
         for title, own in study.teacher_groups.items()
@@ -155,15 +156,13 @@ def calibration(study: Study) -> Section:
     return made
 
 
-def pool(bins: list[dict[str, list]]) -> dict[str, list[float]]:
-    """The reliability bins of several networks as those of all their samples together."""
-    count = np.array([each["count"] for each in bins], float)
-    total = count.sum(0)
-    means = {}
-    for key in ("confidence", "accuracy"):
-        sums = np.nansum(count * np.array([each[key] for each in bins], float), axis=0)
-        means[key] = (sums / np.where(total > 0, total, 1)).tolist()
-    return {"count": total.tolist()} | means
+def pool(bins: list[dict[str, list]]) -> DataFrame:
+    """The reliability bins of several networks as those of all their samples together; means of empty bins are NaN."""
+    every = pd.concat([DataFrame(each, dtype=float) for each in bins])
+    means = ["confidence", "accuracy"]
+    every[means] = every[means].mul(every["count"], axis=0)
+    sums = every.groupby(level=0).sum()
+    return sums[["count"]].join(sums[means].div(sums["count"], axis=0))
 
 
 def knowledge(study: Study) -> Section:
@@ -197,7 +196,7 @@ def _gamma(curves: Mapping[str, list[Any]]) -> Figure:
 
 
 def probe(study: Study) -> Section:
-    """What the probe makes of teachers whose smoothing is known."""
+    """Estimates of the teachers' smoothing beside the known values."""
     made = Section("Probe", "The teachers' smoothing, estimated from their logits")
     splits = [split for split in SPLITS if has(study.teachers, f"{split}.smoothing_estimate")]
     if not splits:
@@ -219,7 +218,7 @@ def probe(study: Study) -> Section:
 
 
 def _doubts(study: Study, points: list[str]) -> str:
-    """What speaks against the estimates, one of each kind with the number of teachers; they differ in their numbers."""
+    """The doubts about the estimates, one of each kind with the number of teachers it concerns."""
     said: dict[str, list[str]] = {}
     for point in points:
         for doubt in study.points[point]["detail"].get("smoothing_doubts") or ():
@@ -229,13 +228,14 @@ def _doubts(study: Study, points: list[str]) -> str:
 
 def _estimates(study: Study, splits: list[str]) -> Figure:
     """Estimate against truth, a plot for each combination of the other axes of teachers."""
-    truth = [(place, "truth", eps) for place, eps in enumerate(study.axes[EPS])]
+    truth = DataFrame({"x": range(len(study.axes[EPS])), "line": "truth", "value": study.axes[EPS]})
     panels = []
     for own in combinations(study, [axis for axis in study.teacher_axes if axis != EPS])[:MOST]:
         seen = at(study.teachers, own)
-        estimates = [zip(seen[EPS], itertools.repeat(s), seen[f"{s}.smoothing_estimate"]) for s in splits]
-        rows = [*itertools.chain.from_iterable(estimates), *truth]
-        panels.append(Panel(study.names(own), DataFrame(rows, columns=["x", "line", "value"]), ylabel="estimate"))
+        estimates = [
+            DataFrame({"x": seen[EPS], "line": split, "value": seen[f"{split}.smoothing_estimate"]}) for split in splits
+        ]
+        panels.append(Panel(study.names(own), pd.concat([*estimates, truth]), ylabel="estimate"))
     svg = figures.lines(panels, fmt.axis(EPS), study.ticks(EPS), ordered=False, columns=2, share=True)
     return Figure.named("probe", svg)
 

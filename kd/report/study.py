@@ -23,7 +23,7 @@ SPLITS = ("train", "val", "test")
 
 
 class Facets(NamedTuple):
-    """Which axis is drawn how: along x, as lines, and the others as a plot for each of their combinations."""
+    """How axes are drawn: one along x, one as lines, the others as one plot for each of their combinations."""
 
     x: str | None  # None where no axis has several values
     line: str | None
@@ -94,7 +94,7 @@ class Study:
         return {str(title) or "teachers": own for title, own in self.teachers.groupby(titles, sort=False)}
 
     def names(self, places: Mapping[str, int]) -> str:
-        """The values at these places, in words."""
+        """The values at these places in words."""
         return fmt.settings({axis: self.axes[axis][place] for axis, place in places.items()})
 
     def ticks(self, axis: str) -> list[str]:
@@ -103,7 +103,7 @@ class Study:
 
     @property
     def primary(self) -> list[str]:
-        """The metrics that the study is about: test accuracy, then those of its contrasts."""
+        """The primary metrics: test accuracy, then those of the contrasts."""
         return list(dict.fromkeys(["test.top1", *(contrast["metric"] for contrast in self.card["contrasts"])]))
 
     def differences(self, contrast: Mapping[str, Any]) -> Series:
@@ -125,7 +125,7 @@ class Study:
         return {state: list(self.table.index[self.table["state"] == state]) for state in STATES}
 
     def ordered(self, axis: str) -> bool:
-        """Whether an axis has numbers only."""
+        """Whether all values of an axis are numbers."""
         return all(isinstance(value, int | float) and not isinstance(value, bool) for value in self.axes[axis])
 
     @cached_property

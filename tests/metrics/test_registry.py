@@ -26,11 +26,6 @@ BAD_LOGITS = [
     (LOGITS.where(LOGITS < 3, math.inf), r"has \d+ rows with nan or inf"),
     (LOGITS.long(), "is torch.int64: must be floating point"),
 ]
-BAD_TARGETS = [
-    (TARGETS[:11], r"targets are torch.int64 of shape \(11,\): must be int64 of shape \(12,\)"),
-    (TARGETS.float(), r"targets are torch.float32 of shape \(12,\)"),
-    (TARGETS + 1, "targets go from 1 to 4: must be from 0 to 3"),
-]
 
 
 def called(name, **changes):
@@ -69,10 +64,9 @@ def test_what_is_no_logits_is_one_line(logits, said):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("targets", "said"), BAD_TARGETS)
-def test_targets_that_do_not_fit_are_one_line(targets, said):
-    with pytest.raises(ValueError, match="^" + said):
-        metrics.nll(LOGITS, targets)
+def test_targets_out_of_range_are_one_line():
+    with pytest.raises(ValueError, match=r"^targets go from 1 to 4: must be from 0 to 3"):
+        metrics.nll(LOGITS, TARGETS + 1)
 
 
 # ---- the registry

@@ -161,9 +161,7 @@ def test_a_study_of_which_nothing_has_run_has_a_page(tmp_path, kd_report):
     ("axes", "expected"),
     [
         ({T: [1, 4], EPS: [0.0, 0.4], "loss.kd_weight": [0.5, 1.0]}, (EPS, T, ["loss.kd_weight"])),
-        ({EPS: [0.0, 0.4], METHOD: ["kd", "dist"]}, (EPS, METHOD, [])),
         ({EPS: [0.0, 0.4], METHOD: list("abcdefghi")}, (METHOD, EPS, [])),  # more than can be told apart as lines
-        ({EPS: [0.1], T: [1, 2]}, (T, None, [])),
         ({EPS: [0.1]}, (None, None, [])),
     ],
 )
