@@ -82,7 +82,6 @@ def check_places(recipe: Recipe, directory: Path) -> None:
     path = Path(recipe.output)
     nearest = next((each for each in (path, *path.parents) if each.exists()), path)
     wrong = f"output={recipe.output}: must be a directory that exists or can be made"
-    _require(recipe.output != "", wrong)
     _require(nearest.is_dir(), f"{wrong} ({nearest} is not one)")
     only_read = finished or recipe.list_layers
     _require(only_read or os.access(nearest, os.W_OK), f"{wrong} ({nearest}: Permission denied)")
