@@ -6,11 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from kd.config.schema import DataConfig
 from kd.data.base import Data, family
-from kd.data.image_files import Files
+from kd.data.image_files import Files, files_below
 from kd.data.streams import stream_data
 from kd.errors import require
 
@@ -68,13 +66,12 @@ def _directories(path: Path) -> list[str]:
 
 def scan(root: Path, split: Path, classes: list[str]) -> Files:
     """All images of a split, at any depth below their class directories, sorted by class, then path."""
-    paths, targets = [], []
+    samples = []
     for target, label in enumerate(classes):
         images = sorted(_images(split / label))
         require(images, f"data.root: class directory {str(split / label)!r} holds no JPEG, PNG or WEBP image")
-        paths += [os.fsencode(os.path.relpath(path, root)) for path in images]
-        targets += [target] * len(images)
-    return Files(np.array(targets), root, np.array(paths))
+        samples += [(path, target) for path in images]
+    return files_below(root, samples)
 
 
 def _images(class_directory: Path) -> Iterator[str]:

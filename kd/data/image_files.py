@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -86,6 +87,12 @@ class Files(Source):
     def identity(self, i: int) -> str:
         """Its relative path and size, which do not change when the folder is moved."""
         return f"{os.fsdecode(self.paths[i].item())} {os.path.getsize(self.name(i))}"
+
+
+def files_below(root: Path, samples: Iterable[tuple[str, int]]) -> Files:
+    """The images of these (path, class), whose paths are kept relative to root."""
+    paths, targets = zip(*samples, strict=True)
+    return Files(np.array(targets), root, np.array([os.fsencode(os.path.relpath(path, root)) for path in paths]))
 
 
 def decode(file: IO[bytes]) -> Image.Image:

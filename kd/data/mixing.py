@@ -15,9 +15,9 @@ Mixer = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 def mixer(config: DataConfig, num_classes: int) -> Mixer:
     """A function (images, targets, seed) -> (mixed images, (B, K) float32 probabilities).
 
-    Where both are off it gives the batch as it is.
     Sample i is mixed with sample i-1 of the batch, all with one coefficient drawn from Beta(value, value). Where both
-    mixup and CutMix are on, the seed chooses one of them for the batch with equal probability.
+    mixup and CutMix are on, the seed chooses one of them for the batch with equal probability; where both are off, the
+    batch is returned as it is.
     """
     from torchvision.transforms import v2
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from kd.config.schema import DataConfig
 from kd.data.base import Data, family
 from kd.data.folder import data_root
-from kd.data.image_files import Files, reason
+from kd.data.image_files import files_below, reason
 from kd.data.streams import stream_data
 from kd.data.tensors import tensor_data
 from kd.errors import ConfigError, require
@@ -47,7 +46,7 @@ def torchvision(config: DataConfig, seed: int) -> Data:
     if isinstance(vars(sets["train"]).get("data"), np.ndarray | Tensor):
         arrays = {name: (_pixels(each), np.asarray(_labels(each))) for name, each in sets.items()}
         return tensor_data(config, seed, arrays, _class_names(sets["train"], arrays["train"][1]))
-    files = {name: _files(Path(config.root or ""), each) for name, each in sets.items()}
+    files = {name: files_below(Path(config.root or ""), _samples(each)) for name, each in sets.items()}
     return stream_data(config, seed, files, _class_names(sets["train"], files["train"].targets), threads=16)
 
 
@@ -78,13 +77,6 @@ def _pixels(dataset: Any) -> Tensor:
     if pixels.ndim == 3:
         return rearrange(pixels, "n h w -> n 1 h w")
     return rearrange(pixels, "n h w c -> n c h w") if pixels.shape[-1] == 3 else pixels
-
-
-def _files(root: Path, dataset: Any) -> Files:
-    """Its images as files below the root."""
-    samples = list(_samples(dataset))
-    paths = [os.fsencode(os.path.relpath(path, root)) for path, _ in samples]
-    return Files(np.array([label for _, label in samples]), root, np.array(paths))
 
 
 def _samples(dataset: Any) -> Iterable[tuple[str, int]]:

@@ -138,11 +138,6 @@ def test_a_folder_that_cannot_work_is_one_line(tmp_path, kind, message):
     assert "\n" not in str(error.value)
 
 
-def test_classes_may_be_called_like_a_split(tmp_path):
-    make_folder(tmp_path, 20, ("invalid", "valid"))
-    assert load_folder(tmp_path).class_names == ["invalid", "valid"]
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -46,30 +46,6 @@ def test_digits_are_divided_by_class_without_loss_and_keep_their_labels():
     assert (data.input_shape, data.class_names, data.num_classes) == ((1, 8, 8), list("0123456789"), 10)
 
 
-def test_the_split_follows_the_split_seed_and_not_the_run_seed():
-    first, other_run, other_split = digits(), digits(seed=1), digits(split_seed=1)
-    assert torch.equal(first.train.images, other_run.train.images)
-    assert first.hash == other_run.hash
-    assert not torch.equal(first.test.images, other_split.test.images)
-    assert first.hash != other_split.hash
-
-
-def test_the_hash_notices_one_changed_pixel_and_one_changed_label():
-    images, targets = torch.rand(40, 1, 8, 8), np.arange(40) % 2
-
-    def hash_now():  # all splits given, so that a changed label changes nothing but itself
-        given = dict.fromkeys(NAMES, (images, targets))
-        return tensor_data(DataConfig(image_size=8), 0, given, ["a", "b"]).hash
-
-    hashes = [hash_now(), hash_now()]
-    images[7, 0, 3, 3] += 0.5
-    hashes.append(hash_now())
-    targets[7] = 0
-    hashes.append(hash_now())
-    assert hashes[0] == hashes[1]
-    assert len(set(hashes)) == 3
-
-
 def test_the_hashes_by_which_old_runs_resume_have_not_changed(tmp_path):
     assert digits().hash.startswith("40dda2f4f747ac26")
     assert load_data(DataConfig(family="mnist5k"), 0).hash.startswith("8890233e2a274309")

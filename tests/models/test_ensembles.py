@@ -155,13 +155,3 @@ def test_born_again_generations(kd_train, tmp_path):
     assert second["student"]["last"]["test"] != first["student"]["last"]["test"]
     line = next(line for line in log_of(tmp_path / "runs/smoke/second") if "kd" in line)
     assert line["loss"] == pytest.approx(line["kd"] + line["ce"], rel=1e-6)
-
-
-def test_function_matching_sees_mixed_images_and_no_labels(kd_train, tmp_path):
-    done = kd_train(*SMALL, "loss=kd:funmatch", "data.mixup=1")
-    assert done.code == 0, done.err
-    lines = [line for line in log_of(tmp_path / "runs/smoke/one") if line["stage"] == "student" and "loss" in line]
-    assert len(lines) == 5
-    for line in lines:
-        assert "ce" not in line
-        assert line["loss"] == pytest.approx(line["kd"], rel=1e-6)
