@@ -125,12 +125,12 @@ def cmi(logits: Tensor, targets: Tensor) -> Tensor:
 
 @metric("mutual_information", "Müller's MI", splits=("train",))
 def mutual_information(views: Tensor) -> Tensor:
-    """Müller's estimate of how much of an input is left in a logit, or in the difference of two.
+    """Müller's estimate of the mutual information of an input and a logit, or a difference of two logits, in nats.
 
     (1/N) Σ_x mean over l of [ -(v[x, l] - μ_x)²/2σ² - log (1/N) Σ_x' exp(-(v[x, l] - μ_x')²/2σ²) ] with v[x, l] the
     logit of augmentation l of input x, μ_x its mean over l, σ² the mean of (v[x, l] - μ_x)² over all; Müller et al.
     2019, "When Does Label Smoothing Help?", section 4 and appendix, N = 600 of two classes, L = 5. The scale of the
-    logit, which differs from network to network, plays no part. In nats, at most log N; log 2 for inputs collapsed to
+    logit, which differs from network to network, plays no part. At most log N; log 2 for inputs collapsed to
     two far points; about 0 where the inputs do not differ, and as an estimate a little below it at times.
 
     Parameters

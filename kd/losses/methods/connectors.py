@@ -108,8 +108,8 @@ class _Fusion(nn.Module):
 class ReviewKD(Method, name="reviewkd"):
     """Knowledge review: ``sum_j hcl(f_j, t_j)``, f_j the student's maps from the deepest to j, fused to t_j's shape.
 
-    ``hcl(f, t) = sum_l w_l mean (pool_l f - pool_l t)² / sum_l w_l``: the maps as they are (w = 1) and averaged to 4x4,
-    2x2 and 1x1, each level used weighing half of the one before; only sizes below the maps' are used. The fusion (ABF)
+    ``hcl(f, t) = sum_l w_l mean (pool_l f - pool_l t)² / sum_l w_l``: the maps at full size (w = 1), then averaged
+    to 4x4, 2x2 and 1x1 where smaller than the maps; w halves from each level used to the next. The fusion (ABF)
     is learned. The embedding is the deepest level, a 1x1 map. In squared teacher activations, means; about 1 for each
     level. Zero and stationary where every fused map equals the teacher's.
 
@@ -121,7 +121,7 @@ class ReviewKD(Method, name="reviewkd"):
     presets' ``warmup_epochs`` raise the weight linearly at the start.
 
     Args:
-        max_width: channels inside the fusion are those of the student's embedding, at most this many.
+        max_width: most channels inside the fusion, which otherwise has as many as the student's embedding.
     """
 
     max_width: Count = 512

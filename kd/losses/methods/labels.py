@@ -245,9 +245,9 @@ class FLSD53(Method, name="flsd53"):
     sums over the batch by default, so that its gradient is N times that of this mean.
 
     Args:
-        gamma: g of the other examples.
-        low_gamma: g of the examples with a low p_y.
-        threshold: p_y below which it is low.
+        gamma: g where p_y ≥ threshold.
+        low_gamma: g where p_y < threshold.
+        threshold: p_y at which g changes.
     """
 
     gamma: NonNegative = 3.0

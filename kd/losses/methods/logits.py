@@ -127,7 +127,7 @@ class LogitMSE(Method, name="logit_mse"):
 class HardDistillation(Method, name="hard"):
     """Hard-label distillation: ``-log softmax(s)_c``, c the teacher's most likely class (the first of equal ones).
 
-    Never zero, and not stationary at s = t: the student is pushed towards certainty.
+    Values (N,) in nats. Never zero, and not stationary at s = t: the student is pushed towards certainty.
 
     Source: Touvron et al. 2021, "Training data-efficient image transformers" (DeiT), §4 Eq. 3, where this term and the
     labels' cross entropy weigh one half each.
