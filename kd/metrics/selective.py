@@ -22,7 +22,8 @@ def aurc(scores: Tensor, correct: Tensor) -> Tensor:
     scores : (N,) finite floating point; higher means more trusted
     correct : (N,) bool
     """
-    if scores.shape != correct.shape or not len(scores) or not scores.isfinite().all():
+    fits = scores.shape == correct.shape == (len(scores),) and len(scores) > 0 and correct.dtype == torch.bool
+    if not fits or not scores.isfinite().all():
         raise ValueError("scores and correct must be (N,) finite numbers and (N,) bool, N ≥ 1")
     _, group, counts = (-scores.detach().double()).unique(return_inverse=True, return_counts=True)
     wrong = torch.zeros(len(counts), dtype=torch.float64, device=scores.device)

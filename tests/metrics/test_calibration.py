@@ -137,3 +137,9 @@ def test_the_normalised_score_does_not_see_the_scale():
         torch.testing.assert_close(normalised_max_logit(factor * logits), normalised_max_logit(logits))
     assert normalised_max_logit(torch.full((2, 3), 5.0)).tolist() == [0, 0]
     assert normalised_max_logit(torch.tensor([[3.0, 0, 0]]), math.inf).item() == 1
+
+
+def test_right_and_wrong_are_booleans():
+    """Of integers, ~ would silently be -1 and -2."""
+    with pytest.raises(ValueError, match=r"must be \(N,\) finite numbers and \(N,\) bool"):
+        aurc(torch.zeros(3), torch.ones(3, dtype=torch.int64))
