@@ -1,17 +1,4 @@
-"""``python -m kd.probe model=NAME data=NAME``: how much label smoothing a classifier was trained with."""
-
-from __future__ import annotations
-
-import sys
-from collections.abc import Sequence
-
-from kd.cli.errors import one_line_errors
-from kd.config import compose
-from kd.config.arguments import read
-from kd.config.schema import Recipe
-from kd.errors import ConfigError
-
-HELP = """usage: python -m kd.probe data=NAME model=NAME [checkpoint=PATH] [split=SPLIT] [data.KEY=VALUE ...]
+"""usage: python -m kd.probe data=NAME model=NAME [checkpoint=PATH] [split=SPLIT] [data.KEY=VALUE ...]
 
 Estimates the smoothing mass of the targets that a classifier was trained with, from its logits on up to 2,000 images,
 with the range that the middle half of them gives, and says what speaks against the estimate.
@@ -24,7 +11,19 @@ with the range that the middle half of them gives, and says what speaks against 
 
 Exit code 1 when the estimate is not to be trusted, 2 when the command line cannot work.
 
-example: python -m kd.probe data=imagenet data.root=/data/imagenet model=resnet50.tv2_in1k"""
+example: python -m kd.probe data=imagenet data.root=/data/imagenet model=resnet50.tv2_in1k
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from kd.cli.errors import one_line_errors
+from kd.config import compose
+from kd.config.arguments import read
+from kd.config.schema import Recipe
+from kd.errors import ConfigError
 
 SPLITS = ("train", "val", "test")
 ARGUMENTS = {"data": "NAME", "model": "NAME", "checkpoint": "FILE", "split": "SPLIT"}
@@ -74,7 +73,7 @@ def recipe_of(given: dict[str, str], recorded_model: str | None, words: Sequence
 def main(arguments: list[str]) -> int:
     """Read the command line and estimate."""
     if {"-h", "--help"} & set(arguments) or not arguments:
-        print(HELP)
+        print((__doc__ or "").rstrip())
         return 0
     given = read(arguments, ARGUMENTS)
     if given.get("split", "train") not in SPLITS:

@@ -1,4 +1,33 @@
-"""``python -m kd.train recipe=NAME key=value ...``: train a teacher, distil a student, train its control, compare."""
+"""usage: python -m kd.train recipe=NAME [key=value ...]
+
+Trains a teacher, distils a student, trains the same student alone, and compares the two. The same
+command resumes a stopped run from its last checkpoint, and prints the result of a finished one.
+
+recipes
+{recipes}
+
+data=NAME, a data set with its usual training schedule (the recipe's own settings override it)
+{data}
+
+loss=NAME or loss=[A,B], a distillation method or several; NAME:imagenet is another of its presets
+{methods}
+
+settings{which}
+{settings}
+
+  --cfg job          print the resolved recipe and exit
+  -m key=A,B         train one run after another, one for each value
+  --import FILE.py   import a method of your own, from a file or a module
+  replay=DIR         train a finished run again and compare weights and scores; with output=DIR,
+                     allow_differences=true for other versions, hardware or data
+
+Of a setting that is typed twice the last value counts.
+
+Exit code: 0 finished, or saved after SIGTERM or SIGUSR1; 1 cannot go on, or a replay differs;
+2 a setting or a file is wrong; 130 ctrl-C.
+
+example: python -m kd.train recipe=resnet50_to_18 loss.temperature=2 seed=1
+"""
 
 from __future__ import annotations
 
@@ -7,9 +36,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kd.cli.environment import check_torchrun
 from kd.cli.errors import fail, one_line_errors
-from kd.cli.help import help_text
+from kd.cli.help import name_lines, recipe_lines, setting_lines
 from kd.config import arguments, compose
 from kd.config.schema import Recipe
 from kd.errors import ConfigError
@@ -64,15 +92,26 @@ def run(recipe: Recipe, check: Callable[[Run], None] | None = None) -> Run:
     return run
 
 
+def help_text(everything: bool = False) -> str:
+    """What --help prints; `everything` is --help all. Nothing but the recipe files is read for it."""
+    return (
+        (__doc__ or "")
+        .rstrip()
+        .format(
+            recipes="\n".join(recipe_lines()),
+            data=name_lines(compose.recipe_files("data")),
+            methods=name_lines(sorted(methods.names())),
+            which="" if everything else " (--help all lists the others)",
+            settings="\n".join(setting_lines(Recipe, everything=everything)),
+        )
+    )
+
+
 def main(words: list[str], run: Callable[..., Any] = run) -> int:
     """Run the recipe that the command line names, several with -m, or replay a run; returns the exit code."""
     if {"-h", "--help"} & set(words):
         print(help_text("all" in words))
         return 0
-    try:
-        check_torchrun()
-    except ConfigError as error:
-        fail(str(error), everyone=True)
     settings, options = arguments.options(words)
     if any(word.startswith("replay=") for word in settings):
         from kd.training import replay

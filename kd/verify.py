@@ -1,4 +1,13 @@
-"""``python -m kd.verify run=DIR``: what a run directory or a file of weights holds, and whether it is whole."""
+"""usage: python -m kd.verify run=DIR
+       python -m kd.verify path=FILE
+
+run=DIR    every checkpoint and every file of weights in a directory, against its manifest: a run, one of its stages,
+           or a teacher in OUTPUT/teachers
+path=FILE  one file of weights, against the manifest beside it; without a manifest it counts as whole where it can be
+           read and has no NaN
+
+Exit code 0 when all is whole, 1 when something is damaged, 2 when there is nothing to verify.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +21,6 @@ from kd.config import arguments
 from kd.errors import CheckpointError, ConfigError
 from kd.text import shown
 
-HELP = """usage: python -m kd.verify run=DIR
-       python -m kd.verify path=FILE
-
-run=DIR    every checkpoint and every file of weights in a directory, against its manifest: a run, one of its stages,
-           or a teacher in OUTPUT/teachers
-path=FILE  one file of weights, against the manifest beside it; without a manifest it counts as whole where it can be
-           read and has no NaN
-
-Exit code 0 when all is whole, 1 when something is damaged, 2 when there is nothing to verify."""
 DAMAGED = 1
 
 
@@ -89,7 +89,7 @@ def _weights(path: Path) -> Row:
 def main(words: list[str]) -> int:
     """Print what there is; returns the exit code."""
     if not words or {"-h", "--help"} & set(words):
-        print(HELP)
+        print((__doc__ or "").rstrip())
         return 0
     values = arguments.read(words, {"run": "DIR", "path": "FILE"})
     if len(values) > 1:

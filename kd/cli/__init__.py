@@ -1,1 +1,1 @@
-"""What the commands share: errors of one line, help, the terminal and the environment."""
+"""What the commands share: errors of one line, help and the terminal."""

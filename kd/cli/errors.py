@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from kd.cli.environment import speaks
 from kd.errors import ConfigError, TrainingError
 from kd.runtime.signals import CTRL_C, GO_ON
 from kd.text import plain
@@ -48,6 +47,8 @@ def _message(program: str, error: Exception) -> tuple[str, int, bool] | None:
         return f"{' '.join(text.split()).rstrip('.')}; data.workers=0 needs less memory", FAILED, True
     if isinstance(error, TrainingError):
         return text, FAILED, False
+    if "MASTER_ADDR" in text or "rendezvous" in text:  # where some of torchrun's variables are set and others are not
+        return f"{text}; torchrun sets all of its variables", USAGE, True
     if isinstance(error, RuntimeError) and any(word in text for word in LOST_PROCESS):
         return f"another process of this run has ended; the last saved state is kept, {GO_ON}", FAILED, True
     if isinstance(error, OSError) and error.filename:
@@ -59,6 +60,7 @@ def _message(program: str, error: Exception) -> tuple[str, int, bool] | None:
 
 def fail(message: str, code: int = USAGE, everyone: bool = False) -> NoReturn:
     """Print one line and exit. `everyone` is for an error that one process of several may have alone."""
-    if everyone or speaks():
+    # A pod's RANK is not torchrun's.
+    if everyone or "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0":
         print(f"error: {plain(message)}", file=sys.stderr)
     raise SystemExit(code)

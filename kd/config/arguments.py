@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from kd.errors import ConfigError
@@ -16,11 +15,12 @@ SETTING = re.compile(r"\+?[^\W\d][\w.]*|hydra/launcher")
 def read(words: Sequence[str], allowed: Mapping[str, str], required: Sequence[str] = ()) -> dict[str, str]:
     """The values that `key=value` words give, by key.
 
-    `allowed` has what may be typed and what stands for its value in a message, as in {"run": "DIR", "html": "FILE"}.
-    A key that ends in a dot allows all keys that begin with it: {"data.": "VALUE"} allows data.root=PATH.
+    `allowed` has what may be typed and what stands for its value in a message: {"run": "DIR", "output": "FILE.html"},
+    where the file must end in .html. A key that ends in a dot allows all keys that begin with it: {"data.": "VALUE"}
+    allows data.root=PATH. Of a key that is typed twice the last value counts, as on the command line of kd.train.
 
-    Raises ConfigError for a word that is not key=value, an unknown key, a key given twice, an empty value, and where
-    a required key is missing.
+    Raises ConfigError for a word that is not key=value, an unknown key, an empty value, another ending, and where a
+    required key is missing.
     """
     usage = ", ".join(f"{key}KEY={value}" if key.endswith(".") else f"{key}={value}" for key, value in allowed.items())
     prefixes = tuple(key for key in allowed if key.endswith("."))
@@ -29,24 +29,15 @@ def read(words: Sequence[str], allowed: Mapping[str, str], required: Sequence[st
         key, equals, value = word.partition("=")
         if not equals or not (key in allowed or key.startswith(prefixes)):
             raise ConfigError(f"{word}: no such argument; type {usage}")
-        if key in values:
-            raise ConfigError(f"{word}: {key} is given twice; keep one")
         if not value:  # as of a shell variable that is not set
             raise ConfigError(f"{word}: must not be empty")
+        _, file, suffix = allowed.get(key, "").partition("FILE")
+        if file and not value.endswith(suffix):
+            raise ConfigError(f"{word}: must end in {suffix}")
         values[key] = value
     if missing := [key for key in required if key not in values]:
         raise ConfigError(f"{missing[0]}: not given; type {missing[0]}={allowed[missing[0]]}")
     return values
-
-
-def check_target(key: str, path: Path, suffix: str = "") -> None:
-    """Raise ConfigError where key=PATH names a file that cannot be written: before the work, not after it."""
-    if suffix and path.suffix != suffix:
-        raise ConfigError(f"{key}={path}: must end in {suffix}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{key}={path}: no such directory as {path.parent}")
-    if path.is_dir():
-        raise ConfigError(f"{key}={path}: is a directory; name a file")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def options(words: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
-    """The key=value words of kd.train or kd.study, and the options beside them.
+    """The key=value words of kd.train or kd.study, the last of each key, and the options beside them.
 
     The options are `show` (--cfg job), `sweep` (-m) and `imports` (--import FILE). Raises ConfigError.
     """
@@ -71,4 +62,5 @@ def options(words: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
             )
         if not SETTING.fullmatch(word.partition("=")[0]) or "=" not in word:
             raise ConfigError(f"{word}: cannot be read; settings are typed key=value, such as recipe=smoke")
-    return rest, chosen
+    # As in Hydra the last word of a key counts, so that a script's settings can be changed at their end.
+    return list({word.partition("=")[0]: word for word in rest}.values()), chosen

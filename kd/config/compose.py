@@ -120,9 +120,8 @@ def _split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         if key not in GROUPS:
             changes.append(word)
             continue
-        if key in chosen or len(types.several(text)) > 1:
-            both = f"{key}={chosen[key]} {word}" if key in chosen else word
-            raise ConfigError(f"{both}: type one {key}={'[A,B]' if key == 'loss' else ''}, or add -m for a run of each")
+        if len(types.several(text)) > 1:
+            raise ConfigError(f"{word}: type one {key}={'[A,B]' if key == 'loss' else ''}, or add -m for a run of each")
         chosen[key] = text.strip()
     return chosen, changes
 

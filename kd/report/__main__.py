@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from kd.cli.errors import one_line_errors
-from kd.config.arguments import check_target, read
+from kd.config.arguments import read
 from kd.errors import ConfigError
 
 ALLOWED = {"study": "DIR", "run": "DIR", "output": "FILE.html"}
@@ -36,7 +36,6 @@ def main(words: list[str]) -> int:
     if not directory.is_dir():
         raise ConfigError(f"{kind}={directory}: no such directory")
     target = Path(values.get("output", directory / "report.html"))
-    check_target("output", target, ".html")
 
     # Heavy imports wait until the command line is known to be right.
     from kd.checkpoint.files import write_text

@@ -45,11 +45,9 @@ def _split(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list[str]
     An axis is a setting with several values, or a name that no setting has. Raises ConfigError.
     """
     composed, axes, launcher = [], {}, []
-    known, seen = types.settings(StudyRecipe), set()
+    known = types.settings(StudyRecipe)
     for word in words:
         key, _, text = word.partition("=")
-        require(key not in seen, f"{word}: {key} is given twice; keep one")
-        seen.add(key)
         # Hydra would merge it with the recipe's, and not replace it.
         axis = "type an axis as SETTING=A,B, or NAME=LABEL,LABEL of the recipe's own"
         require(key.lstrip("+") != "study.grid", f"{word}: {axis}")

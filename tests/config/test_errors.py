@@ -1,4 +1,4 @@
-"""Errors of the commands: torchrun's variables, the working directory, pipes and memory."""
+"""Errors of the commands: one line of one process, for pipes, memory and torchrun's variables."""
 
 import os
 import subprocess
@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from kd.cli.environment import check_torchrun
 from kd.cli.errors import NO_MEMORY, one_line_errors
 from kd.config.schema import PACKAGE
 from kd.errors import CheckpointError, ConfigError
@@ -23,26 +22,6 @@ def variables(monkeypatch):
             monkeypatch.setenv(name, value)
 
     return change
-
-
-# The last is what a pod beside a service named master gets.
-@pytest.mark.parametrize("values", [{}, TORCHRUN, {"WORLD_SIZE": "1"}, {"MASTER_PORT": "tcp://10.0.0.1:1234"}])
-def test_what_launchers_set_is_fine(variables, values):
-    variables(**values)
-    check_torchrun()
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE, MASTER_ADDR, MASTER_PORT: not set"),
-        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: not set beside WORLD_SIZE=2"),
-    ],
-)
-def test_variables_that_torchrun_would_not_set(variables, values, said):
-    variables(**values)
-    with pytest.raises(ConfigError, match=said):
-        check_torchrun()
 
 
 def test_an_error_that_all_processes_have_is_printed_by_the_first(variables, capsys):
@@ -63,6 +42,7 @@ def test_an_error_that_all_processes_have_is_printed_by_the_first(variables, cap
         (MemoryError(), 1, NO_MEMORY),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), 1, NO_MEMORY),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "data.workers=0 needs less"),
+        (ValueError("rendezvous: environment variable RANK expected, but not set"), 2, "torchrun sets all of its"),
         (FileNotFoundError(2, "No such file or directory", "x.pth"), 2, "x.pth: No such file or directory"),
         (ModuleNotFoundError("No module", name="hydra"), 2, "kd.train needs hydra: pip install 'kd-torch[train]'"),
         (KeyboardInterrupt(), 130, "stopped"),
