@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from kd.report import formatting as fmt
-from kd.report.statistics import Paired
+from kd.report.statistics import Effect
 
 STYLE = Path(__file__).parent / "page.mplstyle"
 WIDTH = 11.2  # inches of a page
@@ -131,16 +131,6 @@ def _colours(number: int, ordered: bool) -> list[str]:
     return [cycle[i % len(cycle)] for i in range(number)]
 
 
-@dataclass
-class Effect:
-    """A row of a forest plot."""
-
-    name: str
-    column: str  # the metric
-    tone: int  # 1 positive, -1 negative, 0 neither
-    pair: Paired
-
-
 def forest(effects: Sequence[Effect]) -> str:
     """Differences one above another: dots are seeds, diamonds means. All shares have one axis in common."""
     units = [effect.column if fmt.scale(effect.column) == 1 else "" for effect in effects]
@@ -168,14 +158,11 @@ def forest(effects: Sequence[Effect]) -> str:
 
 
 def _effect(ax: Axes, place: int, effect: Effect) -> None:
-    scale, colour, pair = fmt.scale(effect.column), TONES[effect.tone], effect.pair
-    assert pair.mean is not None
-    if pair.t_interval:
-        ends = np.multiply(scale, pair.t_interval)
+    scale, colour, pair = fmt.scale(effect.column), TONES[effect.verdict.tone], effect.pair
+    if pair.interval:
+        ends = np.multiply(scale, pair.interval)
         ax.plot(ends, [place] * 2, color=colour, lw=6, alpha=0.35, solid_capstyle="butt")
-    if pair.bootstrap_interval:
-        ax.plot(np.multiply(scale, pair.bootstrap_interval), [place] * 2, color=colour, lw=1.6)
-    dots = np.multiply(scale, pair.differences)
+    dots = scale * pair.differences
     ax.plot(dots, [place + 0.24] * len(dots), ls="", marker="o", ms=3.6, color=MUTED, mew=0)
     ax.plot(scale * pair.mean, place, marker="D", ms=6.5, color=colour, mec=PAGE, mew=0.8)
 

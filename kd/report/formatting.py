@@ -124,9 +124,9 @@ def interval(ends: tuple[float, float] | None, column: str) -> str:
     return NOTHING if ends is None else f"[{difference(ends[0], column)}, {difference(ends[1], column)}]"
 
 
-def probability(p: float | None) -> str:
-    """A p value."""
-    return NOTHING if p is None else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+def probability(p: float) -> str:
+    """A p value; "–" for none."""
+    return NOTHING if math.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
 def spread(values: Any, column: str) -> str:

@@ -97,8 +97,8 @@ def _interaction(study: Study, column: str) -> Table:
     for own in combinations(study, [*rest, line] if line else rest):
         values = at(study.students, own).pivot(index="seed", columns=x, values=column)
         pairs = [values.reindex(columns=[base, other]).dropna() for other in others]
-        cells = [paired((both[other] - both[base]).tolist()) for both, other in zip(pairs, others, strict=True)]
-        texts = [f"{fmt.difference(c.mean, column)} {fmt.interval(c.t_interval, column)}" for c in cells]
+        cells = [paired(both[other] - both[base]) for both, other in zip(pairs, others, strict=True)]
+        texts = [f"{fmt.difference(c.mean, column)} {fmt.interval(c.interval, column)}" for c in cells]
         rows.append([study.names(own) or "students", *(text.removesuffix(f" {fmt.NOTHING}") for text in texts)])
     title = f"{fmt.metric(column).label}: difference to {study.names({x: base})}"
     header = ["", *(study.names({x: place}) for place in others)]

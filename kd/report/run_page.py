@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from kd.errors import ConfigError
 from kd.report import figures
 from kd.report import formatting as fmt
-from kd.report.figures import Effect, Panel
+from kd.report.figures import Panel
 from kd.report.page import Card, Figure, Page, Section, Table
-from kd.report.statistics import Paired
+from kd.report.statistics import Effect, Paired, Verdict
 from kd.report.study_page import facts, origin
+from kd.training.dry_run import duration
 from kd.training.results import read_result, verdict
 from kd.training.run import STAGES
 
@@ -62,8 +63,8 @@ def outcome(result: Result, networks: list[str]) -> Section:
         tone = (mean > 2 * error) - (mean < -2 * error)  # the rule of `verdict`
         value, words = f"{fmt.difference(mean, 'top1')} points", f"± {100 * error:.2f} standard error"
         made.cards.append(Card("student − control", value, words, fmt.note("paired", n=paired["n"]), tone))
-        pair = Paired((), mean, t_interval=(mean - 2 * error, mean + 2 * error))
-        effect = Effect("student − control", "test.top1", tone, pair)
+        pair = Paired(Series(dtype=float), mean, interval=(mean - 2 * error, mean + 2 * error))
+        effect = Effect("student − control", "test.top1", pair, Verdict(tone, words))
         made.figures.append(Figure.named("paired", figures.forest([effect])))
     agreement = result["student"]["last"]["test"].get("agreement")
     if agreement is not None:
@@ -110,20 +111,22 @@ def reliability(result: Result, networks: list[str]) -> Section:
     """Reliability diagrams of the last weights on test."""
     made = Section("Reliability", "Does each network know how sure it is?")
     tests = {name: result[name]["last"]["test"] for name in networks}
-    bins = {f"{name}, ECE {100 * test['ece']:.1f} %": test.get("reliability") for name, test in tests.items()}
-    if all(bins.values()):
+    bins = {
+        f"{name}, ECE {100 * test['ece']:.1f} %": test["reliability"]
+        for name, test in tests.items()
+        if "reliability" in test  # an older kd did not record it
+    }
+    if bins:
         made.figures.append(Figure.named("reliability", figures.reliability(bins), whose="the last weights"))
-    else:
-        made.notes.append(fmt.note("old_result"))
     return made
 
 
 def provenance(result: Result, networks: list[str]) -> Section:
     """What each network is, where its weights are, and what the run ran on."""
-    cards = {
-        name: {key.replace("_", " "): value for key, value in result[name].items() if not isinstance(value, dict)}
-        for name in networks
-    }
+    cards = {}
+    for name in networks:
+        about = {key.replace("_", " "): value for key, value in result[name].items() if not isinstance(value, dict)}
+        cards[name] = about | {"training time": duration(about.pop("seconds"))}
     frame = DataFrame(cards).map(lambda value: fmt.NOTHING if value != value else fmt.clean(value, 120))
     made = Section("Provenance", "Provenance")
     made.tables.append(Table("Networks", frame.rename_axis("").reset_index()))

@@ -9,13 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd
-from pandas import DataFrame, Series
+from pandas import DataFrame
 
 from kd.report import formatting as fmt
 from kd.study import load
 from kd.study.folder import Folder
-from kd.study.grid import difference, sides_of
 
 EPS, T = "teacher.label_smoothing", "loss.temperature"
 MOST_LINES = 8  # that can be told apart in one plot
@@ -105,20 +103,6 @@ class Study:
     def primary(self) -> list[str]:
         """The primary metrics: test accuracy, then those of the contrasts."""
         return list(dict.fromkeys(["test.top1", *(contrast["metric"] for contrast in self.card["contrasts"])]))
-
-    def differences(self, contrast: Mapping[str, Any]) -> Series:
-        """a - b by seed, less minus.a - minus.b where there is one, for the seeds that have all of it.
-
-        By the seed that each point says it had, not by its place among the side's points.
-        """
-        metric, sides = contrast["metric"], []
-        for side in sides_of(contrast):
-            known = [point for point in side["points"] if point in self.points]
-            rows = self.table.loc[known].set_index("seed")
-            sides.append(rows[metric] if metric in rows else Series(dtype=float))
-        both = pd.concat(sides, axis=1, keys=range(len(sides))).dropna()
-        paired = both.apply(lambda row: difference(row.tolist()), axis=1) if len(both) else Series(dtype=float)
-        return paired.reindex([seed for seed in self.seeds if seed in paired.index])
 
     def states(self) -> dict[str, list[str]]:
         """Points by state: finished, failed, missing."""

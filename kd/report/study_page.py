@@ -11,6 +11,7 @@ from pandas import DataFrame
 from kd.report import contrasts, networks
 from kd.report import formatting as fmt
 from kd.report.page import Page, Section, Table
+from kd.report.statistics import Effect
 from kd.report.study import Study, has
 from kd.study.grid import flat
 
@@ -23,10 +24,10 @@ OF_THE_PROCESS = ("study", "output", "run", "resume", "dry_run", "list_layers") 
 
 def study_page(study: Study) -> Page:
     """The report of a study."""
-    card, results = study.card, contrasts.results(study)
+    card, effects = study.card, contrasts.effects(study)
     sections = [
         overview(study),
-        contrasts.section(study, results),
+        contrasts.section(study, effects),
         networks.students(study),
         networks.calibration(study),
         networks.knowledge(study),
@@ -39,7 +40,7 @@ def study_page(study: Study) -> Page:
     name, claim, paper = (fmt.clean(card.get(key) or "", 600) for key in ("name", "claim", "paper"))
     whole = len(study.states()["finished"]) == len(study.table)
     warning = "" if whole else fmt.note("incomplete", progress=progress(study))
-    return Page(name, claim, paper, fmt.clean(card["command"], 2000), warning, sections, summary(study, results))
+    return Page(name, claim, paper, fmt.clean(card["command"], 2000), warning, sections, summary(study, effects))
 
 
 def progress(study: Study) -> str:
@@ -49,12 +50,11 @@ def progress(study: Study) -> str:
     return text + "".join(f", {len(states[name])} {name}" for name in ("failed", "missing") if states[name])
 
 
-def summary(study: Study, results: Sequence[contrasts.Result]) -> str:
+def summary(study: Study, effects: Sequence[Effect]) -> str:
     """The progress of a study and the verdict of each contrast, for a terminal."""
     lines = [f"{fmt.clean(study.card['name'])}: {progress(study)}"]
-    for result in results:
-        value = fmt.difference(result.pair.mean, result.column)
-        lines.append(f"{result.name}: {value}, n = {result.pair.n}, {result.verdict.words}")
+    for name, column, pair, shown in effects:
+        lines.append(f"{name}: {fmt.difference(pair.mean, column)}, n = {len(pair.differences)}, {shown.words}")
     return "\n".join(lines)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,11 +30,11 @@ from kd.runtime.provenance import provenance
 from kd.study.axes import labelled
 from kd.study.estimate import seconds_of
 from kd.study.folder import SCHEMA, Folder
-from kd.study.grid import Plan, Point, base_recipe, difference, plan, sides_of
+from kd.study.grid import Plan, Point, base_recipe, plan
 from kd.study.jobs import PHASES, Job, jobs
 from kd.study.population import why_not
 from kd.study.schema import StudyRecipe
-from kd.study.table import write_table
+from kd.study.table import differences, write_table
 from kd.study.train_population import data_of, network
 from kd.study.worker import work
 from kd.text import shown
@@ -245,19 +244,11 @@ def print_contrasts(contrasts: Sequence[Mapping[str, Any]], table: DataFrame, co
     shown_as = Table(title="contrasts, paired by seed", title_justify="left", box=SIMPLE_HEAD)
     for column in ("", "metric", "difference", "± SE", "n"):
         shown_as.add_column(column, justify="left" if column in ("", "metric") else "right")
+    by_point = table.set_index("point")
     for contrast in contrasts:
-        values = differences(contrast, table)
-        mean = f"{statistics.mean(values):+.4f}" if values else "-"
-        error = f"{statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else "-"
+        values = differences(contrast, by_point)
+        mean = f"{values.mean():+.4f}" if len(values) else "-"
+        error = f"{values.sem():.4f}" if len(values) > 1 else "-"
         names = (escape(shown(contrast[key])) for key in ("name", "metric"))
         shown_as.add_row(*names, mean, error, str(len(values)))
     console.print(shown_as)
-
-
-def differences(contrast: Mapping[str, Any], table: DataFrame) -> list[float]:
-    """One paired difference for each seed that has a value on every side."""
-    if contrast["metric"] not in table:
-        return []
-    values = table.set_index("point")[contrast["metric"]].astype(float)
-    sides = (values[side["points"]] for side in sides_of(contrast))
-    return [difference(each) for each in zip(*sides, strict=True) if not any(value != value for value in each)]

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from kd.checkpoint.files import write_atomically
 from kd.metrics import METRICS
 from kd.study.folder import Folder
+from kd.study.grid import difference, sides_of
 from kd.study.schema import COLUMNS
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 Points = Mapping[str, dict[str, Any] | None]  # by id; None for a point that has not run
 ALWAYS = {  # settings that are columns even where they are the same everywhere
@@ -113,6 +114,22 @@ def _without_teacher(point: Any) -> str:
     """The settings that a student and its controls have in common."""
     shared = {k: v for k, v in point["settings"].items() if not k.startswith(("loss.", "teacher."))}
     return json.dumps(shared, sort_keys=True)
+
+
+def differences(contrast: Mapping[str, Any], table: DataFrame) -> Series:
+    """The differences of a contrast of study.json by seed, for the seeds that have a value on every side.
+
+    a - b, or (a - b) - (minus.a - minus.b); table is that of `load`, with the points as its index.
+    """
+    from pandas import Series, concat
+
+    metric = contrast["metric"]
+    if metric not in table:
+        return Series(dtype=float)
+    # A side's points are paired by their own seeds: one may be missing anywhere.
+    sides = [table.loc[side["points"]].set_index("seed")[metric].astype(float).dropna() for side in sides_of(contrast)]
+    paired = concat(sides, axis=1, join="inner")
+    return Series({seed: difference(values) for seed, *values in paired.itertuples()}, dtype=float)
 
 
 def write_table(folder: Path) -> DataFrame:

@@ -79,7 +79,7 @@ def test_known_effects_are_called_by_their_names(written, name):
     assert means["interaction"] == pytest.approx(-8, abs=0.6)
     assert means["likelihood"] == pytest.approx(0.05, abs=0.004)
     assert rows["harm"][2] == "teacher ε 0.4 − teacher ε 0 at T 4"
-    assert [row[8] for row in rows.values()][:2] == ["5 / 0 / 0", "0 / 0 / 5"]
+    assert [row[7] for row in rows.values()][:2] == ["5 / 0 / 0", "0 / 0 / 5"]
 
 
 def test_the_page_is_one_file_with_every_section_and_figure(written):
