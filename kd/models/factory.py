@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import textwrap
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,24 +67,27 @@ def build(
     setting = f"{role}.model={name}" + (f" {role}.model_kwargs={kwargs}" if kwargs else "")
     download = pretrained and checkpoint is None
     _check_name(name, setting)
-    with _one_line(setting, shape, role), _quick_hub() if download or name.startswith("hf") else nullcontext():
+    try:
         arguments = _arguments(name, shape, kwargs, num_classes)
-        if download:
-            _check_published(setting, arguments["pretrained_cfg"], num_classes, shape[0], role, finetune)
         model = timm.create_model(**arguments, pretrained=download, checkpoint_path=None)
         _try_out(model, shape, num_classes)
+    except Exception as error:  # every network has errors of its own for a wrong size or argument, the hub and timm too
+        raise ConfigError(f"{setting}: {_what_failed(error, shape, role)}") from error
+    if download and not finetune:  # timm would have altered the weights without a word
+        published = arguments["pretrained_cfg"]
+        classes, channels = published["num_classes"], published["input_size"][0]
+        require(classes == num_classes, f"{setting}: {other_classes(classes, num_classes)}")
+        differ = f"its weights are for {channels} channels, the data has {shape[0]}"
+        require(channels == shape[0], f"{setting}: {differ}; {role}.finetune=true adapts it")
     if checkpoint is not None:
         load_weights(model, Path(checkpoint), finetune)
     return model
 
 
 def _check_name(name: str, setting: str) -> None:
-    """Raise ConfigError when timm does not know the network or the tag of its weights."""
-    if ":" in name:
-        return  # named on the hub or in a directory
-    tagged = timm.list_models(include_tags=True)
-    if not timm.is_model(name) or ("." in name and name not in tagged):
-        near = did_you_mean(name, timm.list_models() + tagged, 3)
+    """Raise ConfigError when timm does not know the network. A name with a colon is on the hub or in a directory."""
+    if ":" not in name and not timm.is_model(name):
+        near = did_you_mean(name, timm.list_models() + timm.list_models(include_tags=True), 3)
         raise ConfigError(f"{setting}: timm and kd know no such network{near}")
 
 
@@ -98,22 +99,6 @@ def _arguments(name: str, shape: tuple[int, ...], kwargs: dict[str, Any], num_cl
     return resolve_model_input_args(name, {"in_chans": 1}, num_classes=num_classes, img_size=(1, *shape), **kwargs)
 
 
-def _check_published(
-    setting: str, weights: dict[str, Any], num_classes: int, channels: int, role: str, finetune: bool
-) -> None:
-    """Raise ConfigError when timm has no weights, or would quietly alter them to fit and they stay as they are."""
-    published = weights["num_classes"], weights["input_size"][0]
-    if not any(weights.get(source) for source in ("url", "file", "state_dict", "hf_hub_id")):
-        wrong = f"timm has no weights for it; {role}.pretrained=false starts from random ones"
-    elif finetune or published == (num_classes, channels):
-        return
-    elif published[0] != num_classes:
-        wrong = other_classes(published[0], num_classes)
-    else:
-        wrong = f"its weights are for {published[1]} channels, the data has {channels}; {role}.finetune=true adapts it"
-    raise ConfigError(f"{setting}: {wrong}")
-
-
 def _try_out(model: nn.Module, shape: tuple[int, ...], num_classes: int) -> None:
     """Raise ValueError unless one input gives logits of `num_classes`."""
     with torch.no_grad():
@@ -123,40 +108,11 @@ def _try_out(model: nn.Module, shape: tuple[int, ...], num_classes: int) -> None
     require(gives == (1, num_classes), f"gives {gives} where logits (1, {num_classes}) are needed", ValueError)
 
 
-@contextmanager
-def _one_line(setting: str, shape: tuple[int, ...], role: str) -> Generator[None]:
-    """Turn what timm, the hub and the network raise about a setting into one line that names it."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:  # every network has errors of its own for a wrong size or argument
-        said = textwrap.shorten(str(error), 160) or type(error).__name__
-        if isinstance(error, OSError):  # the hub's errors too
-            offline = f"teacher.checkpoint=FILE, or {role}.model=local-dir:DIRECTORY"
-            wrong = f"cannot be loaded ({said}); without network give {offline}"
-        else:
-            wrong = f"does not work for inputs of shape {shape} ({said})"
-        vectors = "; mlp_nano, mlp_tiny, mlp_mini, mlp_small and mlp_wide take vectors" if len(shape) == 1 else ""
-        raise ConfigError(f"{setting}: {wrong}{vectors}") from error
-
-
-@contextmanager
-def _quick_hub() -> Generator[None]:
-    """Without network, fail within seconds and quietly; the hub's client retries for 45 s. Its cache still serves."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import http_backoff
-
-    logger, offline = logging.getLogger("huggingface_hub"), constants.HF_HUB_OFFLINE
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        # Any answer of the server, an error too, shows that there is a network, through proxies and mirrors as well.
-        http_backoff("HEAD", constants.ENDPOINT, max_retries=1, timeout=10)
-    except Exception:  # what its HTTP library raises differs between versions of the client
-        constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = offline
-        logger.setLevel(level)
+def _what_failed(error: Exception, shape: tuple[int, ...], role: str) -> str:
+    """One line of what timm, the hub or the network raised, and what helps."""
+    said = textwrap.shorten(str(error), 160) or type(error).__name__
+    if isinstance(error, OSError):  # the hub's errors too
+        offline = f"teacher.checkpoint=FILE, or {role}.model=local-dir:DIRECTORY"
+        return f"cannot be loaded ({said}); without network give {offline}"
+    vectors = "; mlp_nano, mlp_tiny, mlp_mini, mlp_small and mlp_wide take vectors" if len(shape) == 1 else ""
+    return f"fails for inputs of shape {shape} ({said}){vectors}"

@@ -1,6 +1,6 @@
 """Layers for feature methods: which modules give feature maps, which is the classifier, and the View made from both.
 
-    ours, theirs = tap_pair(student_network, teacher_network)
+    ours, theirs = needed({"maps"}, student_network, teacher_network)
     student, teacher = Student(student_network, features=ours.names), Teacher(teacher_network, features=theirs.names)
     seen = Seen(ours.view(student.model, student(x)), theirs.view(teacher.model, teacher(x)), target)
 
@@ -9,16 +9,15 @@ n: images, c: channels, h, w: height and width, l: tokens, d: dimensions, k: cla
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from kd.errors import require
 from kd.losses.methods.base import View
@@ -50,22 +49,6 @@ class Taps:
         )
 
 
-class Layer(NamedTuple):
-    """One line of `list_layers`."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]  # of what it gives for one input
-
-
-def tap(model: nn.Module, layers: Sequence[str] = ()) -> Taps:
-    """The network's taps: `layers`, or timm's stages (`feature_info`), and the classifier.
-
-    Raises ValueError where the network states neither stages nor one linear classifier.
-    """
-    return Taps(tuple(layers) or tuple(entry["module"] for entry in _stages(model)), classifier_name(model))
-
-
 def needed(
     needs: Collection[str],
     student: nn.Module,
@@ -75,37 +58,41 @@ def needed(
 ) -> tuple[Taps, Taps] | None:
     """The taps of student and teacher for methods with these `needs`; None where logits are enough.
 
-    Raises ValueError as `tap_pair` does.
+    Layers pair up by position. Without names these are timm's stages; where their numbers differ, stages that reduce
+    the image by the same factor are paired, the deepest of several.
+
+    Raises ValueError where a network states no stages or has not one linear classifier, where no stages pair up, or
+    where as many layers of each are not named.
     """
+    if not {"maps", "embedding", "weight"} & set(needs):
+        return None
+    ours: Sequence[str] = ()  # embedding and weight are read of networks without stages too
+    theirs: Sequence[str] = ()
     if "maps" in needs:
-        return tap_pair(student, teacher, student_layers, teacher_layers)
-    if {"embedding", "weight"} & set(needs):  # of networks without stages too
-        return Taps((), classifier_name(student)), Taps((), classifier_name(teacher))
-    return None
+        ours = student_layers or list(stages(student))
+        theirs = teacher_layers or list(stages(teacher))
+        if len(ours) != len(theirs) and not (student_layers or teacher_layers):
+            ours, theirs = _of_equal_reduction(stages(student), stages(teacher))
+        counts = f"{len(ours)} student layers and {len(theirs)} teacher layers"
+        require(len(ours) == len(theirs), f"{counts}: must be equal", ValueError)
+    return Taps(tuple(ours), classifier_name(student)), Taps(tuple(theirs), classifier_name(teacher))
 
 
-def tap_pair(
-    student: nn.Module, teacher: nn.Module, student_layers: Sequence[str] = (), teacher_layers: Sequence[str] = ()
-) -> tuple[Taps, Taps]:
-    """The taps of student and teacher, whose layers pair up by position.
+def stages(model: nn.Module) -> dict[str, int]:
+    """timm's stages, from shallow to deep: the factor by which each reduces the image. Raises ValueError for none."""
+    info: Any = getattr(model, "feature_info", None)
+    named = {entry["module"]: entry["reduction"] for entry in info or () if entry.get("module")}
+    unstated = f"{type(model).__name__}: does not state its stages (timm's feature_info); name the layers"
+    require(named, unstated, ValueError)
+    return named
 
-    Without named layers these are timm's stages. Where their numbers differ, stages that reduce the image by the same
-    factor are paired, the deepest of several. Raises ValueError where no stages pair up, or as many layers of each are
-    not named.
-    """
-    if student_layers or teacher_layers:
-        ours, theirs = tap(student, student_layers), tap(teacher, teacher_layers)
-        counts = f"{len(ours.layers)} student layers and {len(theirs.layers)} teacher layers"
-        require(len(ours.layers) == len(theirs.layers), f"{counts}: must be equal", ValueError)
-        return ours, theirs
-    stages = _stages(student), _stages(teacher)
-    if len(stages[0]) == len(stages[1]):
-        return tap(student), tap(teacher)
-    at = [{entry["reduction"]: entry["module"] for entry in each} for each in stages]  # of several, the last stays
-    common = [reduction for reduction in at[0] if reduction in at[1]]
-    reductions = f"student stages reduce by {list(at[0])}, teacher stages by {list(at[1])}"
+
+def _of_equal_reduction(student: dict[str, int], teacher: dict[str, int]) -> tuple[list[str], list[str]]:
+    ours, theirs = ({factor: name for name, factor in each.items()} for each in (student, teacher))  # the last stays
+    common = [factor for factor in ours if factor in theirs]
+    reductions = f"student stages reduce by {list(ours)}, teacher stages by {list(theirs)}"
     require(common, f"{reductions}: name layers", ValueError)
-    return tap(student, [at[0][r] for r in common]), tap(teacher, [at[1][r] for r in common])
+    return [ours[factor] for factor in common], [theirs[factor] for factor in common]
 
 
 def classifier_name(model: nn.Module) -> str:
@@ -118,22 +105,21 @@ def classifier_name(model: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is classifier)
 
 
-def list_layers(model: nn.Module, input_shape: Sequence[int]) -> list[Layer]:
-    """Every module that gives a tensor for one input of a shape, in the order of their first calls."""
-    layers: dict[str, Layer] = {}
+def list_layers(model: nn.Module, input_shape: Sequence[int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every module that gives a tensor for one input: name to (class, shape of the output), in order of first calls.
 
-    def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            layers.setdefault(name, Layer(name, type(module).__name__, tuple(output.shape)))
+    Leaves the network in eval mode.
+    """
+    names = {module: name for name, module in model.named_modules() if name}
+    layers: dict[str, tuple[str, tuple[int, ...]]] = {}
 
-    model = copy.deepcopy(model).eval()  # the hooks go with the copy
-    for name, module in model.named_modules():
-        if name:
-            module.register_forward_hook(partial(keep, name))
-    parameter = next(model.parameters())
-    with torch.no_grad():
-        model(torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype))
-    return list(layers.values())
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        if module in names and isinstance(output, Tensor):
+            layers.setdefault(names[module], (type(module).__name__, tuple(output.shape)))
+
+    with register_module_forward_hook(keep), torch.no_grad():
+        model.eval()(torch.zeros(1, *input_shape))
+    return layers
 
 
 def as_map(name: str, feature: Tensor, model: nn.Module) -> Tensor:
@@ -162,11 +148,3 @@ def _embedding(name: str, feature: Tensor) -> Tensor:
     reads = f"classifier {name}: reads shape {tuple(feature.shape)}"
     require(feature.ndim == 2, f"{reads}, not one embedding (n, d) an image", ValueError)
     return feature
-
-
-def _stages(model: nn.Module) -> list[dict[str, Any]]:
-    info: Any = getattr(model, "feature_info", None)
-    stages = [entry for entry in info or () if entry.get("module")]
-    unstated = f"{type(model).__name__}: does not state its stages (timm's feature_info); name the layers"
-    require(stages, unstated, ValueError)
-    return stages

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kd.checkpoint.files import file_size
-from kd.checkpoint.safetensors_io import read_weights, weights_header
 from kd.errors import CheckpointError
+
+# kd.checkpoint is imported where it is used: Teacher and Student need torch only, it needs safetensors.
 
 
 def weights_metadata(path: str | Path) -> dict[str, Any]:
@@ -22,6 +22,9 @@ def weights_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no such file, or a .safetensors file is not one.
     """
+    from kd.checkpoint.files import file_size
+    from kd.checkpoint.safetensors_io import weights_header
+
     path = Path(path)
     file_size(path)
     return weights_header(path) if path.suffix == ".safetensors" else {}
@@ -39,6 +42,8 @@ def load_weights(model: nn.Module, path: Path, finetune: bool = False) -> None:
     Raises:
         CheckpointError: the file cannot be read, or does not fit; names the first tensor of each kind of misfit.
     """
+    from kd.checkpoint.safetensors_io import read_weights
+
     weights, own, head = read_weights(path), model.state_dict(), _head(model)
     reshaped = [key for key in weights if key in own and weights[key].shape != own[key].shape]
     reshaped_head = [key for key in reshaped if key in head]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Collection
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -11,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from kd.models.layers import list_layers, tap
+from kd.models.layers import list_layers, stages
 from kd.models.wrappers import Teacher
 from kd.text import shown
 from kd.training.loop import Trainer
@@ -60,16 +61,16 @@ def print_layers(run: Run) -> None:
     for role, network in (("teacher", teacher_network(run)), ("student", student_network(run))):
         read = _read_by_default(network)
         table = Table("", "layer", "kind", "shape", title=f"{role}.layers", title_justify="left", box=SIMPLE_HEAD)
-        for layer in list_layers(network, run.data.input_shape):
-            shape = " x ".join(map(str, layer.shape[1:]))
-            table.add_row("*" * (layer.name in read), escape(shown(layer.name)), escape(layer.kind), shape)
+        for name, (kind, shape) in list_layers(network, run.data.input_shape).items():
+            mark = "*" * (name in read)
+            table.add_row(mark, escape(shown(name)), escape(kind), " x ".join(map(str, shape[1:])))
         run.logger.show(table)
     run.logger.say("* read where no layers are named")
 
 
-def _read_by_default(network: nn.Module) -> tuple[str, ...]:
+def _read_by_default(network: nn.Module) -> Collection[str]:
     try:
-        return tap(network).layers
+        return stages(network)
     except ValueError:  # timm knows no stages of it: layers must be named
         return ()
 

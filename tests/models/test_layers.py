@@ -10,7 +10,7 @@ import kd.models.networks  # noqa: F401 (registers its names)
 from kd.losses.methods import connectors as transforms
 from kd.losses.methods import features, relations
 from kd.losses.methods.base import Seen, Setup
-from kd.models.layers import Layer, as_map, classifier_name, list_layers, tap, tap_pair
+from kd.models.layers import Taps, as_map, classifier_name, list_layers, needed, stages
 from kd.models.wrappers import Student, Teacher
 
 K = 7
@@ -32,8 +32,12 @@ def made(name):
     return timm.create_model(name, num_classes=K)
 
 
+def pair(student, teacher, *layers):
+    return needed({"maps"}, student, teacher, *layers)
+
+
 def seen_by(student, teacher, x):
-    ours, theirs = tap_pair(student, teacher)
+    ours, theirs = pair(student, teacher)
     student, teacher = Student(student, features=ours.names), Teacher(teacher, features=theirs.names)
     target = torch.zeros(len(x), dtype=torch.int64)
     views = ours.view(student.model, student(x)), theirs.view(teacher.model, teacher(x))
@@ -43,7 +47,7 @@ def seen_by(student, teacher, x):
 @pytest.mark.parametrize(("name", "side", "shapes", "width"), NETWORKS, ids=[n[0] for n in NETWORKS])
 def test_default_view(name, side, shapes, width):
     model = made(name).eval()
-    taps, x = tap(model), torch.randn(2, 3, side, side)
+    taps, x = Taps(tuple(stages(model)), classifier_name(model)), torch.randn(2, 3, side, side)
     student = Student(model, features=taps.names)
     view = taps.view(model, student(x))
     assert [tuple(m.shape) for m in view.maps] == [(2, *shape) for shape in shapes]
@@ -58,7 +62,7 @@ def test_tokens_become_the_grid_of_their_patches():
     model = made("test_vit").eval()
     kept = {}
     model.blocks[2].register_forward_hook(lambda module, inputs, output: kept.update(tokens=output))
-    taps = tap(model, ["blocks.2"])
+    taps = Taps(("blocks.2",), classifier_name(model))
     (grid,) = taps.view(model, Student(model, features=taps.names)(torch.randn(1, 3, 160, 160))).maps
     assert model.num_prefix_tokens == 1
     assert torch.equal(grid[0, :, 3, 7], kept["tokens"][0, 1 + 3 * 10 + 7])
@@ -86,41 +90,37 @@ def test_an_input_is_what_stands_in_front_of_a_relu_in_place():
 
 
 def test_stages_pair_by_position_or_by_reduction():
-    ours, theirs = tap_pair(made("test_resnet"), made("resnet10t"))
+    ours, theirs = pair(made("test_resnet"), made("resnet10t"))
     assert ours.layers == theirs.layers == ("act1", "layer1", "layer2", "layer3", "layer4")
-    ours, theirs = tap_pair(made("test_resnet"), made("test_convnext"))
+    ours, theirs = pair(made("test_resnet"), made("test_convnext"))
     assert ours.layers == ("layer1", "layer2", "layer3", "layer4")
     assert theirs.layers == ("stages.0", "stages.1", "stages.2", "stages.3")
-    ours, theirs = tap_pair(made("test_resnet"), made("test_vit"))
+    ours, theirs = pair(made("test_resnet"), made("test_vit"))
     assert (ours.layers, theirs.layers) == (("layer3",), ("blocks.5",))
     with pytest.raises(ValueError, match=r"by \[1\], teacher stages by \[2, 4, 8, 16, 32\]: name layers"):
-        tap_pair(made("mlp_small"), made("test_resnet"))
+        pair(made("mlp_small"), made("test_resnet"))
     with pytest.raises(ValueError, match="1 student layers and 5 teacher layers"):
-        tap_pair(made("test_resnet"), made("resnet10t"), ["layer1"])
+        pair(made("test_resnet"), made("resnet10t"), ["layer1"])
 
 
 def test_what_cannot_be_read_says_why():
     with pytest.raises(ValueError, match="Sequential: does not state its stages"):
-        tap(nn.Sequential(nn.Linear(2, 2)))
+        stages(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match=r"Sequential: get_classifier\(\) gives NoneType"):
         classifier_name(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match=r"get_classifier\(\) gives Identity"):
-        tap(timm.create_model("test_resnet", num_classes=0))
+        classifier_name(timm.create_model("test_resnet", num_classes=0))
     with pytest.raises(ValueError, match="12 tokens are not a square"):
         as_map("a", torch.zeros(2, 12, 3), nn.Module())
 
 
 def test_list_layers_shows_names_that_can_be_tapped():
     model = made("resnet20_cifar")
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    found = list_layers(model, (3, 32, 32))
-    assert found[0] == Layer("conv1", "Conv2d", (1, 16, 32, 32))
-    assert found[-1] == Layer("fc", "Linear", (1, K))
-    assert Layer("layer2", "Sequential", (1, 32, 16, 16)) in found
-    assert model.training
-    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-    assert not any(module._forward_hooks for module in model.modules())
-    tapped = [layer.name for layer in found if layer.kind in ("Conv2d", "Sequential", "BasicBlock", "Linear")]
+    layers = list_layers(model, (3, 32, 32))
+    assert layers["conv1"] == ("Conv2d", (1, 16, 32, 32))
+    assert layers["fc"] == ("Linear", (1, K))
+    assert layers["layer2"] == ("Sequential", (1, 32, 16, 16))
+    tapped = [name for name, (kind, _) in layers.items() if kind in ("Conv2d", "Sequential", "BasicBlock", "Linear")]
     Student(model, features=tapped)(torch.zeros(1, 3, 32, 32))
 
 
