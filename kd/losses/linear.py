@@ -5,12 +5,13 @@ Shapes: ``(...)`` positions, N of them; ``D`` features; ``K`` classes. "Wide" is
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from kd.losses.distill import DistillTerms
+from kd.losses.fields import Allowed, is_number
 from kd.losses.inputs import head_logits
 from kd.losses.kernels.chunked import HeadInputs, Plan, chunked_loss, linear_dtype
 from kd.losses.ranges import or_nothing
@@ -24,6 +25,11 @@ LEAST_BUDGET = 24 * 2**20
 PARTS = 4
 # How many tensors of the size of a chunk's logits, in the wide dtype, the reference's autograd holds at once.
 REFERENCE_COPIES = 12
+
+BYTES = Allowed(
+    "None or a whole number of bytes ≥ 1",
+    lambda value: value is None or (is_number(value) and value >= 1 and value % 1 == 0),
+)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -58,7 +64,7 @@ class LinearDistillLoss(DistillSettings):
         temperature, ...: all settings of DistillLoss.
     """
 
-    memory_budget: int | None = None
+    memory_budget: Annotated[int | None, BYTES] = None
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """The loss: a scalar, or shape ``(...)`` under reduction "none". Arguments as in ``terms``."""

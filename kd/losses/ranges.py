@@ -12,19 +12,6 @@ LARGEST_WEIGHT = 10**6
 # A smaller weight or smoothing mass counts as 0: float32 may not hold it, and its product with inf would be nan.
 NOTHING = 1e-30
 
-TEMPERATURES = f"a number from {LOWEST_TEMPERATURE} to {HIGHEST_TEMPERATURE}"
-WEIGHTS = f"a number from 0 to {LARGEST_WEIGHT}"
-
-
-def is_temperature(value: float) -> bool:
-    """Whether it is in range; nan is not."""
-    return LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE
-
-
-def is_weight(value: float) -> bool:
-    """Whether it is in range; nan is not."""
-    return 0 <= value <= LARGEST_WEIGHT
-
 
 def or_nothing(value: float) -> float:
     """The weight or mass that the loss computes with: 0 for values below 1e-30."""

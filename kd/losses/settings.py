@@ -2,31 +2,21 @@
 
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from kd.losses.fields import Allowed, Convention, Mass, OptionalTemperature, Temperature, Weight, check, one_of, ranges
 from kd.losses.inputs import check_inputs
 from kd.losses.kernels import autograd as fused
-from kd.losses.ranges import LARGEST_WEIGHT, TEMPERATURES, WEIGHTS, is_temperature, is_weight, or_nothing
+from kd.losses.ranges import LARGEST_WEIGHT, or_nothing
 from kd.losses.reference import Numbers
-from kd.smoothing import (
-    MASSES,
-    SMOOTHINGS,
-    check_choice,
-    check_floating,
-    check_number,
-    is_mass,
-    uniform_mass,
-    values_readable,
-)
+from kd.smoothing import check_floating, uniform_mass, values_readable
 
-REDUCTIONS = ("mean", "sum", "none")
-BACKENDS = ("auto", *fused.MODULES)
+LABEL = Allowed("an int that fits into int64, as labels do", lambda value: -(2**63) <= value < 2**63)
 # The fused backend of a device type, and the package it needs.
 _FUSED = {"cpu": ("cpu", "numba"), "cuda": ("triton", "triton")}
 _INSTALLED = {package: find_spec(package) is not None for _, package in _FUSED.values()}
@@ -39,18 +29,22 @@ class DistillSettings(nn.Module):
     A setting is checked where it is assigned, in the constructor or later by a schedule, and never at a call.
     """
 
-    temperature: float = 4.0
+    temperature: Temperature = 4.0
     _: KW_ONLY
-    kd_weight: float = 0.9
-    ce_weight: float = 0.1
-    label_smoothing: float = 0.0
-    smoothing: str = "uniform"
-    student_temperature: float | None = None
+    kd_weight: Weight = 0.9
+    ce_weight: Weight = 0.1
+    label_smoothing: Mass = 0.0
+    smoothing: Convention = "uniform"
+    student_temperature: OptionalTemperature = None
     class_weight: Tensor | None = None
-    ignore_index: int = -100
-    reduction: str = "mean"
-    backend: str = "auto"
-    teacher_smoothing: float = 0.0
+    ignore_index: Annotated[int, LABEL] = -100
+    reduction: Annotated[str, one_of("mean", "sum", "none")] = "mean"
+    backend: Annotated[str, one_of("auto", *fused.MODULES)] = "auto"
+    teacher_smoothing: Mass = 0.0
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls._ranges = ranges(cls)  # once, because torch.compile cannot trace how they are read
 
     def __post_init__(self):
         class_weight = self.__dict__.pop("class_weight")
@@ -60,8 +54,9 @@ class DistillSettings(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign an attribute. Raises ValueError or TypeError where it is a setting and the value is not allowed."""
-        if name in _CHECKS:
-            _CHECKS[name](name, value)
+        check(name, value, self._ranges.get(name, ()))
+        if name == "class_weight" and value is not None:
+            _check_class_weight(value)
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
@@ -119,51 +114,10 @@ class DistillSettings(nn.Module):
 
 del DistillSettings.class_weight  # the default as a class attribute would hide the buffer
 
-Check = Callable[[str, object], None]
 
-
-def _number(allowed: str, valid: Callable[[float], bool], *, optional: bool = False) -> Check:
-    def check(name: str, value: object) -> None:
-        if value is not None or not optional:
-            check_number(name, value, allowed, valid)
-
-    return check
-
-
-def _choice(among: tuple[str, ...]) -> Check:
-    return lambda name, value: check_choice(name, value, among)
-
-
-def _is_label(value: float) -> bool:
-    return isinstance(value, int) and -(2**63) <= value < 2**63
-
-
-def _is_size(value: float) -> bool:
-    return value >= 1 and value % 1 == 0
-
-
-def _check_class_weight(name: str, weight: object) -> None:
-    if weight is None:
-        return
-    check_floating(name, weight)  # its shape is checked beside the logits
-    assert isinstance(weight, Tensor)
+def _check_class_weight(weight: Any) -> None:
+    check_floating("class_weight", weight)  # its shape is checked beside the logits
     if values_readable(weight):
         bad = ~((weight >= 0) & (weight <= LARGEST_WEIGHT))
         if bad.any():
-            raise ValueError(f"{name} has {weight[bad][0].item():g}: must be from 0 to {LARGEST_WEIGHT}")
-
-
-_CHECKS: dict[str, Check] = {
-    "temperature": _number(TEMPERATURES, is_temperature),
-    "student_temperature": _number(f"None or {TEMPERATURES}", is_temperature, optional=True),
-    "kd_weight": _number(WEIGHTS, is_weight),
-    "ce_weight": _number(WEIGHTS, is_weight),
-    "label_smoothing": _number(MASSES, is_mass),
-    "teacher_smoothing": _number(MASSES, is_mass),
-    "smoothing": _choice(SMOOTHINGS),
-    "class_weight": _check_class_weight,
-    "ignore_index": _number("an int that fits into int64, as labels do", _is_label),
-    "reduction": _choice(REDUCTIONS),
-    "backend": _choice(BACKENDS),
-    "memory_budget": _number("None or a whole number of bytes ≥ 1", _is_size, optional=True),
-}
+            raise ValueError(f"class_weight has {weight[bad][0].item():g}: must be from 0 to {LARGEST_WEIGHT}")

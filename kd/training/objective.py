@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.losses.distill import DistillLoss
-from kd.losses.methods.base import Method, Seen, Setup, View
-from kd.losses.methods.registry import Weighted
+from kd.losses.methods.base import Method, Seen, Setup, View, Weighted
 
 
 class Terms(NamedTuple):
@@ -76,9 +75,9 @@ class Objective(nn.Module):
 
         Raises ValueError, beginning with the method's name.
         """
-        for name, (method, *_) in self._weighted.items():
+        for name, each in self._weighted.items():
             with _about(name):
-                method.build(Setup(seen, num_samples, self._peer() if "peer" in method.needs else None))
+                each.method.build(Setup(seen, num_samples, self._peer() if "peer" in each.method.needs else None))
         self.to(seen.student.logits.device)
 
     def _peer(self) -> nn.Module | None:
@@ -92,7 +91,7 @@ class Objective(nn.Module):
         Raises ValueError, beginning with the method's name.
         """
         self.train()
-        for name, (method, *_) in self._weighted.items():
+        for name, method in self.methods.items():
             with _about(name):
                 method(seen)
 
@@ -106,11 +105,11 @@ class Objective(nn.Module):
         teacher = None if seen.teacher is None else seen.teacher.logits
         total, ce, kd = self.loss.terms(seen.student.logits, teacher, seen.target)
         values = {name: term for name, term in (("ce", ce), ("kd", kd)) if term is not None}
-        for name, (method, weight, warmup_epochs) in self._weighted.items():
-            value: Tensor = method(seen)
-            value = value.sum() if method.per_example else value * len(seen.target)
-            risen = min(1.0, seen.epoch / warmup_epochs) if warmup_epochs else 1.0
-            total = total + weight * risen * value
+        for name, each in self._weighted.items():
+            value: Tensor = each.method(seen)
+            value = value.sum() if each.method.per_example else value * len(seen.target)
+            risen = min(1.0, seen.epoch / each.warmup_epochs) if each.warmup_epochs else 1.0
+            total = total + each.weight * risen * value
             values[name] = value.detach()
         return Terms(total, values)
 

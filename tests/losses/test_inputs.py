@@ -49,13 +49,12 @@ RANGES = {
 def test_numbers_out_of_range_are_refused_in_the_constructor_and_where_a_schedule_assigns_them(name):
     allowed, more = RANGES[name]
     for value in (*NOT_NUMBERS, *(() if name == "memory_budget" else OUTSIDE), *more):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        line = f"{name}={value!r}: must be {allowed}" + ("" if number else f", got {type(value).__name__}")
+        line = f"{name}={value!r}: must be {allowed}"
         loss = LinearDistillLoss()
         before = getattr(loss, name)
-        with pytest.raises(ValueError if number else TypeError) as constructed:
+        with pytest.raises(ValueError) as constructed:
             LinearDistillLoss(**{name: value})
-        with pytest.raises(ValueError if number else TypeError) as assigned:
+        with pytest.raises(ValueError) as assigned:
             setattr(loss, name, value)
         assert str(constructed.value) == str(assigned.value) == line
         assert getattr(loss, name) == before
@@ -65,7 +64,7 @@ def test_numbers_out_of_range_are_refused_in_the_constructor_and_where_a_schedul
     ("settings", "error", "message"),
     [
         ({"smoothing": "Uniform"}, ValueError, r"smoothing='Uniform': must be one of uniform, others"),
-        ({"smoothing": 1}, TypeError, r"smoothing=1: must be one of uniform, others"),
+        ({"smoothing": 1}, ValueError, r"smoothing=1: must be one of uniform, others"),
         ({"reduction": "batchmean"}, ValueError, r"reduction='batchmean': must be one of mean, sum, none"),
         ({"backend": "cuda"}, ValueError, r"backend='cuda': must be one of auto, reference, cpu, triton"),
         ({"ignore_index": 1.0}, ValueError, r"ignore_index=1.0: must be an int"),

@@ -431,7 +431,7 @@ def test_a_saved_and_loaded_method_goes_on_identically(variant):
 )
 def test_ranges_end_where_the_docstrings_say(name, field, ends):
     for value in ends:
-        with pytest.raises(ValueError, match=re.escape(f"{name}.{field}={value}: must be ")):
+        with pytest.raises(ValueError, match=re.escape(f"{name}.{field}={value!r}: must be ")):
             METHODS[name](**{field: value})
 
 
@@ -448,7 +448,7 @@ def test_temperatures_and_weights_have_the_ranges_of_the_loss(name):
         for value in allowed:
             METHODS[name](**{f.name: value})
         for value in wrong:
-            with pytest.raises(ValueError, match=re.escape(f"{name}.{f.name}={value}: must be a")):
+            with pytest.raises(ValueError, match=re.escape(f"{name}.{f.name}={value!r}: must be a")):
                 METHODS[name](**{f.name: value})
 
 

@@ -19,7 +19,7 @@ from kd.config.schema import PACKAGE
 from kd.errors import ConfigError
 from kd.losses.distill import DistillLoss
 from kd.losses.methods import registry as methods
-from kd.losses.methods.base import METHODS, Method, Seen, View
+from kd.losses.methods.base import METHODS, Method, Seen, View, Weighted
 from kd.training import loop
 from kd.training.objective import Objective
 
@@ -169,7 +169,7 @@ def test_the_objective_is_the_weighted_sum_over_examples():
     torch.manual_seed(0)
     s, t, y = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4), torch.arange(6) % 4
     loss = DistillLoss(temperature=2.0, kd_weight=0.3, ce_weight=0.6, reduction="sum")
-    weighted = {"test_rows": methods.Weighted(Rows(), 0.5, 4.0), "test_whole": methods.Weighted(Whole(), 2.0, 0.0)}
+    weighted = {"test_rows": Weighted(Rows(), 0.5, 4.0), "test_whole": Weighted(Whole(), 2.0, 0.0)}
     objective = Objective(loss, weighted)
     for epoch, share in ((0.0, 0.0), (1.0, 0.25), (9.5, 1.0)):
         terms = objective(Seen(View(s), View(t), y, epoch=epoch))

@@ -14,8 +14,7 @@ from rich.console import Console
 
 from kd.errors import TrainingError
 from kd.losses.distill import DistillLoss
-from kd.losses.methods.base import METHODS, Method
-from kd.losses.methods.registry import Weighted
+from kd.losses.methods.base import METHODS, Method, Weighted
 from kd.models.wrappers import Teacher
 from kd.training.objective import Objective
 from tests.torture import forked

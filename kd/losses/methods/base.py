@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from kd.losses.methods.fields import check_fields
+from kd.losses.fields import Weight, check_fields
 from kd.losses.reference import wide_dtype
 from kd.smoothing import check_target
 
@@ -102,7 +102,7 @@ class Method(nn.Module):
     """Base of all methods. A subclass is ``@dataclass(eq=False) class DKD(Method, name="dkd")``.
 
     It states what it needs, declares its hyperparameters as fields with the defaults of its paper (CIFAR-100 where
-    there are several) and their ranges (`kd.losses.methods.fields`), and defines ``values``. Modules that learn with
+    there are several) and their ranges (`kd.losses.fields`), and defines ``values``. Modules that learn with
     the student, and buffers that last from batch to batch, are made in ``make``; they are trained, saved and resumed.
 
     Raises:
@@ -226,6 +226,18 @@ class Method(nn.Module):
                 soft or not bool((target == IGNORE).any()),
                 "compares examples with each other and cannot ignore some of them",
             )
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A method with what a recipe says of it beside its fields."""
+
+    method: Method
+    weight: Weight
+    warmup_epochs: Weight  # over which the weight rises linearly from 0; 0 for none
+
+    def __post_init__(self):
+        check_fields(self.method.name, self)
 
 
 def _blank(seen: Seen, ignored: Tensor) -> Seen:

@@ -12,10 +12,9 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
+from kd.losses.fields import TEMPERATURES, Allowed, Temperature, Weight, is_temperature, one_of
 from kd.losses.methods.base import Method, Seen
-from kd.losses.methods.fields import Allowed, Temperature, Weight, is_number, one_of
 from kd.losses.methods.shared import centred
-from kd.losses.ranges import TEMPERATURES, is_temperature
 from kd.losses.reference import kl, log_softened
 
 
@@ -74,9 +73,7 @@ def correlation(log_a: Tensor, log_b: Tensor, dim: int, epsilon: float = 0.0) ->
 
 
 def _are_temperatures(values: Any) -> bool:
-    return (
-        isinstance(values, list | tuple) and len(values) > 0 and all(is_number(v) and is_temperature(v) for v in values)
-    )
+    return isinstance(values, list | tuple) and len(values) > 0 and all(is_temperature(v) for v in values)
 
 
 @dataclass(eq=False)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from kd.losses.fields import Count, NonNegative
 from kd.losses.methods.base import Method, Seen, Setup, View
-from kd.losses.methods.fields import Count, NonNegative
 from kd.losses.methods.shared import pick, resized, same_size
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from kd.losses.fields import Allowed, Count, Mass
 from kd.losses.methods.base import Method, Seen, Setup
-from kd.losses.methods.fields import Allowed, Count, Mass
 from kd.losses.methods.shared import everywhere, unit
 
 

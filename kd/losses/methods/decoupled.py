@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses import reference
+from kd.losses.fields import Temperature, Weight
 from kd.losses.methods.base import Method, Seen
-from kd.losses.methods.fields import Temperature, Weight
 from kd.losses.methods.shared import against_others
 
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 
+from kd.losses.fields import Allowed
 from kd.losses.methods.base import Method, Seen, Setup
-from kd.losses.methods.fields import Allowed
 from kd.losses.methods.shared import pick, resized, same_size, unit
 
 

@@ -14,11 +14,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd.losses.fields import Allowed, Convention, Mass, NonNegative, Weight, one_of
 from kd.losses.methods.base import Method, Seen, Setup
-from kd.losses.methods.fields import Allowed, Mass, NonNegative, Weight, one_of
 from kd.losses.methods.shared import against_others
 from kd.losses.reference import cross_entropy
-from kd.smoothing import SMOOTHINGS, mix_uniform, uniform_mass
+from kd.smoothing import mix_uniform, uniform_mass
 
 ALONE = {"weight": 1.0, "ce_weight": 0.0}  # in place of the cross entropy
 
@@ -43,7 +43,7 @@ class LabelSmoothing(Method, name="label_smoothing"):
     """
 
     label_smoothing: Mass = 0.1
-    smoothing: Annotated[str, one_of(*SMOOTHINGS)] = "uniform"
+    smoothing: Convention = "uniform"
 
     needs = frozenset()
     presets: ClassVar = {"cifar100": ALONE, "imagenet": ALONE}

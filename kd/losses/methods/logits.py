@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses import reference
+from kd.losses.fields import Mass, Share, Temperature, Weight
 from kd.losses.methods.base import Method, Seen
-from kd.losses.methods.fields import Mass, Share, Temperature, Weight
 from kd.losses.reference import kl, log_softened
 from kd.smoothing import mix_uniform, unsmooth
 

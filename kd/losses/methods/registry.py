@@ -14,14 +14,13 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from kd.errors import ConfigError, require
-from kd.losses.ranges import WEIGHTS, is_weight
 from kd.text import did_you_mean
 
 if TYPE_CHECKING:
-    from kd.losses.methods.base import Method
+    from kd.losses.methods.base import Method, Weighted
 
 PLAIN = "kd"  # the method that the `loss` section has by itself: kd_weight and temperature
 USUAL = "cifar100"  # the preset that is taken where none is named
@@ -29,14 +28,6 @@ SHARED = {"weight": 1.0, "warmup_epochs": 0.0}  # what a recipe sets of every me
 # Other values in metrics.jsonl, where each method has one under its name.
 TAKEN = {"stage", "update", "epoch", "loss", "ce", "kd", "lr", "agreement", "student_entropy", "teacher_entropy"}
 TAKEN |= {"grad_kd", "grad_ce", "grad_ratio", "grad_norm", "images_per_second"}
-
-
-class Weighted(NamedTuple):
-    """A method with what the recipe says of it beside its fields."""
-
-    method: Method
-    weight: float
-    warmup_epochs: float  # over which the weight rises linearly from 0; 0 for none
 
 
 # ---- which methods there are
@@ -155,6 +146,8 @@ def build(values: Mapping[str, Any], section: str = "loss") -> dict[str, Weighte
 
 
 def _build(before: str, name: str, settings: Any) -> Weighted:
+    from kd.losses.methods.base import Weighted
+
     at = f"{before}{name}"
     require(name != PLAIN, f"{at}: is there already; type loss.kd_weight=... and loss.temperature=...")
     require(name not in TAKEN, f"{at}: {name} is another value in metrics.jsonl; give the method another name")
@@ -166,14 +159,11 @@ def _build(before: str, name: str, settings: Any) -> Weighted:
         hint = did_you_mean(key, known) or f"; {name} has {', '.join(known)}"
         require(key in known, f"{at}.{key}: no such setting{hint}")
     shared = {key: settings.get(key, default) for key, default in SHARED.items()}
-    for key, value in shared.items():  # the epochs are bounded like the weight
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        require(is_number and is_weight(value), f"{at}.{key}={value}: must be {WEIGHTS}")
     try:
         made = method(**{key: value for key, value in settings.items() if key not in SHARED})
+        return Weighted(made, **shared)
     except ValueError as error:  # of a field; it begins with the method's name
         raise ConfigError(f"{before}{error}") from error
-    return Weighted(made, **shared)
 
 
 def classifies(values: Mapping[str, Any]) -> bool:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
+from kd.losses.fields import Count, NonNegative
 from kd.losses.methods.base import Method, Seen, Setup
-from kd.losses.methods.fields import Count, NonNegative
 from kd.losses.methods.shared import TINY, pick, unit
 
 

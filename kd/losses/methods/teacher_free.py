@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd.losses.fields import Share, Temperature
 from kd.losses.methods.base import Method, Seen, Setup
-from kd.losses.methods.fields import Share, Temperature
 from kd.losses.reference import cross_entropy, kl, log_softened
 from kd.smoothing import mix_uniform, uniform_mass
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd.losses.fields import Allowed, Temperature, Weight
 from kd.losses.methods.base import Method, Seen, Setup
-from kd.losses.methods.fields import Allowed, Temperature, Weight
 from kd.losses.methods.registry import library
 from kd.losses.methods.shared import centred
 from kd.losses.ranges import HIGHEST_TEMPERATURE

@@ -1,0 +1,83 @@
+"""Types and ranges of a loss's settings and of a method's fields.
+
+A field states its range in its type, ``temperature: Temperature = 4.0``, which may be a range of its own:
+``Positive = Annotated[float, Allowed("a finite number > 0", lambda value: value > 0)]``. A plain ``float`` may be any
+finite number, a plain ``int``, ``bool`` or ``str`` any value of that type. Other types are not checked.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from kd.losses.ranges import HIGHEST_TEMPERATURE, LARGEST_WEIGHT, LOWEST_TEMPERATURE
+from kd.smoothing import MASSES, SMOOTHINGS, is_mass
+
+
+class Allowed(NamedTuple):
+    """Which values a field may have: ``must be {words}`` is what an error says."""
+
+    words: str
+    accepts: Callable[[Any], bool]
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite int or float; a bool is not a number."""
+    # Compared, not math.isfinite: that converts to a float, which an int such as 10**400 has none of.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+def is_temperature(value: object) -> bool:
+    """Whether it is a number in the range of temperatures."""
+    return is_number(value) and LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE  # type: ignore[operator]
+
+
+def one_of(*names: str) -> Allowed:
+    """One of these names."""
+    return Allowed(f"one of {', '.join(names)}", lambda value: value in names)
+
+
+TEMPERATURES = f"a number from {LOWEST_TEMPERATURE} to {HIGHEST_TEMPERATURE}"
+
+Temperature = Annotated[float, Allowed(TEMPERATURES, is_temperature)]
+OptionalTemperature = Annotated[
+    float | None, Allowed(f"None or {TEMPERATURES}", lambda value: value is None or is_temperature(value))
+]
+Weight = Annotated[float, Allowed(f"a number from 0 to {LARGEST_WEIGHT}", lambda value: 0 <= value <= LARGEST_WEIGHT)]
+NonNegative = Annotated[float, Allowed("a finite number ≥ 0", lambda value: value >= 0)]
+Count = Annotated[int, Allowed("a whole number ≥ 1", lambda value: value >= 1)]
+Share = Annotated[float, Allowed("a number > 0 and < 1", lambda value: 0 < value < 1)]
+Mass = Annotated[float, Allowed(MASSES, is_mass)]
+Convention = Annotated[str, one_of(*SMOOTHINGS)]
+
+# What a value must be before its range is looked at. YAML knows these types.
+_OF_TYPE: dict[Any, Allowed] = {
+    float: Allowed("a finite number", is_number),
+    int: Allowed("a whole number", lambda value: type(value) is int),
+    bool: Allowed("true or false", lambda value: type(value) is bool),
+    str: Allowed("text", lambda value: isinstance(value, str)),
+}
+
+
+def ranges(owner: Any) -> dict[str, list[Allowed]]:
+    """What every annotated attribute of a class may be, by name; `check` wants all of it."""
+    by_name = {}
+    for name, hint in get_type_hints(owner, include_extras=True).items():
+        kind, *stated = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        of_type = [_OF_TYPE[kind]] if kind in _OF_TYPE else []
+        by_name[name] = of_type + [allowed for allowed in stated if isinstance(allowed, Allowed)]
+    return by_name
+
+
+def check(at: str, value: object, wanted: Sequence[Allowed]) -> None:
+    """Raise ValueError, ``AT=VALUE: must be ...``, unless the value is all that is wanted."""
+    for allowed in wanted:
+        if not allowed.accepts(value):
+            raise ValueError(f"{at}={value!r}: must be {wanted[-1].words}")
+
+
+def check_fields(name: str, owner: Any) -> None:
+    """Raise ValueError, ``NAME.FIELD=VALUE: must be ...``, for the first field of a dataclass that is out of range."""
+    wanted = ranges(type(owner))
+    for field in fields(owner):
+        check(f"{name}.{field.name}", getattr(owner, field.name), wanted[field.name])
