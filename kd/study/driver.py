@@ -118,7 +118,7 @@ def _why_not(point: Point, data: Data) -> str | None:
     check_batch(recipe, data, 1)
     methods.build(recipe.loss.methods)
     require(recipe.teacher.members == 1, f"teacher.members={recipe.teacher.members}: must be 1 in a study")
-    return why_not(recipe, point.section, network(recipe, point.network, data), data.num_classes)
+    return why_not(point, network(recipe, point.network, data), data.num_classes)
 
 
 def card(study: StudyRecipe, planned: Plan, used: set[str]) -> dict[str, Any]:

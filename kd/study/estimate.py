@@ -7,7 +7,7 @@ import time
 from kd.config.schema import LossConfig
 from kd.study.jobs import Job
 from kd.study.population import Member, Population, Training
-from kd.study.train_population import data_of, loss_of, network, one_thread
+from kd.study.train_population import data_of, network, one_thread
 
 UPDATES = 3
 MEASURING = 0.1  # seconds a point
@@ -27,11 +27,10 @@ def seconds_of(job: Job) -> float:
 
 def _seconds_per_update(job: Job) -> float:
     point, data = job.points[0], data_of(job.points[0].recipe)
-    losses = [LossConfig()]  # a run of its own: a population may not be able to train its methods
-    if job.engine == "population":
-        losses = [loss_of(each) for each in job.points]
-    teacher = Population.start(network(point.recipe, "teacher", data), 1)
-    members = [Member(loss, 0) for loss in losses]
+    teaching = network(point.recipe, "teacher", data)
+    teacher = Population(teaching, [dict(teaching.named_parameters())])
+    # A population may not be able to train the methods of a run of its own.
+    members = [Member(each.loss if job.engine == "population" else LossConfig(), 0) for each in job.points]
     own = network(point.recipe, point.network, data)
     source = (lambda images, index: teacher.logits(images)) if point.network == "student" else None
     training = Training(point.recipe, data, 1, own, members, source)

@@ -46,6 +46,11 @@ class Point:
         return self.recipe.teacher if self.role == "teacher" else self.recipe.student
 
     @property
+    def loss(self) -> LossConfig:
+        """What the network minimises."""
+        return self.recipe.teacher.own_loss() if self.role == "teacher" else self.recipe.loss
+
+    @property
     def settings(self) -> Settings:
         """Every setting that decides the network, by dotted name."""
         return flat(_identity(self.role, self.recipe))

@@ -12,22 +12,22 @@ M: members, B: batch, K: classes, E: teachers.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
-from timm.optim import param_groups_weight_decay
+from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from kd.config.schema import LossConfig, Recipe, StudentConfig, TeacherConfig
+from kd.config.schema import LossConfig, Recipe
 from kd.data import Batch, Data
 from kd.losses.distill import DistillLoss
 from kd.losses.methods import registry as methods
 from kd.losses.methods.base import Seen, View
 from kd.smoothing import to_uniform, unsmooth
+from kd.study.grid import Point
 from kd.training.objective import Objective
 from kd.training.schedule import epoch_order, optimizer, schedule
 
@@ -40,41 +40,42 @@ LARGEST = 2_000_000
 
 
 class Population:
-    """M networks of one architecture; every parameter has a leading dimension of members."""
+    """M networks of one architecture; every parameter has a leading dimension of members.
 
-    def __init__(self, network: nn.Module, parameters: dict[str, Tensor]):
-        self.network, self.parameters = network.to("meta"), parameters
+    `network` becomes the population's own: its parameters now hold the stacked weights of `states`, so that an
+    optimizer made for it before steps every member, with the groups of a single network.
+    """
+
+    def __init__(self, network: Any, states: Sequence[Mapping[str, Tensor]]):
+        self.network, self.parameters = network, dict(network.named_parameters())
+        for name, p in self.parameters.items():
+            p.data = torch.stack([state[name].detach() for state in states])
         # Batched convolutions with weights of their own are grouped ones, slower on a CPU than one after the other:
         # 112 against 66 ms for five cnn_tiny on 100 images of 28x28, forward and backward.
         self.batched = not any(isinstance(module, nn.Conv1d | nn.Conv2d) for module in network.modules())
 
-    @classmethod
-    def start(cls, network: nn.Module, size: int) -> Population:
-        """`size` members with the weights of `network`."""
-        named = network.named_parameters()
-        return cls(network, {name: repeat(p.detach(), "... -> m ...", m=size).clone() for name, p in named})
-
-    @classmethod
-    def of(cls, network: nn.Module, states: Sequence[dict[str, Tensor]]) -> Population:
-        """Members with the given weights."""
-        names = [name for name, _ in network.named_parameters()]
-        return cls(network, {name: torch.stack([state[name].detach() for state in states]) for name in names})
-
     def logits(self, images: Tensor) -> Tensor:
         """Logits (M, B, K) for images (B, ...)."""
-        return self.outputs(images)[0]
+        return self._map(lambda parameters: functional_call(self.network, parameters, (images,)))
 
-    def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Every output of the network, each with a leading dimension of members."""
+    def features(self, images: Tensor) -> Tensor:
+        """What each member's linear head reads of the images, (M, B, D)."""
+        head = self.network.get_classifier()
 
-        def one(parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            output = functional_call(self.network, parameters, (images,))
-            return output if isinstance(output, tuple) else (output,)
+        def one(parameters: dict[str, Tensor]) -> Tensor:
+            read = []
+            with head.register_forward_pre_hook(lambda module, inputs: read.extend(inputs)):
+                functional_call(self.network, parameters, (images,))
+            return read[0]
 
+        return self._map(one)
+
+    def _map(self, one: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+        """A function of one member's parameters for every member."""
         if self.batched:
             return vmap(one)(self.parameters)
-        each = [one(dict(zip(self.parameters, p, strict=True))) for p in zip(*self.parameters.values(), strict=True)]
-        return tuple(map(torch.stack, zip(*each, strict=True)))
+        members = zip(*self.parameters.values(), strict=True)
+        return torch.stack([one(dict(zip(self.parameters, p, strict=True))) for p in members])
 
     def member(self, index: int) -> dict[str, Tensor]:
         """A copy of one member's weights."""
@@ -195,17 +196,9 @@ class Training:
         self.recipe, self.data, self.epochs, self.teachers, self.dtype = recipe, data, epochs, teachers, dtype
         # The last incomplete batch is dropped, as in kd.training.loop.
         self.updates_per_epoch = len(data.train) // recipe.train.batch_size
-        network = network.to(dtype)
-        names = {id(p): name for name, p in network.named_parameters()}
-        decay, both = recipe.optimizer.weight_decay, recipe.optimizer.decay_norm_and_bias
-        groups: Any = param_groups_weight_decay(network, decay, weight_decay_exclude_1d=not both)
-        # Names first: Population.start moves the network itself to the meta device.
-        groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]
-        self.population = Population.start(network, len(members))
-        for p in self.population.parameters.values():
-            p.requires_grad_()
-        stacked = [{**g, "params": [self.population.parameters[name] for name in g["params"]]} for g in groups]
-        self.optimizer = optimizer(stacked, recipe)
+        # Before stacking gives biases a second dimension: timm groups what decays by the dimensions of one network.
+        self.optimizer = optimizer(network.to(dtype), recipe)
+        self.population = Population(network, [dict(network.named_parameters())] * len(members))
         self.scheduler = schedule(self.optimizer, recipe, epochs, self.updates_per_epoch)
         self.losses = Losses(members, data.num_classes, dtype)
         self.update = 0
@@ -242,9 +235,9 @@ class Training:
 # ---- what a population cannot train
 
 
-def why_not(recipe: Recipe, own: TeacherConfig | StudentConfig, network: nn.Module, num_classes: int) -> str | None:
-    """The reason why a population cannot train the network of a section of the recipe; None where it can."""
-    data, train = recipe.data, recipe.train
+def why_not(point: Point, network: nn.Module, num_classes: int) -> str | None:
+    """The reason why a population cannot train the network of a point; None where it can."""
+    own, data, train, optimizer = point.section, point.recipe.data, point.recipe.train, point.recipe.optimizer.name
     size = sum(p.numel() for p in network.parameters())
     reasons = {
         f"{own.section}pretrained or checkpoint: starts from weights of its own": (
@@ -255,16 +248,13 @@ def why_not(recipe: Recipe, own: TeacherConfig | StudentConfig, network: nn.Modu
         f"train.clip_grad={train.clip_grad}": train.clip_grad,
         f"train.ema_decay={train.ema_decay}": train.ema_decay,
         f"train.precision={train.precision}": train.precision != "fp32",
-        f"optimizer.name={recipe.optimizer.name}: its update may not be elementwise": (
-            recipe.optimizer.name not in ELEMENTWISE
-        ),
+        f"optimizer.name={optimizer}: its update may not be elementwise": optimizer not in ELEMENTWISE,
         f"{own.model} has buffers, such as batch normalisation's": any(True for _ in network.buffers()),
         f"{own.model} has dropout": any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules()),
         f"{own.model} has {size / 1e6:.1f} M parameters": size > LARGEST,
     }
     first = next((reason for reason, holds in reasons.items() if holds), None)
-    loss = own.own_loss() if isinstance(own, TeacherConfig) else recipe.loss
-    return first or (_why_not_methods(loss, num_classes) if loss.methods else None)
+    return first or (_why_not_methods(point.loss, num_classes) if point.loss.methods else None)
 
 
 def _why_not_methods(loss: LossConfig, num_classes: int) -> str | None:

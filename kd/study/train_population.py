@@ -8,18 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kd.checkpoint.store import read_sealed, save_sealed
-from kd.config.schema import DataConfig, LossConfig, Recipe
+from kd.config.schema import DataConfig, Recipe
 from kd.data import Data, Split, load_data
 from kd.models.factory import build
+from kd.models.layers import classifier_name
 from kd.study.folder import Folder, train_again
 from kd.study.grid import Point
-from kd.study.jobs import Job
 from kd.study.measure import INPUTS, VIEWS, Outcome, Outputs, log_posterior, measure, parts_of
 from kd.study.population import Member, Population, Training
 from kd.training.pipeline import metadata
@@ -27,10 +26,10 @@ from kd.training.pipeline import metadata
 BATCH = 500  # samples scored at once
 
 
-def train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
-    """Train the job's points as one population. Yields each point with its metrics, or with its error."""
+def train(folder: Folder, points: Sequence[Point]) -> Iterator[tuple[Point, Outcome]]:
+    """Train points, of one job, as one population. Yields each with its metrics, or with its error."""
     with one_thread():  # the number of threads changes rounding, and the other cores have other jobs
-        yield from _train(folder, job)
+        yield from _train(folder, points)
 
 
 @contextmanager
@@ -44,23 +43,17 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
+def _train(folder: Folder, points: Sequence[Point]) -> Iterator[tuple[Point, Outcome]]:
     started = time.perf_counter()
-    first = job.points[0]
-    recipe, role, data = first.recipe, first.network, data_of(first.recipe)
-    teachers = Teachers(folder, job.points, recipe, data)
-    points = [point for point in job.points if point.teacher not in teachers.failed]
-    for point in job.points:
-        if point.teacher in teachers.failed:
-            yield point, {"error": teachers.failed[point.teacher]}
-    if not points:
-        return
-    own = data if role == "teacher" else data.transfer
+    first = points[0]
+    recipe, data = first.recipe, data_of(first.recipe)
+    own = data if first.role == "teacher" else data.transfer
+    teachers = Teachers(folder, points, data)
     members = [teachers.member(point) for point in points]
-    start = network(recipe, role, data)
-    training = Training(recipe, own, first.section.epochs, start, members, teachers.logits_source())
-    taught = teachers.outputs(role)
-    outputs = outputs_of(training.fit(), network(recipe, role, data), parts_of(data, role), recipe)
+    start = network(recipe, first.network, data)
+    population = Training(recipe, own, first.section.epochs, start, members, teachers.logits_source()).fit()
+    parts = parts_of(data, first.role)
+    outputs, taught = outputs_of(population, parts, recipe), teachers.outputs(parts)
     seconds = (time.perf_counter() - started) / len(points)
     for i, point in enumerate(points):
         try:
@@ -68,9 +61,8 @@ def _train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
         except ValueError as error:  # logits that are not finite
             yield point, {"error": f"diverged: {error}", "seconds": seconds}
             continue
-        if role == "teacher":
-            weights = training.population.member(i)
-            save_sealed(folder.weights(point.id), weights, metadata("teacher", point.recipe, data))
+        if point.role == "teacher":
+            save_sealed(folder.weights(point.id), population.member(i), metadata("teacher", point.recipe, data))
         yield point, outcome | {"seconds": seconds}
 
 
@@ -92,87 +84,66 @@ def network(recipe: Recipe, role: str, data: Data) -> nn.Module:
     return build(section.model, role=role, model_kwargs=section.model_kwargs, **shape)
 
 
-def loss_of(point: Point) -> LossConfig:
-    """What a point's network minimises."""
-    return point.recipe.teacher.own_loss() if point.role == "teacher" else point.recipe.loss
-
-
 class Teachers:
-    """The trained teachers of a job's students, as one population; `failed` has the errors of those without weights."""
+    """The trained teachers of a job's students, as one population, and the true posterior where a control asks for it.
 
-    def __init__(self, folder: Folder, points: Sequence[Point], recipe: Recipe, data: Data):
-        self.recipe, self.data = recipe, data
-        errors = {point.teacher: folder.teacher_error(point.teacher) for point in points if point.teacher}
-        self.failed: dict[str | None, str] = {i: error for i, error in errors.items() if error}
-        self.ids = [i for i, error in errors.items() if not error]
-        self.population = None
-        if self.ids:
-            weights = [read_sealed(folder.weights(i), train_again(i)) for i in self.ids]
-            self.population = Population.of(network(recipe, "teacher", data), weights)
+    `population` is None where no point has a teacher.
+    """
+
+    def __init__(self, folder: Folder, points: Sequence[Point], data: Data):
+        self.recipe, self.data = points[0].recipe, data
+        self.ids = [*dict.fromkeys(point.teacher for point in points if point.teacher)]
+        states = [read_sealed(folder.weights(i), train_again(i)) for i in self.ids]
+        self.population = Population(network(self.recipe, "teacher", data), states) if states else None
         self.bayes = any(point.control == "bayes" for point in points)
 
     def member(self, point: Point) -> Member:
         """A point as a member: its loss, and the index of its teacher in what `logits_source` gives."""
         if point.control == "bayes":  # the true posterior in the place of a teacher
-            return Member(replace(point.recipe.loss, kd_weight=1.0, ce_weight=0.0), len(self.ids))
-        return Member(loss_of(point), self.ids.index(point.teacher) if point.teacher else None)
+            return Member(replace(point.loss, kd_weight=1.0, ce_weight=0.0), len(self.ids))
+        return Member(point.loss, self.ids.index(point.teacher) if point.teacher else None)
 
     @torch.no_grad()
     def logits_source(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """Teachers' logits (E, B, K) as a function of images and their index; the true posterior's come last."""
         split, population = self.data.transfer.train, self.population
-        constant = []  # (E, N, K), the same in every epoch
-        if population and not split.augments:
-            plan = list(torch.arange(len(split)).split(BATCH))
-            constant.append(torch.cat([population.logits(batch.images) for batch in split.batches(plan, None)], 1))
+        if population and split.augments:
+            assert not self.bayes, "the posterior of an augmented image is not known"
+            return lambda images, index: population.logits(images)
+        # Images that are the same in every epoch: (E, N, K).
+        constant = [_over(split, population.logits)] if population else []
         if self.bayes:
             posterior = log_posterior(split)
             assert posterior is not None
             constant.append(posterior[None].float())
-        if population and split.augments:
-            assert not constant, "the posterior of an augmented image is not known"
-            return lambda images, index: population.logits(images)
         if not constant:
             return None
         logits = torch.cat(constant)
         return lambda images, index: logits[:, index].to(images.dtype)
 
-    def outputs(self, role: str) -> dict[str | None, Outputs]:
+    def outputs(self, parts: Mapping[str, Split]) -> dict[str | None, Outputs]:
         """Each teacher's outputs on the splits of its students, by id."""
-        if not self.population:
-            return {}
-        template = network(self.recipe, "teacher", self.data)
-        outputs = outputs_of(self.population, template, parts_of(self.data, role), self.recipe)
-        return dict(zip(self.ids, outputs, strict=True))
+        return dict(zip(self.ids, outputs_of(self.population, parts, self.recipe), strict=True))
 
 
 # ---- outputs of a population
 
 
-class _WithFeatures(nn.Module):
-    """A network that returns its logits and the features that its linear head reads."""
-
-    def __init__(self, network: Any):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.network.forward_head(self.network.forward_features(images), pre_logits=True)
-        return self.network.get_classifier()(features), features
+def _over(split: Split, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function (M, B, ...) of images for a whole split without augmentation, (M, N, ...)."""
+    plan = list(torch.arange(len(split)).split(BATCH))
+    return torch.cat([function(batch.images) for batch in split.batches(plan, epoch=None)], 1)
 
 
 @torch.no_grad()
-def outputs_of(population: Population, template: Any, parts: Mapping[str, Split], recipe: Recipe) -> list[Outputs]:
-    """Logits, features and views of every member; `template` is a network of their architecture."""
-    head = next(name for name, module in template.named_modules() if module is template.get_classifier())
-    both = Population(_WithFeatures(template), {f"network.{k}": p for k, p in population.parameters.items()})
-    logits: dict[str, Tensor] = {}
-    features: dict[str, Tensor] = {}
-    for name, part in parts.items():
-        plan = list(torch.arange(len(part)).split(BATCH))
-        pairs = [both.outputs(batch.images) for batch in part.batches(plan, epoch=None)]
-        logits[name], features[name] = (torch.cat(each, 1) for each in zip(*pairs, strict=True))
+def outputs_of(population: Population | None, parts: Mapping[str, Split], recipe: Recipe) -> list[Outputs]:
+    """Logits, features and views of every member."""
+    if not population:
+        return []
+    logits = {name: _over(part, population.logits) for name, part in parts.items()}
+    features = {name: _over(part, population.features) for name, part in parts.items()}
     views = _views(population, parts["train"], recipe)
+    head = classifier_name(population.network)
     weights = population.parameters[f"{head}.weight"].detach()
     biases = population.parameters.get(f"{head}.bias", weights.new_zeros(weights.shape[:2])).detach()
     return [

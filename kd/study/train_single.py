@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from accelerate.state import AcceleratorState
@@ -13,7 +13,6 @@ from kd.checkpoint.store import advice, finished, read_sealed, save_sealed
 from kd.models.wrappers import Teacher
 from kd.study.folder import Folder, train_again
 from kd.study.grid import Point
-from kd.study.jobs import Job
 from kd.study.measure import Outcome, Outputs, measure, parts_of
 from kd.training import pipeline
 from kd.training.predict import predict
@@ -21,9 +20,9 @@ from kd.training.run import Run, claim, run_directory
 from kd.training.stage import Stage
 
 
-def train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
-    """Train each of the job's points; a stopped one resumes. Yields each with its metrics, or with its error."""
-    for point in job.points:
+def train(folder: Folder, points: Sequence[Point]) -> Iterator[tuple[Point, Outcome]]:
+    """Train each of the points; a stopped one resumes. Yields each with its metrics."""
+    for point in points:
         try:
             yield point, _train(folder, point)
         finally:
@@ -32,8 +31,6 @@ def train(folder: Folder, job: Job) -> Iterator[tuple[Point, Outcome]]:
 
 def _train(folder: Folder, point: Point) -> Outcome:
     started = time.perf_counter()
-    if point.teacher and (error := folder.teacher_error(point.teacher)):
-        return {"error": error}
     recipe = replace(point.recipe, name="runs", run=point.id, output=str(folder.path), control=False, tracker="none")
     directory = run_directory(recipe)
     run = pipeline.prepare(recipe, directory, directory / "teacher")

@@ -61,7 +61,13 @@ def do(folder: Folder, job: Job) -> None:
     """Train a job's points. An error is written into each unfinished point and stops no other job."""
     about = provenance(1) | {"engine": job.engine, "job": job.name}
     try:
-        for point, outcome in TRAINERS[job.engine].train(folder, job):
+        ready = []
+        for point in job.points:
+            if error := folder.teacher_error(point):
+                folder.write_point(point, {"error": error}, about)
+            else:
+                ready.append(point)
+        for point, outcome in TRAINERS[job.engine].train(folder, ready) if ready else ():
             folder.write_point(point, outcome, about)
     except Exception as error:  # of a user's method, of a full disk, of ours: the other jobs go on
         text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

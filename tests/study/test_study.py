@@ -45,8 +45,8 @@ def finished(kd_study, kept):
 
 def count_training(monkeypatch) -> list[str]:
     """The names of the jobs that train from now on."""
-    seen, train = [], train_population.train
-    monkeypatch.setattr(train_population, "train", lambda folder, job: (seen.append(job.name), train(folder, job))[1])
+    seen, do = [], worker.do
+    monkeypatch.setattr(worker, "do", lambda folder, job: (seen.append(job.name), do(folder, job)))
     return seen
 
 
