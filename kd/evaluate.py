@@ -14,6 +14,7 @@ from typing import Any
 
 from kd.cli.errors import one_line_errors
 from kd.config.arguments import read
+from kd.config.compose import saved_recipe
 
 HERE = ("data.root", "data.workers")  # may differ from where the run was trained
 TOLERANCE = 1e-6  # scores are float64 sums over float32 logits, which vary with the number of threads
@@ -25,7 +26,8 @@ def evaluate(directory: Path, picture: str | None, words: list[str]) -> int:
 
     from kd.training import pipeline, results
 
-    recipe, stored = results.read_run(directory, words)
+    stored = results.read_result(directory / "result.json")
+    recipe = saved_recipe(directory / "recipe.yaml", words)
     recipe.tracker = "none"
     recipe.output = str(directory.parents[1])  # where the run and its teacher are now, not where they were trained
     teacher = directory.parents[1] / "teachers" / Path(stored["teacher"]["weights"]).parent.name

@@ -46,7 +46,8 @@ def run(given: dict[str, str], words: Sequence[str]) -> int:
     recipe = recipe_of(given, record.get("model"), words)
     data, own = load_data(recipe.data, recipe.seed), recipe.teacher
     shape = {"num_classes": data.num_classes, "input_shape": data.input_shape}
-    network = build(own.model, pretrained=own.pretrained, checkpoint=checkpoint, model_kwargs=own.model_kwargs, **shape)
+    weights = {"pretrained": own.pretrained, "checkpoint": checkpoint}
+    network = build(own.model, section="", model_kwargs=own.model_kwargs, **weights, **shape)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     teacher = Teacher(network).to(accelerator.device)
     split = getattr(data, given.get("split", "train")).to(accelerator.device)

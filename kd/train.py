@@ -117,8 +117,11 @@ def main(words: list[str], run: Callable[..., Any] = run) -> int:
         from kd.training import replay
 
         return replay.main(settings, run)
-    if study := next((word for word in settings if word.startswith(f"recipe={compose.STUDIES}/")), None):
-        raise ConfigError(f"{study}: is a study; type python -m kd.study {study}")
+    for word in settings:
+        if word.startswith(f"recipe={compose.STUDIES}/"):
+            raise ConfigError(f"{word}: is a study; type python -m kd.study {word}")
+        if word.startswith(("hydra/", "hydra.")):
+            raise ConfigError(f"{word}: launchers are for studies; type python -m kd.study recipe=studies/NAME {word}")
     if options.sweep and os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("-m: trains one run after another, which torchrun cannot; type one run at a time")
     for path in options.imports:

@@ -37,7 +37,7 @@ def build(
     *,
     num_classes: int,
     input_shape: Sequence[int],
-    role: str = "teacher",
+    section: str = "teacher.",
     pretrained: bool = False,
     checkpoint: str | Path | None = None,
     finetune: bool = False,
@@ -49,7 +49,7 @@ def build(
         name: timm's name, "hf-hub:..." or "local-dir:...", or a name of kd.models.networks.
         num_classes: classes of the data.
         input_shape: (channels, height, width) of an image, or (length,) of a vector.
-        role: "teacher" or "student", the section of the recipe that messages name.
+        section: "teacher." or "student.", the section of the recipe that messages name, or "" for none.
         pretrained: start from timm's weights.
         checkpoint: path of weights (.safetensors, or .pth, .pt, .bin without code), which are taken instead of timm's.
         finetune: the weights will be trained further, so that a head of other classes is replaced by a fresh one and
@@ -64,7 +64,7 @@ def build(
         CheckpointError: the file cannot be read, or does not fit.
     """
     shape, kwargs = tuple(input_shape), dict(model_kwargs or {})
-    setting = f"{role}.model={name}" + (f" {role}.model_kwargs={kwargs}" if kwargs else "")
+    setting = f"{section}model={name}" + (f" {section}model_kwargs={kwargs}" if kwargs else "")
     download = pretrained and checkpoint is None
     _check_name(name, setting)
     try:
@@ -72,13 +72,13 @@ def build(
         model = timm.create_model(**arguments, pretrained=download, checkpoint_path=None)
         _try_out(model, shape, num_classes)
     except Exception as error:  # every network has errors of its own for a wrong size or argument, the hub and timm too
-        raise ConfigError(f"{setting}: {_what_failed(error, shape, role)}") from error
+        raise ConfigError(f"{setting}: {_what_failed(error, shape, section)}") from error
     if download and not finetune:  # timm would have altered the weights without a word
         published = arguments["pretrained_cfg"]
         classes, channels = published["num_classes"], published["input_size"][0]
         require(classes == num_classes, f"{setting}: {other_classes(classes, num_classes)}")
         differ = f"its weights are for {channels} channels, the data has {shape[0]}"
-        require(channels == shape[0], f"{setting}: {differ}; {role}.finetune=true adapts it")
+        require(channels == shape[0], f"{setting}: {differ}; in a recipe teacher.finetune=true adapts it")
     if checkpoint is not None:
         load_weights(model, Path(checkpoint), finetune)
     return model
@@ -108,11 +108,11 @@ def _try_out(model: nn.Module, shape: tuple[int, ...], num_classes: int) -> None
     require(gives == (1, num_classes), f"gives {gives} where logits (1, {num_classes}) are needed", ValueError)
 
 
-def _what_failed(error: Exception, shape: tuple[int, ...], role: str) -> str:
+def _what_failed(error: Exception, shape: tuple[int, ...], section: str) -> str:
     """One line of what timm, the hub or the network raised, and what helps."""
     said = textwrap.shorten(str(error), 160) or type(error).__name__
     if isinstance(error, OSError):  # the hub's errors too
-        offline = f"teacher.checkpoint=FILE, or {role}.model=local-dir:DIRECTORY"
-        return f"cannot be loaded ({said}); without network give {offline}"
+        file = "" if section == "student." else f"{section}checkpoint=FILE, or "  # a student has no such setting
+        return f"cannot be loaded ({said}); without network give {file}{section}model=local-dir:DIRECTORY"
     vectors = "; mlp_nano, mlp_tiny, mlp_mini, mlp_small and mlp_wide take vectors" if len(shape) == 1 else ""
     return f"fails for inputs of shape {shape} ({said}){vectors}"

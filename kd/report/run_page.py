@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame, Series
 
-from kd.errors import ConfigError
 from kd.report import figures
 from kd.report import formatting as fmt
 from kd.report.figures import Panel
@@ -32,15 +31,10 @@ Result = Mapping[str, Any]
 
 def run_page(directory: Path) -> Page:
     """The report of a finished run. Raises CheckpointError for a result.json that kd did not write."""
-    path = directory / "result.json"
-    if not path.is_file():
-        raise ConfigError(
-            f"run={directory}: has no result.json; give the directory of a finished run, checkpoints/NAME/RUN"
-        )
-    result = read_result(path)
+    result = read_result(directory / "result.json")
     networks = [name for name in STAGES if name in result]
     student, teacher = (fmt.clean(result[name]["model"]) for name in ("student", "teacher"))
-    source, _, word = verdict(result).rpartition("\n")
+    _, source, word = verdict(result)
     name = f"{fmt.clean(result.get('recipe'))}: {student} taught by {teacher}, seed {result['provenance'].get('seed')}"
     program, *words = result["provenance"].get("command") or ["train"]
     command = fmt.clean(f"python -m kd.{Path(program).stem} {shlex.join(words)}", 2000)
@@ -54,13 +48,13 @@ def run_page(directory: Path) -> Page:
     return Page(name, headline, source, command, "", sections, summary=f"{source}\n{headline}")
 
 
-def outcome(result: Result, networks: list[str]) -> Section:
+def outcome(result: dict[str, Any], networks: list[str]) -> Section:
     """The paired difference, the agreement, and the scores of every network."""
     made = Section("Result", "What came out")
     if "difference" in result:
         paired = result["difference"]["last"]["test"]
         mean, error = paired["top1"], paired["standard_error"]
-        tone = (mean > 2 * error) - (mean < -2 * error)  # the rule of `verdict`
+        tone, *_ = verdict(result)
         value, words = f"{fmt.difference(mean, 'top1')} points", f"± {100 * error:.2f} standard error"
         made.cards.append(Card("student − control", value, words, fmt.note("paired", n=paired["n"]), tone))
         pair = Paired(Series(dtype=float), mean, interval=(mean - 2 * error, mean + 2 * error))

@@ -57,7 +57,7 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
     console = terminal()
     base = base_recipe(study)
     folder = Folder(Path(study.output) / "studies" / study.name)
-    check_places(replace(base, run=study.name), folder.path)
+    check_places(replace(base, run=study.name))
     before = folder.read_card()["points"] if folder.card.exists() else None
     planned = plan(study, lambda data: data_of(replace(base, data=data)), narrowed)
     all_jobs = jobs(planned, engines(planned, study.study.engine))

@@ -81,7 +81,7 @@ def network(recipe: Recipe, role: str, data: Data) -> nn.Module:
     section = recipe.teacher if role == "teacher" else recipe.student
     torch.manual_seed(recipe.seed)
     shape = {"num_classes": data.num_classes, "input_shape": data.input_shape}
-    return build(section.model, role=role, model_kwargs=section.model_kwargs, **shape)
+    return build(section.model, section=section.section, model_kwargs=section.model_kwargs, **shape)
 
 
 class Teachers:

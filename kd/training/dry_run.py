@@ -48,7 +48,7 @@ def print_plan(run: Run) -> None:
         seconds = trainer.measure()
         total += seconds * trainer.updates
         size = sum(p.numel() for p in stage.model.parameters())
-        row = (f"{size / 1e6:.2f} M", str(trainer.updates), f"{seconds:.3f}", duration(seconds * trainer.updates))
+        row = (f"{size:,}", str(trainer.updates), f"{seconds:.3f}", duration(seconds * trainer.updates))
         table.add_row(stage.name, escape(shown(stage.metadata["model"])), *row, f"{peak_memory() / 2**30:.2f} GiB")
     run.logger.show(table)
     if (run.directory / "result.json").exists():

@@ -20,7 +20,7 @@ from kd.checkpoint.store import CHECKPOINTS, advice, finish, finished, remove
 from kd.cli.console import terminal
 from kd.config.schema import LossConfig, Recipe, StudentConfig, TeacherConfig
 from kd.data import Data, load_data
-from kd.errors import ConfigError
+from kd.errors import CheckpointError, ConfigError
 from kd.losses.distill import DistillLoss
 from kd.losses.methods import registry as methods
 from kd.metrics import top_k_accuracy
@@ -58,7 +58,7 @@ def prepare(recipe: Recipe, directory: Path | None = None, teacher: Path | None 
     """
     directory = directory or run_directory(recipe)
     check_environment(recipe)
-    check_places(recipe, directory)
+    check_places(recipe)
     tracker = None if recipe.tracker == "none" else recipe.tracker
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else Accelerate would run each torchrun process on its own
@@ -73,8 +73,11 @@ def prepare(recipe: Recipe, directory: Path | None = None, teacher: Path | None 
     check_batch(recipe, data, accelerator.num_processes)
     check_validation(recipe, data)
     logger = Logger(directory / "metrics.jsonl", accelerator, terminal())
-    run = Run(recipe, data, accelerator, directory, teacher or teacher_directory(recipe, data.hash), logger)
-    teacher_network(run)
+    try:
+        run = Run(recipe, data, accelerator, directory, teacher or teacher_directory(recipe, data.hash), logger)
+        teacher_network(run)
+    except CheckpointError as error:  # of the only file that a recipe names
+        raise ConfigError(f"teacher.checkpoint={error}") from error
     student_network(run)  # one that cannot be built must not wait for its teacher
     return run
 
@@ -109,9 +112,8 @@ def student_network(run: Run, weights: Path | None = None, seed: int | None = No
 
 
 def _network(run: Run, section: TeacherConfig | StudentConfig, **start: Any) -> nn.Module:
-    role = section.section.rstrip(".")
     shape = {"num_classes": run.data.num_classes, "input_shape": run.data.input_shape}
-    return build(section.model, role=role, model_kwargs=section.model_kwargs, **start, **shape)
+    return build(section.model, section=section.section, model_kwargs=section.model_kwargs, **start, **shape)
 
 
 def evaluated_network(run: Run, name: str, weights: Path | None, teacher: Teacher | None) -> nn.Module:

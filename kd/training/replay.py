@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from kd.config.arguments import read
+from kd.config.compose import saved_recipe
 from kd.errors import ConfigError
 from kd.text import plain
-from kd.training.results import largest_difference, origin, read_result, read_run
-from kd.training.run import STAGES, Run, check_finished
+from kd.training.results import largest_difference, origin, read_result
+from kd.training.run import STAGES, Run
 
 ARGUMENTS = {"replay": "DIR", "allow_differences": "true", "output": "DIR", "data.root": "PATH"}
 DECISIVE = ("git_sha", "git_dirty", "python", "data_hash", "seed", "recipe_hash", "teacher_file")  # of the provenance
@@ -21,7 +22,9 @@ def main(words: list[str], run: Callable[..., Run]) -> int:
     """Train a finished run again with `run(recipe, check)` and compare; returns 0 where the two are equal, else 1."""
     given = read(words, ARGUMENTS)
     directory = Path(given["replay"]).resolve()
-    recipe, old = read_run(directory, [f"data.root={given['data.root']}"] if "data.root" in given else [])
+    old = read_result(directory / "result.json")
+    moved = [f"data.root={given['data.root']}"] if "data.root" in given else []
+    recipe = saved_recipe(directory / "recipe.yaml", moved)
     old_output = directory.parents[1]
     output = given.get("output", str(old_output / "replays" / f"{recipe.name}-{directory.name}"))
     if Path(output).resolve() == old_output:
@@ -37,23 +40,10 @@ def main(words: list[str], run: Callable[..., Run]) -> int:
         for line in differing:
             run.logger.say(f"differs  {line}")
         if (run.directory / "result.json").exists():
-            run.logger.say(f"an earlier replay is found in {run.directory}, its weights are compared")
+            run.logger.say(f"an earlier replay is found in {run.directory}, its result is compared")
 
     replayed = run(replace(recipe, output=output, run=directory.name, resume=True), check)
-    return report(old, outcome(replayed), replayed.logger.say)
-
-
-def outcome(run: Run) -> dict[str, Any]:
-    """The result of a replay, with the sha256 of the weights that are there now. Raises CheckpointError."""
-    result = read_result(run.directory / "result.json")
-    for name in STAGES:
-        if name in result and run.weights(name):
-            result[name]["sha256"] = check_finished(run, name, _advice)
-    return result
-
-
-def _advice(name: str, directory: Path) -> str:
-    return f"move {directory if name == 'teacher' else directory.parent} away and it is trained again"
+    return report(old, read_result(replayed.directory / "result.json"), replayed.logger.say)
 
 
 def _decisive(provenance: dict[str, Any]) -> dict[str, Any]:

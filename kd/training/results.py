@@ -15,10 +15,8 @@ from torch import Tensor
 
 from kd.checkpoint.files import advised, read_json, write_json
 from kd.checkpoint.store import finished
-from kd.config.compose import saved_recipe
-from kd.config.schema import Recipe, content_hash, identity
+from kd.config.schema import content_hash, identity
 from kd.config.types import leaves
-from kd.errors import ConfigError
 from kd.metrics import compute, reliability_bins
 from kd.models.wrappers import Teacher
 from kd.runtime.provenance import provenance
@@ -29,6 +27,9 @@ from kd.training.run import STAGES, WEIGHTS, Run, check_finished, checkpoint_has
 from kd.training.teacher_smoothing import recorded_smoothing
 
 SPLITS = ("val", "test")
+# Below these a difference says nothing of distillation: its standard error is none of a normal distribution, or the
+# networks have hardly begun to learn, as those of recipe=smoke.
+FEWEST_IMAGES, FEWEST_UPDATES = 30, 100
 Networks = dict[str, dict[str, Teacher]]  # by stage and weights
 
 
@@ -137,6 +138,7 @@ def _about(run: Run, name: str, network: Teacher) -> dict[str, Any]:
     return about | {
         "weights": str(path),
         "sha256": manifest["files"][path.name]["sha256"],
+        "updates": manifest["updates"],
         "seconds": manifest["seconds"],
         "selected_epoch": manifest["selected"]["epoch"],
         "skipped_updates": manifest.get("skipped", 0),  # by fp16's gradient scaler
@@ -147,21 +149,8 @@ def _about(run: Run, name: str, network: Teacher) -> dict[str, Any]:
 
 def read_result(path: Path) -> dict[str, Any]:
     """A result.json. Raises CheckpointError where it is missing, damaged or has no results."""
-    with advised("give the result of a finished run"):
+    with advised("give the directory of a finished run, checkpoints/NAME/RUN"):
         return read_json(path, ("provenance", "teacher", "student"))
-
-
-def read_run(directory: Path, words: list[str]) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe of a finished run, changed by `words` such as data.root=PATH, and its result.
-
-    Raises ConfigError or CheckpointError, which name what is missing or wrong.
-    """
-    for name in ("recipe.yaml", "result.json"):
-        if not (directory / name).is_file():
-            raise ConfigError(
-                f"{directory}: holds no {name}; give the directory of a finished run, checkpoints/NAME/RUN"
-            )
-    return saved_recipe(directory / "recipe.yaml", words), read_result(directory / "result.json")
 
 
 def largest_difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[float, str]:
@@ -183,17 +172,22 @@ def _figures(result: dict[str, Any]) -> Iterator[tuple[str, float]]:
 # ---- for people
 
 
-def verdict(result: dict[str, Any]) -> str:
-    """Whether distillation helped, and the difference that says so; two standard errors count as chance."""
+def verdict(result: dict[str, Any]) -> tuple[int, str, str]:
+    """Whether distillation helped: 1 or -1 where student − control is beyond two standard errors, else 0; that
+    difference in words; and what it says of distillation.
+    """
     if "difference" not in result:
-        return "no control was trained (control=false): nothing says whether distillation helped"
+        return 0, "", "no control was trained (control=false): nothing says whether distillation helped"
     d = result["difference"]["last"]["test"]
     top1, error = 100 * d["top1"], 100 * d["standard_error"]
-    word = "helped" if top1 > 2 * error else "hurt" if top1 < -2 * error else "made no difference beyond chance"
-    return (
-        f"student − control: {top1:+.2f} ± {error:.2f} points of test top-1 "
-        f"(paired standard error, {d['n']} images, one seed)\ndistillation {word}"
-    )
+    words = f"student − control: {top1:+.2f} ± {error:.2f} points of test top-1 "
+    words += f"(paired standard error, {d['n']} images, one seed)"
+    updates = result["student"].get("updates", FEWEST_UPDATES)  # an older kd did not write them
+    if d["n"] < FEWEST_IMAGES or updates < FEWEST_UPDATES:
+        few = f"{d['n']} test images" if d["n"] < FEWEST_IMAGES else f"{updates} updates"
+        return 0, words, f"distillation cannot be judged from {few}"
+    tone = (top1 > 2 * error) - (top1 < -2 * error)
+    return tone, words, f"distillation {('made no difference beyond chance', 'helped', 'hurt')[tone]}"
 
 
 def print_result(result: dict[str, Any], console: Console) -> None:
@@ -206,7 +200,8 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     for name in (name for name in STAGES if name in result):
         table.add_row(name, *_cells(result[name]))
     console.print(table)
-    console.print(verdict(result), highlight=False, markup=False)
+    for line in filter(None, verdict(result)[1:]):
+        console.print(line, highlight=False, markup=False)
 
 
 def _cells(network: dict[str, Any]) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,11 +118,6 @@ def claim(run: Run) -> None:
     accelerator.wait_for_everyone()
     if (directory / "run.json").exists():
         _check_same(read_card(directory / "run.json"), own, directory)
-    elif left := [name for name in (*STAGES, "result.json") if (directory / name).exists()]:
-        raise ConfigError(
-            f"run={directory.name}: {directory} has {left[0]} but no run.json to identify its recipe; restore it, or "
-            f"resume=false to set that run aside"
-        )
     elif accelerator.is_main_process:
         write_text(directory / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.structured(run.recipe)))
         write_json(directory / "run.json", own)
@@ -146,17 +140,12 @@ def _check_same(stored: dict[str, Any], own: dict[str, Any], directory: Path) ->
         )
 
 
-def check_finished(run: Run, stage: str, advise: Callable[[str, Path], str] = advice) -> str:
-    """The sha256 of a trained stage's last weights, once all its files are seen to be whole and its own.
-
-    Raises CheckpointError, ending in what `advise` says of the stage and its directory.
-    """
-    sha256 = ""
-    for which in reversed(WEIGHTS):  # both are scored when everything is trained, which may be days later
+def check_finished(run: Run, stage: str) -> None:
+    """Raise CheckpointError unless all files of a trained stage are whole and its own."""
+    for which in WEIGHTS:  # both are scored when everything is trained, which may be days later
         path = run.weights(stage, which)
         assert path is not None
-        sha256 = finished(path, advise(stage, path.parent), run.owner(stage))["files"][path.name]["sha256"]
-    return sha256
+        finished(path, advice(stage, path.parent), run.owner(stage))
 
 
 def alone_on_teacher(run: Run) -> AbstractContextManager[bool]:

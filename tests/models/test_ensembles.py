@@ -45,7 +45,7 @@ def part(weights, prefix):
 @torch.no_grad()
 def simkd_by_hand(weights, images):
     """Student, projector and the teacher's classifier, from the names in the file."""
-    network = build("cnn_tiny", num_classes=10, input_shape=(1, 4, 4), role="student")
+    network = build("cnn_tiny", num_classes=10, input_shape=(1, 4, 4), section="student.")
     network.load_state_dict(part(weights, "student.model."))
     x = network.eval().forward_features(images)
     for i in (0, 3, 6):

@@ -32,16 +32,22 @@ def test_paired_difference_has_the_standard_error_of_a_paired_test():
 
 
 @pytest.mark.parametrize(
-    ("top1", "error", "words"),
-    [(0.05, 0.02, "helped"), (-0.05, 0.02, "hurt"), (0.03, 0.02, "made no difference beyond chance")],
+    ("top1", "error", "images", "updates", "tone", "words"),
+    [
+        (0.05, 0.02, 100, 100, 1, "distillation helped"),
+        (-0.05, 0.02, 100, 100, -1, "distillation hurt"),
+        (0.03, 0.02, 100, 100, 0, "distillation made no difference beyond chance"),
+        (0.05, 0.02, 29, 100, 0, "distillation cannot be judged from 29 test images"),
+        (0.05, 0.02, 100, 5, 0, "distillation cannot be judged from 5 updates"),
+    ],
 )
-def test_only_a_difference_of_two_standard_errors_counts(top1, error, words):
-    result = {"difference": {"last": {"test": {"top1": top1, "standard_error": error, "n": 100}}}}
-    said = verdict(result)
-    assert said.endswith(f"\ndistillation {words}")
-    assert f"{100 * top1:+.2f} ± {100 * error:.2f} points" in said
-    assert "100 images, one seed" in said
+def test_only_a_difference_of_two_standard_errors_counts(top1, error, images, updates, tone, words):
+    test = {"top1": top1, "standard_error": error, "n": images}
+    said = verdict({"difference": {"last": {"test": test}}, "student": {"updates": updates}})
+    assert said[::2] == (tone, words)
+    assert f"{100 * top1:+.2f} ± {100 * error:.2f} points" in said[1]
+    assert f"{images} images, one seed" in said[1]
 
 
 def test_without_a_control_nothing_is_claimed():
-    assert "nothing says whether distillation helped" in verdict({})
+    assert "nothing says whether distillation helped" in verdict({})[2]

@@ -1,7 +1,6 @@
 """Run directories: another run's is refused, nothing is lost, and a finished run is only read."""
 
 import json
-import os
 import shutil
 
 import pytest
@@ -44,14 +43,6 @@ def test_another_recipe_is_refused_and_an_earlier_run_is_kept_aside(one_run, kd_
     assert files(one_run.with_name("one.old-1")) == earlier
 
 
-def test_a_directory_without_run_json_is_not_continued(kd_train, tmp_path):
-    (tmp_path / "runs/smoke/one/control").mkdir(parents=True)
-    done = kd_train(*RUN)
-    assert "run=one: runs/smoke/one has control but no run.json to identify its recipe; restore it" in done.err
-    assert done.code == 2
-    assert files(tmp_path) == {}
-
-
 def test_another_teacher_under_the_same_path_is_another_run(one_run, kd_train, tmp_path):
     (teacher,) = (tmp_path / "runs/teachers").glob("mlp*")
     weights = load_file(teacher / "last.safetensors")
@@ -63,29 +54,28 @@ def test_another_teacher_under_the_same_path_is_another_run(one_run, kd_train, t
     assert "run=two holds another recipe (teacher_checkpoint_hash=" in done.err
 
 
-def test_an_output_that_cannot_be_a_directory_is_refused_before_anything_is_made(kd_train, tmp_path):
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("output=file", "file/smoke: Not a directory"),
+        ("name=a/b", "must be a plain directory name"),
+        ("name=teachers", "choose another name"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused_before_anything_is_made(kd_train, tmp_path, word, said):
     (tmp_path / "file").write_text("")
-    for output in ("file", "file/inner"):
-        done = kd_train(*RUN, f"output={output}")
-        said = f"error: output={output}: must be a directory that exists or can be made (file is not one)\n"
-        assert (done.code, done.err) == (2, said)
-    for word, said in {"name=a/b": "must be a plain directory name", "name=teachers": "choose another name"}.items():
-        assert said in kd_train(*RUN, word).err
+    done = kd_train(*RUN, word)
+    assert (done.code, done.err.count("\n"), said in done.err) == (2, 1, True)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_finished_run_is_read_where_nothing_can_be_written(one_run, kd_train, tmp_path, monkeypatch):
+def test_a_finished_run_is_only_read(one_run, kd_train, tmp_path):
     before = files(tmp_path)
-    monkeypatch.setattr(os, "access", lambda *_: False)
     done = kd_train(*RUN)
     assert done.out.splitlines()[-1] == "runs/smoke/one/result.json"
     assert "epoch" not in done.out
     assert evaluate.main(["run=runs/smoke/one"]) == 0
     assert files(tmp_path) == before
-    shutil.rmtree(one_run)
-    done = kd_train(*RUN)
-    said = "error: output=runs: must be a directory that exists or can be made (runs: Permission denied)\n"
-    assert (done.code, done.err) == (2, said)
 
 
 def test_one_teacher_serves_all_recipes_and_finished_stages_are_skipped(one_run, kd_train, tmp_path):
