@@ -58,17 +58,26 @@ def recipe_files(folder: str = "") -> dict[str, Path]:
 
 
 def read_recipe(path: Path, schema: type = Recipe) -> dict[str, Any]:
-    """The values of a recipe file, each of its setting's type, beside `defaults`, which names its data set.
+    """The values of a recipe file, which are settings, beside `defaults`, which names its data set.
 
-    Raises ConfigError. Hydra would run code that a `hydra` section names, and load any file that `defaults` name.
+    Raises ConfigError, which names the file. Hydra would run code that a `hydra` section names, and load any file that
+    `defaults` name.
     """
     values = load(path)
     try:
         _data_set(values)
-        types.check({key: value for key, value in values.items() if key != "defaults"}, schema)
+        _check({key: value for key, value in values.items() if key != "defaults"}, schema)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return values
+
+
+@one_line()
+def _check(values: Mapping[str, Any], schema: type) -> None:
+    """Raise ConfigError for a value whose setting does not exist or is of another type."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.merge(_structured(schema), values)
 
 
 def _data_set(recipe: Mapping[str, Any]) -> str:

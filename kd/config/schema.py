@@ -50,7 +50,7 @@ def _in_range(value: Any, metadata: Any) -> bool:
     if metadata["among"]:
         return value in metadata["among"]
     bounds = [(compare, metadata[key]) for key, (_, compare) in BOUNDS.items() if metadata[key] is not None]
-    return not bounds or (math.isfinite(value) and all(compare(value, bound) for compare, bound in bounds))
+    return not bounds or (abs(value) < math.inf and all(compare(value, bound) for compare, bound in bounds))
 
 
 class Checked:

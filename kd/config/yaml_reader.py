@@ -1,7 +1,7 @@
 """The one reader of YAML, for recipe files and for values on the command line.
 
 YAML 1.1 reads `no` as false, `010` as eight and `1e-3` as text, and keeps the last of two equal keys in silence. Here
-only true and false are truth values, numbers are decimal, and a key that is given twice is an error. No code runs from
+`no` is text, numbers are decimal, and a key that is given twice is an error. No code runs from
 a file: PyYAML's safe loader refuses tags that name Python objects, and `_target_` and OmegaConf's resolvers are refused
 here. Nothing here imports torch.
 """

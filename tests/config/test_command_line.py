@@ -109,9 +109,10 @@ def test_a_recipe_of_ones_own_needs_no_edit_in_kd(monkeypatch, tmp_path):
 WRONG = {
     "seed": "seed: cannot be read; settings are typed key=value",
     "--nosuchflag": "--nosuchflag: no such option",
-    "seed=": "seed=: must be a whole number",
+    "seed=": "seed: Value '' of type 'str' could not be converted to Integer",
     "seed=1,2": "seed=1,2: is several values; add -m",
-    "train.compile=no": "train.compile=no: must be true or false",
+    "train.compile=maybe": "train.compile: Value 'maybe' is not a valid bool",
+    "train.log_every=1" + 400 * "0" + "e9": "train.log_every: Value 'inf'",
     "loss.temperature=0": "loss.temperature=0.0: must be ≥ 0.001 and ≤ 1000 (divides",
     "loss.temperature=1e999": "loss.temperature=inf: must be ≥ 0.001",
     "teacher.label_smoothing=1": "teacher.label_smoothing=1.0: must be ≥ 0 and < 1",
@@ -120,7 +121,7 @@ WRONG = {
     "lr=0.1": "lr: no such setting; did you mean optimizer.lr?",
     "epochs=3": "epochs: no such setting; did you mean teacher.epochs or student.epochs?",
     "teacher=resnet50": "teacher: is a group of settings; type for example teacher.model=",
-    "student.layers=[[a]]": "student.layers=[['a']]: must be a list of names",
+    "student.layers=a": "student.layers: Invalid value assigned: str is not a",
     "scheduler.milestones=[60,30]": "scheduler.milestones=[60, 30]: must be rising epochs ≥ 1",
     "scheduler.milestones=[30": "scheduler.milestones=[30: cannot be read",
     "teacher.model_kwargs={a:1}": "a:1 needs a space after the colon",
@@ -161,7 +162,7 @@ PREPARED = {
     "student.model=resnet19": "student.model=resnet19",
     "optimizer.name=adamww": "optimizer.name=adamww",
     "recipe=studies/mnist1d_grid": "is a study; type python -m kd.study",
-    "-m seed=0,x": "seed=x: must be a whole number",
+    "-m seed=0,x": "seed: Value 'x' of type 'str' could not be",
 }
 
 
