@@ -7,7 +7,7 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,23 @@ DASHES = ((0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 NO_DATES = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # metadata that differs, or says nothing
 
 
-def draw(width: float, height: float, fill: Callable[[Figure], None]) -> str:
-    """One `svg` element of so many inches, in the page's style.
+# A decorator: the page's style while a figure is made.
+in_style = matplotlib.rc_context(fname=STYLE)
+
+
+def svg(figure: Figure, legend: Mapping[str, Any] | None = None) -> str:
+    """One `svg` element, with a legend of several entries beside few columns of plots, or above many.
 
     matplotlib escapes every text that it writes. What stands before the element, an XML declaration and a document
     type, has no place inside a page.
     """
+    if legend and len(legend) > 1:
+        few = figure.axes[0].get_gridspec().ncols < 3
+        place = "outside right upper" if few else "outside upper left"
+        figure.legend(legend.values(), legend.keys(), loc=place, ncols=1 if few else 4)
     file = io.StringIO()
-    with matplotlib.rc_context(fname=STYLE), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the reader's fonts have it
-        figure = Figure(figsize=(width, height), layout="constrained")
-        fill(figure)
         figure.savefig(file, format="svg", bbox_inches="tight", pad_inches=0.05, metadata=NO_DATES)
     text = file.getvalue()
     text = re.sub(r' id="(figure|axes|patch|text|line2d|matplotlib\.axis|legend|\w*Collection)_\d+"', "", text)
@@ -49,24 +55,20 @@ def draw(width: float, height: float, fill: Callable[[Figure], None]) -> str:
     return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text[text.index("<svg") :])
 
 
-def grid(
-    number: int, fill: Callable[[Sequence[Axes], int], Mapping[str, Any]], columns: int = COLUMNS, share: bool = False
-) -> str:
-    """Several plots in rows. `fill` draws them, told how many characters of a title fit, and returns the legend."""
-    columns = min(number, columns)
-    rows = math.ceil(number / columns)
+def grid(titles: Sequence[str], columns: int = COLUMNS, share: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure with one plot for each title, in rows."""
+    columns = min(len(titles), columns)
+    rows = math.ceil(len(titles) / columns)
     width = min(4.8, WIDTH / columns)
-
-    def whole(figure: Figure) -> None:
-        axes = figure.subplots(rows, columns, sharey=share, squeeze=False).ravel().tolist()
-        for spare in axes[number:]:
-            spare.set_visible(False)
-        legend = fill(axes[:number], int(11 * width))
-        if len(legend) > 1:
-            beside = "outside right upper" if columns < 3 else "outside upper left"
-            figure.legend(legend.values(), legend.keys(), loc=beside, ncols=1 if columns < 3 else 4)
-
-    return draw(width * columns + (2 if columns < 3 else 0), max(2.3, 0.6 * width) * rows + 0.4, whole)
+    legend = 2 if columns < 3 else 0
+    size = width * columns + legend, max(2.3, 0.6 * width) * rows + 0.4
+    figure = Figure(size, layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=share, squeeze=False).ravel().tolist()
+    for spare in axes[len(titles) :]:
+        spare.set_visible(False)
+    for ax, title in zip(axes, titles, strict=False):
+        ax.set_title(textwrap.fill(title, int(11 * width)))
+    return figure, axes[: len(titles)]
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Panel:
     ylabel: str = ""
 
 
+@in_style
 def lines(
     panels: Sequence[Panel],
     xlabel: str,
@@ -94,112 +97,94 @@ def lines(
     """
     names = list(dict.fromkeys(name for panel in panels for name in panel.values["line"]))
     kinds = list(dict.fromkeys(kind for panel in panels for kind in panel.controls))
-    colours = dict(zip(names, _colours(len(names), ordered), strict=True))
-
-    def fill(axes: Sequence[Axes], fits: int) -> Mapping[str, Any]:
-        legend: dict[str, Any] = {}
-        for ax, panel in zip(axes, panels, strict=True):
-            for i, name in enumerate(names):
-                own = panel.values[panel.values["line"] == name].groupby("x")["value"].agg(["mean", "std"])
-                style = {"color": colours[name], "marker": MARKERS[i % len(MARKERS)], "mec": PAGE, "mew": 0.7}
-                if ticks is None:
-                    (line,) = ax.plot(own.index, own["mean"], ".-" if len(own) < 50 else "-", color=colours[name])
-                else:
-                    beside = 0.12 * (i - (len(names) - 1) / 2) / max(1, len(names) - 1)
-                    line = ax.errorbar(own.index + beside, own["mean"], own["std"].fillna(0), elinewidth=1, **style)
-                if len(own):
-                    legend.setdefault(name, line)
-            for kind, height in panel.controls.items():
-                dashes = DASHES[kinds.index(kind) % len(DASHES)]
-                legend.setdefault(kind, ax.axhline(height, color=INK, ls=dashes, lw=1.2))
-            ax.set(xlabel=xlabel, ylabel=panel.ylabel, title=textwrap.fill(panel.title, fits))
-            if ticks is not None:
-                long = max(map(len, ticks)) * len(ticks) > 40
-                ax.set_xticks(range(len(ticks)), ticks, rotation=45 if long else 0, ha="right" if long else "center")
-                ax.margins(x=0.08)
-        return legend
-
-    return grid(len(panels), fill, columns, share)
-
-
-def _colours(number: int, ordered: bool) -> list[str]:
-    if ordered and number > 1:
-        ramp = matplotlib.colormaps["plasma"]
-        return [matplotlib.colors.to_hex(ramp(0.85 * i / (number - 1))) for i in range(number)]
-    with matplotlib.rc_context(fname=STYLE):
-        cycle = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
-    return [cycle[i % len(cycle)] for i in range(number)]
+    places = np.linspace(-1, 1, len(names)) if len(names) > 1 else np.zeros(1)
+    colours = [f"C{i}" for i in range(len(names))]
+    if ordered and len(names) > 1:
+        colours = [matplotlib.colors.to_hex(colour) for colour in matplotlib.colormaps["plasma"](0.425 * (1 + places))]
+    figure, axes = grid([panel.title for panel in panels], columns, share)
+    legend: dict[str, Any] = {}
+    for ax, panel in zip(axes, panels, strict=True):
+        for i, name in enumerate(names):
+            own = panel.values[panel.values["line"] == name].groupby("x")["value"].agg(["mean", "std"])
+            if own.empty:
+                continue
+            if ticks is None:
+                (line,) = ax.plot(own.index, own["mean"], ".-" if len(own) < 50 else "-", color=colours[i])
+            else:
+                style = {"color": colours[i], "marker": MARKERS[i % len(MARKERS)], "mec": PAGE, "mew": 0.7}
+                beside = own.index + 0.06 * places[i]
+                line = ax.errorbar(beside, own["mean"], own["std"].fillna(0), elinewidth=1, **style)
+            legend.setdefault(name, line)
+        for kind, height in panel.controls.items():
+            dashes = DASHES[kinds.index(kind) % len(DASHES)]
+            legend.setdefault(kind, ax.axhline(height, color=INK, ls=dashes, lw=1.2))
+        ax.set(xlabel=xlabel, ylabel=panel.ylabel)
+        if ticks is not None:
+            long = max(map(len, ticks)) * len(ticks) > 40
+            ax.set_xticks(range(len(ticks)), ticks, rotation=45 if long else 0, ha="right" if long else "center")
+            ax.margins(x=0.08)
+    return svg(figure, legend)
 
 
+@in_style
 def forest(effects: Sequence[Effect]) -> str:
     """Differences one above another: dots are seeds, diamonds means. All shares have one axis in common."""
-    units = [effect.column if fmt.scale(effect.column) == 1 else "" for effect in effects]
-    groups = [[e for e, own in zip(effects, units, strict=True) if own == unit] for unit in dict.fromkeys(units)]
-    heights = [0.55 * len(group) + 0.35 for group in groups]
-
-    def fill(figure: Figure) -> None:
-        axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights).ravel()
-        for ax, group in zip(axes, groups, strict=True):
-            for place, effect in enumerate(group):
-                _effect(ax, place, effect)
-            columns = {effect.column for effect in group}
-            name = f"difference of {fmt.metric(group[0].column).label}" if len(columns) == 1 else "difference"
-            ax.axvline(0, color=INK, lw=1)
-            ax.set(
-                ylim=(len(group) - 0.4, -0.6), xlabel=f"{name}{', points' if fmt.scale(group[0].column) > 1 else ''}"
-            )
-            ax.set_yticks(range(len(group)), [textwrap.fill(effect.name, 40) for effect in group], color=INK)
-            ax.grid(True, axis="x")
-            ax.grid(False, axis="y")
-            ax.tick_params(axis="y", length=0)
-            ax.spines["left"].set_visible(False)
-
-    return draw(9.2, sum(heights) + 0.55 * len(groups), fill)
-
-
-def _effect(ax: Axes, place: int, effect: Effect) -> None:
-    scale, colour, pair = fmt.scale(effect.column), TONES[effect.verdict.tone], effect.pair
-    if pair.interval:
-        ends = np.multiply(scale, pair.interval)
-        ax.plot(ends, [place] * 2, color=colour, lw=6, alpha=0.35, solid_capstyle="butt")
-    dots = scale * pair.differences
-    ax.plot(dots, [place + 0.24] * len(dots), ls="", marker="o", ms=3.6, color=MUTED, mew=0)
-    ax.plot(scale * pair.mean, place, marker="D", ms=6.5, color=colour, mec=PAGE, mew=0.8)
+    groups: dict[str, list[Effect]] = {}
+    for effect in effects:
+        groups.setdefault("shares" if fmt.metric(effect.column).percent else effect.column, []).append(effect)
+    heights = [0.55 * len(group) + 0.35 for group in groups.values()]
+    figure = Figure((9.2, sum(heights) + 0.55 * len(groups)), layout="constrained")
+    axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights).ravel()
+    for ax, group in zip(axes, groups.values(), strict=True):
+        scale, columns = fmt.scale(group[0].column), {effect.column for effect in group}
+        for place, (_, _, pair, shown) in enumerate(group):
+            colour = TONES[shown.tone]
+            if pair.interval:
+                ends = np.multiply(scale, pair.interval)
+                ax.plot(ends, [place] * 2, color=colour, lw=6, alpha=0.35, solid_capstyle="butt")
+            dots = scale * pair.differences
+            ax.plot(dots, [place + 0.24] * len(dots), ls="", marker="o", ms=3.6, color=MUTED, mew=0)
+            ax.plot(scale * pair.mean, place, marker="D", ms=6.5, color=colour, mec=PAGE, mew=0.8)
+        name = f"difference of {fmt.metric(group[0].column).label}" if len(columns) == 1 else "difference"
+        ax.axvline(0, color=INK, lw=1)
+        ax.set(ylim=(len(group) - 0.4, -0.6), xlabel=f"{name}{', points' if scale > 1 else ''}")
+        ax.set_yticks(range(len(group)), [textwrap.fill(effect.name, 40) for effect in group], color=INK)
+        ax.grid(True, axis="x")
+        ax.grid(False, axis="y")
+        ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
+    return svg(figure)
 
 
+@in_style
 def reliability(panels: Mapping[str, Mapping[str, Sequence] | DataFrame]) -> str:
     """Reliability diagrams by title; below the diagonal a network is overconfident.
 
     A panel has the columns count, confidence and accuracy of `kd.metrics.reliability_bins`, of one network or several.
     """
-
-    def fill(axes: Sequence[Axes], fits: int) -> Mapping[str, Any]:
-        for ax, (title, bins) in zip(axes, panels.items(), strict=True):
-            count, confidence, accuracy = (np.array(bins[key], float) for key in ("count", "confidence", "accuracy"))
-            share, full = count / max(1, count.sum()), count > 0
-            ax.bar((np.arange(len(share)) + 0.5) / len(share), share, width=0.9 / len(share), color=NULL, alpha=0.35)
-            ax.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=DASHES[0])
-            ax.plot(confidence[full], accuracy[full], marker="o", ms=4, mec=PAGE, mew=0.6)
-            ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", title=textwrap.fill(title, fits), aspect="equal")
-        axes[0].set_ylabel("accuracy; share of samples")
-        return {}
-
-    return grid(len(panels), fill, columns=5 if len(panels) > 3 else 3, share=True)
+    figure, axes = grid(list(panels), columns=5 if len(panels) > 3 else 3, share=True)
+    for ax, bins in zip(axes, panels.values(), strict=True):
+        count, confidence, accuracy = (np.array(bins[key], float) for key in ("count", "confidence", "accuracy"))
+        share, full = count / max(1, count.sum()), count > 0
+        ax.bar((np.arange(len(share)) + 0.5) / len(share), share, width=0.9 / len(share), color=NULL, alpha=0.35)
+        ax.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=DASHES[0])
+        ax.plot(confidence[full], accuracy[full], marker="o", ms=4, mec=PAGE, mew=0.6)
+        ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", aspect="equal")
+    axes[0].set_ylabel("accuracy; share of samples")
+    return svg(figure)
 
 
+@in_style
 def scatter(panels: Mapping[str, tuple[np.ndarray, np.ndarray]], names: Mapping[int, str], columns: int) -> str:
     """Points (N, 2) of a plane with their classes (N,), by title; `names` are the classes'."""
-
-    def fill(axes: Sequence[Axes], fits: int) -> Mapping[str, Any]:
-        legend: dict[str, Any] = {}
-        for ax, (title, (points, classes)) in zip(axes, panels.items(), strict=True):
-            for i, (which, name) in enumerate(names.items()):
-                own = points[classes == which]
-                style = {"marker": MARKERS[i], "ls": "", "ms": 2.8, "mew": 0, "alpha": 0.6}
-                (legend[f"class {name}"],) = ax.plot(own[:, 0], own[:, 1], **style)
-            ax.set(title=textwrap.fill(title, fits), xticks=[], yticks=[])
-            ax.set_aspect("equal", adjustable="datalim")
-            ax.spines[:].set_visible(True)
-        return legend
-
-    return grid(len(panels), fill, columns)
+    figure, axes = grid(list(panels), columns)
+    legend: dict[str, Any] = {}
+    for ax, (points, classes) in zip(axes, panels.values(), strict=True):
+        for i, (which, name) in enumerate(names.items()):
+            own = points[classes == which]
+            style = {"marker": MARKERS[i], "ls": "", "ms": 2.8, "mew": 0, "alpha": 0.6}
+            (legend[f"class {name}"],) = ax.plot(own[:, 0], own[:, 1], **style)
+        ax.set(xticks=[], yticks=[])
+        ax.set_aspect("equal", adjustable="datalim")
+        ax.spines[:].set_visible(True)
+    return svg(figure, legend)
