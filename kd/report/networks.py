@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,37 +24,29 @@ CALIBRATED = ("test.ece", "test.ece_scaled", "val.post_hoc_temperature", "test.n
 KNOWLEDGE = ("test.nt_kl", "test.nt_cosine", "test.class_similarity_correlation", "test.transfer_efficiency")
 KNOWLEDGE += ("test.agreement", "test.predictive_kl", "train.mutual_information", "train.gamma")
 KNOWLEDGE += ("test.class_separation", "test.within_total_variance", "train.shen_instability", "train.cmi")
-Places = Mapping[str, int]  # a place on each of some axes
 
 
-def at(frame: DataFrame, places: Places) -> DataFrame:
-    """The networks at these places."""
-    return frame[(frame[list(places)] == Series(places, dtype=float)).all(axis=1)] if places else frame
+def alike(networks: DataFrame, row: Series, axes: list[str]) -> DataFrame:
+    """The networks that have a row's values on some axes."""
+    return networks[(networks[axes] == row[axes]).all(axis=1)]
 
 
-def combinations(study: Study, axes: Iterable[str]) -> list[Places]:
-    """All combinations of the places of some axes."""
-    axes = list(axes)
-    ranges = (range(len(study.axes[axis])) for axis in axes)
-    return [dict(zip(axes, places, strict=True)) for places in itertools.product(*ranges)]
-
-
-def panel(study: Study, frame: DataFrame, column: str, title: str, x: str, line: Iterable[str]) -> Panel:
+def panel(study: Study, networks: DataFrame, column: str, title: str, x: str, line: list[str]) -> Panel:
     """A metric of some networks along axis x, one line for each combination of the axes `line`."""
-    known = frame.dropna(subset=[column])
-    labels = [study.names({axis: row[axis] for axis in line}) or "all" for _, row in known.iterrows()]
+    known = networks.dropna(subset=[column])
+    labels = [study.names(dict(row[line])) or "all" for _, row in known.iterrows()]
     values = {"x": known[x].astype(int), "line": labels, "value": fmt.scale(column) * known[column]}
     return Panel(title, DataFrame(values))
 
 
-def of_students(study: Study, column: str, title: str, places: Places) -> Panel:
-    """A metric of the students at these places, with the means of controls that do not vary within the plot."""
+def of_students(study: Study, networks: DataFrame, column: str, title: str) -> Panel:
+    """A metric of some students, with the means of controls that do not vary within the plot."""
     x, line, _ = study.facets
     assert x
-    made = panel(study, at(study.students, places), column, title, x, [line] if line else [])
+    made = panel(study, networks, column, title, x, [line] if line else [])
     varying = [axis for axis in study.varying if study.controls[axis].notna().any()]
-    if has(study.controls, column) and not {x, line} & set(varying):
-        own = at(study.controls, {axis: places[axis] for axis in varying})
+    if column in study.controls and not {x, line} & set(varying):
+        own = alike(study.controls, networks.iloc[0], varying)
         means = fmt.scale(column) * own.groupby("control", sort=False)[column].mean().dropna()
         made.controls = {f"control: {fmt.control(str(kind))}": mean for kind, mean in means.items()}
     return made
@@ -76,8 +68,7 @@ def students(study: Study) -> Section:
 def _against(study: Study, column: str) -> Figure:
     x, line, rest = study.facets
     assert x
-    places = combinations(study, rest)[:MOST]
-    panels = [of_students(study, column, study.names(own), own) for own in places]
+    panels = [of_students(study, own, column, title) for title, own in study.groups(study.students, rest)[:MOST]]
     panels[0].ylabel = fmt.with_unit(column)
     # Other teachers are mostly other data, whose accuracies have little to do with each other.
     share = not set(rest) & set(study.teacher_axes)
@@ -94,12 +85,12 @@ def _interaction(study: Study, column: str) -> Table:
     base = study.axes[x].index(0) if study.ordered(x) and 0 in study.axes[x] else 0
     others = [place for place in range(len(study.axes[x])) if place != base]
     rows = []
-    for own in combinations(study, [*rest, line] if line else rest):
-        values = at(study.students, own).pivot(index="seed", columns=x, values=column)
+    for title, own in study.groups(study.students, [*rest, line] if line else rest):
+        values = own.pivot(index="seed", columns=x, values=column)
         pairs = [values.reindex(columns=[base, other]).dropna() for other in others]
         cells = [paired(both[other] - both[base]) for both, other in zip(pairs, others, strict=True)]
         texts = [f"{fmt.difference(c.mean, column)} {fmt.interval(c.interval, column)}" for c in cells]
-        rows.append([study.names(own) or "students", *(text.removesuffix(f" {fmt.NOTHING}") for text in texts)])
+        rows.append([title or "students", *(text.removesuffix(f" {fmt.NOTHING}") for text in texts)])
     title = f"{fmt.metric(column).label}: difference to {study.names({x: base})}"
     header = ["", *(study.names({x: place}) for place in others)]
     return Table(title, DataFrame(rows, columns=header), fmt.note("interaction"))
@@ -108,22 +99,22 @@ def _interaction(study: Study, column: str) -> Table:
 # ---- several metrics of one kind of network
 
 
-def student_metrics(study: Study, columns: Iterable[str], heading: str) -> list[Figure]:
+def student_metrics(study: Study, columns: Sequence[str], heading: str) -> list[Figure]:
     """Small plots of several metrics; axes that are neither x nor lines are at the values of the first contrast."""
     x, line, rest = study.facets
     known = [column for column in columns if has(study.students, column)]
     if not x or not known:
         return []
     points = [point for contrast in study.card["contrasts"] for point in contrast["a"]["points"][:1]]
-    cells = study.students[study.students["point"].isin(points)]
-    own = {axis: int(cells[axis].iloc[0]) if len(cells) else 0 for axis in rest}
-    panels = [of_students(study, column, fmt.with_unit(column), own) for column in known]
+    row = study.students.iloc[study.students["point"].isin(points).argmax()]  # the first of all without contrasts
+    own = alike(study.students, row, rest)
+    panels = [of_students(study, own, column, fmt.with_unit(column)) for column in known]
     svg = figures.lines(panels, fmt.axis(x), study.ticks(x), line is None or study.ordered(line))
-    where = f" at {study.names(own)}" if own else ""
+    where = f" at {study.names(dict(row[rest]))}" if rest else ""
     return [Figure.named("students", svg, heading=heading, where=where, remarks=fmt.remarks(known))]
 
 
-def teacher_metrics(study: Study, columns: Iterable[str], heading: str) -> list[Figure]:
+def teacher_metrics(study: Study, columns: Sequence[str], heading: str) -> list[Figure]:
     """Small plots of several metrics along the first of the teachers' axes, lines for the others' combinations."""
     known = [column for column in columns if has(study.teachers, column)]
     if not study.teacher_axes or not known:
@@ -136,11 +127,11 @@ def teacher_metrics(study: Study, columns: Iterable[str], heading: str) -> list[
 
 def details(study: Study, name: str) -> dict[str, list[Any]]:
     """One entry of the points' `detail` for all teachers that have it, by the values of their axes in words."""
-    entries = {
-        title: [entry for point in own["point"] if (entry := study.points[point]["detail"].get(name)) is not None]
-        for title, own in study.teacher_groups.items()
-    }
-    return {title: known for title, known in itertools.islice(entries.items(), MOST) if known}
+    entries = {}
+    for title, own in study.groups(study.teachers, study.teacher_axes)[:MOST]:
+        known = [study.points[point]["detail"].get(name) for point in own["point"]]
+        entries[title or "teachers"] = [entry for entry in known if entry is not None]
+    return {title: known for title, known in entries.items() if known}
 
 
 # ---- the other sections
@@ -202,9 +193,9 @@ def probe(study: Study) -> Section:
     if not splits:
         return made
     rows = []
-    for title, own in study.teacher_groups.items():
+    for title, own in study.groups(study.teachers, study.teacher_axes):
         truth = Series([study.points[point]["settings"].get(EPS, 0.0) for point in own["point"]], own.index)
-        row = {"teacher": title, "trained with": ", ".join(f"{eps:g}" for eps in sorted(set(truth)))}
+        row = {"teacher": title or "teachers", "trained with": ", ".join(f"{eps:g}" for eps in sorted(set(truth)))}
         row |= {f"{split}, estimate": fmt.spread(own[f"{split}.smoothing_estimate"], "") for split in splits}
         for split in splits:
             low, high = own[f"{split}.smoothing_low"], own[f"{split}.smoothing_high"]
@@ -230,12 +221,11 @@ def _estimates(study: Study, splits: list[str]) -> Figure:
     """Estimate against truth, a plot for each combination of the other axes of teachers."""
     truth = DataFrame({"x": range(len(study.axes[EPS])), "line": "truth", "value": study.axes[EPS]})
     panels = []
-    for own in combinations(study, [axis for axis in study.teacher_axes if axis != EPS])[:MOST]:
-        seen = at(study.teachers, own)
+    for title, seen in study.groups(study.teachers, [axis for axis in study.teacher_axes if axis != EPS])[:MOST]:
         estimates = [
             DataFrame({"x": seen[EPS], "line": split, "value": seen[f"{split}.smoothing_estimate"]}) for split in splits
         ]
-        panels.append(Panel(study.names(own), pd.concat([*estimates, truth]), ylabel="estimate"))
+        panels.append(Panel(title, pd.concat([*estimates, truth]), ylabel="estimate"))
     svg = figures.lines(panels, fmt.axis(EPS), study.ticks(EPS), ordered=False, columns=2, share=True)
     return Figure.named("probe", svg)
 

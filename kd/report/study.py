@@ -53,26 +53,24 @@ class Study:
         self.seeds: list[int] = self.card["seeds"]
         self.students = self._placed(self.card["cells"])
         self.controls = self._placed(self.card["controls"])
-        teachers = [i for i, point in self.points.items() if point["role"] == "teacher"]
-        known = {axis: [self._of_teacher(point, axis) for point in teachers] for axis in self.varying}
-        places = {axis: [self._place(axis, value) for value in values] for axis, values in known.items()}
-        self.teacher_axes = [axis for axis, column in places.items() if column and None not in column]
-        cells = [
-            {"axes": {axis: known[axis][n] for axis in self.teacher_axes}, "seed": self.points[point]["seed"]}
-            | {"point": point}
-            for n, point in enumerate(teachers)
+        teachers = [
+            {"axes": {axis: self._of_teacher(i, axis) for axis in self.varying}, "point": i, "seed": point["seed"]}
+            for i, point in self.points.items()
+            if point["role"] == "teacher"
         ]
-        self.teachers = self._placed(cells).sort_values([*self.teacher_axes, "seed"])
+        placed = self._placed(teachers)
+        self.teacher_axes = [axis for axis in self.varying if teachers and placed[axis].notna().all()]
+        self.teachers = placed.sort_values([*self.teacher_axes, "seed"])
 
     def _placed(self, cells: Sequence[Mapping[str, Any]]) -> DataFrame:
         """A row for each cell: the places of its values, its seed and its control, and its point's row of the table."""
         rows = [
-            {axis: self._place(axis, cell["axes"][axis]) for axis in self.axes if axis in cell["axes"]}
+            {axis: self._place(axis, value) for axis, value in cell["axes"].items()}
             | {key: cell[key] for key in ("point", "seed", "control") if key in cell}
             for cell in cells
         ]
         columns = [*self.axes, "point", "seed", "control"]
-        own = self.table.drop(columns=[column for column in columns if column in self.table])
+        own = self.table.drop(columns=columns, errors="ignore")
         return DataFrame(rows, columns=columns).join(own, on="point")
 
     def _place(self, axis: str, value: Any) -> int | None:
@@ -81,15 +79,15 @@ class Study:
 
     def _of_teacher(self, point: str, axis: str) -> Any:
         """A teacher's value of an axis; an axis that does not change teachers has none, which is not None."""
-        settings = self.points[point]["settings"]
-        label = self.table.at[point, axis] if axis in self.card["labels"] and axis in self.table else math.nan
-        return settings.get(axis, label)
+        label = self.table.at[point, axis] if axis in self.table else math.nan
+        return self.points[point]["settings"].get(axis, label)
 
-    @cached_property
-    def teacher_groups(self) -> dict[str, DataFrame]:
-        """The teachers of all seeds by the values on their axes, in words."""
-        titles = [self.names({axis: row[axis] for axis in self.teacher_axes}) for _, row in self.teachers.iterrows()]
-        return {str(title) or "teachers": own for title, own in self.teachers.groupby(titles, sort=False)}
+    def groups(self, networks: DataFrame, axes: list[str]) -> list[tuple[str, DataFrame]]:
+        """The networks of each combination of values of some axes, with these values in words."""
+        if not axes:
+            return [("", networks)]
+        grouped = networks.groupby(axes)
+        return [(self.names(dict(zip(axes, places, strict=True))), own) for places, own in grouped]
 
     def names(self, places: Mapping[str, int]) -> str:
         """The values at these places in words."""
