@@ -42,7 +42,8 @@ def svg(figure: Figure, legend: Mapping[str, Any] | None = None) -> str:
     type, has no place inside a page.
     """
     if legend and len(legend) > 1:
-        few = figure.axes[0].get_gridspec().ncols < 3
+        plots = figure.axes[0].get_gridspec()
+        few = plots is not None and plots.ncols < 3
         place = "outside right upper" if few else "outside upper left"
         figure.legend(legend.values(), legend.keys(), loc=place, ncols=1 if few else 4)
     file = io.StringIO()
