@@ -1,11 +1,11 @@
 """usage: python -m kd.probe data=NAME model=NAME [checkpoint=PATH] [split=SPLIT] [data.KEY=VALUE ...]
 
-Estimates the smoothing mass of the targets that a classifier was trained with, from its logits on up to 2,000 images,
-with the range that the middle half of them gives, and says what speaks against the estimate.
+Estimates the label-smoothing mass that a classifier was trained with, from its logits on up to 2,000 images. Prints
+the estimate, the range that the middle half of the images gives, and any reasons to doubt it.
 
-  data=NAME        a data set of kd.train, whose classes are the classifier's; data.root=PATH and other settings of it
-  model=NAME       a network of timm or kd, with timm's weights unless there is a checkpoint, which may record its model
-  checkpoint=PATH  its weights
+  data=NAME        a data set of kd.train with the classifier's classes; data.root=PATH and other settings may follow
+  model=NAME       a network of timm or kd; not needed if the checkpoint records it
+  checkpoint=PATH  weights file; without it, timm's weights
   split=SPLIT      train (the default, and what the estimate is for), val or test
   teacher.model_kwargs.KEY=VALUE   a further argument of timm.create_model
 

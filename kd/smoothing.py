@@ -41,7 +41,7 @@ def uniform_mass(label_smoothing: float, num_classes: int, smoothing: str) -> fl
 
 
 def from_uniform(uniform_mass: float, num_classes: int, smoothing: str) -> float:
-    """The ``label_smoothing`` that under ``smoothing`` gives the targets of this uniform mass: inverts to_uniform.
+    """The inverse of to_uniform: the ``label_smoothing`` under ``smoothing`` that gives the targets of a uniform mass.
 
     Raises ValueError or TypeError where no ``label_smoothing`` in [0, 1) does.
     """
@@ -91,7 +91,7 @@ def unsmooth(logits: Tensor, label_smoothing: float, smoothing: str = "uniform")
     logits, without gradient. ``label_smoothing=0`` returns the tensor itself.
 
     A network trained with smoothing is not exactly smoothed: some of its q are at most eps/K, where no p > 0 exists.
-    There p is the smallest step of q that the dtype resolves at eps/K: its machine epsilon times ``eps/K / (1 - eps)``.
+    There p is the machine epsilon of the dtype times ``eps/K / (1 - eps)``: what the smallest step of q at eps/K gives.
     Such rows sum to more than 1 until the next softmax. A masked class stays -inf.
 
     Raises ValueError or TypeError for arguments that to_uniform rejects, a uniform mass ≥ 1, which cannot be inverted,
@@ -101,7 +101,7 @@ def unsmooth(logits: Tensor, label_smoothing: float, smoothing: str = "uniform")
     classes = logits.shape[-1]
     mass = to_uniform(label_smoothing, classes, smoothing)
     if mass >= 1:
-        raise ValueError(f"label_smoothing={label_smoothing!r}: is a uniform mass of {mass:g}, to undo it must be < 1")
+        raise ValueError(f"label_smoothing={label_smoothing!r}: as a uniform mass {mass:g}; must be < 1")
     if mass == 0:
         return logits
     log_q = F.log_softmax(logits.detach().to(torch.promote_types(logits.dtype, torch.float32)), -1)

@@ -1,7 +1,7 @@
 """usage: python -m kd.train recipe=NAME [key=value ...]
 
-Trains a teacher, distils a student, trains the same student alone, and compares the two. The same
-command resumes a stopped run from its last checkpoint, and prints the result of a finished one.
+Trains a teacher, distils a student, trains the same student on labels alone, and compares the two.
+The same command resumes a stopped run from its last checkpoint, and prints the result of a finished one.
 
 recipes
 {recipes}
@@ -9,22 +9,22 @@ recipes
 data=NAME, a data set with its usual training schedule (the recipe's own settings override it)
 {data}
 
-loss=NAME or loss=[A,B], a distillation method or several; NAME:imagenet is another of its presets
+loss=NAME or loss=[A,B], one or more distillation methods; loss=NAME:imagenet takes another preset
 {methods}
 
 settings{which}
 {settings}
 
   --cfg job          print the resolved recipe and exit
-  -m key=A,B         train one run after another, one for each value
+  -m key=A,B         train a run for each value, one after another
   --import FILE.py   import a method of your own, from a file or a module
   replay=DIR         train a finished run again and compare weights and scores; with output=DIR,
                      allow_differences=true for other versions, hardware or data
 
 Of a setting that is typed twice the last value counts.
 
-Exit code: 0 finished, or saved after SIGTERM or SIGUSR1; 1 cannot go on, or a replay differs;
-2 a setting or a file is wrong; 130 ctrl-C.
+Exit code: 0 finished, or saved after SIGTERM or SIGUSR1; 1 the run cannot continue, or a
+replay differs; 2 a setting or a file is wrong; 130 after Ctrl-C.
 
 example: python -m kd.train recipe=resnet50_to_18 loss.temperature=2 seed=1
 """

@@ -24,7 +24,7 @@ from kd.text import plain
 
 METADATA = "kd"  # kd's entry in the header of a safetensors file
 _SAFETENSORS = "a readable .safetensors file"
-_PICKLED = "a file of weights, or one that holds code, which kd never runs; save the state_dict as .safetensors"
+_PICKLED = "a file of tensors alone, and kd runs no code from a file; save the state_dict as .safetensors"
 _TENSOR, _ITEMS = "__tensor__", "__items__"
 
 

@@ -96,8 +96,8 @@ def stratified(targets: np.ndarray, size: int, config: DataConfig, class_names: 
     chosen = np.sort(order[np.argsort(share[order], kind="stable")[:size]])
     require(
         size <= len(targets) and len(np.unique(targets[chosen])) == len(class_names),
-        f"data.train_size={size}: must be ≤ {len(targets)}, the training images of {config.name}, and leave at "
-        f"least one of every class",
+        f"data.train_size={size}: must be ≤ {len(targets)}, the training images of {config.name}, and enough for "
+        f"one of every class",
     )
     return chosen
 

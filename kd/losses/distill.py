@@ -13,7 +13,7 @@ from kd.smoothing import check_floating, unsmooth
 
 
 class DistillTerms(NamedTuple):
-    """The loss and its two terms, unweighted and detached for logging; None is a term whose weight is 0."""
+    """The loss, and its two terms unweighted and detached for logging. A term whose weight is 0 is None."""
 
     loss: Tensor
     ce: Tensor | None
@@ -47,8 +47,8 @@ class DistillLoss(DistillSettings):
     ``loss.terms(...)`` returns the loss with both terms unweighted, for logging. A setting may be changed between calls
     (``loss.temperature = 2``); it is checked when it is assigned.
 
-    CE is F.cross_entropy with its smoothing (Szegedy et al. 2016 §7) under "sum" and "none". Its minimum is the entropy
-    of q, so it reaches 0 only without smoothing.
+    Under reduction "sum" and "none" CE equals F.cross_entropy, label smoothing included (Szegedy et al. 2016 §7). Its
+    minimum is the entropy of q, so it reaches 0 only without smoothing.
 
     KD is 0, with a gradient of 0, where both softened distributions are equal. Its gradient is
     ``Ts * (softmax(s / Ts) - softmax(t / T))``: the factor Ts² keeps its size comparable across temperatures (Hinton et
@@ -56,25 +56,25 @@ class DistillLoss(DistillSettings):
     matching (Zheng & Yang 2024).
 
     Args:
-        temperature: T, from 0.001 to 1000; 4.0. In float32 KD is off by about 1e-7 T², its gradient by 1e-7 T.
-        kd_weight: weight of KD, from 0 to 1e6; 0.9. With 0 the teacher's logits are not used and may be None.
-        ce_weight: weight of CE, from 0 to 1e6; 0.1. A term of weight 0 is not computed. Weights and smoothing below
-            1e-30 count as 0.
-        label_smoothing: smoothing mass eps of the target, in [0, 1); 0.
+        temperature: T, from 0.001 to 1000; default 4.0. In float32 KD is off by about 1e-7 T², its gradient by 1e-7 T.
+        kd_weight: weight of KD, from 0 to 1e6; default 0.9. With 0 the teacher's logits are not used and may be None.
+        ce_weight: weight of CE, from 0 to 1e6; default 0.1. A term of weight 0 is not computed. Weights and smoothing
+            below 1e-30 count as 0.
+        label_smoothing: smoothing mass eps of the target, in [0, 1); default 0.
         smoothing: its convention, "uniform" (eps/K on every class) or "others" (eps/(K-1) on each other class).
         student_temperature: Ts, in the range of T; None means T.
         class_weight: floating ``(K,)``, each from 0 to 1e6, for CE only; None means 1. A buffer that moves with the
             module but is not in its state_dict.
-        ignore_index: label of positions to leave out, -100. They add 0 to both terms and get a gradient of exactly 0.
-            Not for targets that are probabilities.
+        ignore_index: label of positions to leave out; default -100. They add 0 to both terms and get a gradient of
+            exactly 0. Not for targets that are probabilities.
         reduction: "mean" over the positions that are not ignored (0 where there are none), "sum" or "none". With
             class_weight "mean" still divides by their number; F.cross_entropy divides by the sum of their weights.
         backend: "reference" is plain PyTorch, on any device, with second and forward-mode derivatives. "cpu" (needs
             numba) and "triton" (CUDA, ROCm) compute loss and gradient in one pass over the logits; a second derivative
-            is a RuntimeError there. "auto" takes the fused backend of the logits' device, else the reference, with a
-            warning where only a package is missing. ``backend_used`` names the one that the last call took.
-        teacher_smoothing: label smoothing that the teacher was trained with, as a uniform mass in [0, 1); 0. It is
-            removed from softmax(t) first, by kd.smoothing.unsmooth: one more pass over the teacher's logits.
+            raises RuntimeError there. "auto" takes the fused backend of the logits' device. Where there is none it
+            takes the reference, and warns if only a package is missing. ``backend_used`` names that of the last call.
+        teacher_smoothing: label smoothing that the teacher was trained with, as a uniform mass in [0, 1); default 0. It
+            is removed from softmax(t) first, by kd.smoothing.unsmooth: one more pass over the teacher's logits.
             kd.smoothing.to_uniform converts a mass of the other convention.
 
     Non-finite logits: a class masked by -inf in both student and teacher adds 0 to KD, as does every class whose

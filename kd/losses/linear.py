@@ -54,13 +54,13 @@ class LinearDistillLoss(DistillSettings):
     graph, the chunks are computed again. A second derivative is a RuntimeError; DistillLoss with
     ``backend="reference"`` on the logits has one.
 
-    Under autocast the logits have its dtype, as in F.linear, and the gradients that of their tensors.
+    Under autocast the logits have autocast's dtype, as in F.linear; each gradient has the dtype of its tensor.
 
     Args:
-        memory_budget: bytes for one chunk of rows: the student's logits, the teacher's where they are computed here,
-            and a quarter of the gradient (on a GPU all of it). None means a quarter of weight's gradient in float32, at
-            least 24 MiB. More rows in a chunk read the head less often: 100 are enough on a CPU, a GPU needs several
-            hundred.
+        memory_budget: bytes of one chunk of rows, which holds the student's logits, the teacher's logits if they are
+            computed here, and the gradient of the student's logits (a quarter of it at a time on a CPU). None means
+            one byte for each entry of ``weight``, at least 24 MiB. The head is read once per chunk: give a chunk 100
+            rows or more on a CPU, several hundred on a GPU.
         temperature, ...: all settings of DistillLoss.
     """
 
@@ -92,7 +92,7 @@ class LinearDistillLoss(DistillSettings):
         taught = teacher_logits
         if not (teacher_features is teacher_weight is teacher_bias is None):
             if teacher_features is None or teacher_weight is None or taught is not None:
-                raise ValueError("teacher: give teacher_logits, or teacher_features with teacher_weight (teacher_bias)")
+                raise ValueError("teacher: must be teacher_logits alone, or teacher_features with teacher_weight")
             taught = head_logits("teacher_", teacher_features, teacher_weight, teacher_bias)
         all_count = self._check_inputs(logits, taught, target, backend)
         self.backend_used = backend

@@ -80,7 +80,7 @@ def reliability_bins(logits: Tensor, targets: Tensor) -> dict[str, list]:
     """Bins of a reliability diagram: the accuracy of the top class, by its predicted probability.
 
     Returns a dict of lists with one entry per bin: count, mean confidence and accuracy; the last two are None for an
-    empty bin. Σ_b (count_b / N) |accuracy_b - confidence_b| is `ece`, up to the float32 of the latter.
+    empty bin. Σ_b (count_b / N) |accuracy_b - confidence_b| is `ece`, which has float32 rounding.
     """
     gap, confidence = _gap(logits, targets)
     places = _equal_width(confidence)

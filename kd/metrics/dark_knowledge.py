@@ -151,7 +151,7 @@ def mutual_information(views: Tensor) -> Tensor:
 
 def _check_wrong_classes(logits: Tensor) -> None:
     if logits.shape[1] < 3:
-        raise Undefined("logits have 2 classes: must be at least 3, or there is one wrong class and nothing to know")
+        raise Undefined("logits have 2 classes: must be at least 3, because one wrong class alone has no ranking")
 
 
 def _non_target(logits: Tensor, reference: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,12 +55,12 @@ def load_weights(model: nn.Module, path: Path, finetune: bool = False) -> None:
         if classes != needed and classes:  # not another width in front of the head, nor a single number
             raise CheckpointError(f"{path}: {other_classes(classes[0], needed[0])}")
     misfits = {
-        "missing": [key for key in own if key not in weights],
-        "that the network does not have": [key for key in weights if key not in own],
-        "of another shape": reshaped,
-        "with NaN or infinite values": _not_finite(model, weights),
+        "missing tensors": [key for key in own if key not in weights],
+        "unexpected tensors": [key for key in weights if key not in own],
+        "tensors of another shape": reshaped,
+        "tensors with NaN or infinite values": _not_finite(model, weights),
     }
-    said = [f"{len(keys)} tensors {what}, first {keys[0]}" for what, keys in misfits.items() if keys]
+    said = [f"{what}: {len(keys)}, first {keys[0]}" for what, keys in misfits.items() if keys]
     if reshaped:
         first = reshaped[0]
         said.append(f"{first} is {tuple(weights[first].shape)} in the file, {tuple(own[first].shape)} in the network")

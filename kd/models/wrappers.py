@@ -75,21 +75,21 @@ class Teacher(nn.Module):
     """A frozen network to learn from: always in eval mode, and without gradients.
 
     It is held outside PyTorch's registries: `parameters`, `state_dict`, `train` and `requires_grad_`, of the teacher
-    and of any parent module, do not reach it; `to`, `half` and the like do. The network itself is frozen, not a copy of
-    it: pass a deep copy of a network that continues to train.
+    and of any parent module, do not reach it; `to`, `half` and the like do. The network itself is frozen, not a copy:
+    to train a network further, pass a deep copy of it.
 
     Args:
         model: a network, or the name of a timm model.
         features: names of modules, as in `named_modules`, whose outputs to return; "NAME:input" returns the module's
-            first input. Of a module that runs more than once, the last call counts.
+            first input. For a module that runs more than once, the last call counts.
         create_kwargs: arguments of timm.create_model, such as pretrained=True, where `model` is a name. kd reads the
             file of checkpoint_path itself, without running code from it.
 
     Raises:
         TypeError: `model` is neither a network nor a name.
         CheckpointError: the file of checkpoint_path cannot be read, or does not fit the network exactly.
-        ValueError: the name of the model or of a feature is unknown, or num_classes is not that of the pretrained
-            weights, for which timm would make a random head.
+        ValueError: the name of the model or of a feature is unknown, or num_classes differs from that of the
+            pretrained weights (timm would then make a random head).
     """
 
     def __init__(self, model: nn.Module | str, *, features: Sequence[str] = (), **create_kwargs: Any):
@@ -156,9 +156,9 @@ class Student(nn.Module):
 
 def _network(model: nn.Module | str, create_kwargs: dict[str, Any]) -> nn.Module:
     if isinstance(model, nn.Module):
-        require(not create_kwargs, f"{', '.join(create_kwargs)}: only for networks given by name", ValueError)
+        require(not create_kwargs, f"{', '.join(create_kwargs)}: allowed only if model is a name", ValueError)
         return model
-    wrong = f"model is a {type(model).__name__}, must be an nn.Module or the name of a network"
+    wrong = f"model: must be an nn.Module or the name of a network, got {type(model).__name__}"
     require(isinstance(model, str), wrong, TypeError)
     from kd.models.factory import create  # here: a network by name needs timm, an nn.Module does not
 

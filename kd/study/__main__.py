@@ -19,7 +19,7 @@ labels: method=kd,dist. Seeds are study.seeds=N.
   --cfg job            print the resolved recipe and stop
 
 Exit code 0 when every point is finished, or when SIGTERM or SIGUSR1 stopped it; 1 when a point has failed; 2 when a
-setting or a file is wrong; 130 after ctrl-C. python -m kd.report study=DIR makes the page.
+setting or a file is wrong; 130 after Ctrl-C. python -m kd.report study=DIR makes the page.
 
 example: python -m kd.study recipe=studies/mnist1d_grid study.seeds=2 loss.temperature=1,4
 """

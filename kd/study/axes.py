@@ -48,7 +48,7 @@ def _values(at: str, values: Any) -> list[Any]:
     values = values if isinstance(values, list) else [values]
     plain = not any(isinstance(value, list | Mapping) for value in values)
     different = plain and len(set(values)) == len(values) > 0
-    require(different, f"{at}={values}: must be one or more different plain values; labels may stand for others")
+    require(different, f"{at}={values}: must be different plain values; give a list or a section a label")
     return values
 
 

@@ -69,7 +69,7 @@ def test_a_pth_that_holds_code_is_refused_and_told_from_weights(tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'ran'}",)
 
-    with pytest.raises(CheckpointError, match="holds code, which kd never runs; save the state_dict"):
+    with pytest.raises(CheckpointError, match="kd runs no code from a file; save the state_dict"):
         read_weights(saved(tmp_path, {"w": Code()}))
     assert not (tmp_path / "ran").exists()
     with pytest.raises(CheckpointError, match="holds no state_dict of tensors"):

@@ -205,7 +205,7 @@ def test_a_smaller_training_set_is_stratified_and_part_of_a_larger_one(load):
             {"train_size": 9999},
             r"data\.train_size=9999: must be ≤ 1293, the training images of digits",
         ),
-        ({"train_size": 5}, r"data\.train_size=5: must be .* and leave at least one of every class$"),
+        ({"train_size": 5}, r"data\.train_size=5: must be .* and enough for one of every class$"),
         ({"label_noise": 0.1, "omit_class": 0}, r"data\.omit_class=0 with data\.label_noise=0\.1: "),
     ],
 )

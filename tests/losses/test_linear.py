@@ -382,9 +382,9 @@ NONE = {"teacher_logits": None}
         ({"weight": W.float()}, TypeError, r"^weight.dtype=torch.float32: must be torch.float64"),
         ({"weight": W.to("meta")}, ValueError, r"^weight is on meta: must be on cpu, the device of features"),
         ({"bias": B[:3]}, ValueError, r"^bias has shape \(3,\): must be \(5,\)"),
-        (HEAD, ValueError, r"^teacher: give teacher_logits, or teacher_features with teacher_weight"),
-        ({"teacher_weight": TW}, ValueError, r"^teacher: give teacher_logits, or"),
-        ({**NONE, "teacher_features": TX}, ValueError, r"^teacher: give teacher_logits, or"),
+        (HEAD, ValueError, r"^teacher: must be teacher_logits alone, or teacher_features with teacher_weight"),
+        ({"teacher_weight": TW}, ValueError, r"^teacher: must be teacher_logits alone, or"),
+        ({**NONE, "teacher_features": TX}, ValueError, r"^teacher: must be teacher_logits alone, or"),
         (
             {**NONE, **HEAD, "teacher_features": TX[:3]},
             ValueError,

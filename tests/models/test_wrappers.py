@@ -192,9 +192,9 @@ def test_a_teacher_without_weights_is_said_to_be_random():
 
 
 def test_what_is_no_network_is_named(net):
-    with pytest.raises(TypeError, match=r"^model is a type, must be an nn\.Module"):
+    with pytest.raises(TypeError, match=r"^model: must be an nn\.Module"):
         Student(nn.Linear)
-    with pytest.raises(ValueError, match="num_classes: only for networks given by name"):
+    with pytest.raises(ValueError, match="num_classes: allowed only if model is a name"):
         Student(net, num_classes=3)
 
 

@@ -133,7 +133,7 @@ def test_the_sides_of_a_contrast_are_points_in_the_order_of_the_seeds():
         ({"contrasts": [Contrast(a={"loss.temperature": 3.0})]}, '{"loss.temperature": 3.0} is not in the grid'),
         ({"contrasts": [Contrast(name="it", a={"loss.temperature": 1}, b={})]}, "it: a and b are the same points"),
         ({"contrasts": [Contrast(metric="test.top2")]}, "metric=test.top2: no such metric; did you mean test.top"),
-        ({"grid": {"loss.temperature": [1, 1.0]}}, "one or more different plain values"),
+        ({"grid": {"loss.temperature": [1, 1.0]}}, "different plain values"),
         ({"grid": {"loss.temperature": {"hot": {}}}}, "must be a name of letters"),
         ({"grid": {"how": {1: {}, "1": {}}}}, "of different labels"),
         ({"grid": {"how": {"x": 3}}}, "must be {label: {setting: value}}"),

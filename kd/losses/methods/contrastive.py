@@ -22,13 +22,13 @@ from kd.losses.methods.shared import everywhere, unit
 class ContrastiveRepresentation(Method, name="crd"):
     """Contrastive representation distillation: ``mean_i [-log h(s_i, t*_i) - sum_j log(1 - h(s_i, t*_j))]``.
 
-    The same with student and teacher exchanged is added. ``h = e^(u·v/temperature) / (e^(u·v/temperature) + n/M)``; s
-    and t are embeddings through a learned linear layer of each network, made to length 1; t*_j and s*_j are what a
-    memory holds for training example j; j runs over n draws, with replacement, from the examples of other labels than
-    i's. Labels are learned from what was seen: in the first epoch an example that was not seen yet may be drawn
+    The same term with student and teacher exchanged is added. ``h = e^(u·v/temperature) / (e^(u·v/temperature) +
+    n/M)``; s and t are embeddings through a learned linear layer of each network, made to length 1; t*_j and s*_j are
+    what a memory holds for training example j; j runs over n draws, with replacement, from the examples of other labels
+    than i's. Labels are learned from what was seen: in the first epoch an example that was not seen yet may be drawn
     although its label is the same.
 
-    In nats for each example; the sum over n negatives makes it ten thousands at first. Never zero: it is a bound on
+    In nats for each example; the sum over n negatives starts in the ten thousands. Never zero: it is a bound on
     log n minus mutual information. Stationary where h is the posterior of a true pair.
 
     Shapes: embeddings (N, D_s), (N, D_t), index (N,) positions in the training set, target (N,) labels; gives ().
@@ -46,10 +46,10 @@ class ContrastiveRepresentation(Method, name="crd"):
         temperature: divisor of the exponent.
         momentum: share of the old row.
         embed_dim: D.
-        released: RepDistiller's CRDLoss. e^(u·v/temperature) is first divided by a constant, M times its mean over the
-            first batch of all processes, one for either direction, as in Wu et al. 2018; so its typical ratio to n/M is
-            1/n instead of about M/n, and the value at first about 2·(1 + log n). That code also adds 1e-7 to
-            denominators, which is not done here: 3e-7 of n/M on CIFAR-100.
+        released: compute RepDistiller's CRDLoss. In each of the two directions e^(u·v/temperature) is divided by a
+            constant, as in Wu et al. 2018: M times its mean over the first batch of all processes. Its ratio to n/M is
+            then typically 1/n instead of about M/n, and the first value is about 2·(1 + log n). That code also adds
+            1e-7 to denominators, on CIFAR-100 a relative 3e-7 of n/M; that is not done here.
     """
 
     num_negatives: Count = 16384

@@ -28,8 +28,8 @@ class DKD(Method, name="dkd"):
     """Decoupled distillation: ``T² [tckd_weight TCKD + nckd_weight NCKD]``.
 
     TCKD is the KL between the binary distributions (label, all others); NCKD is the KL between the softmaxes over the
-    other classes alone; all at temperature T. Since KL = TCKD + (1 - p_T(t)_y) NCKD, plain distillation hides NCKD
-    behind a certain teacher. Zero and stationary where both softened distributions are equal.
+    other classes alone; all at temperature T. Since KL = TCKD + (1 - p_T(t)_y) NCKD, in plain distillation a
+    certain teacher suppresses NCKD. Zero and stationary where both softened distributions are equal.
 
     Source: Zhao et al. 2022, "Decoupled Knowledge Distillation", §3.3 Eq. 7. The paper chooses the NCKD weight for each
     pair of networks (1 to 8 on CIFAR-100). The presets' ``warmup_epochs`` raise the weight of the whole method linearly

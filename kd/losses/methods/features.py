@@ -40,10 +40,10 @@ class Hint(Method, name="hint"):
 
     Args:
         layer: position of the hint among the maps; negative from the deepest. The default is the middle one of three.
-        released: RepDistiller's HintLoss and ConvReg. The mean over c, h, w of the square, so 2 / (C·H·W) of the
-            paper's; r is a 3x3 convolution of stride 2 (student twice as large), a transposed one (half as large) or
-            the paper's, followed by batch normalisation and ReLU, so that in training an example's value depends on its
-            batch.
+        released: compute RepDistiller's HintLoss and ConvReg. The value is the mean over c, h, w of the squares, which
+            is 2 / (C·H·W) times the paper's. r is a 3x3 convolution of stride 2 if the student's map is twice as large,
+            a transposed convolution if it is half as large, and the paper's convolution otherwise. Batch normalisation
+            and ReLU follow it, so that in training an example's value depends on its batch.
     """
 
     layer: int = -2
@@ -89,9 +89,9 @@ class AttentionTransfer(Method, name="at"):
 
     Args:
         power: exponent of the attention, at least 1: lower powers have no gradient at 0.
-        released: the authors' attention-transfer and RepDistiller's AT. The mean over h, w of the squared difference,
-            d²/(H·W) for the paper's d, with weight 1000. (The paper's β, 1000 over the number of positions and the
-            batch size, says the same.)
+        released: compute the authors' attention-transfer and RepDistiller's AT: the mean over h, w of the squared
+            difference, which is d²/(H·W) with the paper's distance d. Its weight is 1000, which is what the paper's β
+            stands for: 1000 divided by the number of positions and by the batch size.
     """
 
     power: Annotated[float, Allowed("a finite number ≥ 1", lambda value: value >= 1)] = 2.0
@@ -137,7 +137,7 @@ class VariationalInformation(Method, name="vid"):
 
     Args:
         initial_variance: σ² at the start.
-        released: RepDistiller's VIDLoss, from the authors' code: the mean over c, h, w instead of the sum.
+        released: compute RepDistiller's VIDLoss, from the authors' code: the mean over c, h, w instead of the sum.
     """
 
     initial_variance: Annotated[float, Allowed("a finite number ≥ 2e-05", lambda v: v >= 2 * VARIANCE_FLOOR)] = 5.0
@@ -216,12 +216,12 @@ class FlowOfSolution(Method, name="fsp"):
     Shapes: two or more maps (N, C, H, W), as many channels in the student's as in the teacher's; gives (N,).
 
     Source: Yim et al. 2017, "A Gift from Knowledge Distillation" (FSP matrices), all weights λ equal. The paper first
-    trains the student with it alone and then with the labels alone. RepDistiller does so too, with weight 1: the weight
-    50 of its script, kept in the preset for one stage with both terms, meets a term that is 0 in its code.
+    trains the student with it alone and then with the labels alone. RepDistiller does so too, with weight 1; the weight
+    50 of its script multiplies a term that is 0 in its code. The preset has 50, for one stage with both terms.
 
     Args:
-        released: RepDistiller's FSP: the mean over c, d instead of the sum, and the larger of the two maps averaged
-            down, where the paper max-pools it.
+        released: compute RepDistiller's FSP: the mean over c, d instead of the sum. The larger of two neighbouring maps
+            is averaged down; the paper max-pools it.
     """
 
     released: bool = False
@@ -237,7 +237,7 @@ class FlowOfSolution(Method, name="fsp"):
             self.require(
                 s.shape[1] == t.shape[1],
                 f"map {i} has {s.shape[1]} channels in the student and {t.shape[1]} in the teacher; name layers with "
-                "equal numbers",
+                "equal channels",
             )
         gaps = [self._flow(s, deeper_s) - self._flow(t, deeper_t) for (s, t), (deeper_s, deeper_t) in pairwise(pairs)]
         squares = [gap.square().mean((1, 2)) if self.released else gap.square().sum((1, 2)) for gap in gaps]

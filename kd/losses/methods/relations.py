@@ -72,9 +72,9 @@ class ProbabilisticKnowledge(Method, name="pkt"):
     Source: Passalis & Tefas 2018, "Learning Deep Representations with Probabilistic Knowledge Transfer", cosine kernel.
 
     Args:
-        released: the authors' probabilistic_kt and RepDistiller's PKT. q and p include j = i and the mean is over all
-            N² pairs, so about 1/N of the paper's value, and less still by the share of the large diagonal; 1e-7 is
-            added to lengths and probabilities, relative 1e-7·N.
+        released: compute the authors' probabilistic_kt and RepDistiller's PKT. q and p include j = i, and the mean is
+            over all N² pairs. The value is about 1/N of the paper's, and smaller still because the large diagonal takes
+            a share of each row. 1e-7 is added to lengths and probabilities: to 1/N a relative 1e-7·N.
     """
 
     released: bool = False
@@ -123,9 +123,9 @@ class Relational(Method, name="rkd"):
     Args:
         distance_weight: weight of the distances.
         angle_weight: weight of the angles.
-        released: the authors' RKD and RepDistiller's RKDLoss. The zeros of equal indices count in the means, so
-            (N-1)/N of the distance term and (N-1)(N-2)/N² of the angle term: 0.98 and 0.95 at N = 64. Equal rows have
-            distance 1e-6 in that code and 0 here.
+        released: compute the authors' RKD and RepDistiller's RKDLoss. The zeros of equal indices count in the means,
+            which multiplies the distance term by (N-1)/N and the angle term by (N-1)(N-2)/N²: by 0.98 and 0.95 at
+            N = 64. Equal rows have distance 1e-6 in that code and 0 here.
     """
 
     distance_weight: NonNegative = 25.0

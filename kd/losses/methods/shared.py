@@ -52,7 +52,7 @@ def pick(method: Method, seen: Seen, layer: int) -> tuple[Tensor, Tensor]:
     """The pair of maps at position `layer`; negative positions count from the deepest. Raises ValueError."""
     pairs = seen.map_pairs
     count = len(pairs)
-    method.require(-count <= layer < count, f"layer={layer}: there are {count} maps, give {-count} to {count - 1}")
+    method.require(-count <= layer < count, f"layer={layer}: must be from {-count} to {count - 1} ({count} maps)")
     return pairs[layer]
 
 

@@ -60,7 +60,7 @@ class LogitStandardization(Method, name="lskd"):
         known = library()
         names = [f.name for f in fields(known[self.method]) if f.init]  # type: ignore[arg-type]
         for name in self.settings:
-            self.require(name in names, f"settings.{name}: {self.method} has {', '.join(names) or 'no settings'}")
+            self.require(name in names, f"settings.{name}: {self.method} has only {', '.join(names) or 'no settings'}")
         base = {"temperature": 2.0} if "temperature" in names else {}
         self.inner = known[self.method](**base | dict(self.settings))
         # What the inner method needs and gives is what this one needs and gives.
