@@ -8,20 +8,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kd import smoothing
-    from kd.losses.distill import DistillLoss, DistillTerms, distill_loss
-    from kd.losses.linear import LinearDistillLoss
+    from kd.losses import DistillLoss, DistillTerms, LinearDistillLoss, distill_loss
     from kd.models.wrappers import Student, Teacher
 
 __version__ = "0.1.0"
-
-_HOME = {
-    "DistillLoss": "kd.losses.distill",
-    "DistillTerms": "kd.losses.distill",
-    "distill_loss": "kd.losses.distill",
-    "LinearDistillLoss": "kd.losses.linear",
-    "Student": "kd.models.wrappers",
-    "Teacher": "kd.models.wrappers",
-}
 
 __all__ = ["DistillLoss", "DistillTerms", "LinearDistillLoss", "Student", "Teacher", "distill_loss", "smoothing"]
 
@@ -29,9 +19,10 @@ __all__ = ["DistillLoss", "DistillTerms", "LinearDistillLoss", "Student", "Teach
 def __getattr__(name: str):
     if name == "smoothing":
         return import_module("kd.smoothing")
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'kd' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'kd' has no attribute {name!r}")
+    home = "kd.models.wrappers" if name in ("Student", "Teacher") else "kd.losses"
+    return getattr(import_module(home), name)
 
 
 def __dir__():

@@ -189,9 +189,14 @@ def _check_labels(target: Tensor, num_classes: int, ignore_index: int | None) ->
     return False
 
 
+def in_torch_func() -> bool:
+    """Whether a transform of torch.func is running (grad, vmap, jvp ...)."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def values_readable(tensor: Tensor) -> bool:
     """Whether a check may read values: not under torch.compile, torch.func, CUDA graph capture, or on meta."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or tensor.is_meta:
+    if torch.compiler.is_compiling() or in_torch_func() or tensor.is_meta:
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -21,7 +21,8 @@ class DistillTerms(NamedTuple):
 
     @classmethod
     def reduced(cls, loss: Tensor, ce: Tensor | None, kd: Tensor | None, count: Tensor | int | None) -> "DistillTerms":
-        """Terms summed over positions and divided by ``count``; the loss already is. None leaves them as they are."""
+        """Terms detached, summed over positions and divided by ``count`` as the loss already is; None leaves them."""
+        ce, kd = (None if term is None else term.detach() for term in (ce, kd))
         if count is not None:
             ce, kd = (None if term is None else term.sum() / count for term in (ce, kd))
         return cls(loss, ce, kd)
@@ -72,7 +73,8 @@ class DistillLoss(DistillSettings):
         backend: "reference" is plain PyTorch, on any device, with second and forward-mode derivatives. "cpu" (needs
             numba) and "triton" (CUDA, ROCm) compute loss and gradient in one pass over the logits; a second derivative
             raises RuntimeError there. "auto" takes the fused backend of the logits' device. Where there is none it
-            takes the reference, and warns if only a package is missing. ``backend_used`` names that of the last call.
+            takes the reference, and warns if only a package is missing. Under torch.func every backend is the
+            reference. ``backend_used`` names that of the last call.
         teacher_smoothing: label smoothing that the teacher was trained with, as a uniform mass in [0, 1); default 0. It
             is removed from softmax(t) first, by kd.smoothing.unsmooth: one more pass over the teacher's logits.
             kd.smoothing.to_uniform converts a mass of the other convention.
@@ -89,8 +91,8 @@ class DistillLoss(DistillSettings):
     dtypes that do not fit (nothing is broadcast); for labels outside 0..K-1 and target rows that are not probabilities;
     for a teacher, target or class_weight that requires a gradient. Warns where teacher_logits look like probabilities.
     Values are not checked under torch.compile, torch.func and on "triton", where the host would have to wait for the
-    GPU; there the fused backends give nan for a label outside 0..K-1. torch.compile compiles a fused backend again for
-    every temperature it meets, and the reference only once.
+    GPU; there a label outside 0..K-1 gives nan. torch.compile compiles a fused backend again for every temperature it
+    meets, and the reference only once.
     """
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> Tensor:
@@ -99,9 +101,7 @@ class DistillLoss(DistillSettings):
 
     def terms(self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> DistillTerms:
         """The loss with its unweighted terms, from one pass and under the same reduction."""
-        loss, ce, kd, count = self._values(student_logits, teacher_logits, target)
-        ce, kd = (None if term is None else term.detach() for term in (ce, kd))
-        return DistillTerms.reduced(loss, ce, kd, count)
+        return DistillTerms.reduced(*self._values(student_logits, teacher_logits, target))
 
     def _values(
         self, student: Tensor, teacher: Tensor | None, target: Tensor

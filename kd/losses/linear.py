@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kd.losses import reference
 from kd.losses.distill import DistillTerms
 from kd.losses.fields import Allowed, is_number
 from kd.losses.inputs import head_logits
@@ -17,6 +19,7 @@ from kd.losses.kernels.chunked import HeadInputs, Plan, chunked_loss, linear_dty
 from kd.losses.ranges import or_nothing
 from kd.losses.reference import wide_dtype
 from kd.losses.settings import DistillSettings
+from kd.smoothing import in_torch_func, unsmooth
 
 # The smallest default of memory_budget: with thinner chunks, most of the time goes into reading the head.
 LEAST_BUDGET = 24 * 2**20
@@ -53,6 +56,8 @@ class LinearDistillLoss(DistillSettings):
     dtype, which are rounded once, in the backward pass. Under "none", and in the second backward pass of a retained
     graph, the chunks are computed again. A second derivative is a RuntimeError; DistillLoss with
     ``backend="reference"`` on the logits has one.
+
+    Under torch.func all logits are held at once, as in plain PyTorch.
 
     Under autocast the logits have autocast's dtype, as in F.linear; each gradient has the dtype of its tensor.
 
@@ -108,15 +113,31 @@ class LinearDistillLoss(DistillSettings):
             target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1),
             self.class_weight,
         )
-        plan = self._plan(inputs, backend)
-        guess = None if count is None or not any(plan.needs) else self._guess(plan, count, target.device)
-        loss, ce, kd = (value.reshape(lead) for value in chunked_loss(inputs, guess, plan))
+        if in_torch_func():
+            loss, ce, kd = self._whole(inputs)
+        else:
+            plan = self._plan(inputs, backend)
+            learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:3])
+            guess = self._guess(plan, count, target.device) if learns and count is not None else None
+            loss, ce, kd = chunked_loss(inputs, guess, plan)
+        ce, kd = (None if value is None else value.reshape(lead) for value in (ce, kd))
         return DistillTerms.reduced(
-            loss if count is None else loss.sum() / count,
-            ce if plan.numbers.ce_weight > 0 else None,
+            loss.reshape(lead) if count is None else loss.sum() / count,
+            ce if or_nothing(self.ce_weight) > 0 else None,
             None if taught is None else kd,
             count,
         )
+
+    def _whole(self, inputs: HeadInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """All logits at once, for torch.func: it has rules for operations, none for sums kept between two passes."""
+        student = F.linear(inputs.features, inputs.weight, inputs.bias)
+        teacher = inputs.teacher_logits
+        if inputs.teacher_features is not None:
+            assert inputs.teacher_weight is not None
+            teacher = F.linear(inputs.teacher_features, inputs.teacher_weight, inputs.teacher_bias)
+        teacher = None if teacher is None else unsmooth(teacher, self.teacher_smoothing)
+        logits = reference.Inputs(student, teacher, inputs.target, inputs.class_weight)
+        return reference.terms(logits, self._numbers(student.shape[-1]))
 
     def _plan(self, inputs: HeadInputs, backend: str) -> Plan:
         """Chunks of equal size, so that the last is not thin and slow, whose logits fit memory_budget."""
@@ -135,14 +156,12 @@ class LinearDistillLoss(DistillSettings):
         rows = max(1, int((budget - widening) / (per_class * classes)))
         chunks = max(1, math.ceil(n / rows))
         step = max(1, math.ceil(n / chunks))
-        wants = torch.is_grad_enabled()
         return Plan(
             backend=backend,
             numbers=self._numbers(classes),
             teacher_smoothing=self.teacher_smoothing,
             dtype=dtype,
             teacher_dtype=teacher_dtype,
-            needs=tuple(wants and tensor is not None and tensor.requires_grad for tensor in inputs[:3]),
             step=step,
             part=math.ceil(step / parts),
             block=max(1, widening // (wide.itemsize * (width + step))) if widening else classes,

@@ -39,12 +39,13 @@ class Numbers(NamedTuple):
 def terms(inputs: Inputs, numbers: Numbers) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(ce_weight * ce + kd_weight * kd, ce, kd)``, each of shape ``(...)``; a term of weight 0 is None.
 
-    At an ignored position every value and every gradient is exactly 0, whatever the logits there.
+    At an ignored position every value and every gradient is exactly 0, whatever the logits there. A label outside
+    0..K-1 that is not ignored gives a loss and gradients of nan: where values cannot be read it has not been refused.
     """
     student, teacher, target, class_weight = inputs
-    wide = wide_dtype(student)
+    wide, classes = wide_dtype(student), student.shape[-1]
     student = student.to(wide)
-    share = mix_uniform(target, student.shape[-1], numbers.uniform_mass, wide)
+    share = mix_uniform(target, classes, numbers.uniform_mass, wide)
     if class_weight is not None:
         share = share * class_weight.to(wide)
     if not target.is_floating_point():
@@ -62,6 +63,9 @@ def terms(inputs: Inputs, numbers: Numbers) -> tuple[Tensor, Tensor | None, Tens
     if teacher is not None:
         kd = distillation(student, teacher.to(wide), numbers.temperature, numbers.student_temperature)
         loss = loss + numbers.kd_weight * kd
+    if not target.is_floating_point():
+        known = (target >= 0) & (target < classes) | (target == numbers.ignore_index)
+        loss = loss * torch.where(known, 1, math.nan).to(wide)
     return loss, ce, kd
 
 
@@ -71,17 +75,14 @@ def rows(
     """``terms`` with the interface of the fused backends, for N rows: ``(loss, ce, kd, gradient)``, detached.
 
     A term of weight 0 is 0. ``gradient`` is ``upstream[i] * d loss_i / d student_i`` (N, K) in the student's dtype, or
-    (0, K) without ``with_gradient``. A label outside 0..K-1 that is not ignored gives nan.
+    (0, K) without ``with_gradient``.
     """
-    student, _, target, _ = inputs
-    wide, classes = wide_dtype(student), student.shape[-1]
+    student = inputs.student
+    wide = wide_dtype(student)
     leaf = student.detach().to(wide)
     leaf = leaf.view_as(leaf).requires_grad_(with_gradient)  # a new tensor: the caller's must not require a gradient
     with torch.enable_grad():
         loss, *parts = terms(inputs._replace(student=leaf), numbers)
-        if not target.is_floating_point():
-            known = (target >= 0) & (target < classes) | (target == numbers.ignore_index)
-            loss = loss * torch.where(known, 1, math.nan).to(wide)
     gradient = leaf[:0]
     if with_gradient:
         (gradient,) = torch.autograd.grad(loss, leaf, upstream.to(wide))

@@ -14,7 +14,7 @@ from kd.losses.inputs import check_inputs
 from kd.losses.kernels import autograd as fused
 from kd.losses.ranges import LARGEST_WEIGHT, or_nothing
 from kd.losses.reference import Numbers
-from kd.smoothing import check_floating, uniform_mass, values_readable
+from kd.smoothing import check_floating, in_torch_func, uniform_mass, values_readable
 
 LABEL = Allowed("an int that fits into int64, as labels do", lambda value: -(2**63) <= value < 2**63)
 # The fused backend of a device type, and the package it needs.
@@ -76,7 +76,9 @@ class DistillSettings(nn.Module):
         )
 
     def _choose(self, student: Tensor) -> str:
-        """The backend for these logits."""
+        """The backend for these logits: under torch.func the reference, whose operations all have their rules there."""
+        if in_torch_func():
+            return "reference"
         device = student.device.type
         fitting, package = _FUSED.get(device, ("reference", ""))
         missing = bool(package) and not _INSTALLED[package]

@@ -153,13 +153,6 @@ def test_torch_compile_by_its_default_compiler():
     assert_close(torch.autograd.grad(compiled(x, t, y), list(model.parameters())), plain)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own, at its first jvp
-def test_forward_mode_says_which_backend_has_it():
-    s, t, y = batch()
-    with pytest.raises(RuntimeError, match="jvp"):
-        torch.func.jvp(lambda z: DistillLoss()(z, t, y), (s.detach(),), (torch.ones_like(s),))
-
-
 @pytest.mark.parametrize("with_gradient", [False, True])
 @pytest.mark.parametrize("soft", [False, True])
 def test_the_operation_is_registered_as_torch_wants_it(soft, with_gradient):

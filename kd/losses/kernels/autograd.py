@@ -41,8 +41,8 @@ def terms(
     shape = inputs.student.shape[:-1]
     if inputs.student.ndim != 2:  # for the same reason
         inputs = as_rows(inputs)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        loss, ce, kd, _ = _Functional.apply(*inputs, _guess(inputs.student, None), backend, numbers)
+    if torch.compiler.is_compiling():
+        loss, ce, kd, _ = fused_rows(*inputs, _guess(inputs.student, None), backend, *numbers, False)
         loss = _reduce(loss, count)
     elif torch.is_grad_enabled() and inputs.student.requires_grad:
         loss, ce, kd = _Eager.apply(*inputs, count, backend, numbers)
@@ -106,52 +106,24 @@ class _Eager(torch.autograd.Function):
         if gradient is None:  # a retained graph, once more: the same two steps give the same bits
             gradient = module.rows(inputs, held, ctx.numbers, with_gradient=True)[-1]
         module.adjust(gradient, held, upstream, inputs, ctx.numbers)
-        return _once(gradient, inputs.student, ctx.backend), *[None] * 6
-
-
-class _Functional(torch.autograd.Function):
-    """Keeps nothing between the passes, for torch.compile, torch.export and torch.func: backward starts anew."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(student, teacher, target, class_weight, held, backend, numbers):
-        return fused_rows(student, teacher, target, class_weight, held, backend, *numbers, False)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, _, ctx.backend, ctx.numbers = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.mark_non_differentiable(*output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        with torch.no_grad():
-            *_, gradient = fused_rows(*ctx.saved_tensors, grad_outputs[0], ctx.backend, *ctx.numbers, True)
-        return _once(gradient, ctx.saved_tensors[0], ctx.backend), *[None] * 6
+        return once(gradient, inputs.student), *[None] * 6
 
 
 class _Once(torch.autograd.Function):
     """The identity in `gradient`. Its own derivative is an error, because a silent zero would be wrong."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(gradient, student, backend):
+    def forward(ctx, gradient, leaf):
         return gradient.clone()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.backend = inputs[-1]
-
-    @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(f"backend={ctx.backend!r} has no second derivative: use backend='reference'")
+        raise RuntimeError("the fused loss has no second derivative: use DistillLoss(backend='reference')")
 
 
-def _once(gradient: Tensor, student: Tensor, backend: str) -> Tensor:
+def once(gradient: Tensor, leaf: Tensor) -> Tensor:
     """The gradient; under create_graph it belongs to a graph, so that a second derivative is refused."""
-    return _Once.apply(gradient, student, backend) if torch.is_grad_enabled() else gradient
+    return _Once.apply(gradient, leaf) if torch.is_grad_enabled() else gradient
 
 
 @torch.library.custom_op("kd::fused_rows", mutates_args=())
@@ -184,20 +156,16 @@ def _(student, teacher, target, class_weight, upstream, backend, *numbers):
     return *values, student.new_empty(n if numbers[-1] else 0, classes)
 
 
-@fused_rows.register_vmap
-def _(info, dims, student, teacher, target, class_weight, upstream, *numbers):
-    """Rows are independent, so a batch of batches is one longer batch."""
-    if dims[3] is not None:
-        raise RuntimeError("class_weight: cannot be batched by vmap on a fused backend; use backend='reference'")
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.settings = inputs[5:-1]  # all but the upstream gradient and `with_gradient`
 
-    def flat(tensor: Tensor | None, dim: int | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        return tensor.flatten(0, 1)
 
-    rows = (flat(tensor, dim) for tensor, dim in zip((student, teacher, target), dims, strict=False))
-    *values, gradient = fused_rows(*rows, class_weight, flat(upstream, dims[4]), *numbers)
-    values = [value.view(info.batch_size, -1) for value in values]
-    shape = (info.batch_size, -1 if numbers[-1] else 0, gradient.shape[-1])
-    return (*values, gradient.view(shape)), (0, 0, 0, 0)
+@torch.no_grad()
+def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    # A compiler may run this pass much later: nothing is kept between the two, and the rows are computed again.
+    gradient = fused_rows(*ctx.saved_tensors, upstream, *ctx.settings, True)[-1]
+    return gradient, *[None] * 12
+
+
+fused_rows.register_autograd(_backward, setup_context=_setup_context)

@@ -3,7 +3,7 @@
 Shapes: N rows, ``D`` features, ``K`` classes. "Wide" is float32, or float64 for float64 logits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
 from kd.losses import reference
-from kd.losses.kernels.autograd import module_of
+from kd.losses.kernels.autograd import module_of, once
 from kd.losses.reference import Numbers, wide_dtype
 from kd.smoothing import unsmooth
 
@@ -41,102 +41,67 @@ class Plan:
     teacher_smoothing: float  # removed from the teacher's logits, a part at a time
     dtype: torch.dtype  # of the student's logits
     teacher_dtype: torch.dtype  # of the teacher's logits, where they are computed here
-    needs: tuple[bool, ...]  # whether features, weight and bias need a gradient
     step: int  # rows in a chunk
     part: int  # rows that the backend takes at a time
-    block: int  # classes that _Totals.add takes at a time
-
-
-class _Totals:
-    """Sums over chunks of the gradients of features, weight and bias, in the wide dtype; None where not needed."""
-
-    def __init__(self, inputs: HeadInputs, plan: Plan):
-        self.all = [
-            tensor.new_zeros(tensor.shape, dtype=wide_dtype(plan.dtype)) if tensor is not None and needed else None
-            for tensor, needed in zip(inputs[:3], plan.needs, strict=True)
-        ]
-
-    def add(self, gradient: Tensor, part: slice, head: "_Head", block: int) -> None:
-        """Add the contribution of the logits' gradient (n, K) of the rows ``part``, ``block`` classes at a time."""
-        features, weight, bias = self.all
-        if bias is not None:
-            bias += gradient.sum(0, dtype=bias.dtype)
-        for start in range(0, gradient.shape[1], block):
-            classes = slice(start, start + block)
-            if weight is not None:
-                _add_product(weight[classes], gradient[:, classes].T, head.features[part])
-            if features is not None:
-                _add_product(features[part], gradient[:, classes], head.weight[classes])
-
-    def multiply(self, factor: Tensor) -> None:
-        # Nearly always 1, and a pass over a gradient of weight takes a while. On a GPU to look would be to wait for it.
-        if factor.device.type == "cpu" and factor == 1:
-            return
-        for total in self.all:
-            if total is not None:
-                total *= factor
+    block: int  # classes that _add takes at a time
 
 
 def chunked_loss(inputs: HeadInputs, guess: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, ce and kd (N,); the loss carries gradients for features, weight and bias.
 
     ``guess`` is one number, the expected upstream gradient of every row. With it the forward pass computes the
-    gradients too.
+    gradients too, and the backward pass only multiplies them.
     """
-    return _ChunkedLoss.apply(*inputs, guess, plan, [])
+    return _ChunkedLoss.apply(guess, plan, *inputs)
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """(loss, ce, kd), each (N,); with a guess of the upstream gradient, the gradients too, in the list ``held``."""
-
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, guess, plan, held = arguments
-        inputs = HeadInputs(*tensors)
-        values = [inputs.features.new_empty(len(inputs.features), dtype=wide_dtype(plan.dtype)) for _ in range(3)]
-        held.append(_sweep(inputs, guess, plan, values))
-        return tuple(values)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        *tensors, ctx.plan, ctx.held = inputs
+    def forward(ctx: Any, guess: Tensor | None, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        values, ctx.totals = _sweep(tensors, guess, plan, ctx.needs_input_grad[2:5])
         ctx.save_for_backward(*tensors)
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.guess, ctx.plan = guess, plan
+        loss, ce, kd = values.unbind()
+        ctx.mark_non_differentiable(ce, kd)
+        return loss, ce, kd
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        gradients = _Gradients.apply(*ctx.saved_tensors, grad_outputs[0], ctx.plan, ctx.held)
-        return *gradients, *[None] * 9
-
-
-class _Gradients(torch.autograd.Function):
-    """The gradients of features, weight and bias: a function of its own, so that differentiating it can be refused."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
-        *tensors, guess, upstream, plan, held = arguments
-        inputs = HeadInputs(*tensors)
+        upstream, tensors = grad_outputs[0], ctx.saved_tensors
         # A returned gradient belongs to the caller, who may write to it: the next backward pass starts afresh.
-        totals = held.pop() if held else None
-        if totals is None:
-            totals = _sweep(inputs, upstream, plan, None)
-            assert totals is not None
-        elif len(upstream):
-            totals.multiply(upstream[0] / guess)  # under "mean" and "sum" the upstream gradient is equal for all rows
-        return tuple(
-            None if total is None or tensor is None else total.to(tensor.dtype)
-            for total, tensor in zip(totals.all, inputs[:3], strict=True)
-        )
+        totals, ctx.totals = ctx.totals, None
+        with torch.no_grad():
+            if ctx.guess is None or totals is None:
+                _, totals = _sweep(tensors, upstream, ctx.plan, ctx.needs_input_grad[2:5])
+            elif len(upstream):
+                _multiply(totals, upstream[0] / ctx.guess)  # under "mean" and "sum" it is equal for all rows
+        gradients = [
+            None if total is None else once(total.to(tensor.dtype), tensor)
+            for total, tensor in zip(totals, tensors, strict=False)
+        ]
+        return None, None, *gradients, *[None] * 6
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        pass
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> None:
-        raise RuntimeError(
-            "LinearDistillLoss has no second derivative: use DistillLoss(backend='reference') on F.linear's logits"
-        )
+def _add(totals: Sequence[Tensor | None], gradient: Tensor, rows: slice, head: "_Head", block: int) -> None:
+    """Add to the totals what the logits' gradient (n, K) of these rows contributes, ``block`` classes at a time."""
+    features, weight, bias = totals
+    if bias is not None:
+        bias += gradient.sum(0, dtype=bias.dtype)
+    for start in range(0, gradient.shape[1], block):
+        classes = slice(start, start + block)
+        if weight is not None:
+            _add_product(weight[classes], gradient[:, classes].T, head.features[rows])
+        if features is not None:
+            _add_product(features[rows], gradient[:, classes], head.weight[classes])
+
+
+def _multiply(totals: Sequence[Tensor | None], factor: Tensor) -> None:
+    # Nearly always 1, and a pass over a gradient of weight takes a while. On a GPU to look would be to wait for it.
+    if factor.device.type == "cpu" and factor == 1:
+        return
+    for total in totals:
+        if total is not None:
+            total *= factor
 
 
 class _Head(NamedTuple):
@@ -161,14 +126,22 @@ class _Head(NamedTuple):
         return torch.addmm(self.bias, features, self.weight.T, out=out)
 
 
-def _sweep(inputs: HeadInputs, upstream: Tensor | None, plan: Plan, values: list[Tensor] | None) -> _Totals | None:
-    """Go through the rows in chunks: fill ``values`` (loss, ce, kd) and return the totals of the gradients.
+def _sweep(
+    tensors: Sequence[Any], upstream: Tensor | None, plan: Plan, needs: Sequence[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Go through the rows in chunks: loss, ce and kd (3, N), and the gradients of features, weight and bias.
 
-    ``upstream`` is the upstream gradient, (N,) or one number for all rows; without it no gradients are computed.
+    ``upstream`` is the upstream gradient, (N,) or one number for all rows; without it no gradients are computed. Those
+    that are not needed are None; the others are summed over chunks in the wide dtype.
     """
-    n = len(inputs.features)
-    totals = None if upstream is None else _Totals(inputs, plan)
-    upstream = (inputs.features.new_ones((), dtype=wide_dtype(plan.dtype)) if upstream is None else upstream).expand(n)
+    inputs = HeadInputs(*tensors)
+    n, wide = len(inputs.features), wide_dtype(plan.dtype)
+    values = inputs.features.new_empty(3, n, dtype=wide)
+    totals = [
+        tensor.new_zeros(tensor.shape, dtype=wide) if needed and upstream is not None else None
+        for tensor, needed in zip(tensors, needs, strict=False)
+    ]
+    given = (values.new_ones(()) if upstream is None else upstream).expand(n)
     device = inputs.features.device.type
     with torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext():
         student = _Head.cast(plan.dtype, plan.step, *inputs[:3])
@@ -182,25 +155,20 @@ def _sweep(inputs: HeadInputs, upstream: Tensor | None, plan: Plan, values: list
             elif taught is not None:
                 taught = taught[chunk]
             logits = reference.Inputs(student.logits(chunk), taught, inputs.target[chunk], inputs.class_weight)
-            into = None if values is None else [value[chunk] for value in values]
-            gradient = _chunk(logits, upstream[chunk], plan, into, with_gradient=totals is not None)
-            if totals is not None:
-                totals.add(gradient, chunk, student, plan.block)
-    return totals
+            gradient = _chunk(logits, given[chunk], plan, values[:, chunk], with_gradient=upstream is not None)
+            _add(totals, gradient, chunk, student, plan.block)
+    return values, totals
 
 
-def _chunk(
-    inputs: reference.Inputs, upstream: Tensor, plan: Plan, values: list[Tensor] | None, *, with_gradient: bool
-) -> Tensor:
-    """Fill the ``values`` of a chunk of rows and return the gradient of its logits, which overwrites them."""
+def _chunk(inputs: reference.Inputs, upstream: Tensor, plan: Plan, values: Tensor, *, with_gradient: bool) -> Tensor:
+    """Fill the ``values`` (3, n) of a chunk of rows and return the gradient of its logits, which overwrites them."""
     rows = module_of(plan.backend).rows
     student, teacher, target, class_weight = inputs
     for part in _slices(len(student), plan.part):
         taught = None if teacher is None else unsmooth(teacher[part], plan.teacher_smoothing)
         given = reference.Inputs(student[part], taught, target[part], class_weight)
         *computed, gradient = rows(given, upstream[part], plan.numbers, with_gradient=with_gradient)
-        for whole, value in zip(values or (), computed, strict=False):
-            whole[part] = value
+        values[:, part] = torch.stack(computed)
         if len(gradient) == len(student):
             return gradient
         if with_gradient:
