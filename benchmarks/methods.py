@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.contenders import TEMPERATURE, Case, training_step
 from benchmarks.timing import interleaved, quartiles
 from kd.losses.methods import registry as methods
-from kd.losses.methods.base import Method, Seen, Setup, View, batch_mean
+from kd.losses.methods.base import Method, Seen, View, batch_mean
 
 PLAIN = "plain KD, eager PyTorch"
 
@@ -41,7 +41,7 @@ def plain(case: Case) -> Callable[[], Tensor]:
 def step(method: Method, case: Case) -> Callable[[], Tensor]:
     student, teacher, target = case.logits()
     seen = Seen(View(student), View(teacher), target, epoch=1.0, epochs=10)
-    method.build(Setup(seen, case.n))
+    method.build(seen)
     method.train()
     return training_step(lambda: batch_mean(method(seen), target), student, *method.parameters()).run
 

@@ -265,7 +265,7 @@ def _why_not_methods(loss: LossConfig, num_classes: int) -> str | None:
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 2, 8, num_classes, generator=generator)
     target = torch.arange(8) % num_classes
-    objective.build(Seen(View(student[0]), View(teacher[0]), target), 8)
+    objective.build(Seen(View(student[0]), View(teacher[0]), target))
     if [*objective.parameters(), *objective.buffers()]:
         return "loss.methods learns or keeps something"
     try:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kd.losses.distill import DistillLoss
-from kd.losses.methods.base import Method, Seen, Setup, View, Weighted
+from kd.losses.methods.base import Method, Seen, View, Weighted
 
 
 class Terms(NamedTuple):
@@ -70,14 +71,14 @@ class Objective(nn.Module):
         return logits
 
     @torch.no_grad()
-    def build(self, seen: Seen, num_samples: int) -> None:
-        """Let every method make what it learns and keeps, from a first batch and the number of training examples.
+    def build(self, seen: Seen) -> None:
+        """Let every method make what it learns and keeps, from a first batch.
 
         Raises ValueError, beginning with the method's name.
         """
         for name, each in self._weighted.items():
             with _about(name):
-                each.method.build(Setup(seen, num_samples, self._peer() if "peer" in each.method.needs else None))
+                each.method.build(replace(seen, peer=self._peer() if "peer" in each.method.needs else None))
         self.to(seen.student.logits.device)
 
     def _peer(self) -> nn.Module | None:

@@ -49,7 +49,7 @@ class Stage:
             teacher = _view(teacher_taps, self.teacher.model, self.teacher(images)) if self.teacher else None
             student = _view(student_taps, self.model.model, model(images))
         index = batch.index.to(images.device, non_blocking=True)
-        return Seen(student, teacher, batch.targets, index, epoch, self.epochs, images)
+        return Seen(student, teacher, batch.targets, index, epoch, self.epochs, images, len(self.data.train))
 
 
 def _view(taps: Taps | None, network: nn.Module, output: Output) -> View:
@@ -89,7 +89,7 @@ def build(stage: Stage, recipe: Recipe, accelerator: Accelerator, rehearse: bool
     with torch.no_grad():
         batches = (as_trained(b, mix, recipe.seed, train.channels_last) for b in stage.data.train.batches(plan, 0))
         seen = [stage.see(batch, 0.0, stage.model, accelerator) for batch in batches]
-    stage.objective.build(seen[0], len(stage.data.train))
+    stage.objective.build(seen[0])
     if rehearse:
         stage.objective.rehearse(seen[1])
     return _deployed(stage)

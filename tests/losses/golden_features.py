@@ -13,7 +13,7 @@ from golden_table import SECOND, Case, slope, tensor
 from golden_table import authors_case as stored_case
 from torch import nn
 
-from kd.losses.methods.base import Seen, Setup, View
+from kd.losses.methods.base import Seen, View
 from kd.losses.methods.registry import library
 
 FILE = json.loads((Path(__file__).parent.parent / "golden" / "authors_features.json").read_text())
@@ -48,7 +48,7 @@ def authors_case(case):
     s, t = (tensor(FILE["inputs"][case["inputs"]][key]) for key in "st")
     name, settings = AUTHORS[case["key"]](**case["hyper"])
     method = library()[name](**settings)
-    method.build(Setup(views(s, t), len(s)))
+    method.build(views(s, t))
     for learned, _ in list(method.named_children()):
         setattr(method, learned, nn.Identity())
     numbers = (case["expected"][key] for key in ("loss", "grad_s"))
@@ -69,7 +69,7 @@ def two_pairs():
     embedding, weight, bias = maps[-1].mean((2, 3)), randn(K, 5, seed=3), randn(K, seed=4)
     teacher = View(embedding @ weight.T + bias, maps, embedding, weight, bias)
     index = torch.tensor([3, 7, 0, 11, 5])
-    return Seen(student, teacher, torch.tensor([0, 1, 2, 1, 3]), index, 3.0, 10)
+    return Seen(student, teacher, torch.tensor([0, 1, 2, 1, 3]), index, 3.0, 10, num_samples=SAMPLES)
 
 
 def numpy(x):
@@ -78,7 +78,7 @@ def numpy(x):
 
 def built(method, seen):
     torch.manual_seed(0)
-    method.build(Setup(seen, SAMPLES))
+    method.build(seen)
     return method
 
 

@@ -11,7 +11,7 @@ from golden_table import SECOND, Case, authors_case, tensor
 from method_batches import draw, labels
 from torch import nn
 
-from kd.losses.methods.base import Seen, Setup, View, batch_mean
+from kd.losses.methods.base import Seen, View, batch_mean
 from kd.losses.methods.labels import (
     FLSD53,
     ConfidencePenalty,
@@ -85,7 +85,7 @@ def ols_cases(case):
     def after(batches):
         """The method that has seen so many batches, and the ends of the epochs that they complete."""
         method = OnlineLabelSmoothing(start="zero")
-        method.build(Setup(seen(*epochs[0][0]), 100))
+        method.build(seen(*epochs[0][0]))
         for epoch in epochs:
             for batch in epoch[:batches]:
                 method(seen(*batch))
@@ -126,8 +126,8 @@ class Peer(nn.Module):
 
 def mutual(student, peer, target, **more):
     method = DeepMutualLearning()
-    given = seen(student, target, images=torch.zeros(len(student), 1), **more)
-    method.build(Setup(given, 100, Peer(peer)))
+    given = seen(student, target, images=torch.zeros(len(student), 1), peer=Peer(peer), **more)
+    method.build(given)
     return method, given
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kd.losses.methods.base import Method, Seen, Setup, View
+from kd.losses.methods.base import Method, Seen, View
 from kd.losses.methods.registry import library
 from kd.losses.reference import wide_dtype
 
@@ -45,7 +45,7 @@ def batch(n=5, k=4, seed=0, same=False, dtype=torch.float64) -> Seen:
     teacher = view(n, k, seed if same else seed + 10).map(lambda x: x.to(dtype))
     index = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(seed))[:n]
     images = draw(n, 3, 4, 4, seed=seed + 30).to(wide_dtype(dtype))
-    return Seen(student, teacher, labels(n, k, seed), index, epoch=1.0, epochs=4, images=images)
+    return Seen(student, teacher, labels(n, k, seed), index, epoch=1.0, epochs=4, images=images, num_samples=SAMPLES)
 
 
 def take(seen: Seen, rows) -> Seen:
@@ -79,7 +79,7 @@ def built(name, seen: Seen, seed=0, **settings) -> Method:
     method = library()[name](**settings)
     student, teacher = (v.map(lambda x: x.detach().to(wide_dtype(x))) for v in seen.views)
     peer = nn.Sequential(nn.Flatten(), nn.Linear(seen.images[0].numel(), seen.student.logits.shape[1]))
-    method.build(Setup(replace(seen, student=student, teacher=teacher), SAMPLES, peer))
+    method.build(replace(seen, student=student, teacher=teacher, peer=peer))
     return method
 
 
@@ -107,5 +107,5 @@ def logit_batch(n=6, k=5, seed=0, scale=3.0):
 def logit_values(method: Method, s, t, y):
     """The method's values of these logits, after it has made its learned parts."""
     seen = Seen(View(s), View(t), y)
-    method.build(Setup(seen, len(s)))
+    method.build(seen)
     return method(seen)

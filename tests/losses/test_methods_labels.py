@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from golden_labels import ce, logits, seen
 from method_batches import batch, built, labels, take
 
-from kd.losses.methods.base import IGNORE, Setup
+from kd.losses.methods.base import IGNORE
 from kd.losses.methods.labels import (
     FLSD53,
     Focal,
@@ -117,7 +117,7 @@ TARGET = torch.tensor([0, 0, 1, 0])  # right (4/6, 1/6, 1/6); right by the tie (
 
 def online():
     method = OnlineLabelSmoothing()
-    method.build(Setup(seen(FIRST, TARGET), 4))
+    method.build(seen(FIRST, TARGET))
     return method
 
 

@@ -13,7 +13,7 @@ from method_batches import logit_batch as batch
 from method_batches import logit_values as ready
 
 from kd import distill_loss
-from kd.losses.methods.base import Seen, Setup, View
+from kd.losses.methods.base import Seen, View
 from kd.losses.methods.batch_logits import DIST
 from kd.losses.methods.decoupled import DKD, NKD, RLD
 from kd.losses.methods.logits import KD, TTM, WSL
@@ -117,7 +117,7 @@ def test_ctkd_reverses_and_scales_the_gradient_of_its_temperature():
     s, t, y = batch()
     method = CTKD(curriculum_epochs=4.0)
     seen = Seen(View(s), View(t), y)
-    method.build(Setup(seen, 6))
+    method.build(seen)
     method.double()
 
     def at(theta):

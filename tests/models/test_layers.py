@@ -9,7 +9,7 @@ from torch import nn
 import kd.models.networks  # noqa: F401 (registers its names)
 from kd.losses.methods import connectors as transforms
 from kd.losses.methods import features, relations
-from kd.losses.methods.base import Seen, Setup
+from kd.losses.methods.base import Seen
 from kd.models.layers import Taps, as_map, classifier_name, list_layers, needed, stages
 from kd.models.wrappers import Student, Teacher
 
@@ -132,7 +132,7 @@ ANY = [relations.SimilarityPreserving, features.VariationalInformation, transfor
 def test_methods_train_from_the_default_layers(make, student, teacher):
     seen = seen_by(made(student), made(teacher), torch.randn(4, 3, 32, 32))
     method = make()
-    method.build(Setup(seen, 10))
+    method.build(seen)
     value = method(seen).mean()
     assert value.isfinite()
     gradients = torch.autograd.grad(value, [*seen.student.maps, seen.student.embedding], allow_unused=True)
@@ -146,7 +146,7 @@ def test_simkd_ships_with_the_teachers_classifier():
     x = torch.randn(8, 3, 32, 32)
     seen = seen_by(student, teacher, x)
     method = transforms.ReusedClassifier()
-    method.build(Setup(seen, 10))
+    method.build(seen)
     logits = method.eval().classify(seen.student)
     assert logits.shape == (8, K)
     assert not torch.equal(logits, seen.student.logits)

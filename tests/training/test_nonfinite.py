@@ -3,7 +3,6 @@
 import io
 import json
 import math
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -27,7 +26,6 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@dataclass(eq=False)
 class Constant(Method, name="constant_for_a_test"):
     """A value without a gradient."""
 

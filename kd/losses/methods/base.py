@@ -1,6 +1,6 @@
 """Base class of every distillation method, and what a method receives for a batch.
 
-A method is one dataclass whose fields are its hyperparameters. Its ``values`` is a pure function of what student and
+A method is one class whose fields are its hyperparameters. Its ``values`` is a pure function of what student and
 teacher gave for a batch: one number per example, or one for the batch where the method compares examples with each
 other. Values are unweighted; the weight and the mean belong to the caller. The training loop gives every method the
 same ``Seen`` and knows no method by name.
@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, dataclass_transform
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,8 @@ class Seen:
     epoch: float = 0.0  # epochs done, with the fraction of the running one
     epochs: int = 1  # epochs in all
     images: Tensor | None = None  # (N, ...), what the networks saw
+    num_samples: int = 0  # examples in the training set
+    peer: nn.Module | None = None  # a second student with other weights; for `build` of a method that needs "peer"
     ignored: Tensor | None = None  # (N,) bool, set by Method.forward: rows that it has blanked and labelled 0
 
     # What a method that needs a teacher reads. `Method.forward` has checked that it is there.
@@ -89,17 +91,9 @@ class Seen:
         return student.embedding, teacher.embedding
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What a method is built from, once, before the first update."""
-
-    seen: Seen  # a first batch, the same on every process
-    num_samples: int = 0  # examples in the training set
-    peer: nn.Module | None = None  # a second student with other weights, for a method that needs "peer"
-
-
+@dataclass_transform(eq_default=False)
 class Method(nn.Module):
-    """Base of all methods. A subclass is ``@dataclass(eq=False) class DKD(Method, name="dkd")``.
+    """Base of all methods. A subclass is ``class DKD(Method, name="dkd")`` and becomes a dataclass by that.
 
     It states what it needs, declares its hyperparameters as fields with the defaults of its paper (CIFAR-100 where
     there are several) and their ranges (`kd.losses.fields`), and defines ``values``. Modules that learn with
@@ -123,6 +117,7 @@ class Method(nn.Module):
 
     def __init_subclass__(cls, name: str, **kwargs: Any):
         super().__init_subclass__(**kwargs)
+        dataclass(eq=False)(cls)  # a module is equal to itself alone
         cls.name = name
         METHODS[name] = cls
 
@@ -135,8 +130,10 @@ class Method(nn.Module):
         if not holds:
             raise ValueError(f"{self.name}: {message}")
 
-    def build(self, setup: Setup) -> None:
+    def build(self, seen: Seen) -> None:
         """Make the learned modules and lasting buffers, on the device of the student's logits, in float32 or float64.
+
+        `seen` is a first batch, the same on every process.
 
         Gradients are averaged over processes. What `values` gathers in training is each process's own unless the method
         exchanges it, as `kd.losses.methods.shared.everywhere` does.
@@ -144,12 +141,11 @@ class Method(nn.Module):
         Raises:
             ValueError: the batch lacks what the method needs, or has a form that it cannot use.
         """
-        seen = setup.seen
         self._check_inputs(seen)
-        self.make(setup)
+        self.make(seen)
         self.to(seen.student.logits.device, wide_dtype(seen.student.logits))
 
-    def make(self, setup: Setup) -> None:
+    def make(self, seen: Seen) -> None:
         """Set learned modules and lasting buffers as attributes; by default there are none."""
 
     def end_epoch(self) -> None:

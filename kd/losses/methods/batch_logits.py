@@ -6,8 +6,7 @@ are one number for the batch, ().
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from kd.losses.methods.shared import centred
 from kd.losses.reference import kl, log_softened
 
 
-@dataclass(eq=False)
 class DIST(Method, name="dist"):
     """Distillation by correlation: ``T² [inter_weight (1 - mean_i ρ(row i)) + intra_weight (1 - mean_k ρ(column k))]``.
 
@@ -44,7 +42,7 @@ class DIST(Method, name="dist"):
     epsilon: Weight = 0.0
 
     per_example = False
-    presets: ClassVar = {
+    presets = {
         "cifar100": {"weight": 2.0, "ce_weight": 1.0},
         "imagenet": {"weight": 2.0, "ce_weight": 1.0, "temperature": 1.0},
     }
@@ -76,7 +74,6 @@ def _are_temperatures(values: Any) -> bool:
     return isinstance(values, list | tuple) and len(values) > 0 and all(is_temperature(v) for v in values)
 
 
-@dataclass(eq=False)
 class MLKD(Method, name="mlkd"):
     """Multi-level distillation: ``sum_T [instance_weight I + batch_weight B + class_weight C]`` over temperatures.
 
@@ -114,7 +111,7 @@ class MLKD(Method, name="mlkd"):
     confidence_mask: Annotated[str, one_of("examples", "share", "none")] = "examples"
 
     per_example = False
-    presets: ClassVar = {
+    presets = {
         "cifar100": {"weight": 0.9, "ce_weight": 0.1},
         "imagenet": {"weight": 0.5, "ce_weight": 0.5, "temperatures": (1.0, 2.0, 3.0, 5.0, 6.0)},
     }

@@ -6,8 +6,6 @@ position, from shallow to deep.
 """
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +13,10 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from kd.losses.fields import Count, NonNegative
-from kd.losses.methods.base import Method, Seen, Setup, View
+from kd.losses.methods.base import Method, Seen, View
 from kd.losses.methods.shared import pick, resized, same_size
 
 
-@dataclass(eq=False)
 class OverhaulFeature(Method, name="ofd"):
     """Overhaul of feature distillation: ``sum_j layer_decay^(L-1-j) mean_n sum_chw g (r(s) - t')²``.
 
@@ -46,15 +43,15 @@ class OverhaulFeature(Method, name="ofd"):
 
     needs = frozenset({"teacher", "maps"})
     per_example = False
-    presets: ClassVar = {
+    presets = {
         "cifar100": {"weight": 1e-3, "ce_weight": 1.0},
         "imagenet": {"weight": 1e-4, "ce_weight": 1.0},
     }
 
-    def make(self, setup: Setup) -> None:
+    def make(self, seen: Seen) -> None:
         """The connectors, and the margins estimated from this batch."""
         self.connectors = nn.ModuleList()
-        for i, (s, t) in enumerate(setup.seen.map_pairs):
+        for i, (s, t) in enumerate(seen.map_pairs):
             convolution = nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False)
             nn.init.normal_(convolution.weight, std=math.sqrt(2 / t.shape[1]))
             self.connectors.append(nn.Sequential(convolution, nn.BatchNorm2d(t.shape[1])))
@@ -104,7 +101,6 @@ class _Fusion(nn.Module):
         return self.leave(x), x
 
 
-@dataclass(eq=False)
 class ReviewKD(Method, name="reviewkd"):
     """Knowledge review: ``sum_j hcl(f_j, t_j)``, f_j the student's maps from the deepest to j, fused to t_j's shape.
 
@@ -129,14 +125,14 @@ class ReviewKD(Method, name="reviewkd"):
     needs = frozenset({"teacher", "maps", "embedding"})
     per_example = False
     smallest_batch = 2
-    presets: ClassVar = {
+    presets = {
         "cifar100": {"weight": 5.0, "ce_weight": 1.0, "warmup_epochs": 20},
         "imagenet": {"weight": 1.0, "ce_weight": 1.0, "warmup_epochs": 1},
     }
 
-    def make(self, setup: Setup) -> None:
+    def make(self, seen: Seen) -> None:
         """A fusion for every level, the embedding's last."""
-        levels = self._levels(setup.seen)
+        levels = self._levels(seen)
         inner = min(self.max_width, levels[-1][0].shape[1])
         deepest = len(levels) - 1
         fusions = [_Fusion(s.shape[1], inner, t.shape[1], i == deepest) for i, (s, t) in enumerate(levels)]
@@ -165,7 +161,6 @@ def _hierarchical_context(a: Tensor, b: Tensor) -> Tensor:
     return total / weights
 
 
-@dataclass(eq=False)
 class ReusedClassifier(Method, name="simkd"):
     """Reused teacher classifier: ``mean_nchw (r(s) - t)²`` of the last maps, r a learned bottleneck.
 
@@ -195,15 +190,15 @@ class ReusedClassifier(Method, name="simkd"):
     needs = frozenset({"teacher", "maps", "weight"})
     per_example = False
     classifies = True
-    presets: ClassVar = {
+    presets = {
         "cifar100": {"weight": 1.0, "ce_weight": 0.0},
         "imagenet": {"weight": 1.0, "ce_weight": 0.0},
     }
 
-    def make(self, setup: Setup) -> None:
+    def make(self, seen: Seen) -> None:
         """The projector r, and a copy of the teacher's classifier, checked to give its logits from its map."""
-        s, t = pick(self, setup.seen, self.layer)
-        _, teacher = setup.seen.views
+        s, t = pick(self, seen, self.layer)
+        _, teacher = seen.views
         assert teacher.weight is not None
         bias = teacher.logits.new_zeros(len(teacher.weight)) if teacher.bias is None else teacher.bias
         self._check_classifier(t, teacher.logits, teacher.weight, bias)

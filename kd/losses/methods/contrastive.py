@@ -5,8 +5,7 @@ student, t teacher.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +13,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kd.losses.fields import Allowed, Count, Mass
-from kd.losses.methods.base import Method, Seen, Setup
+from kd.losses.methods.base import Method, Seen
 from kd.losses.methods.shared import everywhere, unit
 
 
-@dataclass(eq=False)
 class ContrastiveRepresentation(Method, name="crd"):
     """Contrastive representation distillation: ``mean_i [-log h(s_i, t*_i) - sum_j log(1 - h(s_i, t*_j))]``.
 
@@ -61,16 +59,16 @@ class ContrastiveRepresentation(Method, name="crd"):
     needs = frozenset({"teacher", "embedding", "index"})
     per_example = False
     soft_targets = False
-    presets: ClassVar = {
+    presets = {
         "cifar100": {"weight": 0.8, "ce_weight": 1.0, "released": True},
         "imagenet": {"weight": 0.8, "ce_weight": 1.0, "released": True},
     }
 
-    def make(self, setup: Setup) -> None:
+    def make(self, seen: Seen) -> None:
         """The layers into the common space, and the memory."""
-        size = setup.num_samples
+        size = seen.num_samples
         self.require(size > 1, f"needs a training set of 2 or more examples, got {size}")
-        s, t = setup.seen.embeddings
+        s, t = seen.embeddings
         self.embed_student = nn.Linear(s.shape[1], self.embed_dim)
         self.embed_teacher = nn.Linear(t.shape[1], self.embed_dim)
         bound = math.sqrt(3 / self.embed_dim)  # of a uniform distribution of variance 1 / D

@@ -5,9 +5,6 @@ p_T(z) = softmax(z / T). Values are (N,), in nats. The target must be class labe
 its logit against all other classes, so that neither it nor its complement is rounded to 1.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,7 +20,6 @@ def binary_kl(margin_t: Tensor, margin_s: Tensor) -> Tensor:
     return first + (-margin_t).sigmoid() * (F.logsigmoid(-margin_t) - F.logsigmoid(-margin_s))
 
 
-@dataclass(eq=False)
 class DKD(Method, name="dkd"):
     """Decoupled distillation: ``T² [tckd_weight TCKD + nckd_weight NCKD]``.
 
@@ -47,7 +43,7 @@ class DKD(Method, name="dkd"):
     temperature: Temperature = 4.0
 
     soft_targets = False
-    presets: ClassVar = {
+    presets = {
         "cifar100": {"weight": 1.0, "ce_weight": 1.0, "warmup_epochs": 20},
         "imagenet": {"weight": 1.0, "ce_weight": 1.0, "warmup_epochs": 1, "nckd_weight": 0.5, "temperature": 1.0},
     }
@@ -61,7 +57,6 @@ class DKD(Method, name="dkd"):
         return self.temperature**2 * (self.tckd_weight * tckd + self.nckd_weight * nckd)
 
 
-@dataclass(eq=False)
 class NKD(Method, name="nkd"):
     """Normalised distillation: ``-softmax(t)_y log softmax(s)_y + other_weight T² H(n_T(t), n_T(s))``.
 
@@ -83,7 +78,7 @@ class NKD(Method, name="nkd"):
     temperature: Temperature = 3.0
 
     soft_targets = False
-    presets: ClassVar = {
+    presets = {
         "cifar100": {"weight": 1.0, "ce_weight": 1.0},
         "imagenet": {"weight": 1.0, "ce_weight": 1.0, "other_weight": 1.5, "temperature": 1.0},
     }
@@ -96,7 +91,6 @@ class NKD(Method, name="nkd"):
         return (-nll_t).exp() * nll_s + self.other_weight * self.temperature**2 * of_others
 
 
-@dataclass(eq=False)
 class RLD(Method, name="rld"):
     """Refined logits: ``confidence_weight SC + correlation_weight MC``, into which a teacher's errors do not enter.
 
@@ -123,7 +117,7 @@ class RLD(Method, name="rld"):
     temperature: Temperature = 4.0
 
     soft_targets = False
-    presets: ClassVar = {
+    presets = {
         "cifar100": {"weight": 1.0, "ce_weight": 1.0, "warmup_epochs": 20},
         "imagenet": {
             "weight": 1.0,

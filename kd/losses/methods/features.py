@@ -11,9 +11,8 @@ within 20 updates of SGD at a learning rate of 0.05. Start from the preset.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +20,10 @@ from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 
 from kd.losses.fields import Allowed
-from kd.losses.methods.base import Method, Seen, Setup
+from kd.losses.methods.base import Method, Seen
 from kd.losses.methods.shared import pick, resized, same_size, unit
 
 
-@dataclass(eq=False)
 class Hint(Method, name="hint"):
     """FitNets hint: ``½ sum_chw (r(s) - t)²``, r a learned convolution to the teacher's channels.
 
@@ -50,11 +48,11 @@ class Hint(Method, name="hint"):
     released: bool = False
 
     needs = frozenset({"teacher", "maps"})
-    presets: ClassVar = {"cifar100": {"weight": 100.0, "ce_weight": 1.0, "released": True}}
+    presets = {"cifar100": {"weight": 100.0, "ce_weight": 1.0, "released": True}}
 
-    def make(self, setup: Setup) -> None:
+    def make(self, seen: Seen) -> None:
         """The regressor r."""
-        s, t = pick(self, setup.seen, self.layer)
+        s, t = pick(self, seen, self.layer)
         (c_s, h_s, w_s), (c_t, h_t, w_t) = s.shape[1:], t.shape[1:]
         if self.released and (h_s, w_s) == (2 * h_t, 2 * w_t):
             convolution = nn.Conv2d(c_s, c_t, 3, stride=2, padding=1)
@@ -75,7 +73,6 @@ class Hint(Method, name="hint"):
         return reduce(squares, "n c h w -> n", "sum") / 2
 
 
-@dataclass(eq=False)
 class AttentionTransfer(Method, name="at"):
     """Attention transfer: ``sum_j ‖Q_s/‖Q_s‖ - Q_t/‖Q_t‖‖``, ``Q_hw = sum_c |x_chw|^power`` of the maps of pair j.
 
@@ -98,7 +95,7 @@ class AttentionTransfer(Method, name="at"):
     released: bool = False
 
     needs = frozenset({"teacher", "maps"})
-    presets: ClassVar = {
+    presets = {
         "cifar100": {"weight": 1000.0, "ce_weight": 1.0, "released": True},
         "imagenet": {"weight": 1000.0, "ce_weight": 1.0, "released": True},
     }
@@ -121,7 +118,6 @@ class AttentionTransfer(Method, name="at"):
 VARIANCE_FLOOR = 1e-5  # of vid; it is added to every variance
 
 
-@dataclass(eq=False)
 class VariationalInformation(Method, name="vid"):
     """Variational information distillation: ``sum_chw ½ (log σ²_c + (t - μ(s))² / σ²_c)``, summed over map pairs.
 
@@ -144,13 +140,13 @@ class VariationalInformation(Method, name="vid"):
     released: bool = False
 
     needs = frozenset({"teacher", "maps"})
-    presets: ClassVar = {"cifar100": {"weight": 1.0, "ce_weight": 1.0, "released": True}}
+    presets = {"cifar100": {"weight": 1.0, "ce_weight": 1.0, "released": True}}
 
-    def make(self, setup: Setup) -> None:
+    def make(self, seen: Seen) -> None:
         """μ and the channels' variances for every pair of maps."""
         start = math.log(math.expm1(self.initial_variance - VARIANCE_FLOOR))  # softplus gives the variance back
         self.means, self.scales = nn.ModuleList(), nn.ParameterList()
-        for s, t in setup.seen.map_pairs:
+        for s, t in seen.map_pairs:
             c_s, c_t = s.shape[1], t.shape[1]
             widths = (c_s, c_t), (c_t, c_t), (c_t, c_t)
             first, second, third = (nn.Conv2d(a, b, 1, bias=False) for a, b in widths)
@@ -168,7 +164,6 @@ class VariationalInformation(Method, name="vid"):
         return total
 
 
-@dataclass(eq=False)
 class NeuronSelectivity(Method, name="nst"):
     """Neuron selectivity transfer: ``mean_ij k(t_i, t_j) + mean_ij k(s_i, s_j) - 2 mean_ij k(s_i, t_j)``.
 
@@ -184,7 +179,7 @@ class NeuronSelectivity(Method, name="nst"):
     """
 
     needs = frozenset({"teacher", "maps"})
-    presets: ClassVar = {"cifar100": {"weight": 50.0, "ce_weight": 1.0}}
+    presets = {"cifar100": {"weight": 50.0, "ce_weight": 1.0}}
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
@@ -205,7 +200,6 @@ def _sum_over_pairs(seen: Seen, distance: Callable[[Tensor, Tensor], Tensor]) ->
     return torch.stack([distance(*same_size(s, t)) for s, t in seen.map_pairs]).sum(0)
 
 
-@dataclass(eq=False)
 class FlowOfSolution(Method, name="fsp"):
     """Flow of solution procedure: ``sum_j ‖G_s,j - G_t,j‖²``, ``G_j = mean_hw x_j[c, h, w] x_(j+1)[d, h, w]``.
 
@@ -227,7 +221,7 @@ class FlowOfSolution(Method, name="fsp"):
     released: bool = False
 
     needs = frozenset({"teacher", "maps"})
-    presets: ClassVar = {"cifar100": {"weight": 50.0, "ce_weight": 1.0, "released": True}}
+    presets = {"cifar100": {"weight": 50.0, "ce_weight": 1.0, "released": True}}
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""

@@ -6,8 +6,7 @@ that it adds to it: the presets' ``ce_weight`` (0, or the paper's) says which.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses.fields import Allowed, Convention, Mass, NonNegative, Weight, one_of
-from kd.losses.methods.base import Method, Seen, Setup
+from kd.losses.methods.base import Method, Seen
 from kd.losses.methods.shared import against_others
 from kd.losses.reference import cross_entropy
 from kd.smoothing import mix_uniform, uniform_mass
@@ -23,7 +22,6 @@ from kd.smoothing import mix_uniform, uniform_mass
 ALONE = {"weight": 1.0, "ce_weight": 0.0}  # in place of the cross entropy
 
 
-@dataclass(eq=False)
 class LabelSmoothing(Method, name="label_smoothing"):
     """Label smoothing: ``-sum_k q_k log p_k``, q the smoothed label, in place of the cross entropy.
 
@@ -46,7 +44,7 @@ class LabelSmoothing(Method, name="label_smoothing"):
     smoothing: Convention = "uniform"
 
     needs = frozenset()
-    presets: ClassVar = {"cifar100": ALONE, "imagenet": ALONE}
+    presets = {"cifar100": ALONE, "imagenet": ALONE}
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
@@ -55,7 +53,6 @@ class LabelSmoothing(Method, name="label_smoothing"):
         return cross_entropy(logits, mix_uniform(seen.target, logits.shape[-1], mass, logits.dtype))
 
 
-@dataclass(eq=False)
 class GeneralizedSmoothing(Method, name="generalized_smoothing"):
     """Generalised label smoothing: ``(1-eps) CE + eps mean_k(-log p_k)``, eps ≤ 1, in place of the cross entropy.
 
@@ -73,7 +70,7 @@ class GeneralizedSmoothing(Method, name="generalized_smoothing"):
     label_smoothing: Annotated[float, Allowed("a finite number ≤ 1", lambda value: value <= 1)] = 0.1
 
     needs = frozenset()
-    presets: ClassVar = {"cifar10": ALONE}
+    presets = {"cifar10": ALONE}
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
@@ -81,7 +78,6 @@ class GeneralizedSmoothing(Method, name="generalized_smoothing"):
         return cross_entropy(logits, mix_uniform(seen.target, logits.shape[-1], self.label_smoothing, logits.dtype))
 
 
-@dataclass(eq=False)
 class OnlineLabelSmoothing(Method, name="online_label_smoothing"):
     """Online label smoothing: ``-sum_k S[y, k] log p_k``, beside the cross entropy, half and half.
 
@@ -103,14 +99,14 @@ class OnlineLabelSmoothing(Method, name="online_label_smoothing"):
 
     needs = frozenset()
     soft_targets = False  # correctness needs a label
-    presets: ClassVar = {
+    presets = {
         "cifar100": {"weight": 0.5, "ce_weight": 0.5},
         "imagenet": {"weight": 0.5, "ce_weight": 0.5},
     }
 
-    def make(self, setup: Setup) -> None:
+    def make(self, seen: Seen) -> None:
         """The table in use, and the sums and counts of the running epoch."""
-        k = setup.seen.student.logits.shape[-1]
+        k = seen.student.logits.shape[-1]
         first = 1 / k if self.start == "uniform" else 0.0
         self.register_buffer("table", torch.full((k, k), first, dtype=torch.float64))
         self.register_buffer("gathered", torch.zeros(k, k))
@@ -146,7 +142,6 @@ class OnlineLabelSmoothing(Method, name="online_label_smoothing"):
         counted.zero_()
 
 
-@dataclass(eq=False)
 class MaxSup(Method, name="maxsup"):
     """Max suppression: ``w (max_k s_k - mean_k s_k)``, beside the cross entropy, in logits.
 
@@ -170,7 +165,7 @@ class MaxSup(Method, name="maxsup"):
     ramp: Annotated[str, one_of("after_last", "in_last")] = "after_last"
 
     needs = frozenset()
-    presets: ClassVar = {
+    presets = {
         "imagenet": {"weight": 1.0, "ce_weight": 1.0},
         "long_tailed": {"weight": 1.0, "ce_weight": 1.0, "ramp": "in_last"},
     }
@@ -184,7 +179,6 @@ class MaxSup(Method, name="maxsup"):
         return weight * (logits.amax(-1) - logits.mean(-1))
 
 
-@dataclass(eq=False)
 class ConfidencePenalty(Method, name="confidence_penalty"):
     """Confidence penalty: ``-H(p) = sum_k p_k log p_k``, beside the cross entropy; its weight is the paper's beta.
 
@@ -197,7 +191,7 @@ class ConfidencePenalty(Method, name="confidence_penalty"):
     """
 
     needs = frozenset()
-    presets: ClassVar = {"cifar10": {"weight": 0.1, "ce_weight": 1.0}}
+    presets = {"cifar10": {"weight": 0.1, "ce_weight": 1.0}}
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
@@ -205,7 +199,6 @@ class ConfidencePenalty(Method, name="confidence_penalty"):
         return -cross_entropy(logits, logits.softmax(-1))
 
 
-@dataclass(eq=False)
 class Focal(Method, name="focal"):
     """Focal loss: ``-(1 - p_y)^gamma log p_y``, in place of the cross entropy.
 
@@ -224,7 +217,7 @@ class Focal(Method, name="focal"):
 
     needs = frozenset()
     soft_targets = False
-    presets: ClassVar = {"cifar100": ALONE | {"gamma": 3.0}}
+    presets = {"cifar100": ALONE | {"gamma": 3.0}}
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
@@ -232,7 +225,6 @@ class Focal(Method, name="focal"):
         return focal(margin, self.gamma)
 
 
-@dataclass(eq=False)
 class FLSD53(Method, name="flsd53"):
     """Focal loss with a sample-dependent gamma, FLSD-53: ``-(1 - p_y)^g log p_y``, in place of the cross entropy.
 
@@ -256,7 +248,7 @@ class FLSD53(Method, name="flsd53"):
 
     needs = frozenset()
     soft_targets = False
-    presets: ClassVar = {"cifar100": ALONE}
+    presets = {"cifar100": ALONE}
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""

@@ -8,8 +8,6 @@ Everything stays in log space: no probability is formed only to take its logarit
 """
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +22,6 @@ from kd.smoothing import mix_uniform, unsmooth
 # ---- one temperature for both networks
 
 
-@dataclass(eq=False)
 class KD(Method, name="kd"):
     """Knowledge distillation: ``T² KL(p_T(t) || p_T(s))``.
 
@@ -44,7 +41,7 @@ class KD(Method, name="kd"):
 
     temperature: Temperature = 4.0
 
-    presets: ClassVar = {
+    presets = {
         "cifar100": {"weight": 0.9, "ce_weight": 0.1},
         "imagenet": {"weight": 0.5, "ce_weight": 0.5, "temperature": 1.0},
         "funmatch": {"weight": 1.0, "ce_weight": 0.0, "temperature": 1.0},
@@ -56,7 +53,6 @@ class KD(Method, name="kd"):
         return reference.distillation(*seen.logits, self.temperature, self.temperature)
 
 
-@dataclass(eq=False)
 class ReverseKL(Method, name="reverse_kl"):
     """Reverse KL: ``T² KL(p_T(s) || p_T(t))``. The student avoids classes that the teacher finds unlikely.
 
@@ -77,7 +73,6 @@ class ReverseKL(Method, name="reverse_kl"):
         return reference.distillation(teacher, student, self.temperature, self.temperature)
 
 
-@dataclass(eq=False)
 class GeneralisedJSD(Method, name="gjsd"):
     """Generalised Jensen-Shannon divergence: ``T² [a KL(p_T(t) || m) + (1-a) KL(p_T(s) || m)]``.
 
@@ -106,7 +101,6 @@ class GeneralisedJSD(Method, name="gjsd"):
         return self.temperature**2 * divergence
 
 
-@dataclass(eq=False)
 class LogitMSE(Method, name="logit_mse"):
     """Logit regression: ``sum_k (s_k - t_k)²``, in squared logits.
 
@@ -123,7 +117,6 @@ class LogitMSE(Method, name="logit_mse"):
         return (student - teacher).square().sum(-1)
 
 
-@dataclass(eq=False)
 class HardDistillation(Method, name="hard"):
     """Hard-label distillation: ``-log softmax(s)_c``, c the teacher's most likely class (the first of equal ones).
 
@@ -133,7 +126,7 @@ class HardDistillation(Method, name="hard"):
     labels' cross entropy weigh one half each.
     """
 
-    presets: ClassVar = {"imagenet": {"weight": 0.5, "ce_weight": 0.5}}
+    presets = {"imagenet": {"weight": 0.5, "ce_weight": 0.5}}
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
@@ -146,7 +139,6 @@ class HardDistillation(Method, name="hard"):
 # ---- a teacher that is smoothed, or has another temperature or weight
 
 
-@dataclass(eq=False)
 class SmoothedTeacher(Method, name="smoothed_teacher"):
     """Plain KD from a smoothed teacher: ``T² KL(p_T(t') || p_T(s))``, ``t' = log[(1 - mass) softmax(t) + mass / K]``.
 
@@ -182,7 +174,6 @@ class SmoothedTeacher(Method, name="smoothed_teacher"):
         return unsmooth(log_p, self.taken_out).to(teacher.dtype)
 
 
-@dataclass(eq=False)
 class TTM(Method, name="ttm"):
     """Transformed teacher matching: ``KL(p_T(t) || softmax(s))``. Only the teacher is softened.
 
@@ -198,14 +189,13 @@ class TTM(Method, name="ttm"):
 
     temperature: Temperature = 10.0
 
-    presets: ClassVar = {"cifar100": {"weight": 45.0, "ce_weight": 1.0}}
+    presets = {"cifar100": {"weight": 45.0, "ce_weight": 1.0}}
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
         return reference.distillation(*seen.logits, self.temperature, 1.0)
 
 
-@dataclass(eq=False)
 class WTTM(Method, name="wttm"):
     """Weighted transformed teacher matching: ``U KL(p_T(t) || softmax(s))``, ``U = sum_k softmax(t)_k^(1/T)``.
 
@@ -220,7 +210,7 @@ class WTTM(Method, name="wttm"):
 
     temperature: Temperature = 5.0
 
-    presets: ClassVar = {"cifar100": {"weight": 4.0, "ce_weight": 1.0}}
+    presets = {"cifar100": {"weight": 4.0, "ce_weight": 1.0}}
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
@@ -229,7 +219,6 @@ class WTTM(Method, name="wttm"):
         return power_sum * reference.distillation(student, teacher, self.temperature, 1.0)
 
 
-@dataclass(eq=False)
 class WSL(Method, name="wsl"):
     """Weighted soft labels: ``w T² H(p_T(t), p_T(s))``, ``w = 1 - exp(-CE(s, y) / (CE(t, y) + epsilon))``.
 
@@ -249,7 +238,7 @@ class WSL(Method, name="wsl"):
     temperature: Temperature = 4.0
     epsilon: Weight = 0.0
 
-    presets: ClassVar = {
+    presets = {
         "cifar100": {"weight": 2.25, "ce_weight": 1.0},
         "imagenet": {"weight": 2.5, "ce_weight": 1.0, "temperature": 2.0},
     }
@@ -264,7 +253,6 @@ class WSL(Method, name="wsl"):
         return -torch.expm1(-ratio) * self.temperature**2 * soft
 
 
-@dataclass(eq=False)
 class ATS(Method, name="ats"):
     """Asymmetric temperature scaling: ``Ts² H(q, softmax(s / Ts))``, ``q = softmax(t_k / τ_k)``.
 
@@ -287,7 +275,7 @@ class ATS(Method, name="ats"):
     student_temperature: Temperature = 1.0
 
     soft_targets = False
-    presets: ClassVar = {"cifar100": {"weight": 0.5, "ce_weight": 0.5}}
+    presets = {"cifar100": {"weight": 0.5, "ce_weight": 0.5}}
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""

@@ -8,8 +8,6 @@ A batch is what one process sees at once: pairs across processes or accumulated 
 """
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +15,10 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from kd.losses.fields import Count, NonNegative
-from kd.losses.methods.base import Method, Seen, Setup
+from kd.losses.methods.base import Method, Seen
 from kd.losses.methods.shared import TINY, pick, unit
 
 
-@dataclass(eq=False)
 class SimilarityPreserving(Method, name="sp"):
     """Similarity-preserving distillation: ``(1/N²) ‖G_s - G_t‖²_F``, ``G = F·Fᵀ`` with rows of length 1.
 
@@ -42,7 +39,7 @@ class SimilarityPreserving(Method, name="sp"):
     needs = frozenset({"teacher", "maps"})
     per_example = False
     smallest_batch = 2
-    presets: ClassVar = {"cifar100": {"weight": 3000.0, "ce_weight": 1.0}}
+    presets = {"cifar100": {"weight": 3000.0, "ce_weight": 1.0}}
 
     def values(self, seen: Seen) -> Tensor:
         """()."""
@@ -58,7 +55,6 @@ def _similarities(x: Tensor) -> Tensor:
 PKT_FLOOR = 1e-7
 
 
-@dataclass(eq=False)
 class ProbabilisticKnowledge(Method, name="pkt"):
     """Probabilistic knowledge transfer: ``mean_i sum_(j≠i) q_ij log(q_ij / p_ij)``.
 
@@ -82,7 +78,7 @@ class ProbabilisticKnowledge(Method, name="pkt"):
     needs = frozenset({"teacher", "embedding"})
     per_example = False
     smallest_batch = 2
-    presets: ClassVar = {"cifar100": {"weight": 30000.0, "ce_weight": 1.0, "released": True}}
+    presets = {"cifar100": {"weight": 30000.0, "ce_weight": 1.0, "released": True}}
 
     def values(self, seen: Seen) -> Tensor:
         """()."""
@@ -105,7 +101,6 @@ class ProbabilisticKnowledge(Method, name="pkt"):
         return similar / similar.sum(-1, keepdim=True)
 
 
-@dataclass(eq=False)
 class Relational(Method, name="rkd"):
     """Relational KD: ``distance_weight · mean_ij h(d_ij/μ_s, d'_ij/μ_t) + angle_weight · mean_ijk h(cos, cos')``.
 
@@ -135,7 +130,7 @@ class Relational(Method, name="rkd"):
     needs = frozenset({"teacher", "embedding"})
     per_example = False
     smallest_batch = 2
-    presets: ClassVar = {"cifar100": {"weight": 1.0, "ce_weight": 1.0, "released": True}}
+    presets = {"cifar100": {"weight": 1.0, "ce_weight": 1.0, "released": True}}
 
     def values(self, seen: Seen) -> Tensor:
         """()."""
@@ -168,7 +163,6 @@ def _cosines(edges: Tensor) -> Tensor:
     return einsum(direction, direction, "i j d, i k d -> i j k")
 
 
-@dataclass(eq=False)
 class CorrelationCongruence(Method, name="cc"):
     """Correlation congruence: ``(1/N²) sum_ij (K(s_i, s_j) - K(t_i, t_j))²``.
 
@@ -198,12 +192,12 @@ class CorrelationCongruence(Method, name="cc"):
     needs = frozenset({"teacher", "embedding"})
     per_example = False
     smallest_batch = 2
-    presets: ClassVar = {"cifar100": {"weight": 0.02, "ce_weight": 1.0, "released": True}}
+    presets = {"cifar100": {"weight": 0.02, "ce_weight": 1.0, "released": True}}
 
-    def make(self, setup: Setup) -> None:
+    def make(self, seen: Seen) -> None:
         """The linear layers of ``released``."""
         if self.released:
-            s, t = setup.seen.embeddings
+            s, t = seen.embeddings
             self.embed_student = nn.Linear(s.shape[1], self.embed_dim)
             self.embed_teacher = nn.Linear(t.shape[1], self.embed_dim)
 

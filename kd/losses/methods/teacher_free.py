@@ -4,19 +4,15 @@ N examples, K classes; s the student's logits (N, K), y the label, p_T = softmax
 in nats, and stand beside the cross entropy. Born-again networks are the preset ``kd:born_again``.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses.fields import Share, Temperature
-from kd.losses.methods.base import Method, Seen, Setup
+from kd.losses.methods.base import Method, Seen
 from kd.losses.reference import cross_entropy, kl, log_softened
 from kd.smoothing import mix_uniform, uniform_mass
 
 
-@dataclass(eq=False)
 class TfSelf(Method, name="tf_self"):
     """Tf-KD self-training: ``KL(p^t_T || p_T)``, the teacher a trained copy of the student's own architecture.
 
@@ -36,7 +32,7 @@ class TfSelf(Method, name="tf_self"):
     temperature: Temperature = 6.0
     released_code: bool = False
 
-    presets: ClassVar = {
+    presets = {
         "cifar100": {"weight": 0.95, "ce_weight": 0.05},
         "cifar100_released": {"weight": 47.5, "ce_weight": 0.05, "released_code": True},
     }
@@ -47,7 +43,6 @@ class TfSelf(Method, name="tf_self"):
         return kl(log_t, log_s) * (self.temperature**2 / log_s.shape[-1] if self.released_code else 1.0)
 
 
-@dataclass(eq=False)
 class TfReg(Method, name="tf_reg"):
     """Tf-KD regularisation: ``KL(p^d_T || p_T)``, from a virtual teacher that knows the label.
 
@@ -73,7 +68,7 @@ class TfReg(Method, name="tf_reg"):
     released_code: bool = False
 
     needs = frozenset()
-    presets: ClassVar = {
+    presets = {
         "cifar100": {"weight": 0.1, "ce_weight": 0.9},
         "cifar100_released": {"weight": 10.0, "ce_weight": 0.9, "released_code": True},
     }
@@ -88,7 +83,6 @@ class TfReg(Method, name="tf_reg"):
         return kl(log_softened(virtual.log(), self.temperature), log_softened(logits, self.temperature))
 
 
-@dataclass(eq=False)
 class DeepMutualLearning(Method, name="dml"):
     """Deep mutual learning: ``KL(p² || p) + CE(p², y) + KL(p || p²)``. Two students learn from labels and each other.
 
@@ -97,7 +91,7 @@ class DeepMutualLearning(Method, name="dml"):
     stands beside them. The student's term is zero and stationary where p = p². A weight of this method scales the whole
     gradient of the peer as well; the paper's is 1.
 
-    ``build`` takes the peer from ``Setup.peer``, a network from images to (N, K) logits; it is this method's learned
+    ``build`` takes the peer from ``Seen.peer``, a network from images to (N, K) logits; it is this method's learned
     part.
 
     Source: Zhang et al. 2018, "Deep Mutual Learning", at temperature 1. The paper updates the two in turn and computes
@@ -105,20 +99,17 @@ class DeepMutualLearning(Method, name="dml"):
     """
 
     needs = frozenset({"images", "peer"})
-    presets: ClassVar = {"cifar100": {"weight": 1.0, "ce_weight": 1.0}}
+    presets = {"cifar100": {"weight": 1.0, "ce_weight": 1.0}}
 
-    def make(self, setup: Setup) -> None:
+    def make(self, seen: Seen) -> None:
         """The peer."""
-        self.require(setup.peer is not None, "needs a second network: build(Setup(seen, peer=network))")
-        self.peer = setup.peer
+        self.require(seen.peer is not None, "needs a second network: build(Seen(..., peer=network))")
+        self.peer = seen.peer
 
     def values(self, seen: Seen) -> Tensor:
         """(N,): the student's imitation and the peer's whole loss."""
         logits = seen.student.logits
         peer = self.get_submodule("peer")(seen.images).to(logits.dtype)
-        self.require(
-            peer.shape == logits.shape, f"peer gives {tuple(peer.shape)} logits, the student {tuple(logits.shape)}"
-        )
         log_p, log_peer = F.log_softmax(logits, -1), F.log_softmax(peer, -1)
         hard = cross_entropy(peer, mix_uniform(seen.target, logits.shape[-1], 0.0, logits.dtype))
         return kl(log_peer.detach(), log_p) + hard + kl(log_p.detach(), log_peer)

@@ -6,15 +6,15 @@ and p_T(z) = softmax(z / T).
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, ClassVar
+from dataclasses import field, fields, replace
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.losses.fields import Allowed, Temperature, Weight
-from kd.losses.methods.base import Method, Seen, Setup
+from kd.losses.methods.base import Method, Seen
 from kd.losses.methods.registry import library
 from kd.losses.methods.shared import centred
 from kd.losses.ranges import HIGHEST_TEMPERATURE
@@ -25,7 +25,6 @@ Positive = Annotated[float, Allowed("a finite number > 0", lambda value: value >
 Settings = Annotated[Mapping[str, Any], Allowed("settings such as {temperature: 2}", lambda v: isinstance(v, Mapping))]
 
 
-@dataclass(eq=False)
 class LogitStandardization(Method, name="lskd"):
     """Logit standardization: another method on ``(z - mean z) / std z`` of each row of student and teacher.
 
@@ -50,7 +49,7 @@ class LogitStandardization(Method, name="lskd"):
     correction: Annotated[int, Allowed("0 (divide by K) or 1 (by K - 1)", lambda value: value in (0, 1))] = 0
     epsilon: Weight = 0.0
 
-    presets: ClassVar = {
+    presets = {
         "cifar100": {"weight": 9.0, "ce_weight": 0.1},
         "imagenet": {"weight": 9.0, "ce_weight": 1.0},
     }
@@ -67,9 +66,9 @@ class LogitStandardization(Method, name="lskd"):
         self.needs, self.per_example = self.inner.needs, self.inner.per_example
         self.soft_targets = self.inner.soft_targets
 
-    def make(self, setup: Setup) -> None:
+    def make(self, seen: Seen) -> None:
         """What the inner method makes, from standardized logits."""
-        self.inner.build(replace(setup, seen=self._standardized(setup.seen)))
+        self.inner.build(self._standardized(seen))
 
     def end_epoch(self) -> None:
         """What the inner method does."""
@@ -90,7 +89,6 @@ class LogitStandardization(Method, name="lskd"):
         return deviation / (std + self.epsilon)
 
 
-@dataclass(eq=False)
 class CTKD(Method, name="ctkd"):
     """Curriculum temperature: ``T² KL(p_T(t) || p_T(s))`` at a learned ``T = lowest_temperature + range · sigmoid(θ)``.
 
@@ -120,12 +118,12 @@ class CTKD(Method, name="ctkd"):
     final_strength: Weight = 1.0
     curriculum_epochs: Positive = 10.0
 
-    presets: ClassVar = {
+    presets = {
         "cifar100": {"weight": 0.9, "ce_weight": 0.1},
         "imagenet": {"weight": 1.0, "ce_weight": 1.0, "curriculum_epochs": 5.0},
     }
 
-    def make(self, setup: Setup) -> None:
+    def make(self, seen: Seen) -> None:
         """θ."""
         self.temperature_logit = nn.Parameter(torch.tensor(float(self.initial_logit)))
 
