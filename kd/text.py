@@ -14,6 +14,11 @@ def shown(text: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
+def first_line(error: Exception) -> str:
+    """The class of an error and the first line of its text."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
 def did_you_mean(name: str, names: Iterable[str], most: int = 1) -> str:
     """The end of a message about an unknown name: '; did you mean X?' with at most `most` near names, or nothing."""
     near = difflib.get_close_matches(name, list(dict.fromkeys(names)), n=most, cutoff=0.5)

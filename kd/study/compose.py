@@ -36,7 +36,7 @@ def compose(words: list[str]) -> tuple[StudyRecipe, list[str], bool] | None:
     if options.show:
         print(recipes.to_yaml(config))
         return None
-    return study, launcher, differs
+    return study, [*default, *launcher], differs
 
 
 def _split(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list[str]]:

@@ -6,23 +6,24 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hydra
+from hydra.core.config_store import ConfigStore
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from kd.checkpoint.files import write_json
 from kd.cli.console import terminal
 from kd.config import types
-from kd.data import Data
 from kd.errors import require
 from kd.losses.methods import registry as methods
 from kd.metrics import METRICS
@@ -30,19 +31,31 @@ from kd.runtime.provenance import provenance
 from kd.study.axes import labelled
 from kd.study.estimate import seconds_of
 from kd.study.folder import SCHEMA, Folder
-from kd.study.grid import Plan, Point, base_recipe, plan
+from kd.study.grid import Plan, base_recipe, plan
 from kd.study.jobs import PHASES, Job, jobs
 from kd.study.population import why_not
 from kd.study.schema import StudyRecipe
 from kd.study.table import differences, write_table
 from kd.study.train_population import data_of, network
 from kd.study.worker import work
-from kd.text import shown
+from kd.text import first_line, shown
 from kd.training.dry_run import duration
 from kd.training.preflight import check_batch, check_environment, check_places
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+# Hydra's config of a job: it writes nothing of its own, and changes no directory.
+JOB = {
+    "defaults": ["_self_", {"override hydra/job_logging": "disabled"}, {"override hydra/hydra_logging": "disabled"}],
+    "hydra": {
+        "output_subdir": None,
+        "run": {"dir": "."},
+        "sweep": {"dir": "${study}/jobs/hydra", "subdir": "."},
+        "job": {"chdir": False, "name": "kd"},
+    },
+    "job": "???",
+}
 
 
 def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int:
@@ -61,15 +74,24 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
     before = folder.read_card()["points"] if folder.card.exists() else None
     planned = plan(study, lambda data: data_of(replace(base, data=data)), narrowed)
     all_jobs = jobs(planned, engines(planned, study.study.engine))
-    pending = [job for job in all_jobs if not all(folder.is_finished(point) for point in job.points)]
-    _say(console, _summary(planned, all_jobs, pending, folder))
+    finished = {point.id for point in planned.points.values() if folder.is_finished(point)}
+    pending = [job for job in all_jobs if not finished.issuperset(point.id for point in job.points)]
+    used = sorted({job.engine for job in all_jobs})
+    roles = Counter(f"{point.role}s" for point in planned.points.values())
+    counts = ", ".join(f"{count} {role}" for role, count in sorted(roles.items(), reverse=True))
+    parts = f"{len(planned.cells)} cells, {len(planned.contrasts)} contrasts"
+    _say(console, f"study    {len(planned.points)} points ({counts}) of {parts}")
+    done = f"{len(finished)} points are finished"
+    _say(console, f"jobs     {len(all_jobs)} ({', '.join(used)}), {len(pending)} to do; {done}")
+    for contrast in planned.left_out:
+        _say(console, f"left out {contrast}")
     if study.dry_run:
         _say(console, f"about {duration(sum(map(seconds_of, pending)))} of one core; would write {folder.path}")
         return 0
     with folder.lock():
         if before is not None and set(before) != planned.points.keys():
             _say(console, f"study.json was of another grid, of {len(before)} points; its finished points are kept")
-        write_json(folder.card, card(study, planned, {job.engine for job in all_jobs}))
+        write_json(folder.card, card(study, planned, used))
         started = time.perf_counter()
         for phase in PHASES:
             _launch([job for job in pending if job.phase == phase], phase, folder, words, console)
@@ -84,8 +106,7 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
 
 
 def _say(console: Console, text: str) -> None:
-    lines = map(shown, text.splitlines())
-    console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
+    console.print(shown(text), soft_wrap=True, highlight=False, markup=False)
 
 
 def engines(planned: Plan, asked: str) -> dict[str, str]:
@@ -100,7 +121,12 @@ def engines(planned: Plan, asked: str) -> dict[str, str]:
         settings = {k: v for k, v in point.settings.items() if k not in ("seed", "teacher.label_smoothing")}
         kind = json.dumps([point.role, settings], sort_keys=True)
         if kind not in reasons:
-            reasons[kind] = _why_not(point, planned.data[point.data_hash])
+            data, members = planned.data[point.data_hash], point.recipe.teacher.members
+            require(members == 1, f"teacher.members={members}: must be 1 in a study")
+            check_environment(point.recipe)
+            check_batch(point.recipe, data, 1)
+            methods.build(point.recipe.loss.methods)  # a run of its own would fail only when its turn comes
+            reasons[kind] = why_not(point, network(point.recipe, point.network, data), data.num_classes)
         reason = reasons[kind] or ("study.engine=runs" if asked == "runs" else None)
         must = asked == "population" or point.control == "bayes"
         require(
@@ -112,16 +138,7 @@ def engines(planned: Plan, asked: str) -> dict[str, str]:
     return chosen
 
 
-def _why_not(point: Point, data: Data) -> str | None:
-    recipe = point.recipe
-    check_environment(recipe)
-    check_batch(recipe, data, 1)
-    methods.build(recipe.loss.methods)
-    require(recipe.teacher.members == 1, f"teacher.members={recipe.teacher.members}: must be 1 in a study")
-    return why_not(point, network(recipe, point.network, data), data.num_classes)
-
-
-def card(study: StudyRecipe, planned: Plan, used: set[str]) -> dict[str, Any]:
+def card(study: StudyRecipe, planned: Plan, used: Sequence[str]) -> dict[str, Any]:
     """The content of study.json; the docstring of `kd.study` says what each entry is."""
     axes = labelled(study.study.grid)
     named = {axis: values for axis, values in axes.items() if axis not in types.settings()}
@@ -131,7 +148,7 @@ def card(study: StudyRecipe, planned: Plan, used: set[str]) -> dict[str, Any]:
         "claim": study.study.claim,
         "paper": study.study.paper,
         "command": " ".join(["python -m kd.study", *sys.argv[1:]]),
-        "engine": "+".join(sorted(used)),
+        "engine": "+".join(used),
         "recipe": asdict(base_recipe(study)),
         "seeds": list(range(study.seed, study.seed + study.study.seeds)),
         "axes": {axis: list(values) for axis, values in axes.items()},
@@ -140,30 +157,18 @@ def card(study: StudyRecipe, planned: Plan, used: set[str]) -> dict[str, Any]:
         "controls": planned.controls,
         "contrasts": planned.contrasts,
         "points": sorted(planned.points),
-        "data": {key: _about(data) for key, data in planned.data.items()},
+        "data": {
+            key: {
+                "name": data.name,
+                "class_names": data.class_names,
+                **{split: len(getattr(data, split)) for split in ("train", "val", "test")},
+                "posterior": data.train.posterior is not None,
+            }
+            for key, data in planned.data.items()
+        },
         "misleading": {name: metric.misleading for name, metric in METRICS.items() if metric.misleading},
         "provenance": provenance(1),
     }
-
-
-def _about(data: Data) -> dict[str, Any]:
-    sizes = {split: len(getattr(data, split)) for split in ("train", "val", "test")}
-    known = data.train.posterior is not None
-    return {"name": data.name, "class_names": data.class_names, **sizes, "posterior": known}
-
-
-def _summary(planned: Plan, all_jobs: list[Job], pending: list[Job], folder: Folder) -> str:
-    roles = [point.role for point in planned.points.values()]
-    counts = ", ".join(f"{roles.count(role)} {role}s" for role in ("teacher", "student", "control") if role in roles)
-    done = sum(folder.is_finished(point) for point in planned.points.values())
-    engines = ", ".join(sorted({job.engine for job in all_jobs}))
-    lines = [
-        f"study    {len(planned.points)} points ({counts}) of {len(planned.cells)} cells, "
-        f"{len(planned.contrasts)} contrasts",
-        f"jobs     {len(all_jobs)} ({engines}), {len(pending)} to do; {done} points are finished",
-        *(f"left out {contrast}" for contrast in planned.left_out),
-    ]
-    return "\n".join(lines)
 
 
 # ---- launching
@@ -176,62 +181,33 @@ def _launch(pending: list[Job], phase: str, folder: Folder, words: Sequence[str]
     for job in pending:
         job.write(folder)
     wanted = [folder.point(point.id) for job in pending for point in job.points]
+    _say(console, f"{phase:8} {len(wanted)} points")
     before = sys.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what a launcher raises, instead of printing it and exiting
+    # A directory is in the job's config, where nothing is parsed but interpolations.
+    study = str(folder.path.resolve()).replace("${", "\\${")
+    ConfigStore.instance().store(name="kd_job", node={**JOB, "study": study}, replace=True)
     try:
-        # Hydra's own command line, in its own grammar; the directory is in the job's config, where nothing is parsed.
+        # Hydra's own command line, in its own grammar.
         sys.argv = [before[0], "--multirun", "job=" + ",".join(job.name for job in pending), *words]
-        with _progress(phase, wanted, console):
-            _register_job(folder)
-            import hydra
-
+        with _progress(wanted, console):
             hydra.main(config_path=None, config_name="kd_job")(work)()
     except Exception as error:  # of a launcher: a worker that was killed, a cluster that went away; points are on disk
-        text = str(error).strip().splitlines()
-        _say(console, f"{phase}: {type(error).__name__}: {text[0] if text else ''}")
+        _say(console, f"{phase}: {first_line(error)}")
     finally:
         sys.argv = before
 
 
-def _register_job(folder: Folder) -> None:
-    from hydra.core.config_store import ConfigStore
-
-    def plain(path: Path) -> str:
-        return str(path).replace("${", "\\${")  # no interpolation
-
-    quiet = [{"override hydra/job_logging": "disabled"}, {"override hydra/hydra_logging": "disabled"}]
-    places = {
-        "output_subdir": None,
-        "run": {"dir": "."},
-        "sweep": {"dir": plain(folder.path / "jobs" / "hydra"), "subdir": "."},
-        "job": {"chdir": False, "name": "kd"},
-    }
-    node = {
-        "defaults": ["_self_", {"override hydra/launcher": "joblib"}, *quiet],
-        "hydra": places,
-        "study": plain(folder.path.resolve()),
-        "job": "???",
-    }
-    ConfigStore.instance().store(name="kd_job", node=node, replace=True)
-
-
-@contextmanager
-def _progress(phase: str, wanted: list[Path], console: Console) -> Iterator[None]:
-    """A bar over the points that have been written, by whichever process."""
-    if not console.is_terminal:
-        _say(console, f"{phase:8} {len(wanted)} points")
-        yield
-        return
-    columns = (TextColumn(f"{phase:8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console)
-    task = bar.add_task(phase, total=len(wanted))
+def _progress(wanted: list[Path], console: Console) -> Live:
+    """A bar over the points that have been written, by whichever process; nothing where there is no terminal."""
+    bar = Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+    task = bar.add_task("", total=len(wanted))
 
     def now() -> RenderableType:
         bar.update(task, completed=sum(path.exists() for path in wanted))
         return bar.get_renderable()
 
-    with Live(get_renderable=now, console=console, transient=True, refresh_per_second=2):
-        yield
+    return Live(get_renderable=now, console=console, transient=True, refresh_per_second=2)
 
 
 # ---- results

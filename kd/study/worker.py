@@ -16,6 +16,7 @@ from kd.runtime.provenance import provenance
 from kd.study import train_population, train_single
 from kd.study.folder import Folder
 from kd.study.jobs import Job
+from kd.text import first_line
 
 TRAINERS = {"population": train_population, "runs": train_single}  # by engine
 
@@ -70,6 +71,5 @@ def do(folder: Folder, job: Job) -> None:
         for point, outcome in TRAINERS[job.engine].train(folder, ready) if ready else ():
             folder.write_point(point, outcome, about)
     except Exception as error:  # of a user's method, of a full disk, of ours: the other jobs go on
-        text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         for point in job.points:
-            folder.write_point(point, {"error": text}, about)
+            folder.write_point(point, {"error": first_line(error)}, about)
