@@ -41,11 +41,10 @@ def panel(study: Study, networks: DataFrame, column: str, title: str, x: str, li
 
 def of_students(study: Study, networks: DataFrame, column: str, title: str) -> Panel:
     """A metric of some students, with the means of controls that do not vary within the plot."""
-    x, line, _ = study.facets
-    assert x
-    made = panel(study, networks, column, title, x, [line] if line else [])
+    x, lines, _ = study.facets
+    made = panel(study, networks, column, title, x, lines)
     varying = [axis for axis in study.varying if study.controls[axis].notna().any()]
-    if column in study.controls and not {x, line} & set(varying):
+    if column in study.controls and not {x, *lines} & set(varying):
         own = alike(study.controls, networks.iloc[0], varying)
         means = fmt.scale(column) * own.groupby("control", sort=False)[column].mean().dropna()
         made.controls = {f"control: {fmt.control(str(kind))}": mean for kind, mean in means.items()}
@@ -66,26 +65,24 @@ def students(study: Study) -> Section:
 
 
 def _against(study: Study, column: str) -> Figure:
-    x, line, rest = study.facets
-    assert x
+    x, lines, rest = study.facets
     panels = [of_students(study, own, column, title) for title, own in study.groups(study.students, rest)[:MOST]]
     panels[0].ylabel = fmt.with_unit(column)
     # Other teachers are mostly other data, whose accuracies have little to do with each other.
     share = not set(rest) & set(study.teacher_axes)
-    ordered = line is None or study.ordered(line)
-    svg = figures.lines(panels, fmt.axis(x), study.ticks(x), ordered, 2 if len(panels) in (2, 4) else 4, share)
+    columns = 2 if len(panels) in (2, 4) else 4
+    svg = figures.lines(panels, fmt.axis(x), study.ticks(x), study.ordered(lines), columns, share)
     about = {"metric": fmt.label(column), "x": fmt.axis(x), "remarks": fmt.remarks([column])}
     return Figure.named("against", svg, **about)
 
 
 def _interaction(study: Study, column: str) -> Table:
     """Paired differences to the base value of x, 0 or else the first."""
-    x, line, rest = study.facets
-    assert x
-    base = study.axes[x].index(0) if study.ordered(x) and 0 in study.axes[x] else 0
+    x, lines, rest = study.facets
+    base = study.axes[x].index(0) if study.ordered([x]) and 0 in study.axes[x] else 0
     others = [place for place in range(len(study.axes[x])) if place != base]
     rows = []
-    for title, own in study.groups(study.students, [*rest, line] if line else rest):
+    for title, own in study.groups(study.students, [*rest, *lines]):
         values = own.pivot(index="seed", columns=x, values=column)
         pairs = [values.reindex(columns=[base, other]).dropna() for other in others]
         cells = [paired(both[other] - both[base]) for both, other in zip(pairs, others, strict=True)]
@@ -101,7 +98,7 @@ def _interaction(study: Study, column: str) -> Table:
 
 def student_metrics(study: Study, columns: Sequence[str], heading: str) -> list[Figure]:
     """Small plots of several metrics; axes that are neither x nor lines are at the values of the first contrast."""
-    x, line, rest = study.facets
+    x, lines, rest = study.facets
     known = [column for column in columns if has(study.students, column)]
     if not x or not known:
         return []
@@ -109,7 +106,7 @@ def student_metrics(study: Study, columns: Sequence[str], heading: str) -> list[
     row = study.students.iloc[study.students["point"].isin(points).argmax()]  # the first of all without contrasts
     own = alike(study.students, row, rest)
     panels = [of_students(study, own, column, fmt.with_unit(column)) for column in known]
-    svg = figures.lines(panels, fmt.axis(x), study.ticks(x), line is None or study.ordered(line))
+    svg = figures.lines(panels, fmt.axis(x), study.ticks(x), study.ordered(lines))
     where = f" at {study.names(dict(row[rest]))}" if rest else ""
     return [Figure.named("students", svg, heading=heading, where=where, remarks=fmt.remarks(known))]
 

@@ -70,16 +70,16 @@ def outcome(result: dict[str, Any], networks: list[str]) -> Section:
 
 def scores(result: Result, networks: list[str]) -> Table:
     """A row for each metric that any network has on test, and validation and selected weights by their accuracy."""
-    rows = {
-        "test accuracy, selected weights": {name: result[name]["selected"]["test"]["top1"] for name in networks},
-        "validation accuracy": {name: result[name]["last"]["val"]["top1"] for name in networks},
-    }
-    shown = {title: {name: fmt.number(value, "top1") for name, value in row.items()} for title, row in rows.items()}
+    shown = {}
     for name in networks:
-        for metric, value in result[name]["last"]["test"].items():
-            if isinstance(value, int | float):
-                shown.setdefault(fmt.with_unit(metric), {})[name] = fmt.number(value, metric)
-    frame = DataFrame.from_dict(shown, orient="index", columns=networks).fillna(fmt.NOTHING)
+        last, selected = result[name]["last"], result[name]["selected"]
+        shown[name] = {
+            "test accuracy, selected weights": fmt.number(selected["test"]["top1"], "top1"),
+            "validation accuracy": fmt.number(last["val"]["top1"], "top1"),
+        }
+        numbers = {metric: value for metric, value in last["test"].items() if isinstance(value, int | float)}
+        shown[name] |= {fmt.with_unit(metric): fmt.number(value, metric) for metric, value in numbers.items()}
+    frame = DataFrame(shown).fillna(fmt.NOTHING)
     return Table("Scores", frame.rename_axis("metric").reset_index(), fmt.note("scores"))
 
 

@@ -23,8 +23,8 @@ SPLITS = ("train", "val", "test")
 class Facets(NamedTuple):
     """How axes are drawn: one along x, one as lines, the others as one plot for each of their combinations."""
 
-    x: str | None  # None where no axis has several values
-    line: str | None
+    x: str  # empty where no axis has several values
+    lines: list[str]  # at most one
     rest: list[str]
 
 
@@ -106,9 +106,10 @@ class Study:
         """Points by state: finished, failed, missing."""
         return {state: list(self.table.index[self.table["state"] == state]) for state in STATES}
 
-    def ordered(self, axis: str) -> bool:
-        """Whether all values of an axis are numbers."""
-        return all(isinstance(value, int | float) and not isinstance(value, bool) for value in self.axes[axis])
+    def ordered(self, axes: list[str]) -> bool:
+        """Whether all values of these axes are numbers."""
+        values = [value for axis in axes for value in self.axes[axis]]
+        return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
     @cached_property
     def facets(self) -> Facets:
@@ -117,15 +118,14 @@ class Study:
         Without a temperature, lines are what a student is taught with; what changes the teachers makes plots. An axis
         with too many values for lines goes along x.
         """
-        left = sorted(self.varying, key=lambda axis: (axis != EPS, not self.ordered(axis)))
+        left = sorted(self.varying, key=lambda axis: (axis != EPS, not self.ordered([axis])))
         if not left:
-            return Facets(None, None, [])
+            return Facets("", [], [])
         x, *left = left
-        left.sort(key=lambda axis: (axis != T, axis in self.teacher_axes, not self.ordered(axis)))
-        line = left[0] if left else None
-        if line and len(self.axes[line]) > MOST_LINES:
-            x, line = line, x
-        return Facets(x, line, [axis for axis in self.varying if axis not in (x, line)])
+        lines = sorted(left, key=lambda axis: (axis != T, axis in self.teacher_axes, not self.ordered([axis])))[:1]
+        if lines and len(self.axes[lines[0]]) > MOST_LINES:
+            x, lines = lines[0], [x]
+        return Facets(x, lines, [axis for axis in self.varying if axis not in (x, *lines)])
 
 
 STATES = ("finished", "failed", "missing")

@@ -133,42 +133,30 @@ def problems(study: Study) -> Section:
         rows = [[i, p["role"], str(p["seed"]), place, fmt.clean(p["error"], 300)] for i, p, place in failed]
         frame = DataFrame(rows, columns=["point", "role", "seed", "cell", "error"])
         made.tables.append(Table("Failed", frame, fmt.note("failed")))
-    else:
-        made.notes.append(fmt.note("none_failed"))
     if states["missing"]:
         rows = [[i, where.get(i, "a teacher")] for i in states["missing"]]
         title = f"{len(rows)} points have not run yet"
         made.tables.append(Table(title, DataFrame(rows, columns=["point", "cell"]), folded=True))
-    else:
-        made.notes.append(fmt.note("none_missing"))
+    if not made.tables:
+        made.notes.append(fmt.note("no_problems"))
     return made
 
 
 def provenance(study: Study) -> Section:
-    """Code, versions and machines of the points, the recipe, and the settings that differ between points."""
+    """Code, versions and machines of the points, and the recipe; table.csv has the settings of each point."""
     made = Section("Provenance", "Recipes and provenance")
     origins = [origin(point["provenance"]) for point in study.points.values()]
-    frame = DataFrame(origins or [origin(study.card["provenance"])])
     if origins:
-        frame = frame.groupby(list(frame), as_index=False, sort=False).size().rename(columns={"size": "points"})
-    else:
-        made.notes.append("No point yet; the study was planned on:")
-    # A study may have several data sets; what it is about says which.
-    if len(frame.drop(columns=["data hash", "points"], errors="ignore").drop_duplicates()) > 1:
-        made.notes.append(fmt.note("mixed"))
-    turned = frame.map(lambda cell: fmt.clean(cell, 300)).T.reset_index()  # versions are too long to stand in columns
-    turned.columns = ["", *(f"origin {i + 1}" for i in range(len(frame)))]
-    made.tables.append(Table("Where the points come from", turned))
+        frame = DataFrame(origins).value_counts(sort=False).rename("points").reset_index()
+        # A study may have several data sets; what it is about says which.
+        if len(frame.drop(columns=["data hash", "points"]).drop_duplicates()) > 1:
+            made.notes.append(fmt.note("mixed"))
+        turned = frame.astype(str).T.reset_index()  # versions are too long to stand in columns
+        turned.columns = ["", *(f"origin {i + 1}" for i in range(len(frame)))]
+        made.tables.append(Table("Where the points come from", turned))
     recipe = {key: value for key, value in study.card["recipe"].items() if key not in OF_THE_PROCESS}
     leaves = [(fmt.clean(name, 80), plain(value)) for name, value in flat(recipe).items()]
     made.tables.append(facts("The recipe that every point departs from", leaves, folded=True))
-    metrics = ("train.", "val.", "test.", "teacher.")
-    settings = [column for column in map(str, study.table) if not column.startswith(metrics)]
-    settings += [column for column in ("teacher.label_smoothing", "teacher.model") if column in study.table]
-    own = study.table[settings].reset_index().dropna(axis=1, how="all")
-    own = own.map(lambda cell: fmt.NOTHING if cell != cell else plain(cell))
-    own.columns = [fmt.clean(column, 80) for column in own.columns]
-    made.tables.append(Table(f"{len(own)} points and the settings that differ", own, folded=True))
     return made
 
 

@@ -160,9 +160,9 @@ def test_a_study_of_which_nothing_has_run_has_a_page(tmp_path, kd_report):
 @pytest.mark.parametrize(
     ("axes", "expected"),
     [
-        ({T: [1, 4], EPS: [0.0, 0.4], "loss.kd_weight": [0.5, 1.0]}, (EPS, T, ["loss.kd_weight"])),
-        ({EPS: [0.0, 0.4], METHOD: list("abcdefghi")}, (METHOD, EPS, [])),  # more than can be told apart as lines
-        ({EPS: [0.1]}, (None, None, [])),
+        ({T: [1, 4], EPS: [0.0, 0.4], "loss.kd_weight": [0.5, 1.0]}, (EPS, [T], ["loss.kd_weight"])),
+        ({EPS: [0.0, 0.4], METHOD: list("abcdefghi")}, (METHOD, [EPS], [])),  # more than can be told apart as lines
+        ({EPS: [0.1]}, ("", [], [])),
     ],
 )
 def test_the_axes_of_a_grid_find_their_places(tmp_path, kd_report, axes, expected):
