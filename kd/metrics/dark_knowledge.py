@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from kd.errors import require
 from kd.metrics.inputs import Undefined, class_means, present_classes
 from kd.metrics.ranking import spearman
 from kd.metrics.registry import SPLITS, metric
@@ -138,8 +139,8 @@ def mutual_information(views: Tensor) -> Tensor:
     views : (N, L) floating point, N ≥ 2 inputs and L ≥ 2 augmentations
     """
     n, repeats = views.shape
-    if n < 2 or (views == views[:, :1]).all():
-        raise Undefined(f"views {(n, repeats)} do not vary over inputs and augmentations: the estimate needs noise")
+    noise = n > 1 and (views != views[:, :1]).any()
+    require(noise, f"views {(n, repeats)} do not vary over inputs and augmentations: it needs noise", Undefined)
     means = views.mean(dim=1)
     variance = (views - means[:, None]).square().mean()
     total = views.new_zeros(())
@@ -150,8 +151,7 @@ def mutual_information(views: Tensor) -> Tensor:
 
 
 def _check_wrong_classes(logits: Tensor) -> None:
-    if logits.shape[1] < 3:
-        raise Undefined("logits have 2 classes: must be at least 3, because one wrong class alone has no ranking")
+    require(logits.shape[1] > 2, "logits have 2 classes: must be 3 or more; one wrong class has no ranking", Undefined)
 
 
 def _non_target(logits: Tensor, reference: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kd.errors import require
 from kd.metrics.inputs import Undefined, checked, class_means, present_classes
 from kd.metrics.registry import metric
 
@@ -25,8 +26,7 @@ def within_total_variance(features: Tensor, targets: Tensor) -> Tensor:
     groups = present_classes(targets)
     centred = features - features.mean(dim=0)
     total = centred.square().sum()
-    if total == 0:
-        raise Undefined("features are all equal: there is no variance to share")
+    require(total > 0, "features are all equal: there is no variance to share", Undefined)
     return (centred - class_means(centred, groups)[groups]).square().sum() / total
 
 
@@ -40,15 +40,13 @@ def class_separation(features: Tensor, targets: Tensor) -> Tensor:
     one direction). Rows of zeros, where every ReLU is off, have no direction and are left out.
     """
     alive = (features != 0).any(dim=1)
-    if not alive.any():
-        raise Undefined("features are all 0: they have no direction")
+    require(alive.any(), "features are all 0: they have no direction", Undefined)
     features, groups = features[alive], present_classes(targets[alive])
     # The mean cosine over all pairs of two classes is the product of their mean unit vectors.
     means = class_means(features / features.norm(dim=1, keepdim=True), groups)
     within = 1 - means.square().sum(dim=1).mean()
     total = 1 - means.mean(dim=0).square().sum()
-    if total <= 1e-15:
-        raise Undefined("features have all the same direction: there is no distance to share")
+    require(total > 1e-15, "features have all the same direction: there is no distance to share", Undefined)
     return 1 - within / total
 
 
@@ -79,8 +77,8 @@ def muller_projection(features: Tensor, weight: Tensor, bias: Tensor, classes: S
     edges = (chosen[1:] - chosen[0]).T  # (D + 1, 2)
     basis, upper = torch.linalg.qr(edges)
     size = upper.diagonal()
-    if len(chosen) != 3 or size.abs().min() <= 1e-12 * upper.abs().max() or upper.abs().max() == 0:
-        raise Undefined(f"classes={list(classes)}: must be three whose templates span a plane; these lie on a line")
+    spans = len(chosen) == 3 and size.abs().min() > 1e-12 * upper.abs().max()
+    require(spans, f"classes={list(classes)}: must be three whose templates span a plane", Undefined)
     basis = basis * size.sign()
     points = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
     return Projection((points - chosen[0]) @ basis, (chosen - chosen[0]) @ basis)

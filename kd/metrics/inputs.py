@@ -8,8 +8,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kd.errors import require
+
 LOGITS = ("logits", "reference", "teacher")
 FEATURES = ("features", "weight", "views")
+_require = functools.partial(require, error=ValueError)  # nobody typed a tensor: no ConfigError
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -35,11 +38,6 @@ def checked(function: Function) -> Function:
         return function(*call.args, **call.kwargs)
 
     return with_checks  # type: ignore[return-value]
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
 
 
 def _matrix(name: str, values: Tensor) -> Tensor:
@@ -71,8 +69,7 @@ def _check_targets(targets: Tensor, n: int, classes: int | None) -> None:
 def present_classes(targets: Tensor) -> Tensor:
     """The class (N,) of each sample, renumbered 0..C-1 over the C ≥ 2 classes present. Raises Undefined for one."""
     present, groups = targets.unique(return_inverse=True)
-    if len(present) < 2:
-        raise Undefined(f"targets hold one class, {present.item()}: must hold at least two")
+    require(len(present) > 1, f"targets hold one class, {present[0]}: must hold at least two", Undefined)
     return groups
 
 

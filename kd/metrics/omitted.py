@@ -8,6 +8,7 @@ All raise Undefined unless `targets` hold samples of the class `omitted` and of 
 import torch
 from torch import Tensor
 
+from kd.errors import require
 from kd.metrics.inputs import Undefined, checked
 from kd.metrics.ranking import auroc
 from kd.metrics.registry import metric
@@ -69,9 +70,8 @@ def omitted_auroc(logits: Tensor, targets: Tensor, omitted: int) -> Tensor:
 def _rest(logits: Tensor, targets: Tensor, omitted: int) -> tuple[Tensor, Tensor]:
     """(N, K) logits with -inf for the omitted class, and (N,) whether a sample belongs to it."""
     positive = targets == omitted
-    if positive.all() or not positive.any():
-        samples = f"{positive.sum()} of {len(targets)} samples of class {omitted}"
-        raise Undefined(f"targets have {samples}: must have some, not all")
+    samples = f"{positive.sum()} of {len(targets)} samples of class {omitted}"
+    require(positive.any() and not positive.all(), f"targets have {samples}: must have some, not all", Undefined)
     rest = logits.clone()
     rest[:, omitted] = -torch.inf
     return rest, positive
