@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,26 +27,30 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Split(ABC):
-    """Samples in a fixed order. A split never shuffles: the plan of the training loop says what comes when, and where.
+    """Images in a fixed order. A split never shuffles: the plan of the training loop says what comes when, and where.
 
     The augmentation of a sample is a function of (run seed, epoch, index) and of nothing else. Neither the batch that a
     sample is in, nor the number of processes or workers, nor a resume changes it.
     """
 
+    images: Any  # what is kept of them: a tensor of pixels, or an `image_files.Source` that reads them
     targets: Tensor  # (N,) int64 on the CPU: the class of each sample, as it is trained on or scored
+    config: DataConfig
+    seed: int  # the run's, for augmentation
     augments: bool  # whether training views are drawn at random, and so differ between epochs
     posterior: Tensor | None = None  # (N, K) float64 on the CPU: the true p(class | sample), where the task knows it
 
     def __len__(self) -> int:
         return len(self.targets)
 
+    def subset(self, index: Tensor) -> Split:
+        """The samples at these positions, int64 (M,), as a split of their own: they are now at 0 to M - 1."""
+        posterior = None if self.posterior is None else self.posterior[index]
+        return replace(self, images=self.images[index], targets=self.targets[index], posterior=posterior)
+
     @abstractmethod
     def to(self, device: torch.device | str) -> Split:
         """The same split with its batches on `device`. Like `Tensor.to` it returns a split and changes none."""
-
-    @abstractmethod
-    def subset(self, index: Tensor) -> Split:
-        """The samples at these positions, int64 (M,), as a split of their own: they are now at 0 to M - 1."""
 
     @abstractmethod
     def batches(self, plan: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
@@ -65,7 +69,7 @@ class Data:
     (relative path, size) of files, whose content is not read.
     """
 
-    name: str
+    config: DataConfig
     train: Split
     val: Split
     test: Split
@@ -74,7 +78,6 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     hash: str
-    omit_class: int | None = None  # for `transfer`
 
     @property
     def num_classes(self) -> int:
@@ -83,17 +86,20 @@ class Data:
 
     @cached_property
     def transfer(self) -> Data:
-        """What a student and its control train and select on: train and val without `omit_class`.
+        """What a student and its control train and select on: train and val without data.omit_class.
 
         The teacher knows that class and the test split keeps it (Hinton et al. 2015, section 3: the class is left out
         of the transfer set only).
         """
-        if self.omit_class is None:
+        omitted = self.config.omit_class
+        if omitted is None:
             return self
-        train, val = (s.subset((s.targets != self.omit_class).nonzero().squeeze(1)) for s in (self.train, self.val))
+        train, val = (s.subset((s.targets != omitted).nonzero().squeeze(1)) for s in (self.train, self.val))
         return replace(self, train=train, val=val)
 
 
+# Images and labels (N,) of each split that a data set comes with, "train" among them.
+Given = Mapping[str, tuple[Any, np.ndarray]]
 FAMILIES: dict[str, Callable[[DataConfig, int], Data]] = {}
 
 

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from kd.config.schema import DataConfig
 from kd.data.base import Data, family
 from kd.data.image_files import Files, files_below
@@ -28,7 +30,12 @@ def folder(config: DataConfig, seed: int) -> Data:
 
     Directories and images may be links.
     """
-    root = data_root(config)
+    root = Path(config.root or "")
+    # Path("") would be the working directory
+    require(
+        config.root and root.is_dir(),
+        f"data.root={config.root}: no such directory; give the one that holds the images, data.root=/path/to/it",
+    )
     given = [name for name in SPLITS if (root / name).is_dir()]
     alike = [name for name in _directories(root) if name.lower() in LIKE_SPLITS]
     misnamed = sorted(set(alike) - set(SPLITS))
@@ -48,23 +55,14 @@ def folder(config: DataConfig, seed: int) -> Data:
         unmatched = sorted(set(classes) ^ set(_directories(place)))
         require(not unmatched, f"data.root={root}: train and {name} differ in the classes {unmatched}")
     sources = {name: scan(root, place, classes) for name, place in places.items()}
-    return stream_data(config, seed, sources, classes, threads=16)
-
-
-def data_root(config: DataConfig) -> Path:
-    """data.root. Raises ConfigError unless it is a directory."""
-    require(
-        config.root and Path(config.root).is_dir(),
-        f"data.root={config.root}: no such directory; give the one that holds the images, data.root=/path/to/it",
-    )
-    return Path(config.root or "")
+    return stream_data(config, seed, sources, classes)
 
 
 def _directories(path: Path) -> list[str]:
     return sorted(each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
 
 
-def scan(root: Path, split: Path, classes: list[str]) -> Files:
+def scan(root: Path, split: Path, classes: list[str]) -> tuple[Files, np.ndarray]:
     """All images of a split, at any depth below their class directories, sorted by class, then path."""
     samples = []
     for target, label in enumerate(classes):

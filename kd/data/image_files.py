@@ -6,12 +6,13 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from kd.errors import ImageError
 
@@ -24,19 +25,6 @@ MAX_PIXELS = 64 * 2**20
 # Of the longer side to the shorter, which is resized to a fixed size: a line of 1 x 65535 pixels would become 4 GP.
 MAX_ASPECT = 100
 
-# Orientations of EXIF, tag 274, and what turns the stored pixels upright. Pillow's ImageOps.exif_transpose also writes
-# the other tags back, and so fails on photographs whose EXIF it can only read (python-pillow issue 8965).
-ORIENTATION = 274
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 # Pillow prints these for what is refused below with the file's name, and for EXIF that turns nothing.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
@@ -46,19 +34,23 @@ warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarn
 class Source(ABC):
     """Images that are read when they are asked for."""
 
-    targets: np.ndarray  # (N,) int64, the class of each image
+    images: np.ndarray  # (N,) where each is, as the subclass has it
 
-    @abstractmethod
-    def open(self, i: int) -> IO[bytes]:
-        """The encoded bytes of image i."""
+    def __getitem__(self, index: Any) -> Source:
+        """The images at these positions, (M,)."""
+        return replace(self, images=self.images[index])
 
     @abstractmethod
     def name(self, i: int) -> str:
         """Where image i is, for a message."""
 
-    @abstractmethod
     def identity(self, i: int) -> str:
         """What of image i goes into the hash of the data."""
+        return self.name(i)
+
+    def open(self, i: int) -> IO[bytes]:
+        """The encoded bytes of image i."""
+        return open(self.name(i), "rb")
 
     def read(self, i: int) -> Image.Image | ImageError:
         """Image i, or the error that names it: a file that cannot be read is never replaced by another."""
@@ -71,28 +63,26 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class Files(Source):
-    """Image files below a folder."""
+    """Image files, by their paths relative to a folder.
+
+    The paths are an array of bytes, which all workers share: reading a list of str copies it to each.
+    """
 
     root: Path
-    paths: np.ndarray  # relative to root; bytes, which all workers share: reading a list of str copies it to each
-
-    def open(self, i: int) -> IO[bytes]:
-        """The file of image i."""
-        return open(self.name(i), "rb")
 
     def name(self, i: int) -> str:
         """Its path."""
-        return os.path.join(self.root, os.fsdecode(self.paths[i].item()))
+        return os.path.join(self.root, os.fsdecode(self.images[i].item()))
 
     def identity(self, i: int) -> str:
         """Its relative path and size, which do not change when the folder is moved."""
-        return f"{os.fsdecode(self.paths[i].item())} {os.path.getsize(self.name(i))}"
+        return f"{os.fsdecode(self.images[i].item())} {os.path.getsize(self.name(i))}"
 
 
-def files_below(root: Path, samples: Iterable[tuple[str, int]]) -> Files:
-    """The images of these (path, class), whose paths are kept relative to root."""
+def files_below(root: Path, samples: Iterable[tuple[str, int]]) -> tuple[Files, np.ndarray]:
+    """Images and classes of these (path, class); the paths are kept relative to root."""
     paths, targets = zip(*samples, strict=True)
-    return Files(np.array(targets), root, np.array([os.fsencode(os.path.relpath(path, root)) for path in paths]))
+    return Files(np.array([os.fsencode(os.path.relpath(path, root)) for path in paths]), root), np.array(targets)
 
 
 def decode(file: IO[bytes]) -> Image.Image:
@@ -115,16 +105,20 @@ def decode(file: IO[bytes]) -> Image.Image:
             rgb = image.convert("RGBA").convert("RGB")
         else:
             rgb = image.convert("RGB")
-    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+    if orientation != 1:
+        # Alone: with the other tags, which Pillow would write back, it fails on photographs whose EXIF it can only
+        # read (python-pillow issue 8965).
+        rgb.info.clear()
+        rgb.getexif()[ExifTags.Base.Orientation] = orientation
+        ImageOps.exif_transpose(rgb, in_place=True)
+    return rgb
 
 
-def _orientation(image: Image.Image) -> int | None:
-    if "exif" not in image.info:
-        return None
-    try:
-        return image.getexif().get(ORIENTATION)
-    except Exception:  # its parser raises anything; unreadable EXIF says nothing about the pixels, which are whole
-        return None
+def _orientation(image: Image.Image) -> int:
+    if "exif" in image.info:
+        with suppress(Exception):  # its parser raises anything; unreadable EXIF says nothing about whole pixels
+            return image.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
 
 
 def reason(error: Exception) -> str:

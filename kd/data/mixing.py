@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from kd.config.schema import DataConfig
+from kd.data.sample_rng import global_rng
 
 Mixer = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
@@ -28,8 +28,7 @@ def mixer(config: DataConfig, num_classes: int) -> Mixer:
     choice = v2.RandomChoice(transforms)
 
     def mixed(images: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        with torch.random.fork_rng(devices=[]):  # v2 draws from torch's global CPU generator, wherever the batch is
-            torch.default_generator.manual_seed(seed)
+        with global_rng(seed):  # v2 draws from torch's global CPU generator, wherever the batch is
             return choice(images, targets)
 
     return mixed

@@ -4,45 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kd.config.schema import DataConfig
+from kd.data.base import Given
 from kd.errors import require
 
 
 class Part(NamedTuple):
-    """Where the samples of a split come from."""
+    """The samples of a split."""
 
-    given: str  # one of the splits that the data set comes with
-    index: np.ndarray  # (N,) positions in it
+    images: Any  # N of them, a tensor or an `image_files.Source`
     targets: np.ndarray  # (N,) int64, their classes, wrong ones of data.label_noise included
 
     def take(self, positions: np.ndarray) -> Part:
         """The samples at these positions of the part."""
-        return Part(self.given, self.index[positions], self.targets[positions])
+        return Part(self.images[positions], self.targets[positions])
 
 
-def draw(config: DataConfig, targets: Mapping[str, np.ndarray], class_names: Sequence[str]) -> dict[str, Part]:
+def draw(config: DataConfig, given: Given, class_names: Sequence[str]) -> dict[str, Part]:
     """Train, val and test as `assign` divides them, then data.train_size and data.label_noise on the training samples.
 
     A function of the split seed: teacher, student, control and every run of a study see the same wrong labels.
 
     Args:
         config: the data section of a recipe.
-        targets: labels (N,) of each split that the data set comes with, "train" among them.
+        given: images and labels of each split that the data set comes with.
         class_names: names of the K classes.
 
     Raises:
         ConfigError: a setting leaves a split without a class.
     """
     last = len(class_names) - 1
-    targets = {name: np.asarray(labels, dtype=np.int64) for name, labels in targets.items()}
-    assert all(labels.min() >= 0 and labels.max() <= last for labels in targets.values()), "labels must be 0 to K - 1"
+    parts = {name: Part(images, np.asarray(labels, dtype=np.int64)) for name, (images, labels) in given.items()}
+    for part in parts.values():
+        assert 0 <= part.targets.min() <= part.targets.max() <= last, "labels must be 0 to K - 1"
     omitted = config.omit_class or 0
     require(omitted <= last, f"data.omit_class={omitted}: must be ≤ {last}, the last class of {config.name}")
-    parts = assign(config, targets, class_names)
+    parts = assign(config, parts, class_names)
     train = parts["train"]
     if config.train_size is not None:
         train = train.take(stratified(train.targets, config.train_size, config, class_names))
@@ -50,19 +51,18 @@ def draw(config: DataConfig, targets: Mapping[str, np.ndarray], class_names: Seq
     return parts
 
 
-def assign(config: DataConfig, targets: Mapping[str, np.ndarray], class_names: Sequence[str]) -> dict[str, Part]:
-    """Which given split, and which of its samples, train, val and test are made of.
+def assign(config: DataConfig, given: Mapping[str, Part], class_names: Sequence[str]) -> dict[str, Part]:
+    """Train, val and test, made of the splits that the data set comes with.
 
     Three given splits are used as they are. Of two, the other than train is the *test* split even where it is called
     val, as ImageNet's is, because a score on a split that was selected on means nothing; val is held out of train.
     Where only train is given, test is held out of it, then val.
     """
-    given = {name: Part(name, np.arange(len(labels)), labels) for name, labels in targets.items()}
     if len(given) == 3:
-        return given
-    rest = given.pop("train")
-    if given:
-        (test,) = given.values()
+        return dict(given)
+    rest, others = given["train"], [part for name, part in given.items() if name != "train"]
+    if others:
+        (test,) = others
     else:
         rest, test = hold_out(config, "test_fraction", rest, class_names)
     train, val = hold_out(config, "val_fraction", rest, class_names)

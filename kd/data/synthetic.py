@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -85,4 +86,6 @@ def mixture(config: DataConfig, seed: int) -> Data:
     are free, and a pool of 20,000 to test on; all independent draws, the same for every seed.
     """
     names = [f"{group}{i}" for group in "abcd"[:GROUPS] for i in range(1, PER_GROUP + 1)]
-    return tensor_data(config, seed, _mixture(), names, mixture_posterior)
+    data = tensor_data(config, seed, _mixture(), names)
+    train, val, test = (replace(s, posterior=mixture_posterior(s.images)) for s in (data.train, data.val, data.test))
+    return replace(data, train=train, val=val, test=test)

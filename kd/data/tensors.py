@@ -5,17 +5,16 @@ torchvision's batched transforms draw one parameter for a whole batch, which is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from kd.config.schema import DataConfig
-from kd.data.base import Batch, Data, Split, digest, refuse_settings
+from kd.data.base import Batch, Data, Given, Split, digest, refuse_settings
 from kd.data.sample_rng import mix, normals, sample_keys, uniforms
 from kd.data.subsets import draw
 from kd.errors import require
@@ -42,18 +41,10 @@ class TensorSplit(Split):
     images: Tensor  # (N, C, H, W) or (N, L), uint8 or float32, as stored
     mean: Tensor  # (C, 1, 1), or (1,) for signals
     std: Tensor
-    config: DataConfig
-    seed: int
 
     def to(self, device: torch.device | str) -> TensorSplit:
         """The same split with its images on `device`."""
         return replace(self, images=self.images.to(device), mean=self.mean.to(device), std=self.std.to(device))
-
-    def subset(self, index: Tensor) -> TensorSplit:
-        """The samples at these positions."""
-        posterior = None if self.posterior is None else self.posterior[index]
-        images = self.images[index.to(self.images.device)]
-        return replace(self, images=images, targets=self.targets[index], posterior=posterior)
 
     def batches(self, plan: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
         """One batch for each index tensor of `plan`."""
@@ -109,13 +100,7 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (squares / count - mean.square()).sqrt()
 
 
-def tensor_data(
-    config: DataConfig,
-    seed: int,
-    given: Mapping[str, tuple[Tensor, np.ndarray]],
-    class_names: list[str],
-    posterior: Callable[[Tensor], Tensor] | None = None,
-) -> Data:
+def tensor_data(config: DataConfig, seed: int, given: Given, class_names: list[str]) -> Data:
     """Data from the splits that a data set comes with (see `subsets.assign`).
 
     Args:
@@ -123,7 +108,6 @@ def tensor_data(
         seed: the run's, for augmentation.
         given: stored images, uint8 or float32, and labels of each split, "train" among them.
         class_names: names of the K classes.
-        posterior: gives the true p(class | image) of stored images, (N, K) float64, where the task knows it.
     """
     shape = tuple(given["train"][0].shape[1:])
     streamed = "color_jitter", "random_erase", "auto_augment"
@@ -132,30 +116,27 @@ def tensor_data(
         refuse_settings(config, ("hflip", "mixup", "cutmix"), f"only for images, {config.name} holds signals")
     stored_size = f"must be < {shape[-1]}, the stored size of {config.name}"
     require(config.shift < shape[-1], f"data.shift={config.shift}: {stored_size}")
-    parts = draw(config, {name: targets for name, (_, targets) in given.items()}, class_names)
-    stored = {name: given[part.given][0][part.index] for name, part in parts.items()}
-    mean, std = channel_statistics(stored["train"])
+    parts = draw(config, given, class_names)
+    mean, std = channel_statistics(parts["train"].images)
     per_image = "c -> c 1 1" if len(shape) == 3 else "c -> c"
     splits = {
         name: TensorSplit(
+            images=part.images,
             targets=torch.from_numpy(part.targets),
-            augments=bool(config.shift or config.hflip or config.noise),
-            posterior=posterior(stored[name]) if posterior else None,
-            images=stored[name],
-            mean=rearrange(mean.float(), per_image),
-            std=rearrange(std.float(), per_image),
             config=config,
             seed=seed,
+            augments=bool(config.shift or config.hflip or config.noise),
+            mean=rearrange(mean.float(), per_image),
+            std=rearrange(std.float(), per_image),
         )
         for name, part in parts.items()
     }
     return Data(
-        name=config.name,
+        config=config,
         **splits,
         class_names=class_names,
         input_shape=(shape[0], config.image_size, config.image_size) if len(shape) == 3 else shape,
         mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
         hash=digest(values.numpy() for split in splits.values() for values in (split.images, split.targets)),
-        omit_class=config.omit_class,
     )

@@ -21,15 +21,14 @@ class HubImages(Source):
     reader: Any
     split: str
 
+    def name(self, i: int) -> str:
+        """Its split, position there and, where the data set has file names, its file."""
+        place = int(self.images[i])
+        return f"{self.split} image {place} {self.reader.filename(place) or ''}".rstrip()
+
     def open(self, i: int) -> IO[bytes]:
         """The bytes of image i."""
-        return self.reader[i][0]
-
-    def name(self, i: int) -> str:
-        """Its split, position and, where the data set has file names, its file."""
-        return f"{self.split} image {i} {self.reader.filename(i) or ''}".rstrip()
-
-    identity = name  # the hash of these data sets covers their splits, names and labels
+        return self.reader[int(self.images[i])][0]
 
 
 @family
@@ -40,18 +39,19 @@ def timm(config: DataConfig, seed: int) -> Data:
     require(hub, f"{setting}: must be hfds/NAME; for files on this machine data.family=folder")
     opened = {"train": _open(config, "train"), "val": _open(config, "validation"), "test": _open(config, "test")}
     # the hub's test splits often come without labels, as -1
-    sources = {name: images for name, images in opened.items() if images and images.targets.min() >= 0}
-    classes = list(sources["train"].reader.class_to_idx) if "train" in sources else []
+    given = {name: split for name, split in opened.items() if split and split[1].min() >= 0}
+    classes = list(given["train"][0].reader.class_to_idx) if "train" in given else []
     require(len(classes) > 1, f"{setting}: needs a split 'train' whose 'label' has 2 or more named classes")
-    return stream_data(config, seed, sources, classes, threads=1)
+    return stream_data(config, seed, given, classes)
 
 
-def _open(config: DataConfig, split: str) -> HubImages | None:
+def _open(config: DataConfig, split: str) -> tuple[HubImages, np.ndarray] | None:
     from timm.data.dataset_factory import create_dataset
 
     try:
         reader = create_dataset(config.dataset, root=config.root, split=split).reader
-        return HubImages(np.array(list(reader.iter_targets())), reader, split)
+        targets = np.array(list(reader.iter_targets()))
+        return HubImages(np.arange(len(targets)), reader, split), targets
     except Exception as error:  # the hub, the network, the disk: each library in between raises its own
         if "Unknown split" in str(error):
             return None

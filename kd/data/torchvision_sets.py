@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kd.config.schema import DataConfig
 from kd.data.base import Data, family
-from kd.data.folder import data_root
 from kd.data.image_files import files_below, reason
 from kd.data.streams import stream_data
 from kd.data.tensors import tensor_data
@@ -47,15 +46,13 @@ def torchvision(config: DataConfig, seed: int) -> Data:
         arrays = {name: (_pixels(each), np.asarray(_labels(each))) for name, each in sets.items()}
         return tensor_data(config, seed, arrays, _class_names(sets["train"], arrays["train"][1]))
     files = {name: files_below(Path(config.root or ""), _samples(each)) for name, each in sets.items()}
-    return stream_data(config, seed, files, _class_names(sets["train"], files["train"].targets), threads=16)
+    return stream_data(config, seed, files, _class_names(sets["train"], files["train"][1]))
 
 
 def _open(config: DataConfig, arguments: dict[str, Any]) -> Any:
     from torchvision import datasets
 
     kind = getattr(datasets, config.dataset)
-    if not config.download:
-        data_root(config)
     # torchvision's own loader gives the pixels; this one leaves an image as its path, which kd decodes like any other
     loader = {"loader": str} if "loader" in inspect.signature(kind).parameters else {}
     try:

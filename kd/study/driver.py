@@ -159,7 +159,7 @@ def card(study: StudyRecipe, planned: Plan, used: Sequence[str]) -> dict[str, An
         "points": sorted(planned.points),
         "data": {
             key: {
-                "name": data.name,
+                "name": data.config.name,
                 "class_names": data.class_names,
                 **{split: len(getattr(data, split)) for split in ("train", "val", "test")},
                 "posterior": data.train.posterior is not None,

@@ -60,7 +60,7 @@ def log_posterior(split: Split) -> Tensor | None:
 def measure(role: str, own: Outputs, data: Data, teacher: Outputs | None = None) -> Outcome:
     """The entries `metrics` and `detail` of a point. Raises ValueError for logits that are not finite."""
     parts = parts_of(data, role)
-    evidence = _evidence(own, parts, data.omit_class, teacher)
+    evidence = _evidence(own, parts, data.config.omit_class, teacher)
     metrics = {split: m.compute(known, split, role) for split, known in evidence.items()}
     detail: dict[str, Any] = {"reliability": m.reliability_bins(own.logits["test"], parts["test"].targets)}
     if role == "teacher":

@@ -32,7 +32,7 @@ def print_plan(run: Run) -> None:
     """Build each stage that the command would train, time two of its updates, and print the sum."""
     say, data = run.logger.say, run.data
     sizes = " / ".join(str(len(split)) for split in (data.train, data.val, data.test))
-    say(f"data     {data.name}: {sizes} train / val / test images, {data.num_classes} classes")
+    say(f"data     {run.recipe.data.name}: {sizes} train / val / test images, {data.num_classes} classes")
     teacher = Teacher(teacher_network(run)).to(run.accelerator.device)
     stages = [student_stage(run, teacher)] + ([control_stage(run)] if run.recipe.control else [])
     if not teacher_is_trained(run.recipe):

@@ -73,7 +73,7 @@ def check_places(recipe: Recipe) -> None:
 def check_batch(recipe: Recipe, data: Data, processes: int) -> None:
     """Raise ConfigError for a batch that is larger than the training set, or too small to be shared out."""
     batch, size, accumulation = recipe.train.batch_size, len(data.transfer.train), recipe.train.accumulation
-    require(batch <= size, f"train.batch_size={batch}: must be ≤ {size}, the training images of {data.name}")
+    require(batch <= size, f"train.batch_size={batch}: must be ≤ {size}, the training images of {recipe.data.name}")
     require(
         batch >= accumulation * processes,
         f"train.batch_size={batch}: must be ≥ {accumulation * processes}, one image for each of {processes} processes "
@@ -86,7 +86,7 @@ def check_validation(recipe: Recipe, data: Data) -> None:
     guessing, bound = chance(data.val.targets)
     require(
         bound < 1,
-        f"data.val_fraction={recipe.data.val_fraction}: {data.name} has {len(data.val)} validation images, too few to "
+        f"data.val_fraction={recipe.data.val_fraction}: {len(data.val)} validation images are too few to "
         f"tell a teacher from chance ({guessing:.2%}); add images, or raise it where kd holds them out",
     )
 

@@ -44,7 +44,7 @@ def load_folder(root, seed=0, **settings):
 
 
 def names(split):
-    return [split.source.name(i) for i in split.indices]
+    return [split.images.name(i) for i in range(len(split))]
 
 
 def splits(data):

@@ -111,7 +111,7 @@ def test_a_file_that_is_no_whole_image_is_one_line_with_its_path(tmp_path, kind)
     content, why = BAD[kind]
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
-    error = Files(np.array([0]), tmp_path, np.array([b"a.jpg"])).read(0)
+    error = Files(np.array([b"a.jpg"]), tmp_path).read(0)
     assert isinstance(error, ImageError)
     assert str(error).startswith(f"cannot read '{path}': ")
     assert why in str(error)

@@ -15,7 +15,7 @@ from kd.config.schema import DataConfig
 from kd.data import FAMILIES, load_data
 from kd.data.base import family
 from kd.data.image_files import Source
-from kd.data.subsets import assign
+from kd.data.subsets import draw
 from kd.data.tensors import tensor_data
 from kd.errors import ConfigError
 from kd.training.loop import Trainer
@@ -65,8 +65,9 @@ def test_the_hashes_by_which_old_runs_resume_have_not_changed(tmp_path):
     ],
 )
 def test_a_class_with_too_few_images_is_an_error(counts, setting):
+    images, labels = torch.zeros(sum(counts), 1), np.repeat([0, 1], counts)
     with pytest.raises(ConfigError, match=f"^{setting}: cannot hold out images of every class of digits"):
-        assign(DataConfig(), {"train": np.repeat([0, 1], counts)}, ["cat", "dog"])
+        draw(DataConfig(), {"train": (images, labels)}, ["cat", "dog"])
 
 
 def test_a_new_data_set_is_one_function(monkeypatch):
@@ -92,26 +93,25 @@ class RedLevels(Source):
     reader = types.SimpleNamespace(class_to_idx={"class0": 0, "class1": 1, "class2": 2})
 
     def open(self, i):
+        i = self.images[i].item()
         return io.BytesIO(encoded(Image.new("RGB", (8, 8), (2 * (i % 100), 80 * (i // 100), 0)), "PNG"))
 
     def name(self, i):
-        return f"train image {i}"
-
-    identity = name
+        return f"train image {self.images[i]}"
 
 
 @pytest.fixture(params=["mnist1d", "timm"])
 def load(request, monkeypatch):
     """A loader of a tensor family, and of a streamed one with images made here in place of the hub's."""
     settings = {"name": "toy", "family": request.param, "image_size": 8, "workers": 0, "dataset": "hfds/toy"}
-    reader = RedLevels(np.repeat([0, 1, 2], 100))
-    monkeypatch.setattr("kd.data.timm_sets._open", lambda config, split: reader if split == "train" else None)
+    train = RedLevels(np.arange(300)), np.repeat([0, 1, 2], 100)
+    monkeypatch.setattr("kd.data.timm_sets._open", lambda config, split: train if split == "train" else None)
     return lambda **changes: load_data(DataConfig(**settings | changes), 0)
 
 
 def stored(split):
     """All images of a training split as a set, before normalisation, whose statistics are the training images' own."""
-    images = split.images if hasattr(split, "images") else everything(split, None)[0]
+    images = split.images if isinstance(split.images, torch.Tensor) else everything(split, None)[0]
     return {tuple(image.flatten().tolist()) for image in images}
 
 

@@ -108,4 +108,4 @@ def test_too_few_validation_images_stop_a_run_before_anything_is_trained(kd_trai
     ]
     done = kd_train(*words, "teacher.model=mlp_wide", "student.model=mlp_tiny", "teacher.pretrained=false")
     assert done.code == 2
-    assert "data.val_fraction=0.2: folder has 2 validation images, too few to tell a teacher from chance" in done.err
+    assert "data.val_fraction=0.2: 2 validation images are too few to tell a teacher from chance" in done.err
