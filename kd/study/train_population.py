@@ -21,7 +21,7 @@ from kd.study.folder import Folder, train_again
 from kd.study.grid import Point
 from kd.study.measure import INPUTS, VIEWS, Outcome, Outputs, log_posterior, measure, parts_of
 from kd.study.population import Member, Population, Training
-from kd.training.pipeline import metadata
+from kd.training.stage import metadata
 
 BATCH = 500  # samples scored at once
 

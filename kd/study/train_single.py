@@ -9,14 +9,14 @@ from dataclasses import replace
 from accelerate.state import AcceleratorState
 
 from kd.checkpoint.safetensors_io import read_weights, weights_header
-from kd.checkpoint.store import advice, finished, read_sealed, save_sealed
+from kd.checkpoint.store import read_sealed, save_sealed
 from kd.models.wrappers import Teacher
 from kd.study.folder import Folder, train_again
 from kd.study.grid import Point
 from kd.study.measure import Outcome, Outputs, measure, parts_of
 from kd.training import pipeline
 from kd.training.predict import predict
-from kd.training.run import Run, claim, run_directory
+from kd.training.run import Run, check_finished, claim, run_directory
 from kd.training.stage import Stage
 
 
@@ -42,10 +42,10 @@ def _train(folder: Folder, point: Point) -> Outcome:
         read_sealed(weights, train_again(point.teacher))
         teacher = Teacher(pipeline.teacher_network(run, weights)).to(run.accelerator.device)
     stage = _stage(run, point.role, teacher)
-    if not (stage.directory / "stage.json").exists():
+    if not run.is_finished(stage.name):
         pipeline.train(run, stage)
-    weights = stage.directory / "last.safetensors"
-    finished(weights, advice(stage.name, stage.directory), run.owner(stage.name))
+    weights = run.stage_directory(stage.name) / "last.safetensors"
+    check_finished(run, stage.name)
     if point.role == "teacher":
         save_sealed(folder.weights(point.id), read_weights(weights), weights_header(weights))
     own = Teacher(pipeline.evaluated_network(run, stage.name, weights, teacher)).to(run.accelerator.device)

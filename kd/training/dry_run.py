@@ -37,19 +37,20 @@ def print_plan(run: Run) -> None:
     stages = [student_stage(run, teacher)] + ([control_stage(run)] if run.recipe.control else [])
     if not teacher_is_trained(run.recipe):
         say(f"teacher  {run.recipe.teacher.model}, as it is")
-    elif (run.teacher_directory / "stage.json").exists():
+    elif run.is_finished("teacher"):
         say(f"teacher  found in {run.teacher_directory}")
     else:
         stages.insert(0, teacher_stage(run))
     table = Table("stage", "model", "parameters", "updates", "s/update", "estimate", "memory")
     total = 0.0
     for stage in stages:
-        trainer = Trainer(stage, run.recipe, run.accelerator, run.logger, owner={})
+        trainer = Trainer(stage, run)
         seconds = trainer.measure()
         total += seconds * trainer.updates
         size = sum(p.numel() for p in stage.model.parameters())
         row = (f"{size:,}", str(trainer.updates), f"{seconds:.3f}", duration(seconds * trainer.updates))
-        table.add_row(stage.name, escape(shown(stage.metadata["model"])), *row, f"{peak_memory() / 2**30:.2f} GiB")
+        model = run.recipe.teacher.model if stage.name == "teacher" else run.recipe.student.model
+        table.add_row(stage.name, escape(shown(model)), *row, f"{peak_memory() / 2**30:.2f} GiB")
     run.logger.show(table)
     if (run.directory / "result.json").exists():
         say("finished before: the same command without dry_run prints its result at once")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields
@@ -17,14 +17,12 @@ from itertools import chain, islice
 from typing import Any, NoReturn, cast
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from kd.checkpoint import store
-from kd.config.schema import Recipe
 from kd.data import Batch, mixer
 from kd.errors import CheckpointError, TrainingError
 from kd.losses.distill import DistillLoss
@@ -33,11 +31,12 @@ from kd.metrics import nll, top_k_accuracy
 from kd.models.wrappers import Student
 from kd.runtime.signals import GO_ON, Interrupted, stop_requested
 from kd.training.logger import Logger
-from kd.training.nonfinite import Suspects, describe, first_bad_gradient
+from kd.training.nonfinite import bad_rows, describe, first_bad_gradient
 from kd.training.objective import Objective, Terms
 from kd.training.predict import not_finite, predict
+from kd.training.run import Run
 from kd.training.schedule import epoch_order, mixed_seed, optimizer, schedule, share
-from kd.training.stage import Stage, as_trained, build
+from kd.training.stage import Stage, as_trained, build, metadata
 
 MOST_SKIPPED = 32  # halvings take fp16's loss scale from 65,536 to 1.5e-5: by then it is not the scale that overflows
 
@@ -54,16 +53,16 @@ class Progress:
 
 
 class Trainer:
-    """Trains one stage; `fit` resumes from the stage's directory and leaves its weights there.
+    """Trains one stage of a run; `fit` resumes from the stage's directory and leaves its weights there."""
 
-    `owner` names stage and run in the manifests of what is saved (see `Run.owner`); {} where nothing is.
-    """
-
-    def __init__(
-        self, stage: Stage, recipe: Recipe, accelerator: Accelerator, logger: Logger, owner: Mapping[str, str]
-    ):
-        self.stage, self.recipe, self.accelerator, self.logger, self.owner = stage, recipe, accelerator, logger, owner
-        self.data = stage.data
+    def __init__(self, stage: Stage, run: Run):
+        self.stage, self.data = stage, stage.data
+        self.recipe, self.accelerator = recipe, accelerator = run.recipe, run.accelerator
+        self.directory, self.owner = run.stage_directory(stage.name), run.owner(stage.name)
+        self.metadata = metadata(stage.name, recipe, run.data)
+        # A trained teacher serves many runs, so its curve is kept beside its weights.
+        curve = (self.directory if stage.name == "teacher" else run.directory) / "metrics.jsonl"
+        self.logger = Logger(curve, accelerator, run.logger.console)
         self.updates_per_epoch = len(self.data.train) // recipe.train.batch_size
         self.updates = stage.epochs * self.updates_per_epoch
         self.progress = Progress()
@@ -105,7 +104,7 @@ class Trainer:
             about = {"updates": self.updates} | {
                 k: getattr(self.progress, k) for k in ("seconds", "selected", "skipped")
             }
-            store.finish(self.stage.directory, weights, self.stage.metadata, about, self.owner)
+            store.finish(self.directory, weights, self.metadata, about, self.owner)
         self.accelerator.wait_for_everyone()
 
     def measure(self, updates: int = 2) -> float:
@@ -216,16 +215,16 @@ class Trainer:
     def _refuse(self, what: str, batches: list[Batch]) -> NoReturn:
         """Stop before NaN reaches the weights, and run the update again to find where it comes from."""
         self.stepper.zero_grad()
-        suspects = Suspects()
+        rows = []
         for i, batch in enumerate(batches):
             with self.accelerator.no_sync(self.model):
                 seen, terms = self._forward(batch, i)
                 terms.loss.backward()
-            suspects.add(seen, self.stage.objective)
-        suspects.parameter = first_bad_gradient(self.stage.model.model, self.stage.objective)
+            rows.append(bad_rows(seen, self.stage.objective))
+        parameter = first_bad_gradient(self.stage.model.model, self.stage.objective)
         raise TrainingError(
             f"{self.stage.name}: {what} in update {self.progress.update + 1} of {self.updates}, which was not made; "
-            f"the last saved state is kept. {describe(gather_object([suspects]))}"
+            f"the last saved state is kept. {describe(gather_object(rows), gather_object([parameter]))}"
         )
 
     def _log(self, epoch: int, logged: dict[str, Tensor], seconds: float) -> None:
@@ -299,8 +298,8 @@ class Trainer:
     def _save(self) -> None:
         self.logger.flush()  # a checkpoint must not be newer than the lines that are on disk
         if self.accelerator.is_main_process:
-            stage, state = self.stage, self._state()
-            store.save(stage.directory, self.progress.update, state, self.selected_weights, stage.metadata, self.owner)
+            update, state = self.progress.update, self._state()
+            store.save(self.directory, update, state, self.selected_weights, self.metadata, self.owner)
         self.saved_at = time.monotonic()
 
     def _modules(self) -> dict[str, nn.Module]:
@@ -316,15 +315,14 @@ class Trainer:
         }
 
     def _load(self) -> None:
-        stage = self.stage
-        advice = store.advice(stage.name, stage.directory)
-        newest = store.load(stage.directory, self.logger.say, advice, self.owner)
+        advice = store.advice(self.stage.name, self.directory)
+        newest = store.load(self.directory, self.logger.say, advice, self.owner)
         if self.accelerator.is_main_process:
-            store.clean(stage.directory)
+            store.clean(self.directory)
         names = gather_object([newest.path.name if newest else "none"])
         if len(set(names)) > 1:  # they would train from different weights, and average their gradients
             raise CheckpointError(
-                f"{stage.directory}: not all processes find the same checkpoint ({', '.join(names)}): a file system "
+                f"{self.directory}: not all processes find the same checkpoint ({', '.join(names)}): a file system "
                 f"may lag behind; {GO_ON}"
             )
         if newest is None:
@@ -335,7 +333,7 @@ class Trainer:
             reason = textwrap.shorten(str(error), 300)  # torch writes several lines
             raise CheckpointError(f"{newest.path}: does not fit this run ({reason})") from error
         self.selected_weights = newest.selected
-        self.logger.say(f"{stage.name:8} goes on after update {self.progress.update} of {self.updates}")
+        self.logger.say(f"{self.stage.name:8} goes on after update {self.progress.update} of {self.updates}")
 
     def _restore(self, state: dict[str, Any]) -> None:
         for name, module in self._modules().items():

@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from kd.checkpoint.safetensors_io import read_weights
-from kd.checkpoint.store import CHECKPOINTS, advice, finish, finished, remove
+from kd.checkpoint.store import advice, finish, finished
 from kd.cli.console import terminal
 from kd.config.schema import LossConfig, Recipe, StudentConfig, TeacherConfig
-from kd.data import Data, load_data
+from kd.data import load_data
 from kd.errors import CheckpointError, ConfigError
 from kd.losses.distill import DistillLoss
 from kd.losses.methods import registry as methods
@@ -45,7 +45,7 @@ from kd.training.run import (
     teacher_is_trained,
 )
 from kd.training.schedule import mixed_seed
-from kd.training.stage import Stage
+from kd.training.stage import Stage, metadata
 from kd.training.stage import build as build_objective
 from kd.training.teacher_smoothing import report_smoothing
 
@@ -139,30 +139,26 @@ def teacher_stage(run: Run) -> Stage:
     own = run.recipe.teacher
     loss = replace(own.own_loss(), backend=run.recipe.loss.backend)
     objective = Objective(_distill_loss(loss), methods.build(loss.methods, "teacher"))
-    model, about = Student(teacher_network(run)), metadata("teacher", run.recipe, run.data)
-    return Stage("teacher", model, objective, own.epochs, run.data, run.teacher_directory, about)
+    return Stage("teacher", Student(teacher_network(run)), objective, own.epochs, run.data)
 
 
 def student_stage(run: Run, teacher: Teacher) -> Stage:
     """The student, ready to be distilled from the teacher."""
-    recipe, data, directory = run.recipe, run.data.transfer, run.directory / "student"
-    network = student_network(run)
+    recipe, network = run.recipe, student_network(run)
     new_peer = partial(student_network, run, seed=mixed_seed(recipe.seed, 1))
     objective = Objective(_distill_loss(recipe.loss), methods.build(recipe.loss.methods), new_peer)
     taps = needed(objective.needs, network, teacher.model, recipe.student.layers, recipe.teacher.layers)
     if taps:
         teacher = Teacher(teacher.model, features=taps[1].names)
     model = Student(network, features=taps[0].names if taps else ())
-    about = metadata("student", recipe, run.data)
-    return Stage("student", model, objective, recipe.student.epochs, data, directory, about, teacher, taps)
+    return Stage("student", model, objective, recipe.student.epochs, run.data.transfer, teacher, taps)
 
 
 def control_stage(run: Run) -> Stage:
     """The student's network, ready to train on labels alone for as many epochs."""
-    recipe, data, directory = run.recipe, run.data.transfer, run.directory / "control"
-    objective = Objective(_distill_loss(replace(recipe.loss, kd_weight=0.0, ce_weight=1.0, methods={})))
-    model, about = Student(student_network(run)), metadata("control", recipe, run.data)
-    return Stage("control", model, objective, recipe.student.epochs, data, directory, about)
+    recipe = run.recipe
+    objective = Objective(_distill_loss(replace(recipe.loss, kd_weight=0.0, ce_weight=1.0)))
+    return Stage("control", Student(student_network(run)), objective, recipe.student.epochs, run.data.transfer)
 
 
 def _distill_loss(loss: LossConfig) -> DistillLoss:
@@ -170,29 +166,9 @@ def _distill_loss(loss: LossConfig) -> DistillLoss:
     return DistillLoss(**settings, reduction="sum")
 
 
-def metadata(name: str, recipe: Recipe, data: Data) -> dict[str, Any]:
-    """What is saved with the weights of a stage, so that they can be used without the recipe."""
-    section, labels = (recipe.teacher, recipe.teacher) if name == "teacher" else (recipe.student, recipe.loss)
-    about: dict[str, Any] = {"label_smoothing": str(labels.label_smoothing), "smoothing": labels.smoothing}
-    if name == "teacher" and recipe.teacher.methods:
-        # A method that acts on the labels may smooth them too, by a mass that nobody knows.
-        about = {"methods": recipe.teacher.methods}
-    return about | {
-        "model": section.model,
-        "num_classes": str(data.num_classes),
-        "class_names": data.class_names,
-        "input_shape": list(data.input_shape),
-        "mean": list(data.mean),
-        "std": list(data.std),
-    }
-
-
 def train(run: Run, stage: Stage) -> None:
     """Train a stage, from its newest checkpoint where there is one."""
-    # A trained teacher serves many runs, so its curve is kept beside its weights.
-    curve = (stage.directory if stage.name == "teacher" else run.directory) / "metrics.jsonl"
-    logger = Logger(curve, run.accelerator, run.logger.console)
-    trainer = Trainer(stage, run.recipe, run.accelerator, logger, run.owner(stage.name))
+    trainer = Trainer(stage, run)
     with held():
         trainer.fit()
 
@@ -214,14 +190,16 @@ def rehearse(run: Run) -> None:
 
 def execute(run: Run) -> None:
     """Train every stage that is not finished."""
-    names = ("student", "control") if run.recipe.control else ("student",)
-    left = [name for name in names if not _is_finished(run, name)]
+    stages = {"student", "control"} if run.recipe.control else {"student"}
+    done = {name for name in stages if run.is_finished(name)}
+    for name in done:  # before a teacher is trained
+        check_finished(run, name)
     teacher = find_teacher(run)
     check_teacher(run, teacher)
     report_smoothing(run, teacher)
-    if "student" in left:
+    if "student" not in done:
         train(run, student_stage(run, teacher))
-    if "control" in left:
+    if "control" in stages - done:
         train(run, control_stage(run))
 
 
@@ -232,7 +210,7 @@ def find_teacher(run: Run) -> Teacher:
         weights = run.teacher_directory / "last.safetensors"
         with alone_on_teacher(run) as done:
             if done:
-                _check_finished(run, "teacher", run.teacher_directory)
+                check_finished(run, "teacher")
                 run.logger.say(f"teacher  found in {run.teacher_directory}")
             elif run.recipe.teacher.members > 1:
                 _train_members(run)
@@ -288,17 +266,3 @@ def check_teacher(run: Run, teacher: Teacher) -> None:
             f"(must be > {bound:.2%} on {len(targets)} images): train it longer (teacher.epochs), or check that its "
             f"classes are in this data set's order"
         )
-
-
-def _is_finished(run: Run, name: str) -> bool:
-    """Whether the student or control is finished. Raises CheckpointError where its files are damaged or another's."""
-    if done := (run.directory / name / "stage.json").exists():
-        _check_finished(run, name, run.directory / name)
-    return done
-
-
-def _check_finished(run: Run, name: str, directory: Path) -> None:
-    """Raise CheckpointError unless a finished stage is whole and its own; remove checkpoints that a kill left there."""
-    check_finished(run, name)
-    if run.accelerator.is_main_process:
-        remove(directory / CHECKPOINTS)

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 
 from kd.checkpoint.files import advised, digest, read_json, write_json, write_text
-from kd.checkpoint.store import advice, finished
+from kd.checkpoint.manifest import DONE
+from kd.checkpoint.store import CHECKPOINTS, advice, finished, remove
 from kd.config.schema import Recipe, content_hash, identity
 from kd.config.types import leaves
 from kd.data import Data
@@ -48,11 +49,18 @@ class Run:
         # An older kd may have written fewer settings: the file, not today's recipe, is what the manifests were made of.
         return {"stage": stage, "run": content_hash(read_card(path) if path.exists() else card(self))}
 
+    def stage_directory(self, stage: str) -> Path:
+        """Where a stage's checkpoints, weights and stage.json are."""
+        return self.teacher_directory if stage == "teacher" else self.directory / stage
+
+    def is_finished(self, stage: str) -> bool:
+        """Whether a stage has its weights; `check_finished` sees whether they are whole."""
+        return (self.stage_directory(stage) / DONE).exists()
+
     def weights(self, stage: str, which: str = "last") -> Path | None:
         """The weight file of a stage; None for a teacher that is used with the weights it has."""
-        if stage != "teacher":
-            return self.directory / stage / f"{which}.safetensors"
-        return self.teacher_directory / f"{which}.safetensors" if teacher_is_trained(self.recipe) else None
+        own = stage == "teacher" and not teacher_is_trained(self.recipe)
+        return None if own else self.stage_directory(stage) / f"{which}.safetensors"
 
 
 def run_name(recipe: Recipe) -> str:
@@ -141,11 +149,14 @@ def _check_same(stored: dict[str, Any], own: dict[str, Any], directory: Path) ->
 
 
 def check_finished(run: Run, stage: str) -> None:
-    """Raise CheckpointError unless all files of a trained stage are whole and its own."""
+    """Raise CheckpointError unless all files of a trained stage are whole and its own; remove checkpoints that a kill
+    left there.
+    """
+    directory = run.stage_directory(stage)
     for which in WEIGHTS:  # both are scored when everything is trained, which may be days later
-        path = run.weights(stage, which)
-        assert path is not None
-        finished(path, advice(stage, path.parent), run.owner(stage))
+        finished(directory / f"{which}.safetensors", advice(stage, directory), run.owner(stage))
+    if run.accelerator.is_main_process:
+        remove(directory / CHECKPOINTS)
 
 
 def alone_on_teacher(run: Run) -> AbstractContextManager[bool]:
@@ -159,4 +170,4 @@ def alone_on_teacher(run: Run) -> AbstractContextManager[bool]:
         check(run.accelerator)
         time.sleep(0.5)
 
-    return locked(run.teacher_directory, busy, (run.teacher_directory / "stage.json").exists, run.accelerator)
+    return locked(run.teacher_directory, busy, lambda: run.is_finished("teacher"), run.accelerator)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,15 +24,13 @@ FIRST_BATCH = 256  # images from which an objective is built, at most: enough fo
 
 @dataclass
 class Stage:
-    """One network to train, whoever teaches it, with its data, its objective and its directory."""
+    """One network to train, whoever teaches it, with its data and its objective."""
 
     name: str
     model: Student
     objective: Objective
     epochs: int
     data: Data
-    directory: Path
-    metadata: dict[str, Any]  # is saved with the weights
     teacher: Teacher | None = None
     taps: tuple[Taps, Taps] | None = None  # student's and teacher's, for an objective that needs more than logits
 
@@ -50,6 +47,23 @@ class Stage:
             student = _view(student_taps, self.model.model, model(images))
         index = batch.index.to(images.device, non_blocking=True)
         return Seen(student, teacher, batch.targets, index, epoch, self.epochs, images, len(self.data.train))
+
+
+def metadata(name: str, recipe: Recipe, data: Data) -> dict[str, Any]:
+    """What is saved with the weights of a stage, so that they can be used without the recipe."""
+    section, labels = (recipe.teacher, recipe.teacher) if name == "teacher" else (recipe.student, recipe.loss)
+    about: dict[str, Any] = {"label_smoothing": str(labels.label_smoothing), "smoothing": labels.smoothing}
+    if name == "teacher" and recipe.teacher.methods:
+        # A method that acts on the labels may smooth them too, by a mass that nobody knows.
+        about = {"methods": recipe.teacher.methods}
+    return about | {
+        "model": section.model,
+        "num_classes": str(data.num_classes),
+        "class_names": data.class_names,
+        "input_shape": list(data.input_shape),
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
 
 
 def _view(taps: Taps | None, network: nn.Module, output: Output) -> View:

@@ -98,7 +98,7 @@ def test_a_stopped_study_takes_its_workers_along_and_resumes_to_the_same_table(e
     update = loop.Trainer._update
 
     def noted(self, batches):
-        begun.setdefault(self.stage.directory.resolve(), self.progress.update)
+        begun.setdefault(self.directory.resolve(), self.progress.update)
         return update(self, batches)
 
     monkeypatch.setattr(loop.Trainer, "_update", noted)

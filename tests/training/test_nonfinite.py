@@ -62,10 +62,8 @@ def test_a_bad_image_is_named_in_the_piece_that_has_it(tmp_path):
     second.images[[3, 7]] = math.inf
     said = refused(t, [first, second])
     rows = ", ".join(map(str, sorted(second.index[[3, 7]].tolist())))
-    assert said == (
-        "student: gradient norm nan in update 1 of 20, which was not made; the last saved state is kept. ce, kd not "
-        f"finite, because the images are not, for training images {rows}. Look at these images"
-    )
+    assert said.startswith("student: gradient norm nan in update 1 of 20, which was not made; the last saved state is")
+    assert said.endswith(f"ce, kd not finite for training images {rows}. Look at these images")
 
 
 def test_a_teacher_that_overflows_is_named(tmp_path):
@@ -76,10 +74,7 @@ def test_a_teacher_that_overflows_is_named(tmp_path):
     t = trainer(tmp_path, recipe(), teacher=Teacher(Overflows()), loss=DistillLoss(reduction="sum"))
     (batch,) = pieces(t, 1)
     said = refused(t, [batch])
-    assert (
-        f"kd not finite, because the teacher's logits are not, for training images {batch.index[5]}. Look at the"
-        in said
-    )
+    assert f"teacher's logits, kd not finite for training images {batch.index[5]}. Look at the teacher" in said
 
 
 def test_a_term_that_is_not_finite_is_named_though_its_gradient_is(tmp_path):
@@ -135,7 +130,7 @@ def test_a_run_that_met_a_bad_image_goes_on_to_the_same_bits_without_it(processe
     said = [line for path in sorted(cut.glob("log.txt*")) for line in path.read_text().splitlines() if "error" in line]
     assert len(said) == 1
     assert said[0].startswith("error: student: gradient norm nan in update ")
-    assert "because the images are not, for training images 100. Look at these images" in said[0]
+    assert "kd not finite for training images 100. Look at these images" in said[0]
     forked.whole(*words, folder=cut, processes=processes, log="again.txt")
     assert "goes on after update" in (cut / "again.txt").read_text()
     assert forked.differences(tmp_path / "whole/runs", cut / "runs") == []

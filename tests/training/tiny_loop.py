@@ -15,6 +15,7 @@ from kd.models.wrappers import Student
 from kd.training.logger import Logger
 from kd.training.loop import Trainer
 from kd.training.objective import Objective
+from kd.training.run import Run
 from kd.training.stage import Stage
 
 
@@ -46,9 +47,9 @@ def trainer(tmp_path, r: Recipe, *, teacher=None, loss=None, methods=None, epoch
     torch.manual_seed(0)
     loss = loss or DistillLoss(kd_weight=0.0, ce_weight=1.0, reduction="sum")
     objective = Objective(loss, build(methods or {}))
-    stage = Stage("student", Student(Tiny(dropout)), objective, epochs, data, tmp_path / "student", {}, teacher)
+    stage = Stage("student", Student(Tiny(dropout)), objective, epochs, data, teacher)
     logger = Logger(tmp_path / "metrics.jsonl", accelerator, Console(quiet=True))
-    return Trainer(stage, r, accelerator, logger, owner={})
+    return Trainer(stage, Run(r, data, accelerator, tmp_path, tmp_path / "teacher", logger))
 
 
 def weights(t: Trainer) -> torch.Tensor:
