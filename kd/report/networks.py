@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -172,13 +173,12 @@ def knowledge(study: Study) -> Section:
 
 def _gamma(curves: Mapping[str, list[Any]]) -> Figure:
     temperatures = next(iter(curves.values()))[0]["temperature"]
-    rows = [
-        (place, title, value)
+    frames = [
+        DataFrame({"x": range(len(temperatures)), "line": title, "value": entry["gamma"]})
         for title, entries in curves.items()
         for entry in entries
-        for place, value in enumerate(entry["gamma"])
     ]
-    drawn = Panel("", DataFrame(rows, columns=["x", "line", "value"]), ylabel="γ(T)")
+    drawn = Panel("", pd.concat(frames), ylabel="γ(T)")
     svg = figures.lines([drawn], "temperature", [f"{t:g}" for t in temperatures])
     return Figure.named("gamma", svg, remarks=fmt.remarks(["gamma"]))
 
@@ -200,31 +200,14 @@ def probe(study: Study) -> Section:
             row[f"{split}, interval holds it"] = f"{holds} of {(low + high).notna().sum()}"
         rows.append(row | {"doubts on train": _doubts(study, own["point"].tolist())})
     made.tables.append(Table("Estimates", DataFrame(rows), fmt.note("probe")))
-    if EPS in study.teacher_axes:
-        made.figures.append(_estimates(study, splits))
     return made
 
 
 def _doubts(study: Study, points: list[str]) -> str:
-    """The doubts about the estimates, one of each kind with the number of teachers it concerns."""
-    said: dict[str, list[str]] = {}
-    for point in points:
-        for doubt in study.points[point]["detail"].get("smoothing_doubts") or ():
-            said.setdefault(re.sub(r"\d[\d.]*", "", doubt), []).append(fmt.clean(doubt, 120))
-    return "; ".join(f"{texts[0]} ({len(texts)} of {len(points)})" for texts in said.values()) or "none"
-
-
-def _estimates(study: Study, splits: list[str]) -> Figure:
-    """Estimate against truth, a plot for each combination of the other axes of teachers."""
-    truth = DataFrame({"x": range(len(study.axes[EPS])), "line": "truth", "value": study.axes[EPS]})
-    panels = []
-    for title, seen in study.groups(study.teachers, [axis for axis in study.teacher_axes if axis != EPS])[:MOST]:
-        estimates = [
-            DataFrame({"x": seen[EPS], "line": split, "value": seen[f"{split}.smoothing_estimate"]}) for split in splits
-        ]
-        panels.append(Panel(title, pd.concat([*estimates, truth]), ylabel="estimate"))
-    svg = figures.lines(panels, fmt.axis(EPS), study.ticks(EPS), ordered=False, columns=2, share=True)
-    return Figure.named("probe", svg)
+    """The doubts about the estimates, each with the number of teachers it concerns; their numbers differ by teacher."""
+    said = [doubt for point in points for doubt in study.points[point]["detail"].get("smoothing_doubts") or ()]
+    counts = Counter(re.sub(r"\d[\d.]*", "…", doubt) for doubt in said)
+    return "; ".join(f"{fmt.clean(doubt, 120)} ({n} of {len(points)})" for doubt, n in counts.items()) or "none"
 
 
 def projections(study: Study) -> Section:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pandas import DataFrame, Series
+from pandas import DataFrame
 
 from kd.report import figures
 from kd.report import formatting as fmt
 from kd.report.figures import Panel
 from kd.report.page import Card, Figure, Page, Section, Table
-from kd.report.statistics import Effect, Paired, Verdict
 from kd.report.study_page import facts, origin
 from kd.training.dry_run import duration
 from kd.training.results import read_result, verdict
@@ -57,9 +56,6 @@ def outcome(result: dict[str, Any], networks: list[str]) -> Section:
         tone, *_ = verdict(result)
         value, words = f"{fmt.difference(mean, 'top1')} points", f"± {100 * error:.2f} standard error"
         made.cards.append(Card("student − control", value, words, fmt.note("paired", n=paired["n"]), tone))
-        pair = Paired(Series(dtype=float), mean, interval=(mean - 2 * error, mean + 2 * error))
-        effect = Effect("student − control", "test.top1", pair, Verdict(tone, words))
-        made.figures.append(Figure.named("paired", figures.forest([effect])))
     agreement = result["student"]["last"]["test"].get("agreement")
     if agreement is not None:
         words = "student and teacher predict the same"
