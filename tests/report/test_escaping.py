@@ -1,16 +1,13 @@
-"""Names that are code elsewhere: on a page, in its Markdown, on a terminal."""
+"""Names that are code elsewhere: on a page and in its Markdown."""
 
-import io
 import random
 import re
 
 import pytest
 from pages import ATTRIBUTES, DRAWN, ELEMENTS, Outline, browsed
 from report_folder import EPS, Maker, T
-from rich.console import Console
 
 from kd.report.__main__ import main
-from kd.training.results import print_result
 
 FORMULAS = [
     "=1+1",
@@ -35,9 +32,6 @@ def hostile(count):
         f"{rng.choice(BREAKS[:-1])}<{rng.choice(TAGS)}>{rng.choice(FORMULAS)}{rng.choice(BREAKS)} {i}"
         for i in range(count)
     ]
-
-
-# ---- a page and its Markdown
 
 
 @pytest.fixture(scope="module")
@@ -92,19 +86,3 @@ def test_a_hundred_hostile_names_break_no_row_of_the_markdown(page):
     for table in tables:
         assert len(browsed(table).rows) == len(table.splitlines()) - 1
     assert "\x1b" not in text
-
-
-# ---- a terminal
-
-ODD = "[red]\x1b]0;title\x07\x9b2J[/red]\u202e\ud800"
-WRITTEN = r"[red]\x1b]0;title\x07\x9b2J[/red]\u202e\ud800"
-
-
-def test_the_table_of_a_run_shows_names_as_they_are():
-    top = {"top1": 0.5, "nll": 1.0, "ece": 0.1, "brier": 0.2, "agreement": 0.5}
-    network = {"model": ODD, **{which: {"val": top, "test": top} for which in ("last", "selected")}}
-    out = io.StringIO()
-    print_result({"teacher": network, "student": network}, Console(file=out, width=300, force_terminal=True))
-    title = re.sub(r"\x1b\[[0-9;]*m|\s", "", out.getvalue())  # without rich's own colours, and wrapped
-    assert f"{WRITTEN}teaches{WRITTEN}" in title
-    assert "\x1b]0" not in out.getvalue()

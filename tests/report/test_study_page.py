@@ -193,7 +193,6 @@ def test_numbers_are_printed_with_their_unit_and_sign():
         (["study=."], "holds no study.json"),
         (["run=."], "result.json: cannot be read (No such file or directory); give the directory of a finished run"),
         (["study=.", "run=."], "give one of study=DIR and run=DIR"),
-        (["--force"], "no such argument"),
         (["study=.", "output=x.txt"], "output=x.txt: must end in .html"),
     ],
 )
