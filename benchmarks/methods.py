@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.contenders import TEMPERATURE, Case, training_step
 from benchmarks.timing import interleaved, quartiles
 from kd.losses.methods import registry as methods
-from kd.losses.methods.base import Method, Seen, View, batch_mean
+from kd.losses.methods.base import Method, Seen, View
 
 PLAIN = "plain KD, eager PyTorch"
 
@@ -43,7 +43,7 @@ def step(method: Method, case: Case) -> Callable[[], Tensor]:
     seen = Seen(View(student), View(teacher), target, epoch=1.0, epochs=10)
     method.build(seen)
     method.train()
-    return training_step(lambda: batch_mean(method(seen), target), student, *method.parameters()).run
+    return training_step(lambda: method(seen).mean(), student, *method.parameters()).run
 
 
 def pure() -> dict[str, type[Method]]:

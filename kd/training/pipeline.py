@@ -122,7 +122,9 @@ def evaluated_network(run: Run, name: str, weights: Path | None, teacher: Teache
     """
     if name == "teacher":
         return teacher_network(run, weights)
-    if name == "control" or not methods.classifies(run.recipe.loss.methods):
+    # A method of the user's own file, which this command may not have imported, is not in the library.
+    classifiers = {key for key, method in methods.library().items() if method.classifies}
+    if name == "control" or not classifiers & run.recipe.loss.methods.keys():
         return student_network(run, weights)
     assert weights is not None
     assert teacher is not None

@@ -155,11 +155,11 @@ def test_online_smoothing_gathers_only_while_training_and_only_labels_that_count
 
 def _two_processes(rank, directory):
     dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
-    mine = slice(0, 3) if rank == 0 else slice(3, 4)  # uneven shares
+    mine = slice(0, 3) if rank == 0 else slice(3, None)  # uneven shares
     method = online()
     method(seen(FIRST[mine], TARGET[mine]))
     method.end_epoch()
-    whole = batch(4, 3)
+    whole = batch(5, 3)
     crd = built("crd", whole, num_negatives=6, embed_dim=8, released=True)
     crd(take(whole, mine))
     torch.save((method.table, crd.state_dict()), f"{directory}/{rank}")
@@ -168,7 +168,7 @@ def _two_processes(rank, directory):
 
 def test_on_two_processes_online_smoothing_gathers_as_on_one_and_crd_remembers_the_same(tmp_path):
     torch.multiprocessing.spawn(_two_processes, (str(tmp_path),), nprocs=2)
-    method, whole = online(), batch(4, 3)
+    method, whole = online(), batch(5, 3)
     method(seen(FIRST, TARGET))
     method.end_epoch()
     (first, crd), (second, other) = (torch.load(tmp_path / str(rank)) for rank in (0, 1))

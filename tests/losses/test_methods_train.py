@@ -271,7 +271,7 @@ WRONG_SETTINGS = [
     ({"dkd": {"weight": -1}}, "loss.methods.dkd.weight=-1: must be a number from 0 to 1000000"),
     ({"crd": {"released": 1}}, "loss.methods.crd.released=1: must be true or false"),
     ({"mlkd": {"temperatures": ["a"]}}, "loss.methods.mlkd.temperatures=['a']: must be a list"),
-    ({"lskd": {"settings": {"nckd_weight": 1}}}, "loss.methods.lskd: settings.nckd_weight: kd has temperature"),
+    ({"lskd": {"settings": {"nckd_weight": 1}}}, "loss.methods.lskd: settings.nckd_weight: kd has only temperature"),
 ]
 
 

@@ -10,7 +10,6 @@ N examples, K classes, C channels, D dimensions; logits (N, K), maps (N, C, H, W
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, dataclass_transform
@@ -105,8 +104,7 @@ class Method(nn.Module):
 
     # Of: teacher, maps, embedding, weight, index, images, peer.
     needs: frozenset[str] = frozenset({"teacher"})
-    per_example: bool = True  # values are (N,), row i a function of row i alone; else () for the batch
-    smallest_batch: ClassVar[int] = 1  # examples that a method needs which is not `per_example`
+    per_example: bool = True  # values are (N,), row i a function of row i alone; else () for a batch of 2 or more
     soft_targets: bool = True  # whether the target may be probabilities, as with mixup
     classifies: ClassVar[bool] = False  # `classify` gives the logits to evaluate, not the student's own classifier
     # Published settings: this method's "weight", the "warmup_epochs" over which it rises linearly from 0, "ce_weight",
@@ -155,9 +153,9 @@ class Method(nn.Module):
         """Logits (N, K) from the student's view, for a method that `classifies`; it is saved with the student."""
         raise NotImplementedError
 
-    @abstractmethod
     def values(self, seen: Seen) -> Tensor:
         """The method's value: (N,) where `per_example`, else (). Logits and features come in float32 or float64."""
+        raise NotImplementedError
 
     def forward(self, seen: Seen) -> Tensor:
         """`values` of checked inputs in float32 or float64; exactly 0, with zero gradient, where a label is ignored.
@@ -197,10 +195,7 @@ class Method(nn.Module):
         """Refuse maps that do not pair up, and logits that cannot be compared where they are all there is."""
         if "maps" in self.needs:
             ours, theirs = len(student.maps), len(teacher.maps)
-            self.require(
-                ours == theirs,
-                f"{ours} maps of the student and {theirs} of the teacher; name as many layers of each",
-            )
+            self.require(ours == theirs, f"student has {ours} maps and teacher {theirs}; name as many layers of each")
         if "teacher" in self.needs and not self.needs & {"maps", "embedding", "weight"}:
             ours, theirs = student.logits.shape[-1], teacher.logits.shape[-1]
             self.require(ours == theirs, f"student has {ours} classes and teacher {theirs}: must be equal")
@@ -213,15 +208,9 @@ class Method(nn.Module):
         # On a GPU the values are not read, because the host would wait for them.
         check_target(target, classes, IGNORE, read_values=target.device.type == "cpu")
         if not self.per_example:
-            self.require(
-                len(target) >= self.smallest_batch,
-                f"compares examples with each other: a batch of {len(target)} is too small, give {self.smallest_batch} "
-                "or more",
-            )
-            self.require(
-                soft or not bool((target == IGNORE).any()),
-                "compares examples with each other and cannot ignore some of them",
-            )
+            compares = "compares examples with each other"
+            self.require(len(target) > 1, f"{compares}: a batch of {len(target)} is too small, give 2 or more")
+            self.require(soft or not bool((target == IGNORE).any()), f"{compares} and cannot ignore some of them")
 
 
 @dataclass(frozen=True)
@@ -245,10 +234,3 @@ def _blank(seen: Seen, ignored: Tensor) -> Seen:
     teacher = None if seen.teacher is None else seen.teacher.map_rows(fill)
     target = seen.target.masked_fill(ignored, 0)
     return replace(seen, student=seen.student.map_rows(fill), teacher=teacher, target=target, ignored=ignored)
-
-
-def batch_mean(values: Tensor, target: Tensor) -> Tensor:
-    """The mean of a method's values over the examples that are not ignored; what a training step minimises."""
-    if values.ndim == 0 or target.is_floating_point():
-        return values.mean()
-    return values.sum() / (target != IGNORE).sum().clamp(min=1)

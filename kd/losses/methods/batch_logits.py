@@ -23,7 +23,7 @@ class DIST(Method, name="dist"):
     ρ is Pearson's correlation between p_T(s) and p_T(t): over the classes of an example (inter), and over the examples
     for a class (intra), so the student may be as certain as it likes. No unit. Zero and stationary where every row and
     column of p_T(s) is an increasing linear function of the teacher's, in particular at s = t. A row or column that
-    does not vary has no correlation and counts as 0 without a gradient; in a batch of one, every column does.
+    does not vary has no correlation and counts as 0 without a gradient.
 
     Source: Huang et al. 2022, "Knowledge Distillation from A Stronger Teacher". T is 4 on CIFAR-100 and 1 on ImageNet;
     the released configurations give the whole twice the weight of the cross entropy on both.

@@ -124,7 +124,6 @@ class ReviewKD(Method, name="reviewkd"):
 
     needs = frozenset({"teacher", "maps", "embedding"})
     per_example = False
-    smallest_batch = 2
     presets = {
         "cifar100": {"weight": 5.0, "ce_weight": 1.0, "warmup_epochs": 20},
         "imagenet": {"weight": 1.0, "ce_weight": 1.0, "warmup_epochs": 1},

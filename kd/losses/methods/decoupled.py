@@ -119,13 +119,7 @@ class RLD(Method, name="rld"):
     soft_targets = False
     presets = {
         "cifar100": {"weight": 1.0, "ce_weight": 1.0, "warmup_epochs": 20},
-        "imagenet": {
-            "weight": 1.0,
-            "ce_weight": 1.0,
-            "warmup_epochs": 1,
-            "correlation_weight": 0.5,
-            "temperature": 1.0,
-        },
+        "imagenet": {"ce_weight": 1.0, "warmup_epochs": 1, "correlation_weight": 0.5, "temperature": 1.0},
     }
 
     def values(self, seen: Seen) -> Tensor:

@@ -228,11 +228,8 @@ class FlowOfSolution(Method, name="fsp"):
         pairs = seen.map_pairs
         self.require(len(pairs) > 1, f"compares neighbouring maps: there is {len(pairs)} map, name 2 or more layers")
         for i, (s, t) in enumerate(pairs):
-            self.require(
-                s.shape[1] == t.shape[1],
-                f"map {i} has {s.shape[1]} channels in the student and {t.shape[1]} in the teacher; name layers with "
-                "equal channels",
-            )
+            ours, theirs = s.shape[1], t.shape[1]
+            self.require(ours == theirs, f"map {i}: student has {ours} channels and teacher {theirs}; must be equal")
         gaps = [self._flow(s, deeper_s) - self._flow(t, deeper_t) for (s, t), (deeper_s, deeper_t) in pairwise(pairs)]
         squares = [gap.square().mean((1, 2)) if self.released else gap.square().sum((1, 2)) for gap in gaps]
         return torch.stack(squares).sum(0)

@@ -12,7 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,17 +116,8 @@ def _settings(typed: str, name: str, preset: str) -> dict[str, Any]:
     known = ", ".join(presets) or "none"
     require(not preset or preset in presets, f"{typed}: {name} has no preset {preset!r}; its presets: {known}")
     usual = USUAL if USUAL in presets else next(iter(presets), "")
-    settings = {**SHARED, **_defaults(method), **presets.get(preset or usual, {})}
+    settings = {**SHARED, **asdict(method()), **presets.get(preset or usual, {})}  # type: ignore[call-overload]
     return json.loads(json.dumps(settings))  # as YAML can hold them: tuples become lists
-
-
-def _defaults(method: type[Method]) -> dict[str, Any]:
-    """The method's fields with their defaults."""
-    known = [f for f in fields(method) if f.init]  # type: ignore[arg-type]
-    for f in known:
-        has_default = f.default is not MISSING or f.default_factory is not MISSING
-        require(has_default, f"{method.name}: its field {f.name} has no default; give it one in its class")
-    return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in known}
 
 
 # ---- from a recipe's values to methods
@@ -154,7 +145,7 @@ def _build(before: str, name: str, settings: Any) -> Weighted:
     method = _find(name, at)
     is_section = isinstance(settings, Mapping)
     require(is_section, f"{at}={settings}: must be settings such as {{weight: 1.0}}; type loss={name}")
-    known = [*_defaults(method), *SHARED]
+    known = [*(f.name for f in fields(method)), *SHARED]  # type: ignore[arg-type]
     for key in settings:
         hint = did_you_mean(key, known) or f"; {name} has {', '.join(known)}"
         require(key in known, f"{at}.{key}: no such setting{hint}")
@@ -164,8 +155,3 @@ def _build(before: str, name: str, settings: Any) -> Weighted:
         return Weighted(made, **shared)
     except ValueError as error:  # of a field; it begins with the method's name
         raise ConfigError(f"{before}{error}") from error
-
-
-def classifies(values: Mapping[str, Any]) -> bool:
-    """Whether one of the methods that `loss.methods` names brings the classifier to evaluate."""
-    return any(name in library() and library()[name].classifies for name in values)

@@ -38,7 +38,6 @@ class SimilarityPreserving(Method, name="sp"):
 
     needs = frozenset({"teacher", "maps"})
     per_example = False
-    smallest_batch = 2
     presets = {"cifar100": {"weight": 3000.0, "ce_weight": 1.0}}
 
     def values(self, seen: Seen) -> Tensor:
@@ -77,7 +76,6 @@ class ProbabilisticKnowledge(Method, name="pkt"):
 
     needs = frozenset({"teacher", "embedding"})
     per_example = False
-    smallest_batch = 2
     presets = {"cifar100": {"weight": 30000.0, "ce_weight": 1.0, "released": True}}
 
     def values(self, seen: Seen) -> Tensor:
@@ -129,7 +127,6 @@ class Relational(Method, name="rkd"):
 
     needs = frozenset({"teacher", "embedding"})
     per_example = False
-    smallest_batch = 2
     presets = {"cifar100": {"weight": 1.0, "ce_weight": 1.0, "released": True}}
 
     def values(self, seen: Seen) -> Tensor:
@@ -191,7 +188,6 @@ class CorrelationCongruence(Method, name="cc"):
 
     needs = frozenset({"teacher", "embedding"})
     per_example = False
-    smallest_batch = 2
     presets = {"cifar100": {"weight": 0.02, "ce_weight": 1.0, "released": True}}
 
     def make(self, seen: Seen) -> None:

@@ -57,7 +57,7 @@ class LogitStandardization(Method, name="lskd"):
     def __post_init__(self):
         super().__post_init__()
         known = library()
-        names = [f.name for f in fields(known[self.method]) if f.init]  # type: ignore[arg-type]
+        names = [f.name for f in fields(known[self.method])]  # type: ignore[arg-type]
         for name in self.settings:
             self.require(name in names, f"settings.{name}: {self.method} has only {', '.join(names) or 'no settings'}")
         base = {"temperature": 2.0} if "temperature" in names else {}
