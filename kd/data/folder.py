@@ -25,7 +25,7 @@ LIKE_SPLITS = (*SPLITS, "dev", "eval", "testing", "training", "valid", "validati
 def folder(config: DataConfig, seed: int) -> Data:
     """The directory data.root, in one of these layouts.
 
-    ROOT/train/CLASS/* with ROOT/val/, ROOT/test/ or both: these splits; `subsets.assign` says what each is used for.
+    ROOT/train/CLASS/* with ROOT/val/, ROOT/test/ or both: these splits; `subsets.draw` says what each is used for.
     ROOT/CLASS/*: divided into train, val and test.
 
     Directories and images may be links.

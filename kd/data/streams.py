@@ -113,7 +113,7 @@ def verify(splits: Iterable[StreamSplit]) -> None:
 
 
 def stream_data(config: DataConfig, seed: int, given: Given, class_names: list[str]) -> Data:
-    """Data from the splits that a data set comes with (see `subsets.assign`).
+    """Data from the splits that a data set comes with (see `subsets.draw`).
 
     Args:
         config: the data section of a recipe.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -25,7 +25,11 @@ class Part(NamedTuple):
 
 
 def draw(config: DataConfig, given: Given, class_names: Sequence[str]) -> dict[str, Part]:
-    """Train, val and test as `assign` divides them, then data.train_size and data.label_noise on the training samples.
+    """Train, val and test, with data.train_size and data.label_noise on the training samples.
+
+    Three given splits are used as they are. Of two, the other than train is the *test* split even where it is called
+    val, as ImageNet's is, because a score on a split that was selected on means nothing; val is held out of train.
+    Where only train is given, test is held out of it, then val.
 
     A function of the split seed: teacher, student, control and every run of a study see the same wrong labels.
 
@@ -43,30 +47,17 @@ def draw(config: DataConfig, given: Given, class_names: Sequence[str]) -> dict[s
         assert 0 <= part.targets.min() <= part.targets.max() <= last, "labels must be 0 to K - 1"
     omitted = config.omit_class or 0
     require(omitted <= last, f"data.omit_class={omitted}: must be ≤ {last}, the last class of {config.name}")
-    parts = assign(config, parts, class_names)
+    if len(parts) == 1:
+        parts["train"], parts["test"] = hold_out(config, "test_fraction", parts["train"], class_names)
+    if len(parts) == 2:
+        train, (test,) = parts.pop("train"), parts.values()
+        train, val = hold_out(config, "val_fraction", train, class_names)
+        parts = {"train": train, "val": val, "test": test}
     train = parts["train"]
     if config.train_size is not None:
         train = train.take(stratified(train.targets, config.train_size, config, class_names))
     parts["train"] = train._replace(targets=with_label_noise(train.targets, config, len(class_names)))
     return parts
-
-
-def assign(config: DataConfig, given: Mapping[str, Part], class_names: Sequence[str]) -> dict[str, Part]:
-    """Train, val and test, made of the splits that the data set comes with.
-
-    Three given splits are used as they are. Of two, the other than train is the *test* split even where it is called
-    val, as ImageNet's is, because a score on a split that was selected on means nothing; val is held out of train.
-    Where only train is given, test is held out of it, then val.
-    """
-    if len(given) == 3:
-        return dict(given)
-    rest, others = given["train"], [part for name, part in given.items() if name != "train"]
-    if others:
-        (test,) = others
-    else:
-        rest, test = hold_out(config, "test_fraction", rest, class_names)
-    train, val = hold_out(config, "val_fraction", rest, class_names)
-    return {"train": train, "val": val, "test": test}
 
 
 def hold_out(config: DataConfig, setting: str, part: Part, class_names: Sequence[str]) -> tuple[Part, Part]:
@@ -107,8 +98,6 @@ def with_label_noise(targets: np.ndarray, config: DataConfig, num_classes: int) 
 
     What is wrong at one probability is wrong in the same way at every greater one.
     """
-    if config.label_noise == 0:
-        return targets
     random = _random(config, 2)
     flipped = random.random_sample(len(targets)) < config.label_noise
     return np.where(flipped, (targets + random.randint(1, num_classes, len(targets))) % num_classes, targets)

@@ -47,7 +47,6 @@ BAYES_ACCURACY = 0.8669  # ± 0.0001, by Monte Carlo with 9.6 million points
 MIXTURE_SIZES = {"train": 20_000, "val": 2_000, "test": 20_000}
 
 
-@cache
 def mixture_centres() -> Tensor:
     """The centres mu_k of the mixture's classes: (12, 20) float64, always the same; class k is in group k // 3."""
     random = np.random.RandomState(0)  # numpy keeps its stream for ever
@@ -72,12 +71,6 @@ def mixture_sample(size: int, random: np.random.RandomState) -> tuple[Tensor, np
     return (mixture_centres()[targets] + torch.from_numpy(noise)).float(), targets
 
 
-@cache
-def _mixture() -> dict[str, tuple[Tensor, np.ndarray]]:
-    random = np.random.RandomState(1)
-    return {name: mixture_sample(size, random) for name, size in MIXTURE_SIZES.items()}
-
-
 @family
 def mixture(config: DataConfig, seed: int) -> Data:
     """A hierarchical mixture of 12 Gaussians in 20 dimensions, 4 groups of 3, with its exact posterior.
@@ -86,6 +79,8 @@ def mixture(config: DataConfig, seed: int) -> Data:
     are free, and a pool of 20,000 to test on; all independent draws, the same for every seed.
     """
     names = [f"{group}{i}" for group in "abcd"[:GROUPS] for i in range(1, PER_GROUP + 1)]
-    data = tensor_data(config, seed, _mixture(), names)
+    random = np.random.RandomState(1)
+    given = {name: mixture_sample(size, random) for name, size in MIXTURE_SIZES.items()}
+    data = tensor_data(config, seed, given, names)
     train, val, test = (replace(s, posterior=mixture_posterior(s.images)) for s in (data.train, data.val, data.test))
     return replace(data, train=train, val=val, test=test)

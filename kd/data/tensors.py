@@ -101,7 +101,7 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tensor_data(config: DataConfig, seed: int, given: Given, class_names: list[str]) -> Data:
-    """Data from the splits that a data set comes with (see `subsets.assign`).
+    """Data from the splits that a data set comes with (see `subsets.draw`).
 
     Args:
         config: the data section of a recipe.

@@ -33,7 +33,7 @@ class HubImages(Source):
 
 @family
 def timm(config: DataConfig, seed: int) -> Data:
-    """data.dataset=hfds/NAME, kept in data.root: its splits train, validation and test, see `subsets.assign`."""
+    """data.dataset=hfds/NAME, kept in data.root: its splits train, validation and test, see `subsets.draw`."""
     setting = f"data.dataset={config.dataset}"
     hub = config.dataset.startswith("hfds/")
     require(hub, f"{setting}: must be hfds/NAME; for files on this machine data.family=folder")

@@ -43,7 +43,7 @@ def torchvision(config: DataConfig, seed: int) -> Data:
     require(config.dataset in SETS, f"data.dataset={config.dataset}: {allowed}")
     sets = {name: _open(config, arguments) for name, arguments in SETS[config.dataset].items()}
     if isinstance(vars(sets["train"]).get("data"), np.ndarray | Tensor):
-        arrays = {name: (_pixels(each), np.asarray(_labels(each))) for name, each in sets.items()}
+        arrays = {name: _array(each) for name, each in sets.items()}
         return tensor_data(config, seed, arrays, _class_names(sets["train"], arrays["train"][1]))
     files = {name: files_below(Path(config.root or ""), _samples(each)) for name, each in sets.items()}
     return stream_data(config, seed, files, _class_names(sets["train"], files["train"][1]))
@@ -64,16 +64,14 @@ def _open(config: DataConfig, arguments: dict[str, Any]) -> Any:
         ) from error
 
 
-def _labels(dataset: Any) -> Any:
-    return dataset.targets if "targets" in vars(dataset) else dataset.labels
-
-
-def _pixels(dataset: Any) -> Tensor:
-    """Its array as (N, C, H, W) uint8."""
+def _array(dataset: Any) -> tuple[Tensor, np.ndarray]:
+    """Its pixels as (N, C, H, W) uint8, and its labels."""
     pixels = torch.as_tensor(dataset.data)
     if pixels.ndim == 3:
-        return rearrange(pixels, "n h w -> n 1 h w")
-    return rearrange(pixels, "n h w c -> n c h w") if pixels.shape[-1] == 3 else pixels
+        pixels = rearrange(pixels, "n h w -> n 1 h w")
+    elif pixels.shape[-1] == 3:
+        pixels = rearrange(pixels, "n h w c -> n c h w")
+    return pixels, np.asarray(dataset.targets if "targets" in vars(dataset) else dataset.labels)
 
 
 def _samples(dataset: Any) -> Iterable[tuple[str, int]]:

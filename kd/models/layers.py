@@ -132,14 +132,10 @@ def as_map(name: str, feature: Tensor, model: nn.Module) -> Tensor:
     gives = f"layer {name}: gives shape {tuple(feature.shape)}"
     require(feature.ndim == 3, f"{gives}, not a map, tokens or a vector; name another", ValueError)
     tokens = feature[:, getattr(model, "num_prefix_tokens", 0) :]
-    count = tokens.shape[1]
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", (0, 0))
-    if math.prod(grid) != count:  # a network without a stated grid, or a layer after a merging of tokens
-        grid = math.isqrt(count), math.isqrt(count)
-    require(
-        math.prod(grid) == count, f"{gives}: {count} tokens are not a square and not the network's grid", ValueError
-    )
-    return rearrange(tokens, "n (h w) d -> n d h w", h=grid[0], w=grid[1])
+    count, side = tokens.shape[1], math.isqrt(tokens.shape[1])
+    height, width = getattr(getattr(model, "patch_embed", None), "grid_size", (side, side))
+    require(height * width == count, f"{gives}: {count} tokens are not a grid of {height} x {width}", ValueError)
+    return rearrange(tokens, "n (h w) d -> n d h w", h=height)
 
 
 def _embedding(name: str, feature: Tensor) -> Tensor:

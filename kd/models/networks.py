@@ -25,10 +25,9 @@ class _Network(nn.Module, ABC):
 
     cfg: ClassVar[dict[str, Any]]  # what timm should know of the network beside its input and its head's name
 
-    def __init__(self, num_features: int, in_chans: int):
+    def __init__(self, num_features: int):
         super().__init__()
         self.num_features = self.head_hidden_size = num_features
-        self.in_chans = in_chans
 
     def get_classifier(self) -> nn.Module:
         """The linear head."""
@@ -53,12 +52,9 @@ class _Network(nn.Module, ABC):
         return self.forward_head(self.forward_features(x))
 
 
-def _stages(*widths_and_reductions: tuple[int, int]) -> list[dict[str, Any]]:
-    """What timm calls feature_info: layer1, layer2 and so on, their channels, and how much smaller their maps are."""
-    return [
-        {"num_chs": width, "reduction": reduction, "module": f"layer{i}"}
-        for i, (width, reduction) in enumerate(widths_and_reductions, start=1)
-    ]
+def _stages(*stages: tuple[str, int, int]) -> list[dict[str, Any]]:
+    """What timm calls feature_info: modules, their channels, and how much smaller than the image their maps are."""
+    return [{"module": name, "num_chs": width, "reduction": reduction} for name, width, reduction in stages]
 
 
 class CifarResNet(_Network):
@@ -67,6 +63,8 @@ class CifarResNet(_Network):
     The two shortcuts that change shape are 1x1 convolutions (option B) where the paper pads with zeros (option A):
     the distillation literature measures this one (CRD, Tian et al. 2020: resnet56 72.34 % teaches resnet20, 69.06 %
     alone, on CIFAR-100), and the names of its parameters are theirs, so that their published weights load.
+
+    A block adds its shortcut and applies its ReLU in place, as timm's do: a block can be tapped, its bn1 and bn2 cannot.
 
     Args:
         depth: layers with weights, without the shortcuts; 20, 32, 44, 56 or 110 in the paper.
@@ -77,14 +75,14 @@ class CifarResNet(_Network):
     cfg: ClassVar = {"num_classes": 100, "first_conv": "conv1"}
 
     def __init__(self, depth: int, num_classes: int = 100, in_chans: int = 3):
-        super().__init__(64, in_chans)
+        super().__init__(64)
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = self._stage(blocks, 16, 16, stride=1)
         self.layer2 = self._stage(blocks, 16, 32, stride=2)
         self.layer3 = self._stage(blocks, 32, 64, stride=2)
-        self.feature_info = _stages((16, 1), (32, 2), (64, 4))
+        self.feature_info = _stages(("layer1", 16, 1), ("layer2", 32, 2), ("layer3", 64, 4))
         self.reset_classifier(num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -117,13 +115,11 @@ class Mlp(_Network):
     def __init__(
         self, hidden: Sequence[int], num_classes: int = 10, in_chans: int = 3, img_size: int | Sequence[int] = 32
     ):
-        super().__init__(hidden[-1], in_chans)
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        widths = [in_chans * prod(self.img_size), *hidden]
+        super().__init__(hidden[-1])
+        pixels = img_size**2 if isinstance(img_size, int) else prod(img_size)
+        widths = in_chans * pixels, *hidden
         self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)))
-        self.feature_info = [
-            {"num_chs": width, "reduction": 1, "module": f"layers.{i}"} for i, width in enumerate(hidden)
-        ]
+        self.feature_info = _stages(*((f"layers.{i}", width, 1) for i, width in enumerate(hidden)))
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -146,11 +142,11 @@ class SmallCnn(_Network):
     cfg: ClassVar = {"num_classes": 10, "first_conv": "layer1.0"}
 
     def __init__(self, widths: tuple[int, int, int], groups: int, num_classes: int = 10, in_chans: int = 3):
-        super().__init__(widths[2], in_chans)
+        super().__init__(widths[2])
         self.layer1 = self._layer(in_chans, widths[0], groups, stride=1)
         self.layer2 = self._layer(widths[0], widths[1], groups, stride=2)
         self.layer3 = self._layer(widths[1], widths[2], groups, stride=2)
-        self.feature_info = _stages((widths[0], 1), (widths[1], 2), (widths[2], 4))
+        self.feature_info = _stages(("layer1", widths[0], 1), ("layer2", widths[1], 2), ("layer3", widths[2], 4))
         self.reset_classifier(num_classes)
 
     @staticmethod

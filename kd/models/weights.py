@@ -45,12 +45,10 @@ def load_weights(model: nn.Module, path: Path, finetune: bool = False) -> None:
     from kd.checkpoint.safetensors_io import read_weights
 
     weights, own, head = read_weights(path), model.state_dict(), _head(model)
-    reshaped = [key for key in weights if key in own and weights[key].shape != own[key].shape]
-    reshaped_head = [key for key in reshaped if key in head]
-    if finetune and (reshaped_head or not head & weights.keys()):
+    if finetune and any(key not in weights or weights[key].shape != own[key].shape for key in head):
         weights |= {key: own[key] for key in head}
-        reshaped = [key for key in reshaped if key not in head]
-    elif reshaped and reshaped == reshaped_head:
+    reshaped = [key for key in weights if key in own and weights[key].shape != own[key].shape]
+    if reshaped and head.issuperset(reshaped):
         classes, needed = (tensors[reshaped[0]].shape[:1] for tensors in (weights, own))
         if classes != needed and classes:  # not another width in front of the head, nor a single number
             raise CheckpointError(f"{path}: {other_classes(classes[0], needed[0])}")

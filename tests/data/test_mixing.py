@@ -57,13 +57,6 @@ def test_both_take_turns():
     assert 10 < sum(pasted) < 30
 
 
-def test_without_either_the_batch_is_untouched():
-    images, targets = batch()
-    same, labels = mixer(DataConfig(), 8)(images, targets, 0)
-    assert same is images
-    assert labels is targets
-
-
 def test_the_seed_decides_and_the_global_generator_is_not_used():
     images, targets = batch()
     mix = mixer(DataConfig(mixup=0.3, cutmix=1.0), 8)

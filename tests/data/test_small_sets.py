@@ -166,21 +166,6 @@ def test_augmentation_differs_between_epochs_samples_and_seeds():
         assert not (first == images).flatten(1).all(1).any()
 
 
-def test_augmentation_leaves_the_global_generators_alone():
-    split = load_data(config(**AUGMENTED), 0).train
-    before = rng_state()
-    everything(split, 0)
-    assert rng_state() == before
-
-
-def test_to_returns_a_split_on_the_device_and_leaves_labels_on_the_cpu():
-    split = load_data(config(), 0).val
-    moved = split.to("meta")
-    assert moved.images.is_meta
-    assert moved.targets.device.type == "cpu"
-    assert not split.images.is_meta
-
-
 # --- random numbers of a sample
 
 

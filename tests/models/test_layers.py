@@ -85,8 +85,6 @@ def test_an_input_is_what_stands_in_front_of_a_relu_in_place():
     torch.testing.assert_close(output.features["2:input"], output.features["1:input"].relu())
     output.features["1:input"].sum().backward()
     assert model[0].weight.grad.any()
-    with pytest.raises(ValueError, match=r"features='3:input': no such module"):
-        Student(model, features=["3:input"])
 
 
 def test_stages_pair_by_position_or_by_reduction():
@@ -110,7 +108,7 @@ def test_what_cannot_be_read_says_why():
         classifier_name(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match=r"get_classifier\(\) gives Identity"):
         classifier_name(timm.create_model("test_resnet", num_classes=0))
-    with pytest.raises(ValueError, match="12 tokens are not a square"):
+    with pytest.raises(ValueError, match="12 tokens are not a grid of 3 x 3"):
         as_map("a", torch.zeros(2, 12, 3), nn.Module())
 
 
@@ -138,17 +136,3 @@ def test_methods_train_from_the_default_layers(make, student, teacher):
     gradients = torch.autograd.grad(value, [*seen.student.maps, seen.student.embedding], allow_unused=True)
     assert any(g is not None and bool(g.any()) for g in gradients)
     assert all(g.isfinite().all() for g in gradients if g is not None)
-
-
-def test_simkd_ships_with_the_teachers_classifier():
-    """The map that the default layers end with is the one the classifier of a ResNet averages."""
-    student, teacher = made("resnet20_cifar"), made("resnet32_cifar").eval()
-    x = torch.randn(8, 3, 32, 32)
-    seen = seen_by(student, teacher, x)
-    method = transforms.ReusedClassifier()
-    method.build(seen)
-    logits = method.eval().classify(seen.student)
-    assert logits.shape == (8, K)
-    assert not torch.equal(logits, seen.student.logits)
-    method.projector = nn.Identity()
-    torch.testing.assert_close(method.classify(seen.teacher), teacher(x))

@@ -112,13 +112,6 @@ def test_features_are_what_the_modules_give(wrap, net, x):
     torch.testing.assert_close(logits, net(x), rtol=0, atol=0)
 
 
-def test_student_features_keep_their_graph(net, x):
-    student = Student(net, features=["layer1"])
-    student(x).features["layer1"].sum().backward()
-    assert net.conv1.weight.grad.abs().sum() > 0
-    assert net.layer2[0].conv1.weight.grad is None
-
-
 @BOTH
 def test_nothing_is_kept_between_calls(wrap, net, x):
     wrapped = wrap(net, features=["layer1"])
