@@ -64,7 +64,7 @@ class CifarResNet(_Network):
     the distillation literature measures this one (CRD, Tian et al. 2020: resnet56 72.34 % teaches resnet20, 69.06 %
     alone, on CIFAR-100), and the names of its parameters are theirs, so that their published weights load.
 
-    A block adds its shortcut and applies its ReLU in place, as timm's do: a block can be tapped, its bn1 and bn2 cannot.
+    A block adds its shortcut and applies its ReLU in place, as timm's do, so that its bn1 and bn2 cannot be tapped.
 
     Args:
         depth: layers with weights, without the shortcuts; 20, 32, 44, 56 or 110 in the paper.

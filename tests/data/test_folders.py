@@ -13,8 +13,6 @@ from PIL import Image
 from kd.errors import ConfigError, ImageError
 
 AUGMENTED = {"hflip": 0.5, "crop_scale": 0.3, "auto_augment": "rand-m9-n2-mstd0.5", "random_erase": 0.5}
-NETS = [f"{role}.{setting}" for role in ("teacher", "student") for setting in ("model=test_resnet", "pretrained=false")]
-NETS += ["teacher.finetune=false", "teacher.epochs=1", "student.epochs=1", "scheduler.warmup_epochs=0"]
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +25,6 @@ def images(tmp_path_factory):
 def own(images, tmp_path):
     """A copy of it to break."""
     return shutil.copytree(images, tmp_path / "own")
-
-
-def trains(root, **settings):
-    words = {"data.workers": 0, "data.image_size": 24, "train.batch_size": 8, "data.val_fraction": 0.4} | settings
-    return ["recipe=timm_finetune", f"data.root={root}", *NETS, *(f"{key}={value}" for key, value in words.items())]
 
 
 # --- layouts
@@ -249,15 +242,3 @@ def test_a_class_folder_that_may_not_be_read_is_not_passed_over(own, monkeypatch
     monkeypatch.setattr(os, "scandir", closed)
     with pytest.raises(PermissionError, match="three"):
         load_folder(own)
-
-
-# --- whole runs
-
-
-def test_a_bad_file_stops_a_run_before_it_writes(kd_train, own, tmp_path):
-    bad = own / "one" / "a\nb<script>.jpg"
-    bad.write_bytes(b"<html>404</html>")
-    done = kd_train(*trains(own))
-    assert (done.code, done.err.count("\n")) == (2, 1), done.err
-    assert f"cannot read '{own}/one/a\\nb<script>.jpg': not a JPEG, PNG or WEBP image" in done.err
-    assert list(tmp_path.iterdir()) == [own]
