@@ -84,13 +84,6 @@ def test_ofd_margins_are_means_of_negative_values(seen):
         np.testing.assert_allclose(numpy(method.get_buffer(f"margin{i}")).ravel(), want, rtol=1e-6)
 
 
-def test_simkd_classifies_as_the_teacher_where_the_maps_agree(seen):
-    method = built(ReusedClassifier(), seen)
-    method.projector = nn.Identity()
-    torch.testing.assert_close(method.classify(seen.teacher), seen.teacher.logits)
-    assert {"weight", "bias"} <= method.state_dict().keys()
-
-
 def test_simkd_refuses_a_map_that_the_classifier_does_not_read(seen):
     with pytest.raises(ValueError, match="reads 5 channels, and not the average of map -2 with 4"):
         built(ReusedClassifier(layer=-2), seen)

@@ -16,7 +16,7 @@ from kd import distill_loss
 from kd.losses.methods.base import Seen, View
 from kd.losses.methods.batch_logits import DIST
 from kd.losses.methods.decoupled import DKD, NKD, RLD
-from kd.losses.methods.logits import KD, TTM, WSL
+from kd.losses.methods.logits import KD, WSL
 from kd.losses.methods.temperature import CTKD, LogitStandardization, arithmetic_mean
 
 
@@ -49,19 +49,6 @@ def test_dkd_with_the_teachers_own_weight_is_kd(temperature):
         close(gradient(ours, s), gradient(plain, s))
 
 
-@pytest.mark.parametrize("temperature", [1.5, 4.0, 10.0])
-def test_ttm_is_kd_and_a_renyi_entropy(temperature):
-    """D(p_T||q) = T D(p_T||q_T) - (T-1) H_{1/T}(q) + (T-1) H(p_T)."""
-    s, t, y = batch()
-    order = 1 / temperature
-    renyi = (order * s.log_softmax(-1)).logsumexp(-1) / (1 - order)
-    p = (t / temperature).softmax(-1)
-    entropy = -(p * p.log()).sum(-1)
-    kd = ready(KD(temperature), s, t, y) / temperature**2
-    expected = temperature * kd - (temperature - 1) * (renyi - entropy)
-    close(ready(TTM(temperature), s, t, y), expected)
-
-
 @pytest.mark.parametrize("method", ["dkd", "mlkd"])
 def test_standardized_logits_have_no_scale_and_no_offset(method):
     s, t, y = batch()
@@ -77,17 +64,6 @@ def test_a_row_without_variation_standardizes_to_zeros():
         values = ready(LogitStandardization(), s, draw(3, 7).to(dtype), torch.tensor([0, 1, 2]))
         assert values.isfinite().all()
         assert gradient(values, s).abs().max() == 0
-
-
-def test_logit_standardization_sets_temperature_two_and_hands_settings_on():
-    inner = LogitStandardization("dkd", {"nckd_weight": 3.0}).inner
-    assert (inner.temperature, inner.nckd_weight, inner.tckd_weight) == (2.0, 3.0, 1.0)
-    assert LogitStandardization("dkd", {"temperature": 5.0}).inner.temperature == 5.0
-    assert not LogitStandardization("dist").per_example
-    assert not LogitStandardization("rld").soft_targets
-    for wrong in ({"method": "kdd"}, {"settings": {"nckd_weight": 1.0}}):
-        with pytest.raises(ValueError, match=r"^lskd"):
-            LogitStandardization(**wrong)
 
 
 def test_dist_knows_the_correlation_of_columns_too_small_for_float32():
