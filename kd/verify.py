@@ -68,7 +68,7 @@ def _weights(path: Path) -> Row:
     """A file of weights: its row in the manifest beside it, where there is one."""
     import torch
 
-    from kd.checkpoint.files import digest, file_size
+    from kd.checkpoint.files import digest
     from kd.checkpoint.manifest import DONE, MANIFEST
     from kd.checkpoint.safetensors_io import read_weights
 
@@ -82,7 +82,7 @@ def _weights(path: Path) -> Row:
         return Row(path, "", str(error))
     nan = [name for name, value in weights.items() if bool(value.to(torch.complex64).isnan().any())]
     wrong = f"{path}: {len(nan)} tensors have NaN, first {nan[0]}" if nan else ""
-    said = f"{file_size(path):,} bytes, sha256 {digest(path)}, {len(weights)} tensors, no manifest beside it"
+    said = f"{path.stat().st_size:,} bytes, sha256 {digest(path)}, {len(weights)} tensors, no manifest beside it"
     return Row(path, said, wrong)
 
 

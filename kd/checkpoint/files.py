@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,9 +14,6 @@ from safetensors import SafetensorError
 
 from kd.errors import CheckpointError
 from kd.text import plain
-
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-
 
 # ---- writing
 
@@ -42,29 +36,23 @@ def make_directory(path: Path) -> None:
 
 
 @contextmanager
-def writing(path: Path, needed: int) -> Iterator[None]:
-    """Turn a failed write into a CheckpointError; on a full disk it gives the bytes needed and the bytes free."""
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write into a CheckpointError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        # safetensors writes from Rust and gives the error number in its text only.
-        in_text = re.search(r"os error (\d+)", str(error))
-        number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
-        message = f"cannot write {path}: {os.strerror(number) if number else error}"
-        if number in FULL:
-            free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
-            message += f"; {needed:,} bytes needed, {free:,} bytes free"
-        raise CheckpointError(message) from error
+        # safetensors writes from Rust: its errors have all they know in their text.
+        raise CheckpointError(f"cannot write {path}: {getattr(error, 'strerror', error)}") from error
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any], needed: int = 0) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file, then rename it to `path`: a crash leaves the old file or the new one.
 
-    `needed`: bytes to be written, for the message on a full disk. Raises CheckpointError.
+    Raises CheckpointError.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with writing(path, needed):
+        with writing(path):
             make_directory(path.parent)
             write(temporary)
             sync(temporary)
@@ -77,8 +65,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any], needed: int = 0) 
 
 def write_text(path: Path, text: str) -> None:
     """Write text as UTF-8, atomically. Raises CheckpointError."""
-    raw = text.encode()
-    write_atomically(path, lambda temporary: temporary.write_bytes(raw), len(raw))
+    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -106,15 +93,6 @@ def advised(advice: str) -> Iterator[None]:
         yield
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {advice}" if advice else str(error)) from error
-
-
-def file_size(path: Path) -> int:
-    """Bytes of a file that is not empty. Raises CheckpointError, also for a directory."""
-    with reading(path):
-        size = path.stat().st_size
-    if path.is_dir() or not size:
-        raise CheckpointError(f"{path}: {'is a directory, must be a file' if path.is_dir() else 'is empty'}")
-    return size
 
 
 def read_json(path: Path, needs: Iterable[str] = ()) -> Any:

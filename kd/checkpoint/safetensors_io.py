@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kd.checkpoint.files import file_size, reading, write_atomically
+from kd.checkpoint.files import reading, write_atomically
 from kd.errors import CheckpointError
 from kd.text import plain
 
@@ -36,11 +36,6 @@ def on_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().clone()
 
 
-def size_of(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the tensors in a file; its header comes on top."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
 def header_of(metadata: Any) -> dict[str, str]:
     """Metadata as one entry: safetensors writes several in random order, and equal weights should be equal files."""
     return {METADATA: json.dumps(metadata, sort_keys=True)}
@@ -54,7 +49,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[st
     """
     plain_weights = {name: on_cpu(tensor) for name, tensor in weights.items()}
     header = header_of(metadata)
-    write_atomically(path, lambda temporary: save_file(plain_weights, temporary, header), size_of(plain_weights))
+    write_atomically(path, lambda temporary: save_file(plain_weights, temporary, header))
 
 
 def split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -97,7 +92,6 @@ def _readable(path: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    file_size(path)
     with _readable(path, _SAFETENSORS), safe_open(path, framework="pt") as file:
         yield file
 
@@ -132,13 +126,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     A .pth is read with ``weights_only=True``, so that no code runs, and its zip's checksums are checked, which
     ``torch.load`` does not do. Raises CheckpointError.
     """
-    size = file_size(path)
     if path.suffix == ".safetensors":
         with _opened(path) as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     else:
         weights = _read_pickled(path)
-    _check_tensors(path, weights, size)
+    _check_tensors(path, weights)
     return weights
 
 
@@ -153,13 +146,10 @@ def _read_pickled(path: Path) -> Any:
         return load_state_dict(str(path), weights_only=True)
 
 
-def _check_tensors(path: Path, weights: Any, size: int) -> None:
+def _check_tensors(path: Path, weights: Any) -> None:
     """Raise CheckpointError unless this is a state dict of dense tensors that torch can compute with."""
     if not isinstance(weights, dict) or not weights or not all(isinstance(each, Tensor) for each in weights.values()):
         raise CheckpointError(f"{path}: holds no state_dict of tensors")
-    # A tensor may claim one stored number many times; copied into a network, it would take that memory.
-    if size_of(weights) > 2 * size:
-        raise CheckpointError(f"{path}: its tensors claim {size_of(weights):,} bytes of a file of {size:,}")
     for name, value in weights.items():
         try:
             value.flatten()[:1].to("cpu", torch.complex64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,12 +14,11 @@ from torch import Tensor
 
 from kd.checkpoint.files import advised, make_directory, sync, writing
 from kd.checkpoint.manifest import ANYONE, DONE, MANIFEST, Foreign, check_file, read_manifest, verified, write_manifest
-from kd.checkpoint.safetensors_io import header_of, load_state, read_weights, save_weights, size_of, split
+from kd.checkpoint.safetensors_io import header_of, load_state, read_weights, save_weights, split
 from kd.errors import CheckpointError
 
 NEWEST = 2  # checkpoints to keep: where the newest is damaged there is another
 CHECKPOINTS, STATE, SELECTED = "checkpoints", "state.safetensors", "selected.safetensors"
-_NAME = re.compile(r"update-(\d+)(?:-(\d+))?")
 
 
 @dataclass
@@ -34,21 +32,17 @@ class Checkpoint:
 
 def checkpoints_in(directory: Path) -> list[Path]:
     """The checkpoints in a stage's directory, the newest first, whole or not."""
-    return sorted((p for p in (directory / CHECKPOINTS).glob("*") if _NAME.fullmatch(p.name)), key=_order, reverse=True)
-
-
-def _order(path: Path) -> tuple[int, int]:
-    """The update of a checkpoint, and which one of that update: a stop while validating saves the same update twice."""
-    match = _NAME.fullmatch(path.name)
-    assert match
-    return int(match[1]), int(match[2] or 1)
+    return sorted((directory / CHECKPOINTS).glob("update-*"), reverse=True)
 
 
 def _new_path(directory: Path, update: int) -> Path:
-    """The path of the next checkpoint of an update; nothing is there yet."""
+    """The path of the next checkpoint of an update, whose name sorts behind all before it.
+
+    A run that was stopped while it validated saves the same update once more, as update-00000120-2.
+    """
     name = f"update-{update:08d}"
-    earlier = [number for other, number in map(_order, checkpoints_in(directory)) if other == update]
-    return directory / CHECKPOINTS / (f"{name}-{max(earlier) + 1}" if earlier else name)
+    earlier = [path for path in checkpoints_in(directory) if path.name.startswith(name)]
+    return earlier[0].with_name(f"{earlier[0].name}-2") if earlier else directory / CHECKPOINTS / name
 
 
 def save(
@@ -81,7 +75,7 @@ def save(
         # safetensors takes no channels-last tensors.
         files[SELECTED] = {name: tensor.contiguous() for name, tensor in selected.items()}, header_of(metadata or {})
     try:
-        with writing(target, sum(size_of(tensors) for tensors, _ in files.values())):
+        with writing(target):
             make_directory(target.parent)
             clean(directory)
             temporary.mkdir()
@@ -129,19 +123,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(hidden)
 
 
-def load(
-    directory: Path, warn: Callable[[str], None], advice: str, owner: Mapping[str, str] = ANYONE
-) -> Checkpoint | None:
+def load(directory: Path, warn: Callable[[str], None], owner: Mapping[str, str] = ANYONE) -> Checkpoint | None:
     """The newest whole checkpoint in a stage's directory; None where there are none at all.
 
-    `warn` gets one line where a newer one is damaged. Raises CheckpointError, ending in `advice`, where none is whole,
-    or the newest whole one is of a newer kd or another `owner`.
+    `warn` gets one line where a newer one is damaged. Raises CheckpointError where none is whole, or the newest whole
+    one is of a newer kd or another `owner`.
     """
-    with advised(advice):
-        return _newest_whole(directory, warn, owner)
-
-
-def _newest_whole(directory: Path, warn: Callable[[str], None], owner: Mapping[str, str]) -> Checkpoint | None:
     problems: list[str] = []
     for path in checkpoints_in(directory):
         try:

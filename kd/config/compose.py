@@ -19,8 +19,10 @@ from kd.text import did_you_mean
 
 STUDIES = "studies"  # the directory of the recipes that are studies
 GROUPS = {"recipe": "recipe", "data": "data set", "loss": "loss"}  # what a word chooses by name, in words
-# The extra that brings each launcher of Hydra's.
-LAUNCHERS = {"joblib": "study", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
+LAUNCHERS = (  # of Hydra's, and the extras that bring them
+    "basic comes with kd-torch[train], joblib with [study], submitit_slurm and submitit_local with [slurm], ray with "
+    "[ray]"
+)
 
 
 @contextmanager
@@ -32,13 +34,6 @@ def one_line() -> Iterator[None]:
         if type(error).__module__.partition(".")[0] not in ("hydra", "omegaconf"):
             raise
         at, problem = getattr(error, "full_key", None), str(error).splitlines()[0]
-        if launcher := re.search(r"Could not find 'hydra/launcher/(\w+)'", problem):
-            at, problem = (
-                f"hydra/launcher={launcher[1]}",
-                f"no such launcher; must be one of basic, {', '.join(LAUNCHERS)}",
-            )
-            if launcher[1] in LAUNCHERS:
-                problem = f"is not installed; pip install 'kd-torch[{LAUNCHERS[launcher[1]]}]'"
         raise ConfigError(f"{at}: {problem}" if at else problem) from error
 
 
@@ -66,18 +61,23 @@ def read_recipe(path: Path, schema: type = Recipe) -> dict[str, Any]:
     values = load(path)
     try:
         _data_set(values)
-        _check({key: value for key, value in values.items() if key != "defaults"}, schema)
+        by_name = types.flat({key: value for key, value in values.items() if key != "defaults"}, schema)
+        if unknown := by_name.keys() - types.settings(schema).keys():
+            raise ConfigError(types.no_such_setting(min(unknown), schema))
+        check_types(by_name, schema)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return values
 
 
 @one_line()
-def _check(values: Mapping[str, Any], schema: type) -> None:
-    """Raise ConfigError for a value whose setting does not exist or is of another type."""
+def check_types(values: Mapping[str, Any], schema: type = Recipe) -> None:
+    """Raise ConfigError for a value, by its setting's dotted name, that is not of the setting's type."""
     from omegaconf import OmegaConf
 
-    OmegaConf.merge(_structured(schema), values)
+    config = OmegaConf.merge(_structured(schema))
+    for key, value in values.items():
+        OmegaConf.update(config, key, value)
 
 
 def _data_set(recipe: Mapping[str, Any]) -> str:
@@ -152,12 +152,13 @@ def check_launcher(words: Sequence[str]) -> None:
     """Raise ConfigError for hydra/launcher=NAME or hydra.launcher.KEY=VALUE that Hydra cannot compose."""
     from hydra import compose as hydra_compose
     from hydra import initialize
+    from hydra.errors import MissingConfigException
 
     try:
         with initialize(config_path=None):
             hydra_compose(overrides=[*words])
-    except ValueError as error:  # hydra/launcher=null, which is no name
-        raise ConfigError(f"{' '.join(words)}: {error}") from error
+    except (MissingConfigException, ValueError) as error:  # ValueError: of hydra/launcher=null
+        raise ConfigError(f"{' '.join(words)}: {str(error).splitlines()[0]}; {LAUNCHERS}") from error
 
 
 def override(config: Any, words: Sequence[str], schema: type = Recipe) -> None:

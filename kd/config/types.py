@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
@@ -22,6 +22,16 @@ def settings(schema: type = Recipe, prefix: str = "") -> dict[str, Any]:
         section = f.default_factory if is_dataclass(f.default_factory) else None
         name = f"{prefix}{f.name}"
         by_name |= settings(section, f"{name}.") if section else {name: f}  # type: ignore[arg-type]
+    return by_name
+
+
+def flat(values: Mapping[str, Any], schema: type = Recipe, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name; the methods of a loss, which are one setting, stay one value."""
+    by_name: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        nested = isinstance(value, Mapping) and name not in settings(schema)
+        by_name |= flat(value, schema, f"{name}.") if nested else {name: value}
     return by_name
 
 

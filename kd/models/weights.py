@@ -20,13 +20,11 @@ def weights_metadata(path: str | Path) -> dict[str, Any]:
     input_shape, and mean and std of pixels from 0 to 1, with which new images are prepared.
 
     Raises:
-        CheckpointError: there is no such file, or a .safetensors file is not one.
+        CheckpointError: a .safetensors file is missing, or is not one.
     """
-    from kd.checkpoint.files import file_size
     from kd.checkpoint.safetensors_io import weights_header
 
     path = Path(path)
-    file_size(path)
     return weights_header(path) if path.suffix == ".safetensors" else {}
 
 

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from kd.config import types
+from kd.config.compose import check_types
 from kd.errors import ConfigError, require
 from kd.losses.methods import registry as methods
 from kd.study.schema import COLUMNS, LOSS, StudyRecipe
@@ -73,11 +74,12 @@ def _method(value: Any) -> Settings:
 
 
 def _check(at: str, settings: Settings) -> None:
-    """Raise ConfigError for a setting that does not exist or is no property of a network."""
+    """Raise ConfigError for a setting that does not exist, is no property of a network, or has a value of its type."""
     for key in settings:
         if not is_setting(key):  # looking for the nearest one takes milliseconds
             raise ConfigError(f"{at}: {types.no_such_setting(key)}")
         require("." in key, f"{at}: {key} is no axis; leave it out, and type study.seeds=N for seeds")
+    check_types(settings)
 
 
 def expand(settings: Settings, axes: Mapping[str, Mapping[Any, Settings]]) -> Settings:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from kd.config import types
 from kd.config.compose import build
 from kd.config.schema import DataConfig, LossConfig, Recipe, StudentConfig, TeacherConfig, content_hash, identity
 from kd.errors import require
@@ -53,7 +54,7 @@ class Point:
     @property
     def settings(self) -> Settings:
         """Every setting that decides the network, by dotted name."""
-        return flat(_identity(self.role, self.recipe))
+        return types.flat(_identity(self.role, self.recipe))
 
 
 @dataclass
@@ -66,15 +67,6 @@ class Plan:
     controls: list[dict[str, Any]] = field(default_factory=list)
     contrasts: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # contrasts whose points a narrower grid does not have
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> Settings:
-    """Nested settings by dotted name; the methods of a loss stay one value."""
-    settings: Settings = {}
-    for key, value in values.items():
-        nested = isinstance(value, Mapping) and key not in ("methods", "model_kwargs")
-        settings |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return settings
 
 
 def base_recipe(study: StudyRecipe) -> Recipe:

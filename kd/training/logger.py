@@ -46,7 +46,7 @@ class Logger:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         text = json.dumps(finite) + "\n"
-        with writing(self.path, len(text)):
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
@@ -56,7 +56,7 @@ class Logger:
     def flush(self) -> None:
         """Have the lines reach the disk. Raises CheckpointError."""
         if self.accelerator.is_main_process and self.path.exists():
-            with writing(self.path, 0):
+            with writing(self.path):
                 sync(self.path)
 
     @contextmanager

@@ -23,6 +23,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from kd.checkpoint import store
+from kd.checkpoint.files import advised
 from kd.data import Batch, mixer
 from kd.errors import CheckpointError, TrainingError
 from kd.losses.distill import DistillLoss
@@ -315,8 +316,8 @@ class Trainer:
         }
 
     def _load(self) -> None:
-        advice = store.advice(self.stage.name, self.directory)
-        newest = store.load(self.directory, self.logger.say, advice, self.owner)
+        with advised(store.advice(self.stage.name, self.directory)):
+            newest = store.load(self.directory, self.logger.say, self.owner)
         if self.accelerator.is_main_process:
             store.clean(self.directory)
         names = gather_object([newest.path.name if newest else "none"])

@@ -91,7 +91,7 @@ def test_a_state_that_does_not_fit_is_one_line(kd_train, monkeypatch, tmp_path):
     """As of a network whose parameters another version of timm names otherwise."""
     stopped(kd_train, monkeypatch, "runs", 7)
     student = tmp_path / "runs/smoke/one/student"
-    checkpoint = store.load(student, pytest.fail, "")
+    checkpoint = store.load(student, pytest.fail)
     owner = {key: json.loads(manifest(student, 7).read_text())[key] for key in ("stage", "run")}
     key, value = next(iter(checkpoint.state["model"].items()))
     changes = {
@@ -113,7 +113,7 @@ def test_a_full_disk_stops_a_run_with_one_line(kd_train, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr("kd.checkpoint.store.save_file", full)
         done = kd_train(*RUN, "output=runs", "train.save_every=0")
-    one_line(done, "student/checkpoints/update-00000004: No space left on device; ", " bytes free")
+    one_line(done, "student/checkpoints/update-00000004: No space left on device")
     assert "goes on after update 3 of 10" in kd_train(*RUN, "output=runs").out
 
 

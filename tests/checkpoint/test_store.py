@@ -43,7 +43,7 @@ def test_an_optimizers_state_comes_back_bit_for_bit(tmp_path):
         optimizer.step()
     rest = {"list": [1, 2.5, "x", None, True], "empty": {}}
     store.save(tmp_path, 3, {"optimizer": optimizer.state_dict(), **rest})
-    checkpoint = store.load(tmp_path, pytest.fail, "")
+    checkpoint = store.load(tmp_path, pytest.fail)
     other = torch.optim.AdamW(net.parameters())
     other.load_state_dict(checkpoint.state.pop("optimizer"))
     assert (checkpoint.state, checkpoint.selected) == (rest, None)
@@ -119,7 +119,7 @@ def test_a_second_checkpoint_of_an_update_never_replaces_the_first(tmp_path):
     for seen in (1, 2):
         store.save(tmp_path, 2, {"seen": seen})
     assert updates(tmp_path) == ["update-00000002", "update-00000002-2"]
-    assert store.load(tmp_path, pytest.fail, "").state == {"seen": 2}
+    assert store.load(tmp_path, pytest.fail).state == {"seen": 2}
 
 
 def test_finished_weights_have_a_manifest_and_the_checkpoints_go(tmp_path):
@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, nam
     save(tmp_path, 2)
     harm(manifest(tmp_path, 2).with_name(name))
     said = []
-    assert store.load(tmp_path, said.append, "").state["update"] == 1
+    assert store.load(tmp_path, said.append).state["update"] == 1
     (line,) = said
     assert line.startswith(f"warning: {manifest(tmp_path, 2).with_name(name)}: ")
     assert line.endswith(f"falling back to {manifest(tmp_path, 1).parent}")
@@ -173,11 +173,11 @@ def test_a_newer_schema_or_another_owner_is_one_line_and_nothing_is_fallen_back_
     with monkeypatch.context() as patch:
         patch.setattr("kd.checkpoint.manifest.SCHEMA", 2)
         store.save(tmp_path, 2, {}, owner=owner)
-    with pytest.raises(CheckpointError, match="has schema 2, this kd reads 1: use a newer kd; do this"):
-        store.load(tmp_path, pytest.fail, "do this", owner)
+    with pytest.raises(CheckpointError, match="has schema 2, this kd reads 1: use a newer kd"):
+        store.load(tmp_path, pytest.fail, owner)
     store.save(tmp_path, 3, {}, owner=owner | {"run": "b"})
-    with pytest.raises(CheckpointError, match=r"run b, must be of stage student, run a; .* do this"):
-        store.load(tmp_path, pytest.fail, "do this", owner)
+    with pytest.raises(CheckpointError, match=r"run b, must be of stage student, run a; "):
+        store.load(tmp_path, pytest.fail, owner)
 
 
 # ---- writing that fails
@@ -191,9 +191,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
         temporary.write_text('{"a":')
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    said = r"cannot write .*result\.json: No space left .*; 7 bytes needed, [\d,]+ bytes free"
-    with pytest.raises(CheckpointError, match=said):
-        write_atomically(path, fail, 7)
+    with pytest.raises(CheckpointError, match=r"cannot write .*result\.json: No space left "):
+        write_atomically(path, fail)
     assert read_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 

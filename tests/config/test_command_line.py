@@ -158,7 +158,7 @@ PREPARED = {
     "train.batch_size=5000": "train.batch_size=5000: must be ≤ 1293",
     "run=../elsewhere": "run='../elsewhere': must be a plain",
     "output=": "output=: must be a",
-    "teacher.checkpoint=missing.pth": "teacher.checkpoint=missing.pth: cannot be read",
+    "teacher.checkpoint=missing.pth": "teacher.checkpoint=missing.pth: no such file",
     "student.model=resnet19": "student.model=resnet19",
     "optimizer.name=adamww": "optimizer.name=adamww",
     "recipe=studies/mnist1d_grid": "is a study; type python -m kd.study",
@@ -180,7 +180,7 @@ STUDY = {
     "loss.temperature=1,1": "loss.temperature",
     "nosuch=1,2": "nosuch: no such setting",
     "-m": "a study is many runs by itself",
-    "hydra/launcher=evil": "hydra/launcher=evil: no such launcher; must be one of basic, joblib",
+    "hydra/launcher=evil": "Could not find 'hydra/launcher/evil'; basic comes",
     "hydra.launcher.nosuch=1": "hydra.launcher.nosuch",
 }
 

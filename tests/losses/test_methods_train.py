@@ -84,7 +84,7 @@ def test_a_stopped_and_resumed_run_ends_bit_identical(kd_train, monkeypatch, tmp
     assert kd_train(*MAPS, MIXED, *MORE, "output=cut").code == 130
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    state = store.load(tmp_path / "cut/smoke/one/student", print, "").state
+    state = store.load(tmp_path / "cut/smoke/one/student", print).state
     assert {key.split(".")[1] for key in state["objective"]} == set(re.findall(r"\w+", MIXED)) - {"loss"}
     done = kd_train(*MAPS, MIXED, *MORE, "output=cut")
     assert "goes on after update 7 of 10" in done.out

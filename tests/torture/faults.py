@@ -6,7 +6,6 @@ import ctypes
 import errno
 import os
 import random
-import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -62,7 +61,7 @@ def finish(folder: Path) -> None:
 
 def loaded(folder: Path) -> int | None:
     """The update that a run would go on from, after looking at every value of it; None where it would start anew."""
-    found = store.load(folder, lambda text: None, "")
+    found = store.load(folder, lambda text: None)
     if found is None:
         return None
     update, now = found.state["update"], state(found.state["update"])
@@ -175,7 +174,7 @@ def scenario(name: str, folder: Path) -> Callable[[], None]:
 
 def go_on(folder: Path) -> None:
     """What a run does that finds its newest checkpoint damaged, up to its next one."""
-    found = store.load(folder, lambda text: None, "")
+    found = store.load(folder, lambda text: None)
     assert found is not None
     store.clean(folder)
     save(folder, 3)
@@ -258,13 +257,13 @@ def enospc(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
     shutil.rmtree(stage)
     if not seen:
         return {"not allowed to mount": 1}
-    path, needed = re.escape(str(stage / "checkpoints" / "update-00000003")), 4 * (MORE + 500 + 300)
-    said = rf"cannot write {path}: No space left on device; {needed:,} bytes needed, [\d,]+ bytes free"
-    assert re.fullmatch(said, seen.pop("said")), f"{i}/20: other words"
+    said = str(seen.pop("said"))
+    assert str(stage / "checkpoints" / "update-00000003") in said, f"{i}/20: {said}"
+    assert "No space left on device" in said, f"{i}/20: {said}"
     assert seen == {"left": [], "loaded": 2, "then": 4}, f"{i}/20: {seen}"
     return {"offsets": 1, "previous loads": 1}
 
 
 FAULTS = "a fault at every write, fsync and rename of a save: an earlier or the new checkpoint is whole"
-FULL = "no room at 20 places: the checkpoint before loads, the message counts bytes"
+FULL = "no room at 20 places: the checkpoint before loads, and one line says so"
 PARTS = (Part("faults", FAULTS, len(MODES) * len(SAVES), 1, faults), Part("enospc", FULL, 20, 4, enospc))

@@ -77,7 +77,7 @@ def trial(i: int, rng: random.Random, folder: Path) -> dict[str, int]:
 def _falls_back(stage: Path, path: Path, where: str) -> None:
     assert loaded(stage) == 1, f"{path.name}, {where}: was loaded"
     said: list[str] = []
-    store.load(stage, said.append, "")
+    store.load(stage, said.append)
     (line,) = said
     assert str(path) in line, f"{path.name}, {where}: {line!r} does not name it"
     assert "\n" not in line, f"{path.name}, {where}: {line!r} is not one line"

@@ -61,11 +61,11 @@ def test_a_full_disk_is_one_error_with_the_path(logger, monkeypatch):
     logger.write({"stage": "student", "update": 1})
     monkeypatch.setattr(os, "fsync", full)
     for act in (logger.flush, lambda: logger.rewind("control", 0, 0)):
-        with pytest.raises(CheckpointError, match=r"cannot write .*metrics\.jsonl: No space left on device;"):
+        with pytest.raises(CheckpointError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
             act()
     logger.path.unlink()
     logger.path.symlink_to("/dev/full")
-    with pytest.raises(CheckpointError, match="No space left on device; 34 bytes needed"):
+    with pytest.raises(CheckpointError, match="No space left on device"):
         logger.write({"stage": "student", "update": 1})
 
 
