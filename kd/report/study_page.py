@@ -8,12 +8,12 @@ from typing import Any
 
 from pandas import DataFrame
 
+from kd.config.types import flat
 from kd.report import contrasts, networks
 from kd.report import formatting as fmt
 from kd.report.page import Page, Section, Table
 from kd.report.statistics import Effect
 from kd.report.study import Study, has
-from kd.study.grid import flat
 
 STUDENT = ("test.top1", "test.agreement", "test.nll", "test.ece", "test.nt_kl", "test.predictive_kl")
 TEACHER = ("train.top1", "test.top1", "test.nll", "test.ece", "test.ece_scaled", "val.post_hoc_temperature")

@@ -60,7 +60,8 @@ def test_a_run_goes_on_bit_identically_from_the_checkpoint_before_a_damaged_one(
 
 def test_checkpoints_that_a_kill_left_beside_finished_weights_go(kd_train, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
-        patch.setattr("kd.checkpoint.store.remove", lambda path: None)  # killed before it
+        for module in ("checkpoint.store", "training.run"):  # killed before it
+            patch.setattr(f"kd.{module}.remove", lambda path: None)
         assert kd_train(*RUN, "output=runs", "train.save_every=0").code == 0
     left = [next((tmp_path / "runs/teachers").glob("mlp*")), tmp_path / "runs/smoke/one/student"]
     assert all(updates(folder) for folder in left)

@@ -148,7 +148,7 @@ def test_two_commands_on_one_study_do_not_meet(finished, kd_study):
 def test_the_benchmarks_command_line_is_the_points_own_recipe(finished, kd_train):
     """What it times through kd.train is the student that the study trained, teacher and all."""
     from benchmarks.study import overrides
-    from kd.study.grid import flat
+    from kd.config.types import flat
 
     point = next(p for p in map(Folder(STUDY).read_point, load(STUDY)["point"]) if p["role"] == "student")
     done = kd_train(*overrides(point), "--cfg", "job")
