@@ -5,8 +5,7 @@ N examples. Everything is a sum over examples; the training loop divides by thei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -71,30 +70,26 @@ class Objective(nn.Module):
         return logits
 
     @torch.no_grad()
-    def build(self, seen: Seen) -> None:
-        """Let every method make what it learns and keeps, from a first batch.
+    def build(self, seen: Seen, rehearsal: Seen | None = None) -> None:
+        """Let every method make what it learns and keeps, from a first batch; then evaluate it on a `rehearsal`, as
+        training does, which moves what it keeps.
 
         Raises ValueError, beginning with the method's name.
         """
         for name, each in self._weighted.items():
-            with _about(name):
-                each.method.build(replace(seen, peer=self._peer() if "peer" in each.method.needs else None))
-        self.to(seen.student.logits.device)
+            method = each.method
+            try:
+                method.build(replace(seen, peer=self._peer() if "peer" in method.needs else None))
+                method.to(seen.student.logits.device)
+                if rehearsal:
+                    method(rehearsal)
+            except (ValueError, TypeError, RuntimeError) as error:  # a shape that PyTorch refuses too
+                text = str(error).splitlines()[0].removeprefix(f"{name}: ")
+                raise ValueError(f"{name}: {text}") from error
 
     def _peer(self) -> nn.Module | None:
         with torch.random.fork_rng():  # other methods draw the same weights with and without a peer
             return self._new_peer() if self._new_peer else None
-
-    @torch.no_grad()
-    def rehearse(self, seen: Seen) -> None:
-        """Evaluate every method once, as training does: what it keeps moves.
-
-        Raises ValueError, beginning with the method's name.
-        """
-        self.train()
-        for name, method in self.methods.items():
-            with _about(name):
-                method(seen)
 
     def end_epoch(self) -> None:
         """Tell every method that an epoch is over."""
@@ -113,13 +108,3 @@ class Objective(nn.Module):
             total = total + each.weight * risen * value
             values[name] = value.detach()
         return Terms(total, values)
-
-
-@contextmanager
-def _about(name: str) -> Iterator[None]:
-    """Put the method's name in front of what it raises."""
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError) as error:  # a shape that PyTorch refuses too
-        text = str(error).splitlines()[0].removeprefix(f"{name}: ")
-        raise ValueError(f"{name}: {text}") from error

@@ -5,6 +5,7 @@ A stage that is finished on disk is skipped, one that was stopped goes on.
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import asdict, replace
 from functools import partial
@@ -13,10 +14,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
+from kd.checkpoint.manifest import DONE, read_manifest
 from kd.checkpoint.safetensors_io import read_weights
-from kd.checkpoint.store import advice, finish, finished
+from kd.checkpoint.store import finish
 from kd.cli.console import terminal
 from kd.config.schema import LossConfig, Recipe, StudentConfig, TeacherConfig
 from kd.data import load_data
@@ -236,14 +238,11 @@ def _train_members(run: Run) -> None:
         find_teacher(member)
         directories.append(member.teacher_directory)
     if run.accelerator.is_main_process:
-        manifests, weights = [], {}
-        for which in WEIGHTS:
-            paths = [directory / f"{which}.safetensors" for directory in directories]
-            manifests = [finished(path, advice("teacher", path.parent)) for path in paths]
-            parts = [read_weights(path) for path in paths]
-            weights[which] = {
-                f"members.{i}.{key}": value for i, part in enumerate(parts) for key, value in part.items()
-            }
+        weights: dict[str, dict[str, Tensor]] = {which: {} for which in WEIGHTS}
+        for i, which in itertools.product(range(len(directories)), WEIGHTS):
+            part = read_weights(directories[i] / f"{which}.safetensors")
+            weights[which] |= {f"members.{i}.{key}": value for key, value in part.items()}
+        manifests = [read_manifest(directory / DONE) for directory in directories]
         about: dict[str, Any] = {key: sum(each[key] for each in manifests) for key in ("updates", "seconds", "skipped")}
         about["selected"] = {"epoch": [each["selected"]["epoch"] for each in manifests]}
         finish(run.teacher_directory, weights, metadata("teacher", run.recipe, run.data), about, run.owner("teacher"))

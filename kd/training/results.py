@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,6 @@ from kd.training.predict import predict
 from kd.training.run import STAGES, WEIGHTS, Run, check_finished, checkpoint_hash
 from kd.training.teacher_smoothing import recorded_smoothing
 
-SPLITS = ("val", "test")
 # Below these a difference says nothing of distillation: its standard error is none of a normal distribution, or the
 # networks have hardly begun to learn, as those of recipe=smoke.
 FEWEST_IMAGES, FEWEST_UPDATES = 30, 100
@@ -40,13 +40,12 @@ def load_networks(run: Run) -> Networks:
     """Every network of a finished run, frozen, by stage and weights. Raises CheckpointError for damaged files."""
     networks: Networks = {}
     for name in STAGES if run.recipe.control else STAGES[:2]:
-        paths = {which: run.weights(name, which) for which in WEIGHTS}
-        if None not in paths.values():
+        if run.weights(name):
             check_finished(run, name)
-        teacher = networks.get("teacher", {}).get("last")
-        # A teacher that was not trained here has one set of weights: it is loaded once.
-        loaded = {path: Teacher(evaluated_network(run, name, path, teacher)) for path in set(paths.values())}
-        networks[name] = {which: loaded[path].to(run.accelerator.device) for which, path in paths.items()}
+        teacher, networks[name] = networks.get("teacher", {}).get("last"), {}
+        for which in WEIGHTS:
+            network = evaluated_network(run, name, run.weights(name, which), teacher)
+            networks[name][which] = Teacher(network).to(run.accelerator.device)
     return networks
 
 
@@ -59,31 +58,21 @@ def score(run: Run, networks: Networks) -> dict[str, Any]:
     The test split is read here only. Metrics are those of `kd.metrics.METRICS` that need logits, targets and the
     teacher's last logits; "reliability" has the bins of a reliability diagram of the last weights on test.
     """
-    splits = {"val": run.data.val, "test": run.data.test}
-    targets = {s: split.targets for s, split in splits.items()}
-    scores: dict[str, Any] = {}
-    differences: dict[str, Any] = {}
+    size, splits = run.recipe.train.batch_size, {"val": run.data.val, "test": run.data.test}
+    scores: dict[str, Any] = {name: {which: {} for which in WEIGHTS} for name in networks}
+    difference: dict[str, Any] = {which: {} for which in WEIGHTS}
     teacher: dict[str, Tensor] = {}
-    for which in WEIGHTS:
-        logits: dict[str, dict[str, Tensor]] = {}
-        for name, by_weights in networks.items():
-            logits[name] = {
-                s: predict(by_weights[which], split, run.recipe.train.batch_size, run.accelerator)
-                for s, split in splits.items()
-            }
-            teacher = teacher or logits["teacher"]
-            scores.setdefault(name, {})[which] = {
-                s: compute({"logits": logits[name][s], "targets": targets[s], "teacher": teacher[s]}, s, name)
-                for s in SPLITS
-            }
-        if which == "last":
-            for name, by_split in logits.items():
-                scores[name]["last"]["test"]["reliability"] = reliability_bins(by_split["test"], targets["test"])
-        if "control" in networks:
-            differences[which] = {
-                s: paired_difference(logits["student"][s], logits["control"][s], targets[s]) for s in SPLITS
-            }
-    return scores | ({"difference": differences} if differences else {})
+    for which, (s, split) in itertools.product(WEIGHTS, splits.items()):
+        logits = {name: predict(each[which], split, size, run.accelerator) for name, each in networks.items()}
+        teacher.setdefault(s, logits["teacher"])
+        for name, own in logits.items():
+            known = {"logits": own, "targets": split.targets, "teacher": teacher[s]}
+            scores[name][which][s] = compute(known, s, name)
+            if (which, s) == ("last", "test"):
+                scores[name][which][s]["reliability"] = reliability_bins(own, split.targets)
+        if "control" in logits:
+            difference[which][s] = paired_difference(logits["student"], logits["control"], split.targets)
+    return scores | ({"difference": difference} if run.recipe.control else {})
 
 
 def paired_difference(a: Tensor, b: Tensor, targets: Tensor) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +162,10 @@ def check_finished(run: Run, stage: str) -> None:
 
 def alone_on_teacher(run: Run) -> AbstractContextManager[bool]:
     """Wait while another run trains the same teacher, which all runs share; gives whether it is finished."""
-    announced: set[str] = set()
+    say_once = cache(run.logger.say)
 
     def busy(holder: str) -> None:
-        if holder not in announced:
-            announced.add(holder)
-            run.logger.say(f"teacher  waits for {holder}, which trains it in {run.teacher_directory}")
+        say_once(f"teacher  waits for {holder}, which trains it in {run.teacher_directory}")
         check(run.accelerator)
         time.sleep(0.5)
 

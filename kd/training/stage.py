@@ -103,13 +103,7 @@ def build(stage: Stage, recipe: Recipe, accelerator: Accelerator, rehearse: bool
     with torch.no_grad():
         batches = (as_trained(b, mix, recipe.seed, train.channels_last) for b in stage.data.train.batches(plan, 0))
         seen = [stage.see(batch, 0.0, stage.model, accelerator) for batch in batches]
-    stage.objective.build(seen[0])
-    if rehearse:
-        stage.objective.rehearse(seen[1])
-    return _deployed(stage)
-
-
-def _deployed(stage: Stage) -> Student:
+    stage.objective.build(*seen)
     classifier = stage.objective.classifier
     if classifier is None:
         return stage.model
