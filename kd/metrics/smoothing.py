@@ -29,7 +29,20 @@ class SmoothingEstimate:
     unevenness: float  # median deviation of a sample's non-target logits, over the median gap; 0 for two classes
     accuracy: float
     count: int  # samples classified correctly; all but the accuracy is computed from them
-    doubts: tuple[str, ...]  # reasons not to trust the estimate
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Reasons not to trust the estimate."""
+        reasons = {
+            f"only {self.count} samples are classified correctly": self.count < FEW,
+            f"only {self.accuracy:.0%} of the samples are classified correctly: not fitted, or not like the "
+            "training data": self.accuracy < LEAST_ACCURACY,
+            f"the other classes' logits differ by {self.unevenness:.2f} of the gap, which smoothing makes equal": (
+                self.unevenness > MOST_UNEVEN
+            ),
+            f"a mass below {LEAST_MASS} is found without smoothing too": self.label_smoothing < LEAST_MASS,
+        }
+        return tuple(reason for reason, holds in reasons.items() if holds)
 
     def __str__(self) -> str:
         return f"{self.label_smoothing:.3f} (middle half of {self.count} samples {self.low:.3f} to {self.high:.3f})"
@@ -52,7 +65,7 @@ def estimate_smoothing(logits: Tensor, targets: Tensor) -> SmoothingEstimate:
     right = logits.argmax(dim=1) == targets
     accuracy = right.double().mean().item()
     if not right.any():
-        return SmoothingEstimate(math.nan, math.nan, math.nan, math.nan, 0.0, 0, ("no sample is classified correctly",))
+        return SmoothingEstimate(math.nan, math.nan, math.nan, math.nan, 0.0, 0)
     z, own, classes = logits[right], targets[right], logits.shape[1]
     is_target = torch.arange(classes, device=z.device) == own.unsqueeze(1)
     others = z[~is_target].view(len(z), classes - 1)
@@ -60,8 +73,7 @@ def estimate_smoothing(logits: Tensor, targets: Tensor) -> SmoothingEstimate:
     low, gap, high = gaps.quantile(gaps.new_tensor([0.25, 0.5, 0.75])).tolist()
     spread = others.std(dim=1, correction=0).median().item()
     mass, unevenness = _mass(gap, classes), spread / max(gap, 1e-9)  # the gap is 0 where all logits are equal
-    doubts = _doubts(mass, unevenness, accuracy, len(z))
-    return SmoothingEstimate(mass, _mass(high, classes), _mass(low, classes), unevenness, accuracy, len(z), doubts)
+    return SmoothingEstimate(mass, _mass(high, classes), _mass(low, classes), unevenness, accuracy, len(z))
 
 
 # On held-out samples the estimate is too high: the report shows by how much.
@@ -80,17 +92,3 @@ metric("smoothing_high", "estimated ε, high", **OF_TEACHERS)(_part("high"))
 
 def _mass(gap: float, classes: int) -> float:
     return classes / (math.exp(min(gap, 700.0)) - 1 + classes)  # beyond 700 e^gap is no float64
-
-
-def _doubts(mass: float, unevenness: float, accuracy: float, count: int) -> tuple[str, ...]:
-    doubts = {
-        f"only {count} samples are classified correctly": count < FEW,
-        f"only {accuracy:.0%} of the samples are classified correctly: not fitted, or not like the training data": (
-            accuracy < LEAST_ACCURACY
-        ),
-        f"the other classes' logits differ by {unevenness:.2f} of the gap, which smoothing makes equal": (
-            unevenness > MOST_UNEVEN
-        ),
-        f"a mass below {LEAST_MASS} is found without smoothing too": mass < LEAST_MASS,
-    }
-    return tuple(doubt for doubt, holds in doubts.items() if holds)

@@ -27,7 +27,7 @@ def effects(study: Study) -> list[Effect]:
         name, column = fmt.clean(contrast["name"], 80), contrast["metric"]
         # Neither sign of a difference of differences is better.
         better = 0 if contrast.get("minus") else SIGNS[fmt.metric(column).better]
-        known.append(Effect(name, column, pair, verdict(pair, p, better)))
+        known.append(Effect(name, column, pair, *verdict(pair, p, better)))
     return known
 
 
@@ -50,13 +50,14 @@ def _card(effect: Effect) -> Card:
         detail += f", 95 % t interval {fmt.interval(pair.interval, column)}"
     points = " points" if fmt.metric(column).percent and n else ""
     value = f"{fmt.difference(pair.mean, column)}{points}"
-    return Card(effect.name, value, effect.verdict.words, detail, effect.verdict.tone)
+    return Card(effect.name, value, effect.words, detail, effect.tone)
 
 
 def _numbers(study: Study, known: list[Effect]) -> Table:
-    holm_t, holm_signs = holm([each.pair.p_t for each in known]), holm([each.pair.p_signs for each in known])
+    adjusted = holm([effect.pair.p_t for effect in known]), holm([effect.pair.p_signs for effect in known])
     rows = []
-    for place, (contrast, (name, column, pair, shown)) in enumerate(zip(study.card["contrasts"], known, strict=True)):
+    for contrast, effect, holm_t, holm_signs in zip(study.card["contrasts"], known, *adjusted, strict=True):
+        name, column, pair, _, words = effect
         signs = [sum((d > 0) - (d < 0) == sign for d in pair.differences) for sign in (-1, 0, 1)]
         rows.append(
             {
@@ -69,10 +70,10 @@ def _numbers(study: Study, known: list[Effect]) -> Table:
                 "95 % t interval": fmt.interval(pair.interval, column),
                 "seeds below / at / above 0": " / ".join(map(str, signs)),
                 "p, t test": fmt.probability(pair.p_t),
-                "Holm’s p (t)": fmt.probability(holm_t[place]),
+                "Holm’s p (t)": fmt.probability(holm_t),
                 "p, sign flips": fmt.probability(pair.p_signs),
-                "Holm’s p (signs)": fmt.probability(holm_signs[place]),
-                "what it shows": shown.words,
+                "Holm’s p (signs)": fmt.probability(holm_signs),
+                "what it shows": words,
             }
         )
     return Table("The same in numbers", DataFrame(rows), notes(known))
@@ -101,7 +102,7 @@ def notes(known: list[Effect]) -> str:
 
 def _by_seed(study: Study, known: list[Effect]) -> Table:
     rows = []
-    for name, column, pair, _ in known:
+    for name, column, pair, *_ in known:
         values = {f"seed {seed}": fmt.difference(pair.differences.get(seed), column) for seed in study.seeds}
         rows.append({"contrast": name} | values)
     return Table("Differences seed by seed", DataFrame(rows), folded=True)

@@ -138,8 +138,8 @@ def forest(effects: Sequence[Effect]) -> str:
     axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights).ravel()
     for ax, group in zip(axes, groups.values(), strict=True):
         scale, columns = fmt.scale(group[0].column), {effect.column for effect in group}
-        for place, (_, _, pair, shown) in enumerate(group):
-            colour = TONES[shown.tone]
+        for place, (_, _, pair, tone, _) in enumerate(group):
+            colour = TONES[tone]
             if pair.interval:
                 ends = np.multiply(scale, pair.interval)
                 ax.plot(ends, [place] * 2, color=colour, lw=6, alpha=0.35, solid_capstyle="butt")

@@ -69,20 +69,14 @@ def holm(values: Sequence[float]) -> list[float]:
     return (p * np.arange(len(p), 0, -1)).cummax().clip(upper=1).sort_index().tolist()
 
 
-class Verdict(NamedTuple):
-    """What a contrast shows in words, and its tone: the sign of the difference, 0 if it is not significant."""
-
-    tone: int
-    words: str
-
-
 class Effect(NamedTuple):
-    """A difference of a metric, as a column of a study's table, with its statistics and its verdict."""
+    """A difference of a metric, as a column of a study's table, with its statistics and its `verdict`."""
 
     name: str
     column: str
     pair: Paired
-    verdict: Verdict
+    tone: int
+    words: str
 
 
 NO_INTERVAL = (  # by the number of seeds
@@ -92,19 +86,20 @@ NO_INTERVAL = (  # by the number of seeds
 )
 
 
-def verdict(pair: Paired, adjusted: float, better: int = 0) -> Verdict:
+def verdict(pair: Paired, adjusted: float, better: int = 0) -> tuple[int, str]:
     """The verdict by rule: whether the t interval excludes 0, and whether Holm's p of the t test is below 0.05.
 
-    `better` is 1 if a higher metric is better, -1 if a lower one is, 0 if neither is.
+    Returns its tone, the sign of the difference or 0 if it is not significant, and its words. `better` is 1 if a higher
+    metric is better, -1 if a lower one is, 0 if neither is.
     """
     if pair.interval is None:
-        return Verdict(0, NO_INTERVAL[min(len(pair.differences), 2)])
+        return 0, NO_INTERVAL[min(len(pair.differences), 2)]
     low, high = pair.interval
     if low <= 0 <= high:
-        return Verdict(0, "not distinguished from 0")
+        return 0, "not distinguished from 0"
     sign = 1 if low > 0 else -1
     side = "" if not better else " (better)" if sign == better else " (worse)"
     words = ("positive" if sign > 0 else "negative") + side
     if adjusted >= 1 - LEVEL:
-        return Verdict(0, f"{words}, not after correction")
-    return Verdict(sign, words)
+        return 0, f"{words}, not after correction"
+    return sign, words

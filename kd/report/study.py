@@ -102,10 +102,6 @@ class Study:
         """The primary metrics: test accuracy, then those of the contrasts."""
         return list(dict.fromkeys(["test.top1", *(contrast["metric"] for contrast in self.card["contrasts"])]))
 
-    def states(self) -> dict[str, list[str]]:
-        """Points by state: finished, failed, missing."""
-        return {state: list(self.table.index[self.table["state"] == state]) for state in STATES}
-
     def ordered(self, axes: list[str]) -> bool:
         """Whether all values of these axes are numbers."""
         values = [value for axis in axes for value in self.axes[axis]]
@@ -128,7 +124,6 @@ class Study:
         return Facets(x, lines, [axis for axis in self.varying if axis not in (x, *lines)])
 
 
-STATES = ("finished", "failed", "missing")
 METRIC = tuple(f"{split}." for split in SPLITS)
 
 

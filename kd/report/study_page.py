@@ -38,23 +38,23 @@ def study_page(study: Study) -> Page:
         provenance(study),
     ]
     name, claim, paper = (fmt.clean(card.get(key) or "", 600) for key in ("name", "claim", "paper"))
-    whole = len(study.states()["finished"]) == len(study.table)
+    whole = (study.table["state"] == "finished").all()
     warning = "" if whole else fmt.note("incomplete", progress=progress(study))
     return Page(name, claim, paper, fmt.clean(card["command"], 2000), warning, sections, summary(study, effects))
 
 
 def progress(study: Study) -> str:
     """The numbers of points that have finished, failed, or are missing."""
-    states = study.states()
-    text = f"{len(states['finished'])} of {len(study.table)} finished"
-    return text + "".join(f", {len(states[name])} {name}" for name in ("failed", "missing") if states[name])
+    counts = study.table["state"].value_counts()
+    others = [f", {counts[state]} {state}" for state in ("failed", "missing") if state in counts]
+    return f"{counts.get('finished', 0)} of {len(study.table)} finished{''.join(others)}"
 
 
 def summary(study: Study, effects: Sequence[Effect]) -> str:
     """The progress of a study and the verdict of each contrast, for a terminal."""
     lines = [f"{fmt.clean(study.card['name'])}: {progress(study)}"]
-    for name, column, pair, shown in effects:
-        lines.append(f"{name}: {fmt.difference(pair.mean, column)}, n = {len(pair.differences)}, {shown.words}")
+    for name, column, pair, _, words in effects:
+        lines.append(f"{name}: {fmt.difference(pair.mean, column)}, n = {len(pair.differences)}, {words}")
     return "\n".join(lines)
 
 
@@ -123,18 +123,18 @@ def _choice(study: Study, axis: str, place: Any) -> str:
 
 def problems(study: Study) -> Section:
     """Points that failed, with their error, and points that are missing."""
-    made, states = Section("Problems", "Failed and missing points"), study.states()
+    made, state = Section("Problems", "Failed and missing points"), study.table["state"]
     where = {row["point"]: f"control: {fmt.control(row['control'])}" for row in study.card["controls"]}
     for cell in study.card["cells"]:
         values = [fmt.setting(axis, value) for axis, value in cell["axes"].items() if axis in study.varying]
         where[cell["point"]] = ", ".join(values) or "the only cell"
-    if states["failed"]:
-        failed = [(i, study.points[i], where.get(i, "a teacher")) for i in states["failed"]]
+    failed = [(i, study.points[i], where.get(i, "a teacher")) for i in state.index[state == "failed"]]
+    if failed:
         rows = [[i, p["role"], str(p["seed"]), place, fmt.clean(p["error"], 300)] for i, p, place in failed]
         frame = DataFrame(rows, columns=["point", "role", "seed", "cell", "error"])
         made.tables.append(Table("Failed", frame, fmt.note("failed")))
-    if states["missing"]:
-        rows = [[i, where.get(i, "a teacher")] for i in states["missing"]]
+    rows = [[i, where.get(i, "a teacher")] for i in state.index[state == "missing"]]
+    if rows:
         title = f"{len(rows)} points have not run yet"
         made.tables.append(Table(title, DataFrame(rows, columns=["point", "cell"]), folded=True))
     if not made.tables:

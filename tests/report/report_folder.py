@@ -125,7 +125,6 @@ class Maker:
             "contrasts": self.contrasts,
             "points": sorted(self.points),
             "data": {DATA: {"name": self.text("data"), "class_names": names, "train": 9, "val": 9, "test": 9}},
-            "misleading": {"predictive_kl": self.text("falls"), "gamma": self.text("rises")},
             "provenance": PROVENANCE,
         }
 

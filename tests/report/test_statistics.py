@@ -8,7 +8,7 @@ import pytest
 from pandas import Series
 from scipy import stats
 
-from kd.report.statistics import Verdict, holm, p_signs, paired, verdict
+from kd.report.statistics import holm, p_signs, paired, verdict
 
 FIVE = Series([-4.0, -3.0, -5.0, -4.5, -1.0])
 
@@ -53,7 +53,7 @@ def test_holm_by_hand():
 )
 def test_words_by_rule(differences, better, tone, words):
     pair = paired(Series(differences, dtype=float))
-    assert verdict(pair, pair.p_t, better) == Verdict(tone, words)
+    assert verdict(pair, pair.p_t, better) == (tone, words)
 
 
 def test_a_finding_that_correction_takes_away_says_so():
