@@ -11,7 +11,7 @@ from pictures import everything, rng_state
 from kd.config.schema import DataConfig
 from kd.data import load_data
 from kd.data.sample_rng import bits, global_rng, normals, sample_keys, uniforms
-from kd.data.synthetic import _mnist1d
+from kd.data.small_sets import _mnist1d
 from kd.data.tensors import channel_statistics
 from kd.errors import ConfigError
 
