@@ -9,7 +9,6 @@ With K classes, smoothing mass eps and label y:
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +24,10 @@ def to_uniform(label_smoothing: float, num_classes: int, smoothing: str) -> floa
     Exact: ``eps_uniform = eps_others * K / (K - 1)``. It may exceed 1; F.cross_entropy rejects such a value although
     its targets are valid probabilities. With one class there is nothing to smooth and the mass is 0.
 
-    Raises ValueError or TypeError where ``label_smoothing`` is outside [0, 1), K < 1 or the convention is unknown.
+    Raises ValueError where ``label_smoothing`` is outside [0, 1), K < 1 or the convention is unknown.
     """
-    check_number("label_smoothing", label_smoothing, MASSES, is_mass)
-    check_choice("smoothing", smoothing, SMOOTHINGS)
-    _check_classes(num_classes)
+    _require(is_mass(label_smoothing), "label_smoothing", label_smoothing, MASSES)
+    _check_convention(smoothing, num_classes)
     return uniform_mass(label_smoothing, num_classes, smoothing)
 
 
@@ -43,14 +41,13 @@ def uniform_mass(label_smoothing: float, num_classes: int, smoothing: str) -> fl
 def from_uniform(uniform_mass: float, num_classes: int, smoothing: str) -> float:
     """The inverse of to_uniform: the ``label_smoothing`` under ``smoothing`` that gives the targets of a uniform mass.
 
-    Raises ValueError or TypeError where no ``label_smoothing`` in [0, 1) does.
+    Raises ValueError where no ``label_smoothing`` in [0, 1) does.
     """
-    _check_classes(num_classes)
-    check_choice("smoothing", smoothing, SMOOTHINGS)
+    _check_convention(smoothing, num_classes)
     # Multiplied, not divided by K / (K - 1): with one class any mass stands for 0.
     mass = 1.0 if smoothing == "uniform" else (num_classes - 1) / num_classes
     allowed = "a number ≥ 0 and below 1 (uniform) or K/(K-1) (others)"
-    check_number("uniform_mass", uniform_mass, allowed, lambda v: 0 <= v * mass < 1)
+    _require(is_mass(uniform_mass * mass), "uniform_mass", uniform_mass, allowed)
     return uniform_mass * mass
 
 
@@ -113,24 +110,19 @@ def unsmooth(logits: Tensor, label_smoothing: float, smoothing: str = "uniform")
     return log_p.masked_fill(log_q == -math.inf, -math.inf)
 
 
-def is_mass(value: float) -> bool:
-    """Whether a smoothing mass is in [0, 1)."""
-    return 0 <= value < 1
+def is_mass(value: object) -> bool:
+    """Whether it is a number in [0, 1), as a smoothing mass must be; nan fails every comparison."""
+    return isinstance(value, int | float) and 0 <= value < 1
 
 
-def check_number(name: str, value: object, allowed: str, valid: Callable[[float], bool]) -> None:
-    """Raise unless ``value`` is an int or float (no bool) that ``valid`` accepts; nan fails every comparison."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}={value!r}: must be {allowed}, got {type(value).__name__}")
-    if not valid(value):
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
         raise ValueError(f"{name}={value!r}: must be {allowed}")
 
 
-def check_choice(name: str, value: object, among: tuple[str, ...]) -> None:
-    """Raise unless ``value`` is one of the names."""
-    if value not in among:
-        error = ValueError if isinstance(value, str) else TypeError
-        raise error(f"{name}={value!r}: must be one of {', '.join(among)}")
+def _check_convention(smoothing: str, num_classes: int) -> None:
+    _require(smoothing in SMOOTHINGS, "smoothing", smoothing, f"one of {', '.join(SMOOTHINGS)}")
+    _require(num_classes >= 1 and num_classes % 1 == 0, "num_classes", num_classes, "a whole number ≥ 1")
 
 
 def check_floating(name: str, value: object) -> None:
@@ -142,16 +134,11 @@ def check_floating(name: str, value: object) -> None:
     raise TypeError(f"{name}: must be a floating tensor, got {got}{hint}")
 
 
-def _check_classes(num_classes: int) -> None:
-    check_number("num_classes", num_classes, "a whole number ≥ 1", lambda v: v >= 1 and v % 1 == 0)
-
-
 def check_target(target: Tensor, num_classes: int, ignore_index: int | None = None, read_values: bool = True) -> bool:
     """Raise unless target is int64 labels in 0..K-1 (or ignore_index) or floating rows of K probabilities.
 
-    Returns True where it has read labels and every one is in 0..K-1.
-
-    Reading values makes the host wait for a GPU; ``read_values=False`` checks dtype and shape only.
+    Returns True where it has read labels and every one is in 0..K-1. ``read_values=False`` checks dtype and shape only,
+    because reading values makes the host wait for a GPU.
     """
     soft = isinstance(target, Tensor) and target.is_floating_point()
     if not soft and (not isinstance(target, Tensor) or target.dtype != torch.int64):

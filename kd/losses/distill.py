@@ -2,14 +2,9 @@
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from kd.losses import reference
-from kd.losses.kernels import autograd as fused
-from kd.losses.ranges import or_nothing
 from kd.losses.settings import DistillSettings
-from kd.smoothing import check_floating, unsmooth
 
 
 class DistillTerms(NamedTuple):
@@ -102,26 +97,6 @@ class DistillLoss(DistillSettings):
     def terms(self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> DistillTerms:
         """The loss with its unweighted terms, from one pass and under the same reduction."""
         return DistillTerms.reduced(*self._values(student_logits, teacher_logits, target))
-
-    def _values(
-        self, student: Tensor, teacher: Tensor | None, target: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | int | None]:
-        """The reduced loss, the unweighted terms of every position, and the divisor of their sums."""
-        check_floating("student_logits", student)
-        if or_nothing(self.kd_weight) == 0:
-            teacher = None
-        backend = self._choose(student)
-        all_count = self._check_inputs(student, teacher, target, backend)
-        if not torch.compiler.is_compiling():
-            self.backend_used = backend
-        if teacher is not None and self.teacher_smoothing:
-            teacher = unsmooth(teacher, self.teacher_smoothing)
-        numbers, count = self._numbers(student.shape[-1]), self._count(target, all_count)
-        inputs = reference.Inputs(student, teacher, target, self.class_weight)
-        if backend != "reference":
-            return *fused.terms(backend, inputs, numbers, count), count
-        loss, ce, kd = reference.terms(inputs, numbers)
-        return loss if count is None else loss.sum() / count, ce, kd, count
 
 
 def distill_loss(

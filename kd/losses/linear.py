@@ -5,13 +5,12 @@ Shapes: ``(...)`` positions, N of them; ``D`` features; ``K`` classes. "Wide" is
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses import reference
 from kd.losses.distill import DistillTerms
 from kd.losses.fields import Allowed, is_number
 from kd.losses.inputs import head_logits
@@ -19,7 +18,7 @@ from kd.losses.kernels.chunked import HeadInputs, Plan, chunked_loss, linear_dty
 from kd.losses.ranges import or_nothing
 from kd.losses.reference import wide_dtype
 from kd.losses.settings import DistillSettings
-from kd.smoothing import in_torch_func, unsmooth
+from kd.smoothing import in_torch_func
 
 # The smallest default of memory_budget: with thinner chunks, most of the time goes into reading the head.
 LEAST_BUDGET = 24 * 2**20
@@ -90,8 +89,6 @@ class LinearDistillLoss(DistillSettings):
     ) -> DistillTerms:
         """The loss with its unweighted terms, detached, from one pass and under the same reduction."""
         logits = head_logits("", features, weight, bias)
-        lead, classes = logits.shape[:-1], logits.shape[-1]
-        backend = self._choose(logits)
         if or_nothing(self.kd_weight) == 0:
             teacher_logits = teacher_features = teacher_weight = teacher_bias = None
         taught = teacher_logits
@@ -99,45 +96,39 @@ class LinearDistillLoss(DistillSettings):
             if teacher_features is None or teacher_weight is None or taught is not None:
                 raise ValueError("teacher: must be teacher_logits alone, or teacher_features with teacher_weight")
             taught = head_logits("teacher_", teacher_features, teacher_weight, teacher_bias)
+        if in_torch_func():
+            # It has rules for operations, and none for sums that are kept between two passes: all logits at once.
+            if teacher_features is not None:
+                taught = F.linear(teacher_features, cast(Tensor, teacher_weight), teacher_bias)
+            return DistillTerms.reduced(*self._values(F.linear(features, weight, bias), taught, target))
+        backend = self._choose(logits)
         all_count = self._check_inputs(logits, taught, target, backend)
         self.backend_used = backend
         count = self._count(target, all_count)
+        rows, teacher_logits, teacher_rows = (
+            None if x is None else x.reshape(-1, x.shape[-1]) for x in (features, teacher_logits, teacher_features)
+        )
         inputs = HeadInputs(
-            features.reshape(-1, features.shape[-1]),
+            cast(Tensor, rows),
             weight,
             bias,
-            None if teacher_logits is None else teacher_logits.reshape(-1, classes),
-            None if teacher_features is None else teacher_features.reshape(-1, teacher_features.shape[-1]),
+            teacher_logits,
+            teacher_rows,
             teacher_weight,
             teacher_bias,
-            target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1),
+            target.reshape(-1, logits.shape[-1]) if target.is_floating_point() else target.reshape(-1),
             self.class_weight,
         )
-        if in_torch_func():
-            loss, ce, kd = self._whole(inputs)
-        else:
-            plan = self._plan(inputs, backend)
-            learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:3])
-            guess = self._guess(plan, count, target.device) if learns and count is not None else None
-            loss, ce, kd = chunked_loss(inputs, guess, plan)
-        ce, kd = (None if value is None else value.reshape(lead) for value in (ce, kd))
+        plan = self._plan(inputs, backend)
+        learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:3])
+        guess = self._guess(plan, count, target.device) if learns and count is not None else None
+        loss, ce, kd = (value.reshape(logits.shape[:-1]) for value in chunked_loss(inputs, guess, plan))
         return DistillTerms.reduced(
-            loss.reshape(lead) if count is None else loss.sum() / count,
-            ce if or_nothing(self.ce_weight) > 0 else None,
+            loss if count is None else loss.sum() / count,
+            ce if plan.numbers.ce_weight > 0 else None,
             None if taught is None else kd,
             count,
         )
-
-    def _whole(self, inputs: HeadInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """All logits at once, for torch.func: it has rules for operations, none for sums kept between two passes."""
-        student = F.linear(inputs.features, inputs.weight, inputs.bias)
-        teacher = inputs.teacher_logits
-        if inputs.teacher_features is not None:
-            assert inputs.teacher_weight is not None
-            teacher = F.linear(inputs.teacher_features, inputs.teacher_weight, inputs.teacher_bias)
-        teacher = None if teacher is None else unsmooth(teacher, self.teacher_smoothing)
-        logits = reference.Inputs(student, teacher, inputs.target, inputs.class_weight)
-        return reference.terms(logits, self._numbers(student.shape[-1]))
 
     def _plan(self, inputs: HeadInputs, backend: str) -> Plan:
         """Chunks of equal size, so that the last is not thin and slow, whose logits fit memory_budget."""

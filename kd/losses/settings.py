@@ -1,4 +1,4 @@
-"""Settings of DistillLoss and LinearDistillLoss: their defaults, their ranges, and the backend they choose."""
+"""What DistillLoss and LinearDistillLoss share: settings and their ranges, the choice of a backend, the loss itself."""
 
 import os
 import warnings
@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from kd.losses import reference
 from kd.losses.fields import Allowed, Convention, Mass, OptionalTemperature, Temperature, Weight, check, one_of, ranges
 from kd.losses.inputs import check_inputs
 from kd.losses.kernels import autograd as fused
 from kd.losses.ranges import LARGEST_WEIGHT, or_nothing
-from kd.losses.reference import Numbers
-from kd.smoothing import check_floating, in_torch_func, uniform_mass, values_readable
+from kd.smoothing import check_floating, in_torch_func, uniform_mass, unsmooth, values_readable
 
 LABEL = Allowed("an int that fits into int64, as labels do", lambda value: -(2**63) <= value < 2**63)
 # The fused backend of a device type, and the package it needs.
@@ -64,9 +64,9 @@ class DistillSettings(nn.Module):
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
 
-    def _numbers(self, num_classes: int) -> Numbers:
+    def _numbers(self, num_classes: int) -> reference.Numbers:
         """The settings as a backend takes them."""
-        return Numbers(
+        return reference.Numbers(
             temperature=self.temperature,
             student_temperature=self.temperature if self.student_temperature is None else self.student_temperature,
             kd_weight=or_nothing(self.kd_weight),
@@ -112,6 +112,26 @@ class DistillSettings(nn.Module):
             positions = target.shape[:-1] if target.is_floating_point() else target.shape
             return max(positions.numel(), 1)
         return (target != self.ignore_index).sum().clamp(min=1)
+
+    def _values(
+        self, student: Tensor, teacher: Tensor | None, target: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | int | None]:
+        """The reduced loss of these settings, its unweighted terms of every position, and the divisor of their sums."""
+        check_floating("student_logits", student)
+        if or_nothing(self.kd_weight) == 0:
+            teacher = None
+        backend = self._choose(student)
+        all_count = self._check_inputs(student, teacher, target, backend)
+        if not torch.compiler.is_compiling():
+            self.backend_used = backend
+        if teacher is not None and self.teacher_smoothing:
+            teacher = unsmooth(teacher, self.teacher_smoothing)
+        numbers, count = self._numbers(student.shape[-1]), self._count(target, all_count)
+        inputs = reference.Inputs(student, teacher, target, self.class_weight)
+        if backend != "reference":
+            return *fused.terms(backend, inputs, numbers, count), count
+        value, ce, kd = reference.terms(inputs, numbers)
+        return value if count is None else value.sum() / count, ce, kd, count
 
 
 del DistillSettings.class_weight  # the default as a class attribute would hide the buffer

@@ -6,7 +6,6 @@ Shapes: ``N`` rows, ``K`` classes. ``wide`` is float64 for a float64 student, el
 import ctypes
 import functools
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
@@ -14,11 +13,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from kd.losses.kernels.cpu_kernel import BFLOAT, BLOCK, DOUBLE, FLOAT, HALF, Block, Job, compile_work
+from kd.losses.kernels.cpu_kernel import BFLOAT, BLOCK, HALF, WIDE, Block, Job, compile_work
 from kd.losses.reference import Inputs, Numbers, wide_dtype
 
+# In a forked child, such as a DataLoader's worker, the threads of OpenMP and of the pool do not exist.
+_PROCESS = os.getpid()
 SMALL = 32768  # logits in all below which a second thread costs more than it saves
-KINDS = {torch.float16: HALF, torch.bfloat16: BFLOAT, torch.float32: FLOAT, torch.float64: DOUBLE}
+KINDS = {torch.float16: HALF, torch.bfloat16: BFLOAT}  # read as they are stored; all others are cast to wide first
 POWERS = {1.0: 0, 2.0: 1, 4.0: 2, 8.0: 3}  # student temperatures for which e^s comes from e^(s/Ts) by squaring
 
 
@@ -82,11 +83,11 @@ def _launch(gradient: Tensor | None, held: Tensor | None, upstream: Tensor, inpu
 
     job = Job(rows=count, classes=classes, wide_bytes=wide.itemsize, power=power, dense=dense)
     job.values = values.data_ptr()
-    student = _place(job, "student", student)  # the name keeps a possible copy alive
+    student = _place(job, "student", student, wide)  # the name keeps a possible copy alive
     if teacher is not None:
-        teacher = _place(job, "teacher", teacher)
+        teacher = _place(job, "teacher", teacher, wide)
     if soft and dense:
-        target = _place(job, "shares", target)
+        target = _place(job, "shares", target, wide)
     if not soft:
         job.labels, job.labels_row, job.ignore_index = target.data_ptr(), target.stride(0) * 8, ignore_index
     if class_weight is not None:
@@ -100,7 +101,7 @@ def _launch(gradient: Tensor | None, held: Tensor | None, upstream: Tensor, inpu
     job.temperature, job.student_temperature = temperature, student_temperature
     job.kd_weight, job.ce_weight, job.uniform_mass = kd_weight, ce_weight, uniform_mass
 
-    threads = min(torch.get_num_threads(), count) if count * classes >= SMALL and not _forked else 1
+    threads = min(torch.get_num_threads(), count) if count * classes >= SMALL and os.getpid() == _PROCESS else 1
     statistics = (-(-classes // BLOCK) + 1) * ctypes.sizeof(Block)
     narrow = student.dtype != wide or (teacher is not None and teacher.dtype != wide)
     # s and t; their wide copies; the third exponential and the shares.
@@ -112,16 +113,16 @@ def _launch(gradient: Tensor | None, held: Tensor | None, upstream: Tensor, inpu
     return values
 
 
-def _place(job: Job, name: str, matrix: Tensor) -> Tensor:
+def _place(job: Job, name: str, matrix: Tensor, wide: torch.dtype) -> Tensor:
     """Enter a matrix into the job; returns it, or the copy whose address was entered."""
     if matrix.dtype not in KINDS:
-        matrix = matrix.float()
+        matrix = matrix.to(wide)
     if matrix.stride(1) != 1 and matrix.shape[1] > 1:
         matrix = matrix.contiguous()
     setattr(job, name, matrix.data_ptr())
     setattr(job, f"{name}_row", matrix.stride(0) * matrix.itemsize)
     setattr(job, f"{name}_item", matrix.itemsize)
-    setattr(job, f"{name}_kind", KINDS[matrix.dtype])
+    setattr(job, f"{name}_kind", KINDS.get(matrix.dtype, WIDE))
     return matrix
 
 
@@ -140,11 +141,9 @@ def _openmp() -> Callable | None:
     the cores with them: after a torch.add, a prototype's 128 x 21841 float32 took 4.7 ms on a pool of its own and 2.6
     ms on these threads (2 cores). Starting the work takes 3 us here and 15 us on a pool.
     """
-    suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
-    try:
-        library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", f"libtorch_cpu.{suffix}"))
-        parallel = library.GOMP_parallel
-    except (OSError, AttributeError):
+    try:  # the system looks for it in the libraries that torch's own needs
+        parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except AttributeError:
         return None
     parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     parallel.restype = None
@@ -170,16 +169,3 @@ def _spread(work: Callable, job: Job, threads: int) -> None:
     work(address)
     for other in others:
         other.result()
-
-
-_forked = False
-
-
-def _after_fork() -> None:
-    """In a forked child, such as a DataLoader's worker, the threads of OpenMP and of the pool do not exist."""
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

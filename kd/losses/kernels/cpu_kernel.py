@@ -36,7 +36,7 @@ INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **EXACT}
 # The sum of a loop may be split over the lanes of a vector, always in the same way, so that bits repeat.
 SUMS = INNER | {"fastmath": {"contract", "reassoc", "nsz"}}
 
-HALF, BFLOAT, FLOAT, DOUBLE = range(4)  # how a matrix is stored
+HALF, BFLOAT, WIDE = range(3)  # how a matrix is stored
 
 
 class Job(ctypes.Structure):
@@ -200,8 +200,7 @@ def _exp2(value, scale, lowest):
 @njit(**INNER)
 def _wide(address, kind, out):
     """The classes stored at this address in the wide type: in place if they have it, else copied to ``out``."""
-    single = out.itemsize == 4
-    if kind == (FLOAT if single else DOUBLE):
+    if kind == WIDE:
         return view(address, out.size, out.dtype.type)
     inlined()
     if kind == HALF:
@@ -217,18 +216,10 @@ def _wide(address, kind, out):
                     recast(np.uint32(magnitude + 0x00800000), np.float32) - np.float32(2.0**-14), np.uint32
                 )
             out[i] = recast(np.uint32(magnitude | ((word & np.uint32(0x8000)) << 16)), np.float32)
-    elif kind == BFLOAT:
+    else:
         stored = view(address, out.size, np.uint16)
         for i in range(out.size):
             out[i] = recast(np.uint32(np.uint32(stored[i]) << 16), np.float32)
-    elif kind == FLOAT:
-        single = view(address, out.size, np.float32)
-        for i in range(out.size):
-            out[i] = single[i]
-    else:
-        double = view(address, out.size, np.float64)
-        for i in range(out.size):
-            out[i] = double[i]
     return out
 
 
@@ -318,18 +309,10 @@ def _power_sum(e, power):
     """``sum e^(2^power)`` for a power of 1, 2 or 3."""
     inlined()
     total = e.dtype.type(0)
-    if power == 1:
-        for i in range(e.size):
-            total += e[i] * e[i]
-    elif power == 2:
-        for i in range(e.size):
-            square = e[i] * e[i]
-            total += square * square
-    else:
-        for i in range(e.size):
-            square = e[i] * e[i]
-            fourth = square * square
-            total += fourth * fourth
+    for i in range(e.size):
+        square = e[i] * e[i]
+        fourth = square * square
+        total += square if power == 1 else fourth if power == 2 else fourth * fourth
     return total
 
 
@@ -351,23 +334,12 @@ def _combine(e, power, whole, soft, even, other, factor):
     """Replace e by ``whole e^(2^power) + soft e - even - factor other``, for a power of 0 to 3; other may be None."""
     inlined()
     nothing = e.dtype.type(0)
-    if power == 0:
-        for i in range(e.size):
-            e[i] = (whole + soft) * e[i] - even - (nothing if other is None else factor * other[i])
-    elif power == 1:
-        for i in range(e.size):
-            e[i] = (whole * e[i] + soft) * e[i] - even - (nothing if other is None else factor * other[i])
-    elif power == 2:
-        for i in range(e.size):
-            square = e[i] * e[i]
-            rest = soft * e[i] - even - (nothing if other is None else factor * other[i])
-            e[i] = whole * (square * square) + rest
-    else:
-        for i in range(e.size):
-            square = e[i] * e[i]
-            fourth = square * square
-            rest = soft * e[i] - even - (nothing if other is None else factor * other[i])
-            e[i] = whole * (fourth * fourth) + rest
+    for i in range(e.size):
+        slope = whole + soft if power == 0 else whole * e[i] + soft if power == 1 else soft
+        rest = slope * e[i] - even - (nothing if other is None else factor * other[i])
+        square = e[i] * e[i]
+        fourth = square * square
+        e[i] = rest if power < 2 else whole * (fourth if power == 2 else fourth * fourth) + rest
 
 
 @njit(**INNER)
@@ -465,7 +437,7 @@ def _places(job, row, last, scratch):
     size, full = min(job.classes, BLOCK) * width, job.classes * width
     s, t, third = scratch, scratch + size, scratch + 4 * size
     s_step = rest_step = 0
-    own = job.gradient != 0 and job.student_kind >= FLOAT
+    own = job.gradient != 0 and job.student_kind == WIDE
     several = job.classes > BLOCK
     spare = job.gradient + (row + 1) * job.gradient_row
     spare += -spare % width
@@ -489,7 +461,7 @@ def _empty_row(job, row, value, wide):
     for i in range(3):
         values[i * job.rows + row] = value
     address = job.gradient + row * job.gradient_row
-    if job.gradient and job.student_kind >= FLOAT:
+    if job.gradient and job.student_kind == WIDE:
         out = view(address, job.classes, wide)
         for i in range(out.size):
             out[i] = value
@@ -591,7 +563,7 @@ def _row(job, row, last, scratch, wide, integer):
             _subtract(s, wide(ce_scale), share)
         if first <= label < first + size:
             s[label - first] -= wide(ce_scale * label_share)
-        if job.student_kind < FLOAT:
+        if job.student_kind != WIDE:
             _store(job.gradient + row * job.gradient_row + first * 2, job.student_kind, s)
 
 
