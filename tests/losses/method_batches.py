@@ -50,7 +50,7 @@ def batch(n=5, k=4, seed=0, same=False, dtype=torch.float64) -> Seen:
 
 def take(seen: Seen, rows) -> Seen:
     """Some examples of the batch, in this order."""
-    student, teacher = (v.map_rows(lambda x: x[rows]) for v in seen.views)
+    student, teacher = (v.map(lambda x: x[rows]) for v in seen.views)
     parts = {"target": seen.target[rows], "index": seen.index[rows], "images": seen.images[rows]}
     return replace(seen, student=student, teacher=teacher, **parts)
 

@@ -185,7 +185,7 @@ def test_extreme_logits_in_half_precision_give_finite_values_and_gradients(varia
 def test_zero_and_huge_features_give_finite_values_and_gradients(variant, scale):
     plain = batch(dtype=torch.float32)
     method = ready(variant, plain)
-    student, teacher = (v.map_rows(lambda x: scale * x.detach()) for v in plain.views)
+    student, teacher = (v.map(lambda x: scale * x.detach()) for v in plain.views)
     seen = replace(plain, student=student.map(leaf), teacher=teacher)
     seen = with_leaves(method, seen, [leaf(x[[0, 0, 2, 3, 4]]) for x in leaves(method, seen)])  # two equal rows
     value = call(method, seen)
@@ -203,7 +203,7 @@ def test_nan_stays_nan(variant, who):
         return x.detach().masked_fill(spoilt.view(-1, *[1] * (x.ndim - 1)) & (torch.arange(x.shape[-1]) == 0), math.nan)
 
     method = ready(variant, seen).eval()
-    value = call(method, replace(seen, **{who: getattr(seen, who).map_rows(spoil)}))
+    value = call(method, replace(seen, **{who: getattr(seen, who).map(spoil)}))
     if who == "teacher" and "teacher" not in method.needs:
         assert torch.equal(value, call(method, seen))
     else:

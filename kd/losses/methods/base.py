@@ -35,15 +35,10 @@ class View:
     weight: Tensor | None = None  # (K, D), the classifier's rows, the class templates
     bias: Tensor | None = None  # (K,)
 
-    def map_rows(self, change: Callable[[Tensor], Tensor]) -> View:
-        """The view with every tensor changed that has a row per example."""
+    def map(self, change: Callable[[Tensor], Tensor]) -> View:
+        """The view with every tensor changed that has a row per example; the classifier's stay."""
         embedding = None if self.embedding is None else change(self.embedding)
         return replace(self, logits=change(self.logits), maps=[change(m) for m in self.maps], embedding=embedding)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> View:
-        """The view with every tensor changed, the classifier's too."""
-        weight, bias = (None if x is None else change(x) for x in (self.weight, self.bias))
-        return replace(self.map_rows(change), weight=weight, bias=bias)
 
 
 @dataclass(frozen=True)
@@ -231,6 +226,6 @@ def _blank(seen: Seen, ignored: Tensor) -> Seen:
     def fill(x: Tensor) -> Tensor:
         return x.masked_fill(ignored.view(-1, *[1] * (x.ndim - 1)), 0)
 
-    teacher = None if seen.teacher is None else seen.teacher.map_rows(fill)
+    teacher = None if seen.teacher is None else seen.teacher.map(fill)
     target = seen.target.masked_fill(ignored, 0)
-    return replace(seen, student=seen.student.map_rows(fill), teacher=teacher, target=target, ignored=ignored)
+    return replace(seen, student=seen.student.map(fill), teacher=teacher, target=target, ignored=ignored)

@@ -189,10 +189,7 @@ class ReusedClassifier(Method, name="simkd"):
     needs = frozenset({"teacher", "maps", "weight"})
     per_example = False
     classifies = True
-    presets = {
-        "cifar100": {"weight": 1.0, "ce_weight": 0.0},
-        "imagenet": {"weight": 1.0, "ce_weight": 0.0},
-    }
+    presets = dict.fromkeys(("cifar100", "imagenet"), {"weight": 1.0, "ce_weight": 0.0})
 
     def make(self, seen: Seen) -> None:
         """The projector r, and a copy of the teacher's classifier, checked to give its logits from its map."""

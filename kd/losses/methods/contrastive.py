@@ -59,10 +59,7 @@ class ContrastiveRepresentation(Method, name="crd"):
     needs = frozenset({"teacher", "embedding", "index"})
     per_example = False
     soft_targets = False
-    presets = {
-        "cifar100": {"weight": 0.8, "ce_weight": 1.0, "released": True},
-        "imagenet": {"weight": 0.8, "ce_weight": 1.0, "released": True},
-    }
+    presets = dict.fromkeys(("cifar100", "imagenet"), {"weight": 0.8, "ce_weight": 1.0, "released": True})
 
     def make(self, seen: Seen) -> None:
         """The layers into the common space, and the memory."""

@@ -95,10 +95,7 @@ class AttentionTransfer(Method, name="at"):
     released: bool = False
 
     needs = frozenset({"teacher", "maps"})
-    presets = {
-        "cifar100": {"weight": 1000.0, "ce_weight": 1.0, "released": True},
-        "imagenet": {"weight": 1000.0, "ce_weight": 1.0, "released": True},
-    }
+    presets = dict.fromkeys(("cifar100", "imagenet"), {"weight": 1000.0, "ce_weight": 1.0, "released": True})
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""

@@ -99,10 +99,7 @@ class OnlineLabelSmoothing(Method, name="online_label_smoothing"):
 
     needs = frozenset()
     soft_targets = False  # correctness needs a label
-    presets = {
-        "cifar100": {"weight": 0.5, "ce_weight": 0.5},
-        "imagenet": {"weight": 0.5, "ce_weight": 0.5},
-    }
+    presets = dict.fromkeys(("cifar100", "imagenet"), {"weight": 0.5, "ce_weight": 0.5})
 
     def make(self, seen: Seen) -> None:
         """The table in use, and the sums and counts of the running epoch."""

@@ -163,15 +163,12 @@ class SmoothedTeacher(Method, name="smoothed_teacher"):
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
         student, teacher = seen.logits
-        return reference.distillation(student, self.smoothed(teacher), self.temperature, self.temperature)
-
-    def smoothed(self, teacher: Tensor) -> Tensor:
-        """The logits that teach, (N, K)."""
         log_p = F.log_softmax(teacher.double(), -1)  # in float32 a p below 1e-8 would be lost beside mass / K
         if self.mass > 0:
             uniform = torch.full_like(log_p, math.log(self.mass / log_p.shape[-1]))
             log_p = torch.logaddexp(log_p + math.log1p(-self.mass), uniform)
-        return unsmooth(log_p, self.taken_out).to(teacher.dtype)
+        smoothed = unsmooth(log_p, self.taken_out).to(teacher.dtype)
+        return reference.distillation(student, smoothed, self.temperature, self.temperature)
 
 
 class TTM(Method, name="ttm"):

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from kd.losses.methods.base import Method, Weighted
 
 PLAIN = "kd"  # the method that the `loss` section has by itself: kd_weight and temperature
-USUAL = "cifar100"  # the preset that is taken where none is named
 SHARED = {"weight": 1.0, "warmup_epochs": 0.0}  # what a recipe sets of every method beside its fields
 # Other values in metrics.jsonl, where each method has one under its name.
 TAKEN = {"stage", "update", "epoch", "loss", "ce", "kd", "lr", "agreement", "student_entropy", "teacher_entropy"}
@@ -115,7 +114,7 @@ def _settings(typed: str, name: str, preset: str) -> dict[str, Any]:
     presets = method.presets
     known = ", ".join(presets) or "none"
     require(not preset or preset in presets, f"{typed}: {name} has no preset {preset!r}; its presets: {known}")
-    usual = USUAL if USUAL in presets else next(iter(presets), "")
+    usual = next(iter(presets), "")  # the first
     settings = {**SHARED, **asdict(method()), **presets.get(preset or usual, {})}  # type: ignore[call-overload]
     return json.loads(json.dumps(settings))  # as YAML can hold them: tuples become lists
 

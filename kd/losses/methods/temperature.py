@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd.losses.fields import Allowed, Temperature, Weight
+from kd.losses.fields import Allowed, NonNegative, Temperature, Weight
 from kd.losses.methods.base import Method, Seen
 from kd.losses.methods.registry import library
 from kd.losses.methods.shared import centred
-from kd.losses.ranges import HIGHEST_TEMPERATURE
 from kd.losses.reference import kl, log_softened
 
 MethodName = Annotated[str, Allowed("the name of a method; --help lists them", lambda value: value in library())]
@@ -111,9 +110,7 @@ class CTKD(Method, name="ctkd"):
     """
 
     lowest_temperature: Temperature = 1.0
-    temperature_range: Annotated[
-        float, Allowed(f"a number from 0 to {HIGHEST_TEMPERATURE}", lambda v: 0 <= v <= HIGHEST_TEMPERATURE)
-    ] = 20.0
+    temperature_range: NonNegative = 20.0
     initial_logit: float = 1.0
     final_strength: Weight = 1.0
     curriculum_epochs: Positive = 10.0
