@@ -81,9 +81,8 @@ def reading(path: Path) -> Iterator[None]:
     """Turn a failed read into a CheckpointError."""
     try:
         yield
-    except (OSError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read ({plain(reason, 160)})") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 @contextmanager

@@ -21,10 +21,6 @@ DONE = "stage.json"  # of the weights of a finished stage
 ANYONE: Mapping[str, str] = {}  # an owner that no file is checked against
 
 
-class Foreign(CheckpointError):
-    """Whole, but written by a newer kd, or for another stage or run: no reason to fall back to an older checkpoint."""
-
-
 def _canonical(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
@@ -45,7 +41,7 @@ def write_manifest(path: Path, names: Iterable[str], about: Mapping[str, Any]) -
 def read_manifest(path: Path, owner: Mapping[str, str] = ANYONE) -> dict[str, Any]:
     """A manifest whose own bytes are as written; its files are not looked at.
 
-    Raises CheckpointError; Foreign, a CheckpointError, where a newer kd wrote it or its stage and run are not `owner`.
+    Raises CheckpointError, also where a newer kd wrote it or its stage and run are not `owner`.
     """
     with reading(path):
         raw = path.read_bytes()
@@ -56,10 +52,12 @@ def read_manifest(path: Path, owner: Mapping[str, str] = ANYONE) -> dict[str, An
     except (ValueError, AttributeError, RecursionError) as error:  # whatever damaged bytes may come to
         raise CheckpointError(f"{path}: is damaged ({plain(str(error), 160)})") from error
     if values["schema"] != SCHEMA:
-        raise Foreign(f"{path}: has schema {values['schema']}, this kd reads {SCHEMA}: use a newer kd")
+        raise CheckpointError(f"{path}: has schema {values['schema']}, this kd reads {SCHEMA}: use a newer kd")
     recorded = {key: values.get(key) for key in owner}
     if recorded != owner:
-        raise Foreign(f"{path}: is of {_named(recorded)}, must be of {_named(owner)}; restore the files that were here")
+        raise CheckpointError(
+            f"{path}: is of {_named(recorded)}, must be of {_named(owner)}; restore the files that were here"
+        )
     return values
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kd.checkpoint.files import advised, make_directory, sync, writing
-from kd.checkpoint.manifest import ANYONE, DONE, MANIFEST, Foreign, check_file, read_manifest, verified, write_manifest
+from kd.checkpoint.manifest import ANYONE, DONE, MANIFEST, check_file, read_manifest, verified, write_manifest
 from kd.checkpoint.safetensors_io import header_of, load_state, read_weights, save_weights, split
 from kd.errors import CheckpointError
 
@@ -126,8 +126,8 @@ def remove(path: Path) -> None:
 def load(directory: Path, warn: Callable[[str], None], owner: Mapping[str, str] = ANYONE) -> Checkpoint | None:
     """The newest whole checkpoint in a stage's directory; None where there are none at all.
 
-    `warn` gets one line where a newer one is damaged. Raises CheckpointError where none is whole, or the newest whole
-    one is of a newer kd or another `owner`.
+    `warn` gets one line where a newer one is damaged, of a newer kd or of another `owner`. Raises CheckpointError where
+    none can be used.
     """
     problems: list[str] = []
     for path in checkpoints_in(directory):
@@ -135,8 +135,6 @@ def load(directory: Path, warn: Callable[[str], None], owner: Mapping[str, str] 
             manifest = verified(path / MANIFEST, owner)
             selected = read_weights(path / SELECTED) if SELECTED in manifest["files"] else None
             checkpoint = Checkpoint(path, load_state(path / STATE), selected)
-        except Foreign:
-            raise
         except CheckpointError as error:  # kept until two newer ones are whole: it may be readable another time
             problems.append(str(error))
             continue

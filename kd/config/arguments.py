@@ -56,11 +56,7 @@ def options(words: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
     parser.add_argument("--import", dest="imports", metavar="FILE.py", action="append", default=[])
     chosen, rest = parser.parse_known_args(words)
     for word in rest:
-        if word.startswith("-"):
-            raise ConfigError(
-                f"{word}: no such option; settings are typed without dashes, such as seed=1; --help lists both"
-            )
         if not SETTING.fullmatch(word.partition("=")[0]) or "=" not in word:
-            raise ConfigError(f"{word}: cannot be read; settings are typed key=value, such as recipe=smoke")
+            raise ConfigError(f"{word}: cannot be read; type key=value without dashes, such as seed=1, or see --help")
     # As in Hydra the last word of a key counts, so that a script's settings can be changed at their end.
     return list({word.partition("=")[0]: word for word in rest}.values()), chosen

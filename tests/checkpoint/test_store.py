@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kd.checkpoint import store
-from kd.checkpoint.files import read_json, write_atomically, write_json
+from kd.checkpoint.files import read_json
 from kd.checkpoint.safetensors_io import save_weights
 from kd.errors import CheckpointError, ConfigError
 from kd.verify import main
@@ -150,11 +150,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, nam
     assert line.endswith(f"falling back to {manifest(tmp_path, 1).parent}")
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.EMFILE, os.strerror(errno.EMFILE)), MemoryError()])
-def test_a_checkpoint_that_cannot_be_read_now_is_kept(failure, tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch):
     for update in (1, 2):
         save(tmp_path, update)
-    left, read = [failure], Path.read_bytes
+    left, read = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))], Path.read_bytes
 
     def failing(path):
         if left:
@@ -167,34 +166,15 @@ def test_a_checkpoint_that_cannot_be_read_now_is_kept(failure, tmp_path, monkeyp
     assert loaded(tmp_path) == 2
 
 
-def test_a_newer_schema_or_another_owner_is_one_line_and_nothing_is_fallen_back_to(tmp_path, monkeypatch):
+def test_a_newer_schema_or_another_owner_is_one_line(tmp_path, monkeypatch):
     owner = {"stage": "student", "run": "a"}
-    store.save(tmp_path, 1, {}, owner=owner)
     with monkeypatch.context() as patch:
         patch.setattr("kd.checkpoint.manifest.SCHEMA", 2)
         store.save(tmp_path, 2, {}, owner=owner)
-    with pytest.raises(CheckpointError, match="has schema 2, this kd reads 1: use a newer kd"):
-        store.load(tmp_path, pytest.fail, owner)
     store.save(tmp_path, 3, {}, owner=owner | {"run": "b"})
-    with pytest.raises(CheckpointError, match=r"run b, must be of stage student, run a; "):
+    said = r"run b, must be of stage student, run a; .*has schema 2, this kd reads 1: use a newer kd"
+    with pytest.raises(CheckpointError, match=said):
         store.load(tmp_path, pytest.fail, owner)
-
-
-# ---- writing that fails
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
-    path = tmp_path / "result.json"
-    write_json(path, {"a": 1})
-
-    def fail(temporary):
-        temporary.write_text('{"a":')
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with pytest.raises(CheckpointError, match=r"cannot write .*result\.json: No space left "):
-        write_atomically(path, fail)
-    assert read_json(path) == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[" * 100_000, "\udcff", "[]", '{"b": 1}'])
