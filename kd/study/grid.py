@@ -133,8 +133,6 @@ def _nested(base: dict[str, Any], settings: Settings) -> dict[str, Any]:
         for section in sections:
             node = node.setdefault(section, {})
         node[last] = value
-    # `loss=NAME` of the command line sets the methods that it replaces to null.
-    values["loss"]["methods"] = {k: v for k, v in values["loss"]["methods"].items() if v is not None}
     return values
 
 

@@ -14,7 +14,7 @@ from kd.checkpoint.files import read_json
 from kd.checkpoint.safetensors_io import save_weights
 from kd.errors import CheckpointError, ConfigError
 from kd.verify import main
-from tests.torture.faults import finish, loaded, save
+from tests.torture.saves import finish, loaded, save
 
 
 def updates(directory: Path) -> list[str]:

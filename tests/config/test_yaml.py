@@ -4,7 +4,6 @@ import pytest
 
 from kd.config import types, yaml_reader
 from kd.errors import ConfigError
-from tests.torture import fuzz, harness
 
 
 def test_scalars_have_one_reading():
@@ -38,10 +37,3 @@ def test_what_would_run_or_could_be_read_in_two_ways_is_refused(text, said):
         yaml_reader.parse(text, "FILE")
     assert str(error.value).startswith("FILE: not a readable recipe (")
     assert said in str(error.value)
-
-
-@pytest.mark.torture
-def test_fuzzed_recipes_and_lines(tmp_path):
-    outcome = harness.run(fuzz.PARTS[0], fuzz.PARTS[0].small, seed=0, folder=tmp_path)
-    assert not outcome.broken
-    assert min(outcome.counts[f"{what} that may run"] for what in ("recipes", "studies")) > 5
