@@ -4,7 +4,6 @@ Features are the inputs of the last layer. At least two classes must be present.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from kd.errors import require
 from kd.metrics.inputs import Undefined, checked, class_means, present_classes
 from kd.metrics.registry import metric
 
-__all__ = ["Projection", "class_separation", "muller_projection", "within_total_variance"]
+__all__ = ["class_separation", "muller_projection", "within_total_variance"]
 
 
 @metric("within_total_variance", "within/total variance")
@@ -50,21 +49,14 @@ def class_separation(features: Tensor, targets: Tensor) -> Tensor:
     return 1 - within / total
 
 
-class Projection(NamedTuple):
-    """Positions in Müller's plane, in float64."""
-
-    points: Tensor  # (N, 2)
-    templates: Tensor  # (3, 2)
-
-
 @checked
-def muller_projection(features: Tensor, weight: Tensor, bias: Tensor, classes: Sequence[int]) -> Projection:
+def muller_projection(features: Tensor, weight: Tensor, bias: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Projection of features onto the plane through the templates of three classes.
 
     A class's template is its row of the last layer with the bias appended, (w_c, b_c); a feature is (f, 1). The plane
     goes through templates i, j, k; its origin is template i, its basis the orthonormal one of (w_j - w_i, w_k - w_i) by
     QR, with j on the first axis and k above it. Müller et al. 2019, "When Does Label Smoothing Help?", section 2, 100
-    examples of each class.
+    examples of each class. Returns the positions of the features (N, 2) and of the templates (3, 2), in float64.
 
     Parameters
     ----------
@@ -81,4 +73,4 @@ def muller_projection(features: Tensor, weight: Tensor, bias: Tensor, classes: S
     require(spans, f"classes={list(classes)}: must be three whose templates span a plane", Undefined)
     basis = basis * size.sign()
     points = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
-    return Projection((points - chosen[0]) @ basis, (chosen - chosen[0]) @ basis)
+    return (points - chosen[0]) @ basis, (chosen - chosen[0]) @ basis

@@ -28,10 +28,9 @@ def main(words: list[str]) -> int:
         print((__doc__ or "").rstrip())
         return 0
     values = read(words, ALLOWED)
-    kinds = [kind for kind in ("study", "run") if kind in values]
-    if len(kinds) != 1:
+    kind = "run" if "run" in values else "study"
+    if len(values.keys() & {"study", "run"}) != 1:
         raise ConfigError(f"{' '.join(words)}: give one of study=DIR and run=DIR")
-    (kind,) = kinds
     directory = Path(values[kind])
     if not directory.is_dir():
         raise ConfigError(f"{kind}={directory}: no such directory")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import tomllib
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kd.metrics import METRICS, Metric
+from kd.text import shown
 
 LONGEST = 48  # characters of a name; a class name can be anything
 MINUS = "−"
@@ -19,11 +19,9 @@ TEXTS = tomllib.loads((Path(__file__).parent / "texts.toml").read_text(encoding=
 
 
 def clean(text: Any, longest: int = LONGEST) -> str:
-    """Text on one line: control, bidirectional and unpaired characters go, and what is too long is cut."""
-    text = str(text)[: 20 * longest]  # before the slow part
-    kept = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
-    kept = " ".join("".join(c for c in kept if not unicodedata.category(c).startswith("C")).split())
-    return kept if len(kept) <= longest else f"{kept[: longest - 1]}…"
+    """Text on one line: what cannot be printed is escaped, and what is too long is cut."""
+    line = shown(" ".join(str(text).split()))
+    return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
 def note(name: str, **values: Any) -> str:

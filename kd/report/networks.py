@@ -45,7 +45,7 @@ def of_students(study: Study, networks: DataFrame, column: str, title: str) -> P
     x, lines, _ = study.facets
     made = panel(study, networks, column, title, x, lines)
     varying = [axis for axis in study.varying if study.controls[axis].notna().any()]
-    if column in study.controls and not {x, *lines} & set(varying):
+    if has(study.controls, column) and not {x, *lines} & set(varying):
         own = alike(study.controls, networks.iloc[0], varying)
         means = fmt.scale(column) * own.groupby("control", sort=False)[column].mean().dropna()
         made.controls = {f"control: {fmt.control(str(kind))}": mean for kind, mean in means.items()}

@@ -45,9 +45,7 @@ class Study:
         files = Folder(directory)
         self.card = files.read_card()
         self.points = {i: point for i in self.card["points"] if (point := files.read_point(i))}
-        table = load(directory).set_index("point")
-        metrics = [column for column in map(str, table) if column.removeprefix("teacher.").startswith(METRIC)]
-        self.table = table.astype(dict.fromkeys(metrics, float))  # where no point has one, it came as text
+        self.table = load(directory).set_index("point")
         self.axes = {axis: [_hashable(value) for value in values] for axis, values in self.card["axes"].items()}
         self.varying = [axis for axis, values in self.axes.items() if len(values) > 1]
         self.seeds: list[int] = self.card["seeds"]
@@ -122,9 +120,6 @@ class Study:
         if lines and len(self.axes[lines[0]]) > MOST_LINES:
             x, lines = lines[0], [x]
         return Facets(x, lines, [axis for axis in self.varying if axis not in (x, *lines)])
-
-
-METRIC = tuple(f"{split}." for split in SPLITS)
 
 
 def has(frame: DataFrame, column: str) -> bool:

@@ -108,11 +108,11 @@ def _projection(own: Outputs, parts: Mapping[str, Split]) -> dict[str, Any] | No
         if not len(chosen):
             return None
         try:
-            projected = m.muller_projection(own.features[split][chosen], *own.head, PROJECTED)
+            points, templates = m.muller_projection(own.features[split][chosen], *own.head, PROJECTED)
         except ValueError:  # templates on a line
             return None
-        projection["templates"] = _rounded(projected.templates)
-        projection[split] = {"points": _rounded(projected.points), "labels": targets[chosen].tolist()}
+        projection["templates"] = _rounded(templates)
+        projection[split] = {"points": _rounded(points), "labels": targets[chosen].tolist()}
     return projection
 
 
