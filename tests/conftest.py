@@ -3,6 +3,8 @@
 import os
 import sys
 from collections import namedtuple
+from collections.abc import Callable
+from functools import partial
 
 # One thread in each of pytest's workers and in what they start: two share two cores better than four do.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,20 +24,25 @@ settings.load_profile("nightly" if os.environ.get("KD_NIGHTLY") == "1" else "ci"
 Done = namedtuple("Done", "code out err")
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """The next test may want another precision, or other processes."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture
-def kd_train(monkeypatch, capsys, tmp_path):
-    """Call ``kd.train`` as the command line does, from an empty folder; returns exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
+def called(monkeypatch, capsys):
+    """Call a command's `main` as its command line does; returns exit code, stdout and stderr."""
 
-    def call(*arguments: str) -> Done:
-        from kd import train
-
+    def call(program: str, main: Callable[[list[str]], int], *words: object) -> Done:
+        typed = [str(word) for word in words]
+        monkeypatch.setattr(sys, "argv", [program, *typed])
         capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["kd.train", *arguments])
         code = 0
         try:
-            with one_line_errors("kd.train"):
-                code = train.main([*arguments])
+            with one_line_errors(program):
+                code = main(typed)
         except SystemExit as stop:
             code = stop.code or 0
         finally:
@@ -45,6 +52,15 @@ def kd_train(monkeypatch, capsys, tmp_path):
         return done
 
     return call
+
+
+@pytest.fixture
+def kd_train(called, monkeypatch, tmp_path):
+    """Call ``kd.train`` from an empty folder."""
+    from kd import train
+
+    monkeypatch.chdir(tmp_path)
+    return partial(called, "kd.train", train.main)
 
 
 TINY_STUDY = """# @package _global_
@@ -88,42 +104,21 @@ def tiny_study(tmp_path):
 
 
 @pytest.fixture
-def kd_study(monkeypatch, capsys, tmp_path, tiny_study):
-    """Call ``kd.study`` as the command line does, jobs one after another in this process unless told otherwise."""
+def kd_study(called, monkeypatch, tmp_path, tiny_study):
+    """Call ``kd.study`` from an empty folder, jobs one after another in this process unless told otherwise."""
+    from kd.study import __main__ as command
+
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments: str, recipe: str = "studies/tiny", launcher: str = "basic") -> Done:
-        from kd.study import __main__ as command
-
-        capsys.readouterr()
-        code = 0
-        words = [f"recipe={recipe}", f"hydra/launcher={launcher}", *arguments]
-        monkeypatch.setattr(sys, "argv", ["kd.study", *words])
-        try:
-            with one_line_errors(command.PROGRAM):
-                code = command.main(words)
-        except SystemExit as stop:
-            code = stop.code or 0
-        done = Done(code, *capsys.readouterr())
-        print(done.out, done.err)  # shown when a test fails
-        return done
+    def call(*words: str, recipe: str = "studies/tiny", launcher: str = "basic") -> Done:
+        return called("kd.study", command.main, f"recipe={recipe}", f"hydra/launcher={launcher}", *words)
 
     return call
 
 
 @pytest.fixture
-def kd_report(capsys):
-    """Call ``kd.report`` as the command line does; returns exit code, stdout and stderr."""
+def kd_report(called):
+    """Call ``kd.report``."""
+    from kd.report import __main__ as command
 
-    def call(*arguments):
-        from kd.report import __main__ as command
-
-        capsys.readouterr()
-        try:
-            with one_line_errors("kd.report"):
-                code = command.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
+    return partial(called, "kd.report", command.main)

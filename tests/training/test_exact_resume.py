@@ -5,7 +5,6 @@ from copy import deepcopy
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from kd.runtime import signals
 from kd.training.loop import Trainer
@@ -13,12 +12,6 @@ from kd.training.predict import predict
 from kd.training.schedule import epoch_order, mixed_seed
 from tests.torture import forked
 from tests.training.tiny_loop import lines, recipe, trainer, weights
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("stop_at", [1, 10, 15])  # in the middle of an epoch, and at its end

@@ -8,7 +8,6 @@ import os
 
 import pytest
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from rich.console import Console
 
 from kd.errors import CheckpointError
@@ -17,8 +16,7 @@ from kd.training.logger import Logger
 
 @pytest.fixture
 def logger(tmp_path):
-    yield Logger(tmp_path / "run" / "metrics.jsonl", Accelerator(cpu=True), Console(file=io.StringIO(), width=20))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return Logger(tmp_path / "run" / "metrics.jsonl", Accelerator(cpu=True), Console(file=io.StringIO(), width=20))
 
 
 def entries(logger):
@@ -41,14 +39,11 @@ def test_lines_after_the_checkpoint_are_dropped_and_other_stages_kept(logger):
     assert kept == [(False, "control", 30), (False, "student", 5), (True, "student", 5), (False, "student", 10)]
 
 
-@pytest.mark.parametrize(
-    "tail", [b'{"stage": "student", "update": 2', b"\0" * 4096, b"\xff\xfe\xc3\n", b'[1]\n{"update": 2}\n3\n\n']
-)
-def test_a_truncated_line_is_dropped_and_later_ones_are_whole(logger, tail):
+def test_a_truncated_line_is_dropped_and_later_ones_are_whole(logger):
     """What a kill or a power failure leaves at the end of a file."""
     logger.write({"stage": "student", "update": 1})
     with logger.path.open("ab") as file:
-        file.write(tail)
+        file.write(b'[1]\n{"update": 2}\n\n\xff\xfe\xc3\n\0\0\n{"stage": "student", "update": 2')
     logger.rewind("student", 1, 0)
     logger.write({"stage": "student", "update": 2})
     assert [e["update"] for e in entries(logger)] == [1, 2]

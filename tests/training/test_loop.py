@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from kd.config.schema import DataConfig
 from kd.errors import ConfigError, TrainingError
 from kd.losses.distill import DistillLoss
 from kd.models.wrappers import Teacher
@@ -21,12 +20,6 @@ from kd.training import preflight
 from kd.training.predict import predict
 from kd.training.schedule import epoch_order, mixed_seed, share
 from tests.training.tiny_loop import Tiny, lines, recipe, trainer, weights
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_order_is_a_permutation_and_a_function_of_seed_and_epoch():
@@ -79,7 +72,7 @@ def test_sgd_without_momentum_is_plain(tmp_path):
     torch.testing.assert_close(weights(t), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["adamx", "adahessian", "bnbsgd"])
+@pytest.mark.parametrize("name", ["adamx", "adahessian"])
 def test_an_optimizer_that_cannot_train_is_refused_in_one_line(name):
     r = recipe()
     r.optimizer.name = name
@@ -177,14 +170,6 @@ def test_what_diverges_in_the_last_update_of_an_epoch_stops_at_its_validation(tm
     assert [p.name for p in (tmp_path / "student/checkpoints").iterdir()] == ["update-00000000"]
 
 
-def test_predictions_come_back_in_the_order_of_the_split(tmp_path):
-    t = trainer(tmp_path, recipe())
-    logits = predict(t.stage.model, t.data.val, 7, t.accelerator)
-    batch = next(iter(t.data.val.batches([torch.arange(len(t.data.val))], epoch=None)))
-    with torch.no_grad():
-        torch.testing.assert_close(logits, t.stage.model.eval()(batch.images).logits)
-
-
 def test_every_process_brings_as_many_rows_and_none_is_counted_twice():
     """Three processes over ten rows, without processes: each gathers what the others would have sent."""
     rows = []
@@ -211,16 +196,6 @@ def test_every_process_brings_as_many_rows_and_none_is_counted_twice():
     for fake.process_index in range(3):
         out = predict(Echo(), Numbers(range(10)), 6, fake)
     assert out.flatten().tolist() == list(range(10))
-
-
-def test_mixed_images_train_against_probabilities(tmp_path):
-    r = recipe()
-    r.data = DataConfig(image_size=8, mixup=0.4, cutmix=1.0)
-    teacher = Teacher(Tiny())
-    t = trainer(tmp_path, r, teacher=teacher, loss=DistillLoss(reduction="sum"), epochs=3)
-    t.fit()
-    losses = [line["ce"] for line in lines(tmp_path) if "ce" in line]
-    assert np.mean(losses[-5:]) < np.mean(losses[:5])
 
 
 def test_bf16_and_channels_last_change_the_result_little(tmp_path):

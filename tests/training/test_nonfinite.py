@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from rich.console import Console
 
 from kd.errors import TrainingError
@@ -18,12 +17,6 @@ from kd.models.wrappers import Teacher
 from kd.training.objective import Objective
 from tests.torture import forked
 from tests.training.tiny_loop import Tiny, lines, recipe, trainer, weights
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Constant(Method, name="constant_for_a_test"):

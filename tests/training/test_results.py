@@ -1,25 +1,10 @@
 """The difference that decides, by hand, and the words that go with it."""
 
-import math
-
 import pytest
 import torch
 from scipy import stats
 
 from kd.training.results import paired_difference, verdict
-
-
-def logits(classes):
-    return torch.nn.functional.one_hot(torch.tensor(classes), 3).float()
-
-
-def test_paired_difference_by_hand():
-    """Right: a on 4 of 5, b on 2 of 5, both on 2; d = 0, 0, 1, 1, 0."""
-    targets = torch.tensor([0, 1, 2, 0, 1])
-    found = paired_difference(logits([0, 1, 2, 0, 2]), logits([0, 1, 0, 1, 0]), targets)
-    assert found["top1"] == pytest.approx(0.4)
-    assert found["standard_error"] == pytest.approx(math.sqrt((3 * 0.16 + 2 * 0.36) / 4 / 5))
-    assert found["n"] == 5
 
 
 def test_paired_difference_has_the_standard_error_of_a_paired_test():

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from kd import probe
-from kd.cli.errors import one_line_errors
 from kd.config.schema import LossConfig
 from kd.training.teacher_smoothing import smoothing_warnings
 
@@ -20,11 +20,8 @@ from kd.training.teacher_smoothing import smoothing_warnings
     ("mass", "loss", "exact", "said"),
     [
         (0.1, {}, True, "loss.temperature=4 > 1 with a teacher trained with label smoothing (0.1, uniform)"),
-        (0.1, {}, False, "try loss.temperature=1, or loss.teacher_smoothing=0.1"),
         (0.1, {"temperature": 1.0}, True, None),
-        (0.0, {}, True, None),
         (0.1, {"kd_weight": 0.0}, True, None),
-        (0.1, {"teacher_smoothing": 0.1}, True, None),
         (0.0, {"teacher_smoothing": 0.3}, True, "loss.teacher_smoothing=0.3: the teacher was trained with 0 ("),
         (0.12, {"teacher_smoothing": 0.3}, False, None),  # an estimate does not contradict who knows
     ],
@@ -91,19 +88,8 @@ def test_without_a_record_the_smoothing_is_estimated(kd_train, weights, tmp_path
 
 
 @pytest.fixture
-def kd_probe(capsys):
-    def call(*words):
-        code = 0
-        try:
-            with one_line_errors("kd.probe"):
-                code = probe.main([*words])
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-        return code, *capsys.readouterr()
-
-    return call
+def kd_probe(called):
+    return partial(called, "kd.probe", probe.main)
 
 
 def test_the_command_finds_the_smoothing_that_the_teacher_was_trained_with(kd_probe, weights):
@@ -142,10 +128,7 @@ def test_the_benchmark_reads_training_and_held_out_samples(monkeypatch, tmp_path
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
     from benchmarks import probe as benchmark
 
-    try:
-        lines = list(benchmark.rows(benchmark.Task("mixture", "mlp_mini", ("teacher.epochs=8",), (0.1,)), 1, tmp_path))
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    lines = list(benchmark.rows(benchmark.Task("mixture", "mlp_mini", ("teacher.epochs=8",), (0.1,)), 1, tmp_path))
     assert [line.split(" | ")[:3] for line in lines] == [
         ["| mixture teacher.epochs=8", "0.1", split] for split in ("training", "held out")
     ]

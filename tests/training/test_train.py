@@ -22,7 +22,6 @@ from sklearn.metrics import accuracy_score, log_loss
 import kd.models.networks
 from kd import evaluate
 from kd.checkpoint.manifest import write_manifest
-from kd.cli.errors import one_line_errors
 from kd.models.weights import weights_metadata
 from tests.torture import forked
 from tests.training.test_run import files
@@ -123,41 +122,36 @@ def test_the_weights_load_in_timm_and_give_the_figures_of_the_result(finished):
 # ---- kd.evaluate
 
 
-def kd_evaluate(capsys, *words):
-    code = 0
-    try:
-        with one_line_errors("kd.evaluate"):
-            code = evaluate.main([*words])
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
+@pytest.fixture
+def kd_evaluate(called):
+    return partial(called, "kd.evaluate", evaluate.main)
 
 
-def test_evaluate_recomputes_the_result_also_of_an_older_kd(copied, capsys):
+def test_evaluate_recomputes_the_result_also_of_an_older_kd(copied, kd_evaluate):
     """Which had fewer metrics."""
     result = json.loads((copied / "result.json").read_text())
     for network in ("teacher", "student", "control"):
         for split in ("val", "test"):
             del result[network]["last"][split]["brier"]
     (copied / "result.json").write_text(json.dumps(result))
-    code, out, _ = kd_evaluate(capsys, "run=runs/smoke/one", "picture=table.svg")
+    code, out, _ = kd_evaluate("run=runs/smoke/one", "picture=table.svg")
     assert (code, out.splitlines()[-1].partition(":")[0]) == (0, "largest difference to result.json")
     picture = (copied.parents[2] / "table.svg").read_text()
     assert "student" in picture
     assert "url(http" not in picture.replace("&quot;", "").replace('"', "")
 
 
-def test_evaluate_finds_weights_that_are_not_the_results(copied, capsys):
+def test_evaluate_finds_weights_that_are_not_the_results(copied, kd_evaluate):
     shutil.copy(copied / "control/last.safetensors", copied / "student/last.safetensors")
-    code, _, err = kd_evaluate(capsys, "run=runs/smoke/one")
+    code, _, err = kd_evaluate("run=runs/smoke/one")
     assert (code, err.count("\n"), "student/last.safetensors: is damaged" in err) == (2, 1, True)
     for name in ("stage.json", "selected.safetensors"):
         shutil.copy(copied / "control" / name, copied / "student" / name)
-    code, _, err = kd_evaluate(capsys, "run=runs/smoke/one")
+    code, _, err = kd_evaluate("run=runs/smoke/one")
     assert (code, err.count("\n"), "stage.json: is of stage control" in err) == (2, 1, True)
     listed = json.loads((copied / "student/stage.json").read_text())
     write_manifest(copied / "student/stage.json", list(listed["files"]), listed | {"stage": "student"})
-    assert kd_evaluate(capsys, "run=runs/smoke/one")[0] == 1
+    assert kd_evaluate("run=runs/smoke/one")[0] == 1
 
 
 # ---- kd.train
