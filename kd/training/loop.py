@@ -102,9 +102,8 @@ class Trainer:
             if self.selected_weights:
                 weights["selected"] = self.selected_weights
             self.logger.flush()
-            about = {"updates": self.updates} | {
-                k: getattr(self.progress, k) for k in ("seconds", "selected", "skipped")
-            }
+            p = self.progress
+            about = {"updates": self.updates, "seconds": p.seconds, "selected": p.selected, "skipped": p.skipped}
             store.finish(self.directory, weights, self.metadata, about, self.owner)
         self.accelerator.wait_for_everyone()
 

@@ -95,10 +95,8 @@ def teacher_network(run: Run, weights: Path | None = None) -> nn.Module:
         if weights:
             load_weights(ensemble, weights)
         return ensemble
-    if weights:
-        return _network(run, own, checkpoint=weights)
-    torch.manual_seed(run.recipe.seed)
-    return _network(run, own, pretrained=own.pretrained, checkpoint=own.checkpoint, finetune=own.finetune)
+    start = {"pretrained": own.pretrained, "checkpoint": own.checkpoint, "finetune": own.finetune}
+    return _network(run, own, run.recipe.seed, {"checkpoint": weights} if weights else start)
 
 
 def student_network(run: Run, weights: Path | None = None, seed: int | None = None) -> nn.Module:
@@ -107,13 +105,13 @@ def student_network(run: Run, weights: Path | None = None, seed: int | None = No
     The student and its control start from the same weights; another `seed` gives other ones.
     """
     own = run.recipe.student
-    if weights:
-        return _network(run, own, checkpoint=weights)
-    torch.manual_seed(run.recipe.seed if seed is None else seed)
-    return _network(run, own, pretrained=own.pretrained, finetune=True)
+    start = {"pretrained": own.pretrained, "finetune": True}
+    seed = run.recipe.seed if seed is None else seed
+    return _network(run, own, seed, {"checkpoint": weights} if weights else start)
 
 
-def _network(run: Run, section: TeacherConfig | StudentConfig, **start: Any) -> nn.Module:
+def _network(run: Run, section: TeacherConfig | StudentConfig, seed: int, start: dict[str, Any]) -> nn.Module:
+    torch.manual_seed(seed)
     shape = {"num_classes": run.data.num_classes, "input_shape": run.data.input_shape}
     return build(section.model, section=section.section, model_kwargs=section.model_kwargs, **start, **shape)
 
@@ -128,8 +126,8 @@ def evaluated_network(run: Run, name: str, weights: Path | None, teacher: Teache
     classifiers = {key for key, method in methods.library().items() if method.classifies}
     if name == "control" or not classifiers & run.recipe.loss.methods.keys():
         return student_network(run, weights)
-    assert weights is not None
-    assert teacher is not None
+    assert weights
+    assert teacher
     network = build_objective(student_stage(run, teacher), run.recipe, run.accelerator).model
     load_weights(network, weights)
     return network
