@@ -7,7 +7,6 @@ Each check runs where rows fit into registers and forced through the two sweeps,
 interpreter does not show everything: it stores bfloat16 truncated, sees no races, and its maximum drops a nan.
 """
 
-import contextlib
 import itertools
 
 import loss_checks
@@ -238,27 +237,3 @@ def test_nothing_waits_for_the_gpu(monkeypatch, k, reduction):
     assert len(launches.grids) == 2 * 3  # loss and gradient, the gradient's adjustment, values alone
     with pytest.raises(AssertionError, match="waits for the GPU"), NoWaiting():
         s.sum().item()
-
-
-def test_the_launch_is_on_the_device_of_the_logits(monkeypatch):
-    """Triton launches on the current device, which need not be theirs."""
-    current = []
-
-    @contextlib.contextmanager
-    def device_of(tensor):
-        current.append(tensor.data_ptr())
-        yield
-        current.pop()
-
-    class Launch(Launches):
-        def __getitem__(self, grid):
-            assert current == [s.data_ptr()]
-            return super().__getitem__(grid)
-
-    launches = Launch()
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr(launcher, "resident", launches)
-    s, t, y = batch(6, 21, F32)
-    s.requires_grad_()
-    torch.autograd.grad(0.3 * DistillLoss(backend="triton")(s, t, y), s)
-    assert len(launches.grids) == 2

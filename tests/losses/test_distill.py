@@ -9,15 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_checks import draw
 
 from kd import DistillLoss, distill_loss
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "kd.json").read_text())["cases"]
 INF = math.inf
-
-
-def draw(*shape, seed=0, scale=3.0, dtype=torch.float64):
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def batch(shape=(6, 5), seed=0, dtype=torch.float64):

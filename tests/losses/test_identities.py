@@ -81,15 +81,6 @@ def test_smoothing_is_ce_plus_kl_from_uniform(batch, given_eps, smoothing):
     close(ce(s, y, given_eps, smoothing), (1 - eps) * ce(s, y) + eps * (from_uniform_teacher + math.log(k)))
 
 
-@given(batches(), EPS, st.sampled_from(SMOOTHINGS))
-def test_smoothing_adds_the_labels_margin_over_the_mean_logit(batch, given_eps, smoothing):
-    """LS = CE + eps (z_y - mean z)."""
-    s, _, y = batch
-    eps = to_uniform(given_eps, s.shape[-1], smoothing)
-    margin = s.gather(-1, y[:, None])[:, 0] - s.mean(-1)
-    close(ce(s, y, given_eps, smoothing), F.cross_entropy(s, y, reduction="none") + eps * margin)
-
-
 @pytest.mark.parametrize(("eps", "gap"), [(0.05, 5.25), (0.1, 4.51), (0.2, 3.71), (0.4, 2.77)])
 def test_smoothed_optimum_has_a_finite_gap(eps, gap):
     """Stationary where z_y - z_k = log(1 + (1-eps) K / eps); K = 10."""

@@ -64,16 +64,12 @@ def test_numbers_out_of_range_are_refused_in_the_constructor_and_where_a_schedul
     ("settings", "error", "message"),
     [
         ({"smoothing": "Uniform"}, ValueError, r"smoothing='Uniform': must be one of uniform, others"),
-        ({"smoothing": 1}, ValueError, r"smoothing=1: must be one of uniform, others"),
         ({"reduction": "batchmean"}, ValueError, r"reduction='batchmean': must be one of mean, sum, none"),
         ({"backend": "cuda"}, ValueError, r"backend='cuda': must be one of auto, reference, cpu, triton"),
         ({"ignore_index": 1.0}, ValueError, r"ignore_index=1.0: must be an int"),
         ({"ignore_index": 2**63}, ValueError, r"ignore_index=9223372036854775808: must be an int that fits into int64"),
         ({"class_weight": [1.0, 1.0, 1.0]}, TypeError, "class_weight: must be a floating tensor, got list"),
-        ({"class_weight": torch.ones(3, dtype=torch.int64)}, TypeError, "class_weight: must be .* got torch.int64"),
         ({"class_weight": torch.tensor([1.0, -2.0])}, ValueError, r"class_weight has -2: must be from 0 to 1000000"),
-        ({"class_weight": torch.tensor([1.0, NAN])}, ValueError, r"class_weight has nan: "),
-        ({"class_weight": torch.tensor([1.0, 1e38])}, ValueError, r"class_weight has 1e\+38: "),
     ],
 )
 def test_wrong_settings(settings, error, message):
@@ -89,38 +85,30 @@ def test_wrong_settings(settings, error, message):
     ("student", "teacher", "target", "settings", "error", "message"),
     [
         # labels
-        (S, T, Y - 1, {}, ValueError, r"target has label -1: must be 0\.\.2 or ignore_index=-100"),
         (S, T, Y + 1, {}, ValueError, r"target has label 3: must be 0\.\.2 or ignore_index=-100"),
         (S, T, Y - 100, {"ignore_index": -99}, ValueError, r"target has label -100: .* ignore_index=-99"),
         (S, T, Y.float(), {}, ValueError, r"target of torch.float32 with shape \(4,\): .*target.long\(\)"),
         (S, T, Y.int(), {}, TypeError, r"target: must be int64 .*target.long\(\).* got torch.int32"),
-        (S, T, Y[:, None], {}, ValueError, r"target has shape \(4, 1\): must be \(4,\)"),
         (S, T, F.one_hot(Y, 3), {}, ValueError, r"target has shape \(4, 3\): must be \(4,\)"),
         (S, T, Y.to("meta"), {}, ValueError, r"target is on meta: must be on cpu"),
         (S, T, Y.tolist(), {}, TypeError, "target: must be int64 labels .* got list"),
         # probabilities as target
         (S, T, P - 0.1, {}, ValueError, "target has a row that sums to 0.7, with -0.1"),
-        (S, T, P * NAN, {}, ValueError, "target has a row that sums to nan"),
-        (S, T, P * 0.999, {}, ValueError, "target has a row that sums to 0.999, "),
         (S, T, P[:, :2], {}, ValueError, r"shape \(4, 2\): floating targets are probabilities of shape \(\.\.\., 3\)"),
         (S, T, P[:1], {}, ValueError, r"target has shape \(1, 3\): must be \(4, 3\)"),
         (S, T, P, {"ignore_index": 1}, ValueError, r"ignore_index=1: must be < 0 \(off\) with probabilities"),
         (S, T, P.clone().requires_grad_(), {}, ValueError, r"target.requires_grad=True: .*target.detach\(\)"),
         # class weights
         (S, T, Y, {"class_weight": torch.ones(2)}, ValueError, r"class_weight has shape \(2,\): must be \(3,\)"),
-        (S, T, Y, {"class_weight": torch.ones(3, **META)}, ValueError, r"class_weight is on meta: must be on cpu"),
         # teacher
         (S, None, Y, {}, ValueError, r"teacher_logits=None: must be given with kd_weight=0.9"),
         (S, T.tolist(), Y, {}, TypeError, "teacher_logits: must be a floating tensor, got list"),
-        (S, T.long(), Y, {}, TypeError, "teacher_logits: must be a floating tensor, got torch.int64"),
         (S, T[:1], Y, {}, ValueError, r"teacher_logits has shape \(1, 3\): must be \(4, 3\)"),
         (S, T.to("meta"), Y, {}, ValueError, r"teacher_logits is on meta: must be on cpu"),
         (S, T.clone().requires_grad_(), Y, {}, ValueError, r"teacher_logits.requires_grad=True: .*torch.no_grad\(\)"),
         # student
         (S.long(), T, Y, {}, TypeError, "student_logits: must be a floating tensor, got torch.int64"),
-        (S.tolist(), T, Y, {}, TypeError, "student_logits: must be a floating tensor, got list"),
         (S[:, :0], T[:, :0], Y, {}, ValueError, r"student_logits has shape \(4, 0\): .* K ≥ 1"),
-        (S[0, 0], T[0, 0], Y[0], {}, ValueError, r"student_logits has shape \(\): "),
     ],
 )
 def test_wrong_tensors(student, teacher, target, settings, error, message, backend):

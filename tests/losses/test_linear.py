@@ -310,15 +310,6 @@ def test_autocast_is_that_of_linear(dtype):
         assert not torch.equal(ours, case.ours(loss))
 
 
-def test_autocast_in_the_backward_pass_changes_nothing():
-    case = Case(dtype=torch.float32)
-    value = case.ours(LinearDistillLoss(reduction="none"))
-    expected = torch.autograd.grad(value.sum(), case.leaves, retain_graph=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        again = torch.autograd.grad(value.sum(), case.leaves)
-    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
-
-
 # ---- memory
 
 
@@ -360,9 +351,6 @@ def test_no_more_logits_than_the_budget_are_held(kind, dtype, reduction, backend
     assert seen.bytes >= n * k * dtype.itemsize
 
 
-# ---- copies and settings
-
-
 # ---- bad input
 
 
@@ -375,25 +363,16 @@ NONE = {"teacher_logits": None}
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"features": X.tolist()}, TypeError, "^features: must be a floating tensor, got list"),
         ({"features": X.long()}, TypeError, "^features: must be a floating tensor, got torch.int64"),
-        ({"weight": None}, TypeError, "^weight: must be a floating tensor, got NoneType"),
         ({"weight": W.T}, ValueError, r"^weight has shape \(3, 5\): must be \(K, D\) for .* features \(4, 3\)"),
         ({"weight": W.float()}, TypeError, r"^weight.dtype=torch.float32: must be torch.float64"),
         ({"weight": W.to("meta")}, ValueError, r"^weight is on meta: must be on cpu, the device of features"),
         ({"bias": B[:3]}, ValueError, r"^bias has shape \(3,\): must be \(5,\)"),
         (HEAD, ValueError, r"^teacher: must be teacher_logits alone, or teacher_features with teacher_weight"),
-        ({"teacher_weight": TW}, ValueError, r"^teacher: must be teacher_logits alone, or"),
-        ({**NONE, "teacher_features": TX}, ValueError, r"^teacher: must be teacher_logits alone, or"),
         (
             {**NONE, **HEAD, "teacher_features": TX[:3]},
             ValueError,
             r"^teacher_logits has shape \(3, 5\): must be \(4, 5\)",
-        ),
-        (
-            {**NONE, **HEAD, "teacher_weight": TW[:4]},
-            ValueError,
-            r"^teacher_logits has shape \(4, 4\): must be \(4, 5\)",
         ),
         ({**NONE, **HEAD, "teacher_weight": TW.clone().requires_grad_()}, ValueError, r"^teacher_weight.requires_grad"),
         ({**NONE, **{k: v.to("meta") for k, v in HEAD.items()}}, ValueError, "^teacher_logits is on meta: must be"),

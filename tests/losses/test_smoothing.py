@@ -87,19 +87,11 @@ LABELS = torch.tensor([0, 1])
     ("call", "error", "message"),
     [
         (lambda: to_uniform(-0.1, 5, "uniform"), ValueError, r"label_smoothing=-0.1: must be a number ≥ 0 and < 1"),
-        (lambda: to_uniform("0.1", 5, "uniform"), ValueError, r"label_smoothing=.0.1.: must be a number"),
         (lambda: to_uniform(0.1, 0, "uniform"), ValueError, r"num_classes=0: must be a whole number ≥ 1"),
         (lambda: to_uniform(0.1, 5, "other"), ValueError, r"smoothing='other': must be one of uniform, others"),
         (lambda: from_uniform(1.25, 5, "others"), ValueError, r"uniform_mass=1.25: .*K/\(K-1\)"),
         (lambda: smooth_targets(LABELS - 1, 2, 0.1), ValueError, r"target has label -1: must be 0\.\.1"),
-        (
-            lambda: smooth_targets(LABELS.int(), 2, 0.1),
-            TypeError,
-            r"target: must be .*target.long\(\).* got torch.int32",
-        ),
         (lambda: smooth_targets(torch.ones(1, 2), 2, 0.1), ValueError, r"target has a row that sums to 2"),
-        (lambda: smooth_targets(LABELS.float(), 3, 0.1), ValueError, r"shape \(2,\): .* shape \(\.\.\., 3\)"),
-        (lambda: smooth_targets([0, 1], 2, 0.1), TypeError, "target: must be int64 labels .* got list"),
     ],
 )
 def test_bad_input_names_the_argument(call, error, message):

@@ -134,22 +134,21 @@ def call(case: Case, n=2, shift=0, **settings):
 
 
 class Code(NamedTuple):
-    """``ops``: how often each instruction occurs; ``waves``: warps that a multiprocessor (on CDNA: a SIMD) can hold."""
+    """``ops``: how often each instruction occurs."""
 
     registers: int
     spilled: int
-    waves: int
     ops: collections.Counter
 
     def count(self, pattern):
         return sum(n for op, n in self.ops.items() if re.fullmatch(pattern, op))
 
 
-def read(compiled, shape) -> Code:
-    return _read_cdna(compiled) if "amdgcn" in compiled.asm else _read_cuda(compiled, shape)
+def read(compiled) -> Code:
+    return _read_cdna(compiled) if "amdgcn" in compiled.asm else _read_cuda(compiled)
 
 
-def _read_cuda(compiled, shape) -> Code:
+def _read_cuda(compiled) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -158,10 +157,8 @@ def _read_cuda(compiled, shape) -> Code:
     ops = collections.Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z][\w.]*)", text, re.M))
     assert ops["EXIT"]
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
-    # A multiprocessor has 65,536 registers, given to warps by the 256, and takes 64 warps in 32 programs.
-    programs = min(65536 // (-(-registers // 8) * 256 * shape.warps), 64 // shape.warps, 32)
     spilled = stack + local + sum(n for op, n in ops.items() if op.startswith(("LDL", "STL")))
-    return Code(registers, spilled, programs * shape.warps, ops)
+    return Code(registers, spilled, ops)
 
 
 def _read_cdna(compiled) -> Code:
@@ -173,7 +170,7 @@ def _read_cdna(compiled) -> Code:
         for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     )
     spilled = spills + scratch + sum(n for op, n in ops.items() if op.startswith("scratch_"))
-    return Code(registers, spilled, min(512 // (-(-registers // 8) * 8), 8), ops)
+    return Code(registers, spilled, ops)
 
 
 def vector(case: Case) -> int:
@@ -209,7 +206,7 @@ CDNA_LOAD = {2: "ushort", 4: "dword", 8: "dwordx2", 16: "dwordx4"}
 
 def check(case: Case):
     compiled, shape = launch(case)
-    code = read(compiled, shape)
+    code = read(compiled)
     assert code.spilled == 0
     assert code.registers <= 255
     assert shape.warps <= 16
@@ -222,7 +219,6 @@ def check(case: Case):
     check_transfers(case, shape, code, cdna)
     if not cdna and case.student in ("bf16", "fp16") and case.call != "values":
         assert re.search(rf"cvt\.rn\.{case.student.replace('fp', 'f')}", compiled.asm["ptx"])  # to nearest, not cut off
-    return compiled, shape, code
 
 
 def check_exponentials(case, shape, code, cdna):
