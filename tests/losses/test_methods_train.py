@@ -65,7 +65,7 @@ def test_names_are_read_from_the_source_and_all_of_them_are_found():
 # ---- what learned parts and gathered state need
 
 
-MIXED = f"loss=[{','.join(TOGETHER[0])},ofd]"
+MIXED = f"loss=[{','.join(TOGETHER[0])},ofd,simkd]"
 MORE = ("student.epochs=2", "train.ema_decay=0.5", "train.accumulation=2", "loss.methods.crd.num_negatives=64")
 
 

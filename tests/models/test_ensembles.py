@@ -15,7 +15,6 @@ from kd.config.schema import DataConfig
 from kd.data import load_data
 from kd.models.ensemble import Ensemble
 from kd.models.factory import build
-from kd.training import loop
 
 SMALL = ("recipe=smoke", "control=false", "run=one", "output=runs", "teacher.model=mlp_tiny")
 MAPS = (*SMALL[:-1], "teacher.model=cnn_tiny", "student.model=cnn_tiny", "data.image_size=4", "loss=simkd")
@@ -76,25 +75,6 @@ def test_simkd_is_scored_and_saved_with_the_teachers_classifier(kd_train, tmp_pa
     agreement = [line["agreement"] for line in log if "agreement" in line]
     assert agreement[-1] > 2 * agreement[0]  # logged of the same classifier
     assert evaluate.main([f"run={run}"]) == 0
-
-
-def test_simkd_stops_and_goes_on_bit_identically(kd_train, monkeypatch, tmp_path):
-    words = (*MAPS, "student.epochs=2", "train.ema_decay=0.5")
-    assert kd_train(*words, "output=whole").code == 0
-    update, seen = loop.Trainer._update, []
-
-    def counted(self, batches):
-        seen.append(self.stage.name)
-        return update(self, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_update", counted)
-        patch.setattr(loop, "stop_requested", lambda accelerator: seen.count("student") == 7)
-        assert kd_train(*words, "output=cut").code == 130
-    assert "goes on after update 7 of 10" in kd_train(*words, "output=cut").out
-    for name in ("last", "selected"):
-        whole, cut = (tmp_path / d / f"smoke/one/student/{name}.safetensors" for d in ("whole", "cut"))
-        assert whole.read_bytes() == cut.read_bytes()
 
 
 def test_logging_leaves_the_running_statistics_alone(kd_train, tmp_path):
