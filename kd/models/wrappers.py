@@ -35,7 +35,7 @@ class _Hooks:
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
         self.names = tuple(names)
-        self.running: list[dict[str, tuple[Tensor, int]]] = []
+        self.kept: dict[str, tuple[Tensor, int]] | None = None  # None outside `run`
         modules = {name: module for name, module in model.named_modules() if name}
         for name in self.names:
             module = name.removesuffix(INPUT)
@@ -47,21 +47,19 @@ class _Hooks:
                 modules[module].register_forward_hook(partial(self._keep, name))
 
     def _keep_input(self, name: str, module: nn.Module, inputs: Any) -> None:
-        if self.running:  # a copy, because the module may overwrite its input, as an in-place ReLU does
+        if self.kept is not None:  # a copy, because the module may overwrite its input, as an in-place ReLU does
             first = inputs[0].clone() if inputs and isinstance(inputs[0], Tensor) else inputs
             self._keep(name, module, inputs, first)
 
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self.running:  # otherwise the network is called directly, past its wrapper
+        if self.kept is not None:  # otherwise the network is called directly, past its wrapper
             _check_tensor(output, f"features={name!r}: the module gives")
-            self.running[-1][name] = (output, _writes(output))
+            self.kept[name] = (output, _writes(output))
 
     def run(self, model: nn.Module, inputs: tuple[Any, ...]) -> Output:
-        self.running.append({})
-        try:
-            logits = model(*inputs)
-        finally:
-            kept = self.running.pop()
+        kept = self.kept = {}
+        logits = model(*inputs)
+        self.kept = None
         _check_tensor(logits, "logits (n, k): the network gives")
         for name in self.names:
             require(name in kept, f"features={name!r}: the forward pass does not call this module", ValueError)

@@ -121,7 +121,7 @@ def test_nothing_is_kept_between_calls(wrap, net, x):
     assert not torch.equal(features["layer1"], first)
     net(x)  # past the wrapper
     assert len(net.layer1._forward_hooks) == 1
-    assert not wrapped._hooks.running
+    assert wrapped._hooks.kept is None
 
 
 @BOTH
