@@ -17,7 +17,7 @@ settings{which}
 
   --cfg job          print the resolved recipe and exit
   -m key=A,B         train a run for each value, one after another
-  --import FILE.py   import a method of your own, from a file or a module
+  --import FILE.py   import a method of your own
   replay=DIR         train a finished run again and compare weights and scores; with output=DIR,
                      allow_differences=true for other versions, hardware or data
 

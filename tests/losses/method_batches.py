@@ -26,7 +26,7 @@ def leaf(x):
     return x.detach().clone().requires_grad_()
 
 
-def view(n, k, seed, scale=1.0):
+def view(n, k, seed):
     """Two maps, from shallow to deep, the embedding and its classifier.
 
     The embedding is the average of the deep map, and the classifier gives the logits from it.
@@ -36,7 +36,7 @@ def view(n, k, seed, scale=1.0):
     embedding += (logits - F.linear(embedding, weight, bias)) @ torch.linalg.pinv(weight).T
     shallow, deep = draw(n, 3, 4, 4, seed=seed + 1), draw(n, 6, 2, 2, seed=seed + 2)
     deep += (embedding - deep.mean((2, 3)))[..., None, None]
-    return View(logits, [shallow, deep], embedding, weight, bias).map(lambda x: scale * x)
+    return View(logits, [shallow, deep], embedding, weight, bias)
 
 
 def batch(n=5, k=4, seed=0, same=False, dtype=torch.float64) -> Seen:

@@ -187,14 +187,8 @@ def test_the_objective_is_the_weighted_sum_over_examples():
 
 
 def test_a_name_is_written_out_with_every_field():
-    assert methods.section("dkd") == {
-        "methods": {
-            "dkd": {"weight": 1.0, "warmup_epochs": 20, "tckd_weight": 1.0, "nckd_weight": 8.0, "temperature": 4.0}
-        },
-        "kd_weight": 0.0,
-        "ce_weight": 1.0,
-    }
-    assert methods.section("dkd:imagenet")["methods"]["dkd"]["nckd_weight"] == 0.5
+    dkd = {"weight": 1.0, "warmup_epochs": 20, "tckd_weight": 1.0, "nckd_weight": 8.0, "temperature": 4.0}
+    assert methods.section("dkd") == {"methods": {"dkd": dkd}, "kd_weight": 0.0, "ce_weight": 1.0}
     assert methods.section("kd") == {"methods": {}, "kd_weight": 0.9, "ce_weight": 0.1, "temperature": 4.0}
     assert methods.section("mlkd")["methods"]["mlkd"]["temperatures"] == [2.0, 3.0, 4.0, 5.0, 6.0]
 
@@ -238,8 +232,7 @@ WRONG = {
     "loss=dkd loss.methods.dkd.nkd_weight=1": "loss.methods.dkd.nkd_weight: no such setting; did you mean",
     "loss=fsp": "loss.methods: fsp: compares neighbouring maps: there is 1 map, name 2 or more layers",
     "loss=reviewkd train.batch_size=8 train.accumulation=8": "loss.methods: reviewkd: compares examples",
-    "--import nowhere.py": "--import nowhere.py: no such file",
-    "--import nowhere_at_all": "--import nowhere_at_all: ModuleNotFoundError: No module named 'nowhere_at_all'",
+    "--import nowhere.py": "--import nowhere.py: no such Python file",
 }
 
 

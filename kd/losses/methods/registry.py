@@ -51,31 +51,23 @@ def library() -> dict[str, type[Method]]:
 
 
 def import_own(given: str) -> None:
-    """Import a file of one's own (`my_method.py`) or a module by name; its methods register themselves.
+    """Run a Python file of one's own, such as `my_method.py`; its methods register themselves.
 
     Raises ConfigError with the line that went wrong.
     """
     path = Path(given)
-    is_file = path.suffix == ".py"
-    require(not is_file or path.is_file(), f"--import {given}: no such file")
-    try:
-        if is_file:
-            _run_file(path)
-        else:
-            importlib.import_module(given)
-    except (Exception, SystemExit) as error:  # whatever a user's code raises
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        line = f" (line {where.lineno} of {where.filename})" if is_file else ""
-        raise ConfigError(f"--import {given}: {type(error).__name__}: {error}{line}") from error
-
-
-def _run_file(path: Path) -> None:
-    name = f"kd_import_{path.stem}"
+    require(path.suffix == ".py" and path.is_file(), f"--import {given}: no such Python file")
+    name = f"kd_import_{path.stem}"  # so that a file called random.py does not hide another module
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     sys.modules[name] = module = importlib.util.module_from_spec(spec)  # a dataclass looks its module up there
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever a user's code raises
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        line = f"line {where.lineno} of {where.filename}"
+        raise ConfigError(f"--import {given}: {type(error).__name__}: {error} ({line})") from error
 
 
 def _find(name: str, typed: str) -> type[Method]:

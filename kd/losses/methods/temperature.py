@@ -69,10 +69,6 @@ class LogitStandardization(Method, name="lskd"):
         """What the inner method makes, from standardized logits."""
         self.inner.build(self._standardized(seen))
 
-    def end_epoch(self) -> None:
-        """What the inner method does."""
-        self.inner.end_epoch()
-
     def values(self, seen: Seen) -> Tensor:
         """As the inner method."""
         return self.inner.values(self._standardized(seen))
