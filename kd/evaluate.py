@@ -8,11 +8,10 @@ picture=FILE.svg also keeps what was printed as a picture.
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-from kd.cli.errors import one_line_errors
+from kd.cli.errors import run_command
 from kd.config.arguments import read
 from kd.config.compose import saved_recipe
 
@@ -54,14 +53,10 @@ def save_picture(console: Any, path: Path, title: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Read the command line and evaluate."""
-    if {"-h", "--help"} & set(arguments) or not arguments:
-        print((__doc__ or "").rstrip())
-        return 0
     given = read(arguments, {"run": "DIR", "picture": "FILE.svg", **dict.fromkeys(HERE, "VALUE")}, required=["run"])
     moved = [f"{name}={given[name]}" for name in HERE if name in given]
     return evaluate(Path(given["run"]).resolve(), given.get("picture"), moved)
 
 
 if __name__ == "__main__":
-    with one_line_errors("kd.evaluate"):
-        sys.exit(main(sys.argv[1:]))
+    run_command("kd.evaluate", main, __doc__)

@@ -16,10 +16,9 @@ example: python -m kd.probe data=imagenet data.root=/data/imagenet model=resnet5
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from kd.cli.errors import one_line_errors
+from kd.cli.errors import run_command
 from kd.config import compose
 from kd.config.arguments import read
 from kd.config.schema import Recipe
@@ -73,9 +72,6 @@ def recipe_of(given: dict[str, str], recorded_model: str | None, words: Sequence
 
 def main(arguments: list[str]) -> int:
     """Read the command line and estimate."""
-    if {"-h", "--help"} & set(arguments) or not arguments:
-        print((__doc__ or "").rstrip())
-        return 0
     given = read(arguments, ARGUMENTS)
     if given.get("split", "train") not in SPLITS:
         raise ConfigError(f"split={given['split']}: must be one of {', '.join(SPLITS)}")
@@ -83,5 +79,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with one_line_errors("kd.probe"):
-        sys.exit(main(sys.argv[1:]))
+    run_command("kd.probe", main, __doc__)

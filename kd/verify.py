@@ -11,12 +11,11 @@ Exit code 0 when all is whole, 1 when something is damaged, 2 when there is noth
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from kd.cli.errors import one_line_errors
+from kd.cli.errors import run_command
 from kd.config import arguments
 from kd.errors import CheckpointError, ConfigError
 from kd.text import shown
@@ -88,9 +87,6 @@ def _weights(path: Path) -> Row:
 
 def main(words: list[str]) -> int:
     """Print what there is; returns the exit code."""
-    if not words or {"-h", "--help"} & set(words):
-        print((__doc__ or "").rstrip())
-        return 0
     values = arguments.read(words, {"run": "DIR", "path": "FILE"})
     if len(values) > 1:
         raise ConfigError(f"{' '.join(words)}: type one of run=DIR and path=FILE")
@@ -104,5 +100,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with one_line_errors("kd.verify"):
-        sys.exit(main(sys.argv[1:]))
+    run_command("kd.verify", main, __doc__)

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from kd.errors import CheckpointError
+from kd.errors import CheckpointError, require
 from kd.text import plain
 
 # ---- writing
@@ -102,9 +102,8 @@ def read_json(path: Path, needs: Iterable[str] = ()) -> Any:
         values = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON ({plain(str(error), 160)})") from error
-    missing = [key for key in needs if not isinstance(values, dict) or key not in values]
-    if missing:
-        raise CheckpointError(f"{path}: has no entry {missing[0]!r}")
+    for key in needs:
+        require(isinstance(values, dict) and key in values, f"{path}: has no entry {key!r}", CheckpointError)
     return values
 
 

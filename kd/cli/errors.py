@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -33,6 +33,16 @@ def one_line_errors(program: str) -> Iterator[None]:
         if message := _message(program, error):
             fail(*message)
         raise
+
+
+def run_command(program: str, main: Callable[[list[str]], int], help_text: str | None) -> NoReturn:
+    """Run a command on the words of this process's command line, or print its help where that is asked for."""
+    words = sys.argv[1:]
+    with one_line_errors(program):
+        if not words or {"-h", "--help"} & set(words):
+            print((help_text or "").rstrip())
+            sys.exit(0)
+        sys.exit(main(words))
 
 
 def _message(program: str, error: Exception) -> tuple[str, int, bool] | None:

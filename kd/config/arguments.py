@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from kd.errors import ConfigError
+from kd.errors import ConfigError, require
 
 SETTING = re.compile(r"\+?[^\W\d][\w.]*|hydra/launcher")
 
@@ -27,16 +27,13 @@ def read(words: Sequence[str], allowed: Mapping[str, str], required: Sequence[st
     values: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals or not (key in allowed or key.startswith(prefixes)):
-            raise ConfigError(f"{word}: no such argument; type {usage}")
-        if not value:  # as of a shell variable that is not set
-            raise ConfigError(f"{word}: must not be empty")
+        require(equals and (key in allowed or key.startswith(prefixes)), f"{word}: no such argument; type {usage}")
+        require(value, f"{word}: must not be empty")  # as of a shell variable that is not set
         _, file, suffix = allowed.get(key, "").partition("FILE")
-        if file and not value.endswith(suffix):
-            raise ConfigError(f"{word}: must end in {suffix}")
+        require(not file or value.endswith(suffix), f"{word}: must end in {suffix}")
         values[key] = value
-    if missing := [key for key in required if key not in values]:
-        raise ConfigError(f"{missing[0]}: not given; type {missing[0]}={allowed[missing[0]]}")
+    for key in required:
+        require(key in values, f"{key}: not given; type {key}={allowed[key]}")
     return values
 
 

@@ -12,10 +12,9 @@ examples: python -m kd.report study=checkpoints/studies/mnist1d_grid
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from kd.cli.errors import one_line_errors
+from kd.cli.errors import run_command
 from kd.config.arguments import read
 from kd.errors import ConfigError
 
@@ -24,9 +23,6 @@ ALLOWED = {"study": "DIR", "run": "DIR", "output": "FILE.html"}
 
 def main(words: list[str]) -> int:
     """Read the command line, write the page, and return the exit code."""
-    if {"-h", "--help"} & set(words) or not words:
-        print((__doc__ or "").rstrip())
-        return 0
     values = read(words, ALLOWED)
     kind = "run" if "run" in values else "study"
     if len(values.keys() & {"study", "run"}) != 1:
@@ -52,5 +48,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with one_line_errors("kd.report"):
-        sys.exit(main(sys.argv[1:]))
+    run_command("kd.report", main, __doc__)

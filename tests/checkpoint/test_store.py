@@ -1,8 +1,6 @@
 """Checkpoints are whole or refused: what is kept, what a stage falls back to, and what is said."""
 
-import errno
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -148,22 +146,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, nam
     (line,) = said
     assert line.startswith(f"warning: {manifest(tmp_path, 2).with_name(name)}: ")
     assert line.endswith(f"falling back to {manifest(tmp_path, 1).parent}")
-
-
-def test_a_checkpoint_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch):
-    for update in (1, 2):
-        save(tmp_path, update)
-    left, read = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))], Path.read_bytes
-
-    def failing(path):
-        if left:
-            raise left.pop()
-        return read(path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", failing)
-        assert loaded(tmp_path) == 1
-    assert loaded(tmp_path) == 2
 
 
 def test_a_newer_schema_or_another_owner_is_one_line(tmp_path, monkeypatch):
