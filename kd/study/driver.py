@@ -28,10 +28,9 @@ from kd.errors import require
 from kd.losses.methods import registry as methods
 from kd.metrics import METRICS
 from kd.runtime.provenance import provenance
-from kd.study.axes import labelled
 from kd.study.estimate import seconds_of
 from kd.study.folder import SCHEMA, Folder
-from kd.study.grid import Plan, base_recipe, plan
+from kd.study.grid import Plan, base_recipe
 from kd.study.jobs import PHASES, Job, jobs
 from kd.study.population import why_not
 from kd.study.schema import StudyRecipe
@@ -72,7 +71,7 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
     folder = Folder(Path(study.output) / "studies" / study.name)
     check_places(replace(base, run=study.name))
     before = folder.read_card()["points"] if folder.card.exists() else None
-    planned = plan(study, lambda data: data_of(replace(base, data=data)), narrowed)
+    planned = Plan(study, lambda data: data_of(replace(base, data=data)), narrowed)
     all_jobs = jobs(planned, engines(planned, study.study.engine))
     finished = {point.id for point in planned.points.values() if folder.is_finished(point)}
     pending = [job for job in all_jobs if not finished.issuperset(point.id for point in job.points)]
@@ -140,8 +139,7 @@ def engines(planned: Plan, asked: str) -> dict[str, str]:
 
 def card(study: StudyRecipe, planned: Plan, used: Sequence[str]) -> dict[str, Any]:
     """The content of study.json; the docstring of `kd.study` says what each entry is."""
-    axes = labelled(study.study.grid)
-    named = {axis: values for axis, values in axes.items() if axis not in types.settings()}
+    named = {axis: values for axis, values in planned.axes.items() if axis not in types.settings()}
     return {
         "schema": SCHEMA,
         "name": study.name,
@@ -149,9 +147,9 @@ def card(study: StudyRecipe, planned: Plan, used: Sequence[str]) -> dict[str, An
         "paper": study.study.paper,
         "command": " ".join(["python -m kd.study", *sys.argv[1:]]),
         "engine": "+".join(used),
-        "recipe": asdict(base_recipe(study)),
-        "seeds": list(range(study.seed, study.seed + study.study.seeds)),
-        "axes": {axis: list(values) for axis, values in axes.items()},
+        "recipe": asdict(planned.base),
+        "seeds": list(planned.seeds),
+        "axes": {axis: list(values) for axis, values in planned.axes.items()},
         "labels": {axis: {str(label): each for label, each in values.items()} for axis, values in named.items()},
         "cells": planned.cells,
         "controls": planned.controls,

@@ -6,7 +6,7 @@ import copy
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from kd.config import types
@@ -15,7 +15,7 @@ from kd.config.schema import DataConfig, LossConfig, Recipe, StudentConfig, Teac
 from kd.errors import require
 from kd.metrics import METRICS
 from kd.study.axes import NotInGrid, Settings, expand, labelled
-from kd.study.schema import Contrast, StudyRecipe
+from kd.study.schema import Contrast, Sides, StudyRecipe
 from kd.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -57,83 +57,166 @@ class Point:
         return types.flat(_identity(self.role, self.recipe))
 
 
-@dataclass
-class Plan:
-    """A study spelled out: `points` by id, and from `cells` to `contrasts` as study.json has it."""
-
-    points: dict[str, Point] = field(default_factory=dict)
-    data: dict[str, Data] = field(default_factory=dict)  # by content hash
-    cells: list[dict[str, Any]] = field(default_factory=list)
-    controls: list[dict[str, Any]] = field(default_factory=list)
-    contrasts: list[dict[str, Any]] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)  # contrasts whose points a narrower grid does not have
-
-
 def base_recipe(study: StudyRecipe) -> Recipe:
     """The recipe from which every point departs, without the section `study`."""
     return Recipe(**{f.name: getattr(study, f.name) for f in fields(Recipe)})
 
 
-# ---- points
+# ---- the plan
 
 
-class Maker:
-    """Makes the points of a study from its base recipe."""
+class Plan:
+    """A study spelled out.
 
-    def __init__(self, study: StudyRecipe, load: Callable[[DataConfig], Data]):
-        self.base, self._load = base_recipe(study), load
-        self.control_smoothing = study.study.control_smoothing
-        self._recipes: dict[str, Recipe] = {}
-        self.data_sets: dict[str, Data] = {}
+    Parameters
+    ----------
+    study : the study's recipe
+    load : loads a data set, of which a point's id has the content hash
+    narrowed : whether the grid differs from the recipe's own; a contrast without points is then left out, not an error
 
-    def data(self, config: DataConfig) -> Data:
-        """The data set of these settings, loaded once."""
-        key = json.dumps(asdict(config))
-        if key not in self.data_sets:
-            self.data_sets[key] = self._load(config)
-        return self.data_sets[key]
+    Attributes
+    ----------
+    axes, seeds : of the grid, as `labelled` has them
+    points, data : by id and by content hash
+    cells, controls, contrasts : as study.json has them
+    left_out : contrasts whose points a narrower grid does not have
 
-    def recipe(self, settings: Settings, seed: int) -> Recipe:
+    Raises ConfigError for settings that cannot work.
+    """
+
+    def __init__(self, study: StudyRecipe, load: Callable[[DataConfig], Data], narrowed: bool = False):
+        self.base, self.axes, self._load = base_recipe(study), labelled(study.study.grid), load
+        self.seeds = range(study.seed, study.seed + study.study.seeds)
+        self._control_smoothing = study.study.control_smoothing
+        self._data_sets: dict[str, Data] = {}  # by their settings
+        self.points: dict[str, Point] = {}
+        self.cells: list[dict[str, Any]] = []
+        self.controls: list[dict[str, Any]] = []
+        self.contrasts: list[dict[str, Any]] = []
+        self.left_out: list[str] = []
+        self._add_cells(study.study.controls)
+        for contrast in study.study.contrasts:
+            try:
+                self.contrasts.append(self._contrast(contrast))
+            except NotInGrid as error:
+                if not narrowed:
+                    raise
+                self.left_out.append(f"{contrast.name or contrast.metric}: {error}")
+        self.data = {data.hash: data for data in self._data_sets.values()}
+
+    def _add_cells(self, controls: Sequence[str]) -> None:
+        """Add every cell with its student, its teacher and its controls."""
+        # Building takes milliseconds, and every seed has the same recipes.
+        recipes = [(labels, self._recipe(settings)) for labels, settings in self._combinations()]
+        for seed, (labels, unseeded) in itertools.product(self.seeds, recipes):
+            recipe = replace(unseeded, seed=seed)
+            student = self._add(self._student(recipe))
+            self._add(self._teacher(recipe))
+            self.cells.append({"axes": labels, "seed": seed, "point": student.id})
+            shared = {axis: label for axis, label in labels.items() if _changes_controls(self.axes[axis])}
+            for name in controls:
+                train = self._data(recipe.data).train
+                known = train.posterior is not None and not train.augments  # of an augmented image it is not known
+                require(
+                    name != "bayes" or known,
+                    f"study.controls: bayes needs a data set whose posterior is known, not {recipe.data.name}",
+                )
+                control = self._control(name, recipe)
+                if self._add(control) is control:
+                    self.controls.append({"control": name, "axes": shared, "seed": seed, "point": control.id})
+
+    def _combinations(self) -> Iterator[tuple[Settings, Settings]]:
+        """Each cell's value on every axis, and the settings that they stand for, a later axis over an earlier one."""
+        for values in itertools.product(*(axis.items() for axis in self.axes.values())):
+            labels = {axis: label for axis, (label, _) in zip(self.axes, values, strict=True)}
+            yield labels, {key: value for _, settings in values for key, value in settings.items()}
+
+    def _recipe(self, settings: Settings) -> Recipe:
         """The base recipe with these settings, checked."""
-        key = json.dumps(settings, sort_keys=True)
-        if key not in self._recipes:  # building takes milliseconds, and every seed has the same
-            self._recipes[key] = build(_nested(asdict(self.base), settings))
-        return replace(self._recipes[key], seed=seed)
+        values = asdict(self.base)
+        for key, value in settings.items():
+            *sections, last = key.split(".")
+            node: Any = values
+            for section in sections:
+                node = node.setdefault(section, {})
+            node[last] = copy.deepcopy(value)  # another axis may change what is in it
+        return build(values)
 
-    def teacher(self, recipe: Recipe) -> Point:
-        """The point of a recipe's teacher."""
+    # -- points
+
+    def _add(self, point: Point) -> Point:
+        """The point of this identity, which an earlier cell may have too."""
+        return self.points.setdefault(point.id, point)
+
+    def _teacher(self, recipe: Recipe) -> Point:
         return self._point("teacher", None, recipe, None)
 
-    def student(self, recipe: Recipe) -> Point:
+    def _student(self, recipe: Recipe) -> Point:
         """The point of a recipe's student. Raises ConfigError where its loss does not involve the teacher."""
         loss = recipe.loss
         taught = loss.kd_weight > 0 or bool(loss.methods)
         require(taught, "loss.kd_weight=0: is the control `hard`, not a point of the grid; must be > 0 in it")
         recipe = replace(recipe, loss=_canonical(loss))
-        return self._point("student", None, recipe, self.teacher(recipe).id)
+        return self._point("student", None, recipe, self._teacher(recipe).id)
 
-    def control(self, name: str, recipe: Recipe) -> Point:
+    def _control(self, name: str, recipe: Recipe) -> Point:
         """The point of the same student without its teacher."""
-        mass, backend = self.control_smoothing if name == "smoothed" else 0.0, self.base.loss.backend
+        mass, backend = self._control_smoothing if name == "smoothed" else 0.0, self.base.loss.backend
         loss = LossConfig(temperature=1.0, kd_weight=0.0, ce_weight=1.0, label_smoothing=mass, backend=backend)
         return self._point("control", name, replace(recipe, loss=loss), None)
 
     def _point(self, role: str, control: str | None, recipe: Recipe, teacher: str | None) -> Point:
-        data_hash = self.data(recipe.data).hash
+        data_hash = self._data(recipe.data).hash
         identifier = content_hash([role, control, _identity(role, recipe), data_hash])
         return Point(identifier, role, control, recipe, teacher, data_hash)
 
+    def _data(self, config: DataConfig) -> Data:
+        """The data set of these settings, loaded once."""
+        key = json.dumps(asdict(config))
+        if key not in self._data_sets:
+            self._data_sets[key] = self._load(config)
+        return self._data_sets[key]
 
-def _nested(base: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """A recipe's nested values with the settings in their places."""
-    values = copy.deepcopy(base)
-    for key, value in settings.items():
-        *sections, last = key.split(".")
-        node = values
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[last] = value
-    return values
+    # -- contrasts
+
+    def _contrast(self, contrast: Contrast) -> dict[str, Any]:
+        """A contrast as study.json has it. Raises NotInGrid where it compares nothing in the grid."""
+        columns = [f"{split}.{name}" for name, metric in METRICS.items() for split in metric.splits]
+        hint = did_you_mean(contrast.metric, columns) or f"; must be one of {', '.join(columns)}"
+        require(contrast.metric in columns, f"study.contrasts: metric={contrast.metric}: no such metric{hint}")
+        entry = {"name": contrast.name or contrast.metric, "metric": contrast.metric}
+        pairs = [self._pair(sides, entry["name"]) if sides else None for sides in (contrast, contrast.minus)]
+        return {**entry, **(pairs[0] or {}), "minus": pairs[1]}
+
+    def _pair(self, sides: Sides, name: str) -> dict[str, Any]:
+        a, b = self._side(sides.a), self._side(sides.b)
+        if a["points"] == b["points"]:
+            raise NotInGrid(f"study.contrasts: {name}: a and b are the same points; name two settings")
+        return {"a": a, "b": b}
+
+    def _side(self, given: Settings) -> dict[str, Any]:
+        """One side of a contrast: a point for each seed, of students unless `role` or `control` says otherwise."""
+        settings = {key: value for key, value in given.items() if key not in ("control", "role")}
+        control, role = given.get("control"), given.get("role", "student")
+        require(role in ("student", "teacher"), f"study.contrasts: role={role}: must be student or teacher")
+        single = [axis for axis in self.axes.values() if len(axis) == 1]  # whose only value goes without saying
+        expanded = {key: value for axis in single for only in axis.values() for key, value in only.items()}
+        recipe = self._recipe(expanded | expand(settings, self.axes))
+        points = []
+        for seeded in (replace(recipe, seed=seed) for seed in self.seeds):
+            make = self._teacher if role == "teacher" else self._student
+            point = self._control(control, seeded) if control else make(seeded)
+            if point.id not in self.points:
+                raise NotInGrid(
+                    f"study.contrasts: {json.dumps(given)} is not in the grid; every other setting is as in the recipe"
+                )
+            points.append(point.id)
+        return {"settings": dict(given), "points": points}
+
+
+def _changes_controls(axis: Mapping[Any, Settings]) -> bool:
+    """Whether an axis changes anything for a network without a teacher."""
+    return any(not key.startswith(("teacher.", "loss.")) for settings in axis.values() for key in settings)
 
 
 def _canonical(loss: LossConfig) -> LossConfig:
@@ -155,102 +238,7 @@ def _identity(role: str, recipe: Recipe) -> dict[str, Any]:
     return {key: values[key] for key in ("seed", "data", "optimizer", "scheduler", "train", *SECTIONS[role])}
 
 
-# ---- the plan
-
-
-def plan(study: StudyRecipe, load: Callable[[DataConfig], Data], narrowed: bool = False) -> Plan:
-    """Spell a study out. Raises ConfigError for settings that cannot work.
-
-    Parameters
-    ----------
-    study : the study's recipe
-    load : loads a data set, of which a point's id has the content hash
-    narrowed : whether the grid differs from the recipe's own; a contrast without points is then left out, not an error
-    """
-    axes = labelled(study.study.grid)
-    seeds = range(study.seed, study.seed + study.study.seeds)
-    maker, made = Maker(study, load), Plan()
-    for seed, (labels, settings) in itertools.product(seeds, list(_combinations(axes))):
-        recipe = maker.recipe(settings, seed)
-        point = _add(made, maker.student(recipe))
-        _add(made, maker.teacher(recipe))
-        made.cells.append({"axes": labels, "seed": seed, "point": point.id})
-        shared = {axis: label for axis, label in labels.items() if _changes_controls(axes[axis])}
-        for name in study.study.controls:
-            train = maker.data(recipe.data).train
-            known = train.posterior is not None and not train.augments  # of an augmented image it is not known
-            require(
-                name != "bayes" or known,
-                f"study.controls: bayes needs a data set whose posterior is known, not {recipe.data.name}",
-            )
-            point = maker.control(name, recipe)
-            if _add(made, point) is point:
-                made.controls.append({"control": name, "axes": shared, "seed": seed, "point": point.id})
-    for contrast in study.study.contrasts:
-        try:
-            made.contrasts.append(_contrast(made, maker, contrast, axes, seeds))
-        except NotInGrid as error:
-            if not narrowed:
-                raise
-            made.left_out.append(f"{contrast.name or contrast.metric}: {error}")
-    made.data = {data.hash: data for data in maker.data_sets.values()}
-    return made
-
-
-def _combinations(axes: Mapping[str, Mapping[Any, Settings]]) -> Iterator[tuple[Settings, Settings]]:
-    """Every cell: its value on each axis, and the settings that they stand for, a later axis over an earlier one."""
-    for values in itertools.product(*(axis.items() for axis in axes.values())):
-        labels = {axis: label for axis, (label, _) in zip(axes, values, strict=True)}
-        yield labels, {key: value for _, settings in values for key, value in settings.items()}
-
-
-def _add(made: Plan, point: Point) -> Point:
-    return made.points.setdefault(point.id, point)
-
-
-def _changes_controls(axis: Mapping[Any, Settings]) -> bool:
-    """Whether an axis changes anything for a network without a teacher."""
-    return any(not key.startswith(("teacher.", "loss.")) for settings in axis.values() for key in settings)
-
-
 # ---- contrasts
-
-
-def _contrast(made: Plan, maker: Maker, contrast: Contrast, axes: Mapping, seeds: range) -> dict[str, Any]:
-    """A contrast as study.json has it. Raises NotInGrid where it compares nothing in the grid."""
-
-    def pair(sides: Any) -> dict[str, Any]:
-        a, b = (_side(made, maker, settings, axes, seeds) for settings in (sides.a, sides.b))
-        if a["points"] == b["points"]:
-            raise NotInGrid(f"study.contrasts: {name}: a and b are the same points; name two settings")
-        return {"a": a, "b": b}
-
-    columns = [f"{split}.{name}" for name, metric in METRICS.items() for split in metric.splits]
-    hint = did_you_mean(contrast.metric, columns) or f"; must be one of {', '.join(columns)}"
-    require(contrast.metric in columns, f"study.contrasts: metric={contrast.metric}: no such metric{hint}")
-    name = contrast.name or contrast.metric
-    entry = {"name": name, "metric": contrast.metric, **pair(contrast)}
-    return entry | {"minus": pair(contrast.minus) if contrast.minus else None}
-
-
-def _side(made: Plan, maker: Maker, given: Settings, axes: Mapping, seeds: range) -> dict[str, Any]:
-    """One side of a contrast: a point for each seed, of students unless `role` or `control` says otherwise."""
-    settings = {key: value for key, value in given.items() if key not in ("control", "role")}
-    control, role = given.get("control"), given.get("role", "student")
-    require(role in ("student", "teacher"), f"study.contrasts: role={role}: must be student or teacher")
-    single = [axis for axis in axes.values() if len(axis) == 1]  # whose only value goes without saying
-    expanded = {key: value for axis in single for only in axis.values() for key, value in only.items()}
-    expanded |= expand(settings, axes)
-    points = []
-    for seed in seeds:
-        recipe = maker.recipe(expanded, seed)
-        point = maker.control(control, recipe) if control else getattr(maker, role)(recipe)
-        if point.id not in made.points:
-            raise NotInGrid(
-                f"study.contrasts: {json.dumps(given)} is not in the grid; every other setting is as in the recipe"
-            )
-        points.append(point.id)
-    return {"settings": dict(given), "points": points}
 
 
 def sides_of(contrast: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -12,7 +12,7 @@ from kd.config import arguments, compose
 from kd.config.schema import PACKAGE, content_hash, identity
 from kd.errors import ConfigError
 from kd.study.compose import compose as study_compose
-from kd.study.grid import plan
+from kd.study.grid import Plan
 
 
 def recipe(*words):
@@ -184,7 +184,7 @@ STUDY = {
 @pytest.mark.parametrize("line", STUDY)
 def test_a_wrong_study_is_one_line(line):
     with pytest.raises(ConfigError) as error:
-        plan(study_compose(["recipe=studies/mnist1d_grid", *line.split()])[0], lambda data: None)
+        Plan(study_compose(["recipe=studies/mnist1d_grid", *line.split()])[0], lambda data: None)
     assert STUDY[line] in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -11,7 +11,7 @@ from kd.errors import ConfigError
 from kd.study.axes import labelled
 from kd.study.compose import compose
 from kd.study.folder import Folder
-from kd.study.grid import difference, plan, sides_of
+from kd.study.grid import Plan, difference, sides_of
 from kd.study.jobs import CHUNK, Job, jobs
 from kd.study.schema import Contrast, Sides, StudyConfig, StudyRecipe
 
@@ -28,7 +28,7 @@ BASE = StudyRecipe(
 
 def planned(study=BASE, narrowed=False, **changes):
     changed = replace(study, study=replace(study.study, **changes))
-    return plan(changed, lambda data: stub(f"hash of {data.name} {data.label_noise}"), narrowed)
+    return Plan(changed, lambda data: stub(f"hash of {data.name} {data.label_noise}"), narrowed)
 
 
 def stub(identity: str, posterior=None) -> SimpleNamespace:
@@ -94,6 +94,7 @@ def test_labels_stand_for_settings_and_methods_and_a_later_axis_wins():
         "how": {
             "plain": {},
             "dist": {"loss": "dist", "loss.methods.dist.temperature": 2.0},
+            "usual": {"loss": "dist"},
             "cold": {"loss.temperature": 0.5},
         },
     }
@@ -104,6 +105,7 @@ def test_labels_stand_for_settings_and_methods_and_a_later_axis_wins():
     assert at[1.0, "cold"] == at[4.0, "cold"]
     assert at[1.0, "cold"].temperature == 0.5
     assert at[4.0, "dist"].methods["dist"]["temperature"] == 2.0
+    assert at[4.0, "usual"].methods["dist"]["temperature"] == 4.0  # the label before it changes nothing here
     assert (at[4.0, "dist"].kd_weight, at[4.0, "dist"].ce_weight) == (0.0, 1.0)  # as `loss=dist` sets them
 
 
@@ -166,7 +168,7 @@ def test_what_is_typed_and_what_a_label_sets_are_not_at_odds(words, said):
             compose(words)
         return
     study, *_ = compose(words)
-    made = plan(study, lambda data: stub(data.name, posterior=True), narrowed=True)
+    made = Plan(study, lambda data: stub(data.name, posterior=True), narrowed=True)
     for cell in made.cells:
         typed = {k: v for k, v in cell["axes"].items() if k in made.points[cell["point"]].settings}
         assert typed.items() <= made.points[cell["point"]].settings.items()
@@ -189,7 +191,7 @@ def test_a_typed_setting_that_follows_another_follows_that_of_its_point(monkeypa
     monkeypatch.chdir(tmp_path)
     words = ["recipe=studies/tiny", "loss.teacher_smoothing=${teacher.label_smoothing}", "study.seeds=1"]
     study, _, narrowed = compose([*words, "loss.student_temperature=1"])
-    made = plan(study, lambda data: stub(data.name))
+    made = Plan(study, lambda data: stub(data.name))
     assert narrowed
     assert len(made.contrasts) == 2  # what they do not mention is as on the axis of one value
     students = [point for point in made.points.values() if point.role == "student"]

@@ -10,7 +10,7 @@ from kd.cli.help import claim
 from kd.config.compose import recipe_files
 from kd.study import load
 from kd.study.compose import compose
-from kd.study.grid import plan
+from kd.study.grid import Plan
 
 STUDIES = recipe_files("studies")
 HEADER = ("claim", "paper", "command", "time", "hardware", "expected")
@@ -45,7 +45,7 @@ def test_a_study_opens_with_its_claim_and_its_contrasts_are_inside_its_grid(name
     study, _, narrowed = compose([f"recipe=studies/{name}", "study.seeds=1"])
     assert study.name == name
     assert claim(STUDIES[name]) == study.study.claim
-    made = plan(study, lambda data: stub(data.name, posterior=True))
+    made = Plan(study, lambda data: stub(data.name, posterior=True))
     assert not narrowed
     assert len(made.contrasts) == len(study.study.contrasts) > 0
 

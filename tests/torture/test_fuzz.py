@@ -17,7 +17,7 @@ from kd.config.schema import DataConfig, Recipe
 from kd.config.types import settings
 from kd.losses.methods import registry as methods
 from kd.study import __main__ as command
-from kd.study.grid import plan
+from kd.study.grid import Plan
 from kd.study.schema import StudyRecipe
 
 INPUTS = 400  # of a test
@@ -113,7 +113,7 @@ def _study(words: list[str]) -> bool:
     """Whether there is a study to run; as far as it goes before it loads data."""
     with one_line_errors(command.PROGRAM):
         if composed := command.compose(words):
-            plan(composed[0], unloaded, composed[2])
+            Plan(composed[0], unloaded, composed[2])
         return bool(composed)
 
 
