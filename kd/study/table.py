@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.checkpoint.files import write_atomically
 from kd.metrics import METRICS
 from kd.study.folder import Folder
-from kd.study.grid import difference, sides_of
+from kd.study.grid import difference, flat, sides_of
 from kd.study.schema import COLUMNS
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-Points = Mapping[str, dict[str, Any] | None]  # by id; None for a point that has not run
+Points = Mapping[str | None, dict[str, Any]]  # those that have run, by id
 ALWAYS = {  # settings that are columns even where they are the same everywhere
     "data.name",
     "teacher.model",
@@ -42,29 +42,32 @@ def load(folder: str | Path) -> DataFrame:
 
     files = Folder(folder)
     card = files.read_card()
-    points: Points = {identifier: files.read_point(identifier) for identifier in card["points"]}
-    settings, labels = _columns(points.values()), _labels(card, points)
-    rows = [_row(i, point, points, settings) | labels.get(i, {}) for i, point in points.items()]
-    _add_efficiency(rows, points)
+    points: Points = {i: point for i in card["points"] if (point := files.read_point(i))}
+    settings, labels, nt_kl = _columns(points), _labels(card, points), _nt_kl_of_controls(points)
+    rows: list[dict[str, Any]] = []
+    for point in points.values():
+        row = {key: point[key] for key in ("role", "control", "state", "error", "seed")}
+        row |= {"point": point["id"], "teacher_point": point["teacher"]} | labels.get(point["id"], {})
+        row |= {key: _cell(value) for key, value in point["settings"].items() if key in settings}
+        row |= flat(point["metrics"])
+        if teacher := points.get(point["teacher"]):
+            row |= flat({"teacher": teacher["metrics"]})
+        evidence = {control: nt_kl.get((_without_teacher(point), control)) for control in ("hard", "bayes")}
+        evidence["student"] = row.get("test.nt_kl")
+        # Of nearly equal predictions a KL may be rounded to below 0.
+        if row["role"] == "student" and all(value is not None and value >= 0 for value in evidence.values()):
+            row["test.transfer_efficiency"] = METRICS["transfer_efficiency"].value(evidence)
+        rows.append(row)
     columns = dict.fromkeys([*COLUMNS, *(key for row in rows for key in sorted(row))])
-    rows.sort(key=lambda row: (ROLES.index(row["role"]) if "role" in row else len(ROLES), row["point"]))
+    rows.sort(key=lambda row: ROLES.index(row["role"]))
+    rows += [{"point": i, "state": "missing"} for i in card["points"] if i not in points]
     return DataFrame(rows, columns=list(columns))
 
 
-def _row(identifier: str, point: dict[str, Any] | None, points: Points, settings: set[str]) -> dict[str, Any]:
-    if point is None:
-        return {"point": identifier, "state": "missing"}
-    row = {"point": identifier} | {key: point[key] for key in ("role", "control", "state", "error", "seed")}
-    row |= {"teacher_point": point["teacher"]}
-    row |= {key: _cell(value) for key, value in point["settings"].items() if key in settings}
-    teacher = points.get(point["teacher"] or "")
-    return row | _metrics(point) | ({f"teacher.{k}": v for k, v in _metrics(teacher).items()} if teacher else {})
-
-
-def _columns(points: Iterable[dict[str, Any] | None]) -> set[str]:
+def _columns(points: Points) -> set[str]:
     """The settings that have several values, and those of ALWAYS."""
     values: dict[str, set[str]] = {}
-    for point in filter(None, points):
+    for point in points.values():
         for key, value in point["settings"].items():
             values.setdefault(key, set()).add(json.dumps(value, sort_keys=True))
     return {key for key, several in values.items() if len(several) > 1 or key in ALWAYS} - {"seed"}
@@ -85,29 +88,16 @@ def _labels(card: Mapping[str, Any], points: Points) -> dict[str, dict[str, Any]
     }
     of_teachers: dict[str, dict[str, Any]] = {}
     for identifier, labels in own.items():
-        if teacher := (points[identifier] or {}).get("teacher"):
+        if teacher := points.get(identifier, {}).get("teacher"):
             shared = of_teachers.get(teacher, labels)
             of_teachers[teacher] = {axis: value for axis, value in shared.items() if labels.get(axis) == value}
     return own | of_teachers
 
 
-def _metrics(point: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{split}.{name}": value for split, named in point["metrics"].items() for name, value in named.items()}
-
-
-def _add_efficiency(rows: list[dict[str, Any]], points: Points) -> None:
-    """Add each student's transfer efficiency, which needs the hard and the Bayes control of its seed and data."""
-    finished = [(row, _without_teacher(points[row["point"]])) for row in rows if row["state"] == "finished"]
-    nt_kl = {(shared, row["control"]): row.get("test.nt_kl") for row, shared in finished if row["role"] == "control"}
-    for row, shared in finished:
-        evidence = {
-            "student": row.get("test.nt_kl"),
-            "hard": nt_kl.get((shared, "hard")),
-            "bayes": nt_kl.get((shared, "bayes")),
-        }
-        # Of nearly equal predictions a KL may be rounded to below 0.
-        if row["role"] == "student" and all(value is not None and value >= 0 for value in evidence.values()):
-            row["test.transfer_efficiency"] = METRICS["transfer_efficiency"].value(evidence)
+def _nt_kl_of_controls(points: Points) -> dict[tuple[str, str], float | None]:
+    """Each control's NT-KL on test, by the settings that it shares with students, its seed among them, and its kind."""
+    controls = [point for point in points.values() if point["role"] == "control"]
+    return {(_without_teacher(point), point["control"]): flat(point["metrics"]).get("test.nt_kl") for point in controls}
 
 
 def _without_teacher(point: Any) -> str:
