@@ -165,13 +165,11 @@ def override(config: Any, words: Sequence[str], schema: type = Recipe) -> None:
     """Change a config by words such as data.root=PATH, or student.model_kwargs.KEY=VALUE. Raises ConfigError."""
     from omegaconf import OmegaConf
 
-    names = types.settings(schema)
-    by_name = tuple(f"{key}." for key, field in names.items() if str(field.type).startswith("dict"))
     for word in words:
         typed, _, text = word.partition("=")
         # As in Hydra, + adds what is not there yet. Only a method must be added on purpose.
         key = typed.removeprefix("+")
-        if key not in names and not key.startswith(by_name):
+        if not types.is_setting(key, schema):
             raise ConfigError(types.no_such_setting(key, schema))
         method = re.match(r"loss\.methods\.(\w+)", key)
         if method and not typed.startswith("+") and OmegaConf.select(config, method[0]) is None:

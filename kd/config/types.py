@@ -35,6 +35,12 @@ def flat(values: Mapping[str, Any], schema: type = Recipe, prefix: str = "") -> 
     return by_name
 
 
+def is_setting(key: str, schema: type = Recipe) -> bool:
+    """Whether a schema has this setting, or one that holds values by name, as loss.methods has a method's."""
+    by_name = (f"{name}." for name, field in settings(schema).items() if str(field.type).startswith("dict"))
+    return key in settings(schema) or key.startswith(tuple(by_name))
+
+
 def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of nested mappings and lists, with its dotted name."""
     pairs = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else None

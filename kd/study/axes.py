@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Set
 from dataclasses import fields
 from typing import Any
@@ -13,7 +12,6 @@ from kd.errors import ConfigError, require
 from kd.losses.methods import registry as methods
 from kd.study.schema import COLUMNS, LOSS, StudyRecipe
 
-METHODS = re.compile(r"loss\.methods\.\w+(\.\w+)?")
 # Names that a command line, a contrast or the table uses for something else.
 TAKEN = {*COLUMNS, "recipe", *(f.name for f in fields(StudyRecipe))}
 Settings = dict[str, Any]  # values by dotted name, as on the command line
@@ -29,70 +27,50 @@ def labelled(grid: Mapping[str, Any]) -> dict[str, dict[Any, Settings]]:
     for axis, values in sorted(grid.items(), key=lambda item: item[0] != LOSS):  # first: other axes change what it sets
         at = f"study.grid.{axis}"
         if isinstance(values, Mapping):
-            axes[axis] = _labels(at, axis, values)
-        elif axis == LOSS:
-            axes[axis] = {value: _method(value) for value in _values(at, values)}
+            free = axis.isidentifier() and axis not in TAKEN and not types.is_setting(axis)
+            require(free, f"{at}: must be a name of letters, digits and _, and none of {', '.join(sorted(TAKEN))}")
+            distinct = len({str(label) for label in values}) == len(values) > 0  # JSON has labels as text
+            nested = all(isinstance(each, Mapping) for each in values.values())
+            require(distinct and nested, f"{at}={values}: must be {{label: {{setting: value}}}}, of different labels")
+            axes[axis] = {label: _spelled(at, settings) for label, settings in values.items()}
         else:
-            axes[axis] = {value: {axis: value} for value in _values(at, values)}
-        for settings in axes[axis].values():
-            _check(at, settings)
+            values = values if isinstance(values, list) else [values]
+            plain = not any(isinstance(value, list | Mapping) for value in values)
+            different = plain and len(set(values)) == len(values) > 0
+            require(different, f"{at}={values}: must be different plain values; give a list or a section a label")
+            axes[axis] = {value: _spelled(at, {axis: value}) for value in values}
     return axes
 
 
-def is_setting(key: str) -> bool:
-    """Whether a run's recipe has this setting, or a method may have it."""
-    return key in types.settings() or METHODS.fullmatch(key) is not None
+def _spelled(at: str, settings: Mapping[Any, Any]) -> Settings:
+    """Settings, checked, where `loss: NAME` is replaced by what it stands for, so that the others can change it.
 
-
-def _values(at: str, values: Any) -> list[Any]:
-    """The values of an axis that is a setting."""
-    values = values if isinstance(values, list) else [values]
-    plain = not any(isinstance(value, list | Mapping) for value in values)
-    different = plain and len(set(values)) == len(values) > 0
-    require(different, f"{at}={values}: must be different plain values; give a list or a section a label")
-    return values
-
-
-def _labels(at: str, axis: str, values: Mapping[Any, Any]) -> dict[Any, Settings]:
-    """The labels of an axis of the study's own, each with its settings."""
-    free = axis.isidentifier() and axis not in TAKEN and not is_setting(axis)
-    require(free, f"{at}: must be a name of letters, digits and _, and none of {', '.join(sorted(TAKEN))}")
-    distinct = len({str(label) for label in values}) == len(values) > 0  # JSON has labels as text
-    nested = all(isinstance(each, Mapping) for each in values.values())
-    require(distinct and nested, f"{at}={values}: must be {{label: {{setting: value}}}}, of different labels")
-    return {label: _spelled(settings) for label, settings in values.items()}
-
-
-def _spelled(settings: Mapping[Any, Any]) -> Settings:
-    """A label's settings, where `loss: NAME` is replaced by what it stands for, so that the others can change it."""
-    named = _method(settings[LOSS]) if LOSS in settings else {}
-    return named | {str(key): value for key, value in settings.items() if key != LOSS}
-
-
-def _method(value: Any) -> Settings:
-    return {f"loss.{key}": each for key, each in methods.section(str(value)).items()}
-
-
-def _check(at: str, settings: Settings) -> None:
-    """Raise ConfigError for a setting that does not exist, is no property of a network, or has a value of its type."""
-    for key in settings:
-        if not is_setting(key):  # looking for the nearest one takes milliseconds
+    Raises ConfigError for a setting that does not exist, is no property of a network, or has a value of
+    another type.
+    """
+    named = methods.section(str(settings[LOSS])) if LOSS in settings else {}
+    spelled = {f"loss.{key}": value for key, value in named.items()}
+    for name, value in settings.items():
+        if (key := str(name)) == LOSS:
+            continue
+        if not types.is_setting(key):  # looking for the nearest one takes milliseconds
             raise ConfigError(f"{at}: {types.no_such_setting(key)}")
         require("." in key, f"{at}: {key} is no axis; leave it out, and type study.seeds=N for seeds")
-    check_types(settings)
+        spelled[key] = value
+    check_types(spelled)
+    return spelled
 
 
 def expand(settings: Settings, axes: Mapping[str, Mapping[Any, Settings]]) -> Settings:
     """A contrast's settings, where an axis with its label is replaced by what the label stands for."""
     expanded: Settings = {}
     for key, value in settings.items():
-        if key in axes and not is_setting(key):
+        if key in axes and not types.is_setting(key):
             if value not in list(axes[key]):  # a list cannot be looked up in a dict
                 raise NotInGrid(f"{key}={value}: must be one of {', '.join(map(str, axes[key]))}")
             expanded |= axes[key][value]
         else:
-            _check("study.contrasts", {key: value})
-            expanded[key] = value
+            expanded |= _spelled("study.contrasts", {key: value})
     return expanded
 
 

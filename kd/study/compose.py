@@ -9,11 +9,10 @@ from kd.config import arguments, types
 from kd.config import compose as recipes
 from kd.errors import ConfigError, require
 from kd.losses.methods import registry as methods
-from kd.study.axes import check_overlap, is_setting
+from kd.study.axes import check_overlap
 from kd.study.schema import LOSS, StudyRecipe
 
 STUDIES = recipes.STUDIES  # the directory of the recipes
-GROUPS = ("recipe", "data")
 
 
 def compose(words: list[str]) -> tuple[StudyRecipe, list[str], bool] | None:
@@ -48,14 +47,14 @@ def _split(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list[str]
     known = types.settings(StudyRecipe)
     for word in words:
         key, _, text = word.partition("=")
-        # Hydra would merge it with the recipe's, and not replace it.
+        # It would be merged with the recipe's grid, and not replace it.
         axis = "type an axis as SETTING=A,B, or NAME=LABEL,LABEL of the recipe's own"
         require(key.lstrip("+") != "study.grid", f"{word}: {axis}")
         if key.lstrip("+").startswith("hydra"):
             launcher.append(word)
         elif key == LOSS:
             axes[key] = recipes.losses(text)
-        elif key in GROUPS or key.startswith("+"):
+        elif key in recipes.GROUPS or key.startswith("+"):
             composed.append(word)
         else:
             values = [types.read(key, each, StudyRecipe) for each in types.several(text)]
@@ -83,7 +82,7 @@ def _set_grid(config: Any, axes: dict[str, list[Any]], fixed: set[str]) -> bool:
             wrong = [value for value in values if value not in list(labels)]
             require(not wrong, f"{key}={', '.join(map(str, wrong))}: must be some of {', '.join(map(str, labels))}")
             grid[key] = {value: labels[value] for value in values}
-        elif is_setting(key) or key == LOSS:
+        elif types.is_setting(key) or key == LOSS:
             grid[key] = values
         else:
             require(key in types.settings(StudyRecipe), types.no_such_setting(key, StudyRecipe))

@@ -125,7 +125,7 @@ def engines(planned: Plan, asked: str) -> dict[str, str]:
             check_environment(point.recipe)
             check_batch(point.recipe, data, 1)
             methods.build(point.recipe.loss.methods)  # a run of its own would fail only when its turn comes
-            reasons[kind] = why_not(point, network(point.recipe, point.network, data), data.num_classes)
+            reasons[kind] = why_not(point, network(point.section, point.recipe.seed, data), data.num_classes)
         reason = reasons[kind] or ("study.engine=runs" if asked == "runs" else None)
         must = asked == "population" or point.control == "bayes"
         require(

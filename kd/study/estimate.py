@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from kd.config.schema import LossConfig
+from kd.data import Data
 from kd.study.jobs import Job
 from kd.study.population import Member, Population, Training
 from kd.study.train_population import data_of, network, one_thread
@@ -21,18 +22,18 @@ def seconds_of(job: Job) -> float:
     methods = tuple(str(each.recipe.loss.methods) for each in job.points)
     kind = (job.phase, point.section.model, str(point.section.model_kwargs), batch, data.hash, methods)
     if kind not in _measured:
-        _measured[kind] = _seconds_per_update(job)
+        _measured[kind] = _seconds_per_update(job, data)
     return _measured[kind] * point.section.epochs * (len(data.train) // batch) + MEASURING * len(job.points)
 
 
-def _seconds_per_update(job: Job) -> float:
-    point, data = job.points[0], data_of(job.points[0].recipe)
-    teaching = network(point.recipe, "teacher", data)
+def _seconds_per_update(job: Job, data: Data) -> float:
+    point = job.points[0]
+    teaching = network(point.recipe.teacher, point.recipe.seed, data)
     teacher = Population(teaching, [dict(teaching.named_parameters())])
     # A population may not be able to train the methods of a run of its own.
     members = [Member(each.loss if job.engine == "population" else LossConfig(), 0) for each in job.points]
-    own = network(point.recipe, point.network, data)
-    source = (lambda images, index: teacher.logits(images)) if point.network == "student" else None
+    own = network(point.section, point.recipe.seed, data)
+    source = None if point.role == "teacher" else lambda images, index: teacher.logits(images)
     training = Training(point.recipe, data, 1, own, members, source)
     batch = next(training.batches(0))
     with one_thread():

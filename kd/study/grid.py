@@ -37,13 +37,8 @@ class Point:
     data_hash: str
 
     @property
-    def network(self) -> str:
-        """The section of the recipe that the network is built from: teacher or student."""
-        return "teacher" if self.role == "teacher" else "student"
-
-    @property
     def section(self) -> TeacherConfig | StudentConfig:
-        """That section."""
+        """The section of the recipe that the network is built from."""
         return self.recipe.teacher if self.role == "teacher" else self.recipe.student
 
     @property

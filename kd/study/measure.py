@@ -78,22 +78,19 @@ def _evidence(
     """The evidence for the metrics' registry, by split. Temperature and bias are fitted on validation."""
     val = own.logits["val"], parts["val"].targets
     fitted = m.post_hoc_temperature(*val).item()
-    usable = 0 < fitted < math.inf
     shared: dict[str, Any] = {"views": own.views}
     if omitted is not None:
         shared |= {"omitted": omitted, "bias": m.best_bias(*val, omitted)}
     evidence: dict[str, dict[str, Any]] = {}
     for name, part in parts.items():
-        known = {"logits": own.logits[name], "targets": part.targets, **shared}
-        known["scaled"] = own.logits[name] / fitted if usable else None
-        known["reference"] = log_posterior(part)
+        logits, posterior = own.logits[name], log_posterior(part)
+        scaled = logits / fitted if 0 < fitted < math.inf else None
+        evidence[name] = {"logits": logits, "targets": part.targets, "scaled": scaled, "reference": posterior, **shared}
         if teacher:
-            known["teacher"] = teacher.logits[name]
-            if known["reference"] is None:
-                known["reference"] = teacher.logits[name]
+            taught = teacher.logits[name]
+            evidence[name] |= {"teacher": taught, "reference": taught if posterior is None else posterior}
         if name in own.features:
-            known["features"] = own.features[name]
-        evidence[name] = known
+            evidence[name]["features"] = own.features[name]
     return evidence
 
 

@@ -12,7 +12,7 @@ M: members, B: batch, K: classes, E: teachers.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -105,16 +105,13 @@ class Losses:
     def __init__(self, members: Sequence[Member], num_classes: int, dtype: torch.dtype = torch.float32):
         self.members = members
         self.plain = [i for i, member in enumerate(members) if not member.loss.methods]
-        losses = [members[i].loss for i in self.plain]
-
-        def column(values: Iterable[float]) -> Tensor:
-            return rearrange(torch.tensor(list(values), dtype=dtype), "m -> m 1 1")
-
-        self.temperature = column(loss.temperature for loss in losses)
-        self.student_temperature = column(loss.student_temperature or loss.temperature for loss in losses)
-        self.kd_weight = column(loss.kd_weight for loss in losses)
-        self.ce_weight = column(loss.ce_weight for loss in losses)
-        self.mass = column(to_uniform(loss.label_smoothing, num_classes, loss.smoothing) for loss in losses)
+        rows = []
+        for loss in (members[i].loss for i in self.plain):
+            mass = to_uniform(loss.label_smoothing, num_classes, loss.smoothing)
+            student_temperature = loss.student_temperature or loss.temperature
+            rows.append([loss.temperature, student_temperature, loss.kd_weight, loss.ce_weight, mass])
+        columns = rearrange(torch.tensor(rows, dtype=dtype).view(-1, 5), "m setting -> setting m 1 1")
+        self.temperature, self.student_temperature, self.kd_weight, self.ce_weight, self.mass = columns
         groups: dict[str, list[int]] = {}
         for i, member in enumerate(members):
             if member.loss.methods:

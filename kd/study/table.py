@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.checkpoint.files import write_atomically
+from kd.config.types import flat
 from kd.metrics import METRICS
 from kd.study.folder import Folder
-from kd.study.grid import difference, flat, sides_of
+from kd.study.grid import difference, sides_of
 from kd.study.schema import COLUMNS
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.checkpoint.store import read_sealed, save_sealed
-from kd.config.schema import DataConfig, Recipe
+from kd.config.schema import DataConfig, Recipe, StudentConfig, TeacherConfig
 from kd.data import Data, Split, load_data
 from kd.models.factory import build
 from kd.models.layers import classifier_name
@@ -24,12 +24,6 @@ from kd.study.population import Member, Population, Training
 from kd.training.stage import metadata
 
 BATCH = 500  # samples scored at once
-
-
-def train(folder: Folder, points: Sequence[Point]) -> Iterator[tuple[Point, Outcome]]:
-    """Train points, of one job, as one population. Yields each with its metrics, or with its error."""
-    with one_thread():  # the number of threads changes rounding, and the other cores have other jobs
-        yield from _train(folder, points)
 
 
 @contextmanager
@@ -43,27 +37,38 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _train(folder: Folder, points: Sequence[Point]) -> Iterator[tuple[Point, Outcome]]:
+@one_thread()  # the number of threads changes rounding, and the other cores have other jobs
+def train(folder: Folder, points: Sequence[Point]) -> list[tuple[Point, Outcome]]:
+    """Train points, of one job, as one population. Returns each with its metrics, or with its error."""
     started = time.perf_counter()
-    first = points[0]
-    recipe, data = first.recipe, data_of(first.recipe)
+    first, recipe = points[0], points[0].recipe
+    data, parts = data_of(recipe), parts_of(data_of(recipe), first.role)
+    ids = [*dict.fromkeys(point.teacher for point in points if point.teacher)]
+    states = [read_sealed(folder.weights(i), train_again(i)) for i in ids]
+    teachers = Population(network(recipe.teacher, recipe.seed, data), states) if states else None
+    members = [Member(point.loss, ids.index(point.teacher) if point.teacher else None) for point in points]
+    bayes = [i for i, point in enumerate(points) if point.control == "bayes"]
+    for i in bayes:  # the true posterior in the place of a teacher
+        members[i] = Member(replace(points[i].loss, kd_weight=1.0, ce_weight=0.0), len(ids))
+    source = _logits_source(data.transfer.train, teachers, bool(bayes))
     own = data if first.role == "teacher" else data.transfer
-    teachers = Teachers(folder, points, data)
-    members = [teachers.member(point) for point in points]
-    start = network(recipe, first.network, data)
-    population = Training(recipe, own, first.section.epochs, start, members, teachers.logits_source()).fit()
-    parts = parts_of(data, first.role)
-    outputs, taught = outputs_of(population, parts, recipe), teachers.outputs(parts)
+    start = network(first.section, recipe.seed, data)
+    population = Training(recipe, own, first.section.epochs, start, members, source).fit()
+    outputs = outputs_of(population, parts, recipe)
+    taught: dict[str | None, Outputs] = {}  # by teacher
+    if teachers:
+        taught.update(zip(ids, outputs_of(teachers, parts, recipe), strict=True))
     seconds = (time.perf_counter() - started) / len(points)
+    outcomes = []
     for i, point in enumerate(points):
         try:
             outcome = measure(point.role, outputs[i], data, taught.get(point.teacher))
         except ValueError as error:  # logits that are not finite
-            yield point, {"error": f"diverged: {error}", "seconds": seconds}
-            continue
-        if point.role == "teacher":
+            outcome = {"error": f"diverged: {error}"}
+        if point.role == "teacher" and "error" not in outcome:
             save_sealed(folder.weights(point.id), population.member(i), metadata("teacher", point.recipe, data))
-        yield point, outcome | {"seconds": seconds}
+        outcomes.append((point, outcome | {"seconds": seconds}))
+    return outcomes
 
 
 def data_of(recipe: Recipe) -> Data:
@@ -76,54 +81,29 @@ def _load(config: str, seed: int) -> Data:
     return load_data(DataConfig(**json.loads(config)), seed)
 
 
-def network(recipe: Recipe, role: str, data: Data) -> nn.Module:
-    """The teacher's or student's network with the weights from which `kd.train` starts with this seed."""
-    section = recipe.teacher if role == "teacher" else recipe.student
-    torch.manual_seed(recipe.seed)
+def network(section: TeacherConfig | StudentConfig, seed: int, data: Data) -> nn.Module:
+    """The network of a section with the weights from which `kd.train` starts with this seed."""
+    torch.manual_seed(seed)
     shape = {"num_classes": data.num_classes, "input_shape": data.input_shape}
     return build(section.model, section=section.section, model_kwargs=section.model_kwargs, **shape)
 
 
-class Teachers:
-    """The trained teachers of a job's students, as one population, and the true posterior where a control asks for it.
-
-    `population` is None where no point has a teacher.
-    """
-
-    def __init__(self, folder: Folder, points: Sequence[Point], data: Data):
-        self.recipe, self.data = points[0].recipe, data
-        self.ids = [*dict.fromkeys(point.teacher for point in points if point.teacher)]
-        states = [read_sealed(folder.weights(i), train_again(i)) for i in self.ids]
-        self.population = Population(network(self.recipe, "teacher", data), states) if states else None
-        self.bayes = any(point.control == "bayes" for point in points)
-
-    def member(self, point: Point) -> Member:
-        """A point as a member: its loss, and the index of its teacher in what `logits_source` gives."""
-        if point.control == "bayes":  # the true posterior in the place of a teacher
-            return Member(replace(point.loss, kd_weight=1.0, ce_weight=0.0), len(self.ids))
-        return Member(point.loss, self.ids.index(point.teacher) if point.teacher else None)
-
-    @torch.no_grad()
-    def logits_source(self) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """Teachers' logits (E, B, K) as a function of images and their index; the true posterior's come last."""
-        split, population = self.data.transfer.train, self.population
-        if population and split.augments:
-            assert not self.bayes, "the posterior of an augmented image is not known"
-            return lambda images, index: population.logits(images)
-        # Images that are the same in every epoch: (E, N, K).
-        constant = [_over(split, population.logits)] if population else []
-        if self.bayes:
-            posterior = log_posterior(split)
-            assert posterior is not None
-            constant.append(posterior[None].float())
-        if not constant:
-            return None
-        logits = torch.cat(constant)
-        return lambda images, index: logits[:, index].to(images.dtype)
-
-    def outputs(self, parts: Mapping[str, Split]) -> dict[str | None, Outputs]:
-        """Each teacher's outputs on the splits of its students, by id."""
-        return dict(zip(self.ids, outputs_of(self.population, parts, self.recipe), strict=True))
+@torch.no_grad()
+def _logits_source(split: Split, teachers: Population | None, bayes: bool) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Teachers' logits (E, B, K) as a function of images and their index; the true posterior's come last."""
+    if teachers and split.augments:
+        assert not bayes, "the posterior of an augmented image is not known"
+        return lambda images, index: teachers.logits(images)
+    # Images that are the same in every epoch: (E, N, K).
+    constant = [_over(split, teachers.logits)] if teachers else []
+    if bayes:
+        posterior = log_posterior(split)
+        assert posterior is not None
+        constant.append(posterior[None].float())
+    if not constant:
+        return None
+    logits = torch.cat(constant)
+    return lambda images, index: logits[:, index].to(images.dtype)
 
 
 # ---- outputs of a population
@@ -136,10 +116,8 @@ def _over(split: Split, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def outputs_of(population: Population | None, parts: Mapping[str, Split], recipe: Recipe) -> list[Outputs]:
+def outputs_of(population: Population, parts: Mapping[str, Split], recipe: Recipe) -> list[Outputs]:
     """Logits, features and views of every member."""
-    if not population:
-        return []
     logits = {name: _over(part, population.logits) for name, part in parts.items()}
     features = {name: _over(part, population.features) for name, part in parts.items()}
     views = _views(population, parts["train"], recipe)

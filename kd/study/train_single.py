@@ -17,7 +17,6 @@ from kd.study.measure import Outcome, Outputs, measure, parts_of
 from kd.training import pipeline
 from kd.training.predict import predict
 from kd.training.run import Run, check_finished, claim, run_directory
-from kd.training.stage import Stage
 
 
 def train(folder: Folder, points: Sequence[Point]) -> Iterator[tuple[Point, Outcome]]:
@@ -41,7 +40,10 @@ def _train(folder: Folder, point: Point) -> Outcome:
         weights = folder.weights(point.teacher)
         read_sealed(weights, train_again(point.teacher))
         teacher = Teacher(pipeline.teacher_network(run, weights)).to(run.accelerator.device)
-    stage = _stage(run, point.role, teacher)
+    if point.role == "teacher":
+        stage = pipeline.teacher_stage(run)
+    else:
+        stage = pipeline.student_stage(run, teacher) if teacher else pipeline.control_stage(run)
     if not run.is_finished(stage.name):
         pipeline.train(run, stage)
     weights = run.stage_directory(stage.name) / "last.safetensors"
@@ -52,12 +54,6 @@ def _train(folder: Folder, point: Point) -> Outcome:
     taught = _outputs(run, teacher, point.role) if teacher else None
     outcome = measure(point.role, _outputs(run, own, point.role), run.data, taught)
     return outcome | {"seconds": time.perf_counter() - started}
-
-
-def _stage(run: Run, role: str, teacher: Teacher | None) -> Stage:
-    if role == "teacher":
-        return pipeline.teacher_stage(run)
-    return pipeline.student_stage(run, teacher) if teacher else pipeline.control_stage(run)
 
 
 def _outputs(run: Run, model: Teacher, role: str) -> Outputs:
