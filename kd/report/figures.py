@@ -61,7 +61,7 @@ def grid(titles: Sequence[str], columns: int = COLUMNS, share: bool = False) -> 
     columns = min(len(titles), columns)
     rows = math.ceil(len(titles) / columns)
     width = min(4.8, WIDTH / columns)
-    legend = 2 if columns < 3 else 0
+    legend = 2 if columns < 3 else 0  # inches beside the plots, where few columns leave the page room
     size = width * columns + legend, max(2.3, 0.6 * width) * rows + 0.4
     figure = Figure(size, layout="constrained")
     axes = figure.subplots(rows, columns, sharey=share, squeeze=False).ravel().tolist()
@@ -98,6 +98,7 @@ def lines(
     """
     names = list(dict.fromkeys(name for panel in panels for name in panel.values["line"]))
     kinds = list(dict.fromkeys(kind for panel in panels for kind in panel.controls))
+    # From -1 to 1: where a line stands beside the tick, and in the colour map.
     places = np.linspace(-1, 1, len(names)) if len(names) > 1 else np.zeros(1)
     colours = [f"C{i}" for i in range(len(names))]
     if ordered and len(names) > 1:
@@ -107,7 +108,7 @@ def lines(
     for ax, panel in zip(axes, panels, strict=True):
         for i, name in enumerate(names):
             own = panel.values[panel.values["line"] == name].groupby("x")["value"].agg(["mean", "std"])
-            if own.empty:
+            if own.empty:  # a method or a temperature that this plot does not have
                 continue
             if ticks is None:
                 (line,) = ax.plot(own.index, own["mean"], ".-" if len(own) < 50 else "-", color=colours[i])

@@ -56,10 +56,8 @@ def outcome(result: dict[str, Any], networks: list[str]) -> Section:
         tone, *_ = verdict(result)
         value, words = f"{fmt.difference(mean, 'top1')} points", f"± {100 * error:.2f} standard error"
         made.cards.append(Card("student − control", value, words, fmt.note("paired", n=paired["n"]), tone))
-    agreement = result["student"]["last"]["test"].get("agreement")
-    if agreement is not None:
-        words = "student and teacher predict the same"
-        made.cards.append(Card("agreement", f"{100 * agreement:.1f} %", words, "on test images", 0))
+    agreement = f"{100 * result['student']['last']['test']['agreement']:.1f} %"
+    made.cards.append(Card("agreement", agreement, "student and teacher predict the same", "on test images", 0))
     made.tables.append(scores(result, networks))
     return made
 
@@ -101,12 +99,8 @@ def reliability(result: Result, networks: list[str]) -> Section:
     """Reliability diagrams of the last weights on test."""
     made = Section("Reliability", "Does each network know how sure it is?")
     tests = {name: result[name]["last"]["test"] for name in networks}
-    bins = {
-        f"{name}, ECE {100 * test['ece']:.1f} %": test["reliability"]
-        for name, test in tests.items()
-        if "reliability" in test  # an older kd did not record it
-    }
-    if bins:
+    bins = {f"{name}, ECE {100 * test['ece']:.1f} %": test.get("reliability") for name, test in tests.items()}
+    if all(bins.values()):  # an older kd did not record them
         made.figures.append(Figure.named("reliability", figures.reliability(bins), whose="the last weights"))
     return made
 

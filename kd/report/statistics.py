@@ -100,6 +100,6 @@ def verdict(pair: Paired, adjusted: float, better: int = 0) -> tuple[int, str]:
     sign = 1 if low > 0 else -1
     side = "" if not better else " (better)" if sign == better else " (worse)"
     words = ("positive" if sign > 0 else "negative") + side
-    if adjusted >= 1 - LEVEL:
+    if adjusted >= 1 - LEVEL:  # no colour: it is not a finding of the study
         return 0, f"{words}, not after correction"
     return sign, words

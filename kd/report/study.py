@@ -84,7 +84,7 @@ class Study:
         """The networks of each combination of values of some axes, with these values in words."""
         if not axes:
             return [("", networks)]
-        grouped = networks.groupby(axes)
+        grouped = networks.groupby(axes)  # by place, so that values that read alike stay apart
         return [(self.names(dict(zip(axes, places, strict=True))), own) for places, own in grouped]
 
     def names(self, places: Mapping[str, int]) -> str:

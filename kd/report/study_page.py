@@ -90,8 +90,6 @@ def numbers(study: Study) -> Section:
         axes = ["control", *(axis for axis in study.varying if study.controls[axis].notna().any())]
         title = "Controls: students without a teacher"
         made.tables.append(_means(study, title, study.controls, axes, CONTROL))
-    else:
-        made.notes.append(fmt.note("no_controls"))
     columns = list(dict.fromkeys([*STUDENT, *(c for c in study.primary if not c.startswith("teacher."))]))
     table = _means(study, "Students", study.students, study.varying, columns)
     table.title, table.folded = f"Students, {len(table.frame)} cells", True
