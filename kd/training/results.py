@@ -29,7 +29,7 @@ from kd.training.teacher_smoothing import recorded_smoothing
 
 # Below these a difference says nothing of distillation: its standard error is none of a normal distribution, or the
 # networks have hardly begun to learn, as those of recipe=smoke.
-FEWEST_IMAGES, FEWEST_UPDATES = 30, 100
+FEWEST_IMAGES, FEWEST_UPDATES = 30, 50
 Networks = dict[str, dict[str, Teacher]]  # by stage and weights
 
 
