@@ -44,6 +44,7 @@ def print_plan(run: Run) -> None:
     table = Table("stage", "model", "parameters", "updates", "s/update", "estimate", "memory")
     total = 0.0
     for stage in stages:
+        # Memory is the peak so far: a stage that comes later may need less than it says.
         trainer = Trainer(stage, run)
         seconds = trainer.measure()
         total += seconds * trainer.updates

@@ -110,7 +110,7 @@ class Trainer:
     def measure(self, updates: int = 2) -> float:
         """Seconds that one update takes, after a first one that warms up. Nothing is written."""
         batches = self._batches(0, 0)
-        started = 0.0
+        started = 0.0  # of the last update: the first one compiles kernels and fills caches
         for _ in range(updates):
             started = time.perf_counter()
             self._update(list(islice(batches, self.recipe.train.accumulation)))
@@ -148,10 +148,12 @@ class Trainer:
         """One optimizer step over the global batch; returns what there is to log, as sums over this process."""
         self.model.train()
         self.stage.objective.train()
+        # Before the update and from its number alone: the schedule has no state to save.
         self.scheduler.step_update(self.progress.update)
         logged: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
+            # DDP sends gradients once an update, with the last pass.
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 for name, value in self._forward_backward(batch, i).items():
                     logged[name] = logged.get(name, 0) + value
@@ -280,6 +282,7 @@ class Trainer:
         if not best or (top1, -val_nll) > (best["val_top1"], -best["val_nll"]):
             self.progress.selected = {"epoch": epoch + 1, "val_top1": top1, "val_nll": val_nll}
             weights = self._evaluated().model.state_dict()
+            # Cloned, since the network trains on, and kept off the GPU, whose memory is scarcer.
             self.selected_weights = {name: weight.cpu().contiguous().clone() for name, weight in weights.items()}
 
     # ---- checkpoints
@@ -364,6 +367,7 @@ def _observe(terms: Terms, objective: Objective, seen: Seen) -> dict[str, Tensor
 
 def _gradient_norm(loss: DistillLoss, without: str, logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
     """Sum over images of the norm of the gradient at the logits (B, K) of the loss without one of its terms."""
+    # A copy without the other term, for the fused backends give the gradient of the whole loss only.
     alone = copy(loss)
     setattr(alone, without, 0.0)
     leaf = logits.detach().requires_grad_()

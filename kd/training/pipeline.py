@@ -207,9 +207,8 @@ def execute(run: Run) -> None:
 
 def find_teacher(run: Run) -> Teacher:
     """The frozen teacher: with the weights that the recipe names, or trained here unless that is finished."""
-    weights = None
     if teacher_is_trained(run.recipe):
-        weights = run.teacher_directory / "last.safetensors"
+        # Runs that differ in the student only would otherwise train the same teacher at the same time.
         with alone_on_teacher(run) as done:
             if done:
                 check_finished(run, "teacher")
@@ -218,11 +217,12 @@ def find_teacher(run: Run) -> Teacher:
                 _train_members(run)
             else:
                 train(run, teacher_stage(run))
-    return Teacher(teacher_network(run, weights)).to(run.accelerator.device)
+    return Teacher(teacher_network(run, run.weights("teacher"))).to(run.accelerator.device)
 
 
 def _member(run: Run, i: int) -> Run:
     """The run whose teacher is the i-th member of an ensemble; the first member is the teacher of a run without one."""
+    # The first seed is the run's own, so that a teacher trained before, alone, is found again.
     seed = run.recipe.seed if i == 0 else mixed_seed(run.recipe.seed, i) % 2**31
     recipe = replace(run.recipe, seed=seed, teacher=replace(run.recipe.teacher, members=1))
     return replace(run, recipe=recipe, teacher_directory=teacher_directory(recipe, run.data.hash))

@@ -19,7 +19,7 @@ def predict(model: Student | Teacher, split: Split, batch_size: int, accelerator
 
     Raises Interrupted on every process where one was asked to stop.
     """
-    model.eval()
+    model.eval()  # the loop sets train mode again before each update
     size, world = len(split), accelerator.num_processes
     # `gather` needs the same number of rows from every process: the first rows are repeated, and cut off again below.
     padded = torch.arange(math.ceil(size / world) * world) % size

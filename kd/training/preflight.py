@@ -96,5 +96,6 @@ def chance(targets: Tensor) -> tuple[float, float]:
 
     The bound is one-sided at 1 %: p + 2.33 sqrt(p (1 - p) / N).
     """
+    # Guessing is binomial: of a hundred teachers that know nothing one passes.
     p = float(targets.bincount().max()) / len(targets)
     return p, p + 2.33 * math.sqrt(p * (1 - p) / len(targets))

@@ -64,7 +64,7 @@ def score(run: Run, networks: Networks) -> dict[str, Any]:
     teacher: dict[str, Tensor] = {}
     for which, (s, split) in itertools.product(WEIGHTS, splits.items()):
         logits = {name: predict(each[which], split, size, run.accelerator) for name, each in networks.items()}
-        teacher.setdefault(s, logits["teacher"])
+        teacher.setdefault(s, logits["teacher"])  # the last weights, which also taught the selected ones
         for name, own in logits.items():
             known = {"logits": own, "targets": split.targets, "teacher": teacher[s]}
             scores[name][which][s] = compute(known, s, name)

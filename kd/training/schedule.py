@@ -61,7 +61,7 @@ def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, epochs: int, upda
         sched=name,
         decay_milestones=milestones,
         num_epochs=epochs,
-        step_on_epochs=False,
+        step_on_epochs=False,  # smooth also where an epoch has few updates
         updates_per_epoch=updates_per_epoch,
         **settings,
     )

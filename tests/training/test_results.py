@@ -32,7 +32,3 @@ def test_only_a_difference_of_two_standard_errors_counts(top1, error, images, up
     assert said[::2] == (tone, words)
     assert f"{100 * top1:+.2f} ± {100 * error:.2f} points" in said[1]
     assert f"{images} images, one seed" in said[1]
-
-
-def test_without_a_control_nothing_is_claimed():
-    assert "nothing says whether distillation helped" in verdict({})[2]
