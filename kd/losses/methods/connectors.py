@@ -96,8 +96,7 @@ class _Fusion(nn.Module):
             deeper = F.interpolate(deeper, x.shape[-2:], mode="nearest")
             share = self.weigh(torch.cat([x, deeper], 1))
             x = x * share[:, :1] + deeper * share[:, 1:]
-        if x.shape[-2:] != size:
-            x = F.interpolate(x, size, mode="nearest")
+        x = F.interpolate(x, size, mode="nearest")
         return self.leave(x), x
 
 

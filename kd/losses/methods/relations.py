@@ -80,23 +80,18 @@ class ProbabilisticKnowledge(Method, name="pkt"):
 
     def values(self, seen: Seen) -> Tensor:
         """()."""
-        if self.released:
-            p, q = (self._probabilities_released(x) for x in seen.embeddings)
-            return (q * ((q + PKT_FLOOR) / (p + PKT_FLOOR)).log()).mean()
         p, q = (self._probabilities(x) for x in seen.embeddings)
+        if self.released:
+            return (q * ((q + PKT_FLOOR) / (p + PKT_FLOOR)).log()).mean()
         return (q * (q.clamp(min=PKT_FLOOR) / p.clamp(min=PKT_FLOOR)).log()).sum() / len(q)
 
     def _probabilities(self, x: Tensor) -> Tensor:
-        x = unit(x)
-        others = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-        similar = (x @ x.T + 1) / 2 * others
+        x = x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + PKT_FLOOR) if self.released else unit(x)
+        similar = (x @ x.T + 1) / 2
+        if not self.released:
+            similar = similar * ~torch.eye(len(x), dtype=torch.bool, device=x.device)
         total = similar.sum(-1, keepdim=True)
         return similar / total.masked_fill(total <= TINY, 1)
-
-    def _probabilities_released(self, x: Tensor) -> Tensor:
-        x = x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + PKT_FLOOR)
-        similar = (x @ x.T + 1) / 2
-        return similar / similar.sum(-1, keepdim=True)
 
 
 class Relational(Method, name="rkd"):
