@@ -106,7 +106,7 @@ def mixture(config: DataConfig, seed: int) -> Data:
     are free, and a pool of 20,000 to test on; all independent draws, the same for every seed.
     """
     names = [f"{group}{i}" for group in "abcd"[:GROUPS] for i in range(1, PER_GROUP + 1)]
-    random = np.random.RandomState(1)
+    random = np.random.RandomState(1)  # one stream for all splits: no point is in two of them
     given = {name: mixture_sample(size, random) for name, size in MIXTURE_SIZES.items()}
     data = tensor_data(config, seed, given, names)
     train, val, test = (replace(s, posterior=mixture_posterior(s.images)) for s in (data.train, data.val, data.test))

@@ -104,6 +104,7 @@ def verify(splits: Iterable[StreamSplit]) -> None:
     plans = [(split, torch.arange(len(split)).split(16)) for split in splits]
     total = sum(len(plan) for _, plan in plans)
     batches = (batch for split, plan in plans for batch in split.load(plan, None))
+    # on stderr, as what a command prints may be read by a program
     console = Console(stderr=True)
     shown = track(batches, "decoding every image", total, console=console, disable=not console.is_terminal)
     errors = [error for batch in shown if isinstance(batch, list) for error in batch]

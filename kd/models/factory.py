@@ -73,6 +73,7 @@ def build(
         _try_out(model, shape, num_classes)
     except Exception as error:  # every network has errors of its own for a wrong size or argument, the hub and timm too
         raise ConfigError(f"{setting}: {_what_failed(error, shape, section)}") from error
+    # After loading: a download is not lost, finetune=true takes it from the hub's cache.
     if download and not finetune:  # timm would have altered the weights without a word
         published = arguments["pretrained_cfg"]
         classes, channels = published["num_classes"], published["input_size"][0]

@@ -97,7 +97,6 @@ BAD = {
     "truncated png": (PNG[: len(PNG) // 2], "image file is truncated"),
     "flipped bit": (PNG[:60] + bytes([PNG[60] ^ 1]) + PNG[61:], ""),
     "empty": (b"", NO_IMAGE),
-    "text": (b"<html>404</html>", NO_IMAGE),
     "gif": (encoded(picture(0), "GIF"), NO_IMAGE),
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", NO_IMAGE),  # Pillow would start Ghostscript
     "bomb": (encoded(Image.new("1", (8192, 8193)), "PNG"), f"8192 x 8193 is more than {MAX_PIXELS} pixels"),
