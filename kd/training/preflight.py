@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -62,10 +61,7 @@ def check_places(recipe: Recipe) -> None:
     """Raise ConfigError for a name or run that is no plain directory name, and for an empty output."""
     for key, part in (("name", recipe.name), ("run", run_name(recipe))):
         plain = part.isprintable() and Path(part).name == part and not part.startswith(".")
-        require(
-            plain and len(os.fsencode(part)) <= 200,
-            f"{key}={part!r}: must be a plain directory name (≤ 200 bytes, printable, no /, not starting with a dot)",
-        )
+        require(plain, f"{key}={part!r}: must be a plain directory name (printable, no /, not starting with a dot)")
     require(recipe.name != "teachers", "name=teachers: is the directory of trained teachers; choose another name")
     require(recipe.output != "", "output=: must be a directory; output=. is the working directory")
 
