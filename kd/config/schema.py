@@ -48,7 +48,7 @@ def allowed(metadata: Any) -> str:
 
 def _in_range(value: Any, metadata: Any) -> bool:
     if metadata["among"]:
-        return value in metadata["among"]
+        return {*value} <= {*metadata["among"]} if isinstance(value, list) else value in metadata["among"]
     bounds = [(compare, metadata[key]) for key, (_, compare) in BOUNDS.items() if metadata[key] is not None]
     return not bounds or (abs(value) < math.inf and all(compare(value, bound) for compare, bound in bounds))
 

@@ -14,12 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from kd.checkpoint.files import write_json
 from kd.cli.console import terminal
@@ -95,7 +92,7 @@ def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int
         for phase in PHASES:
             _launch([job for job in pending if job.phase == phase], phase, folder, words, console)
         table = write_table(folder.path)
-    print_contrasts(planned.contrasts, table, console)
+    _say_contrasts(planned.contrasts, table, console)
     for row in table[table["state"] == "failed"].to_dict("records"):
         _say(console, f"failed: {row['role']} {row['point']}: {row['error']}")
     done = int((table["state"] == "finished").sum())
@@ -211,18 +208,11 @@ def _progress(wanted: list[Path], console: Console) -> Live:
 # ---- results
 
 
-def print_contrasts(contrasts: Sequence[Mapping[str, Any]], table: DataFrame, console: Console) -> None:
+def _say_contrasts(contrasts: Sequence[Mapping[str, Any]], table: DataFrame, console: Console) -> None:
     """Print mean, standard error over seeds and n of every contrast; the report has intervals and corrections."""
-    if not contrasts:
-        return
-    shown_as = Table(title="contrasts, paired by seed", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("", "metric", "difference", "± SE", "n"):
-        shown_as.add_column(column, justify="left" if column in ("", "metric") else "right")
     by_point = table.set_index("point")
+    width = max((len(contrast["name"]) for contrast in contrasts), default=0)
     for contrast in contrasts:
         values = differences(contrast, by_point)
-        mean = f"{values.mean():+.4f}" if len(values) else "-"
-        error = f"{values.sem():.4f}" if len(values) > 1 else "-"
-        names = (escape(shown(contrast[key])) for key in ("name", "metric"))
-        shown_as.add_row(*names, mean, error, str(len(values)))
-    console.print(shown_as)
+        said = f"{contrast['name']:{width}}  {contrast['metric']}  {values.mean():+.4f} ± {values.sem():.4f}"
+        _say(console, f"{said} (standard error, {len(values)} seeds)")

@@ -124,15 +124,12 @@ def outputs_of(population: Population, parts: Mapping[str, Split], recipe: Recip
     head = classifier_name(population.network)
     weights = population.parameters[f"{head}.weight"].detach()
     biases = population.parameters.get(f"{head}.bias", weights.new_zeros(weights.shape[:2])).detach()
-    return [
-        Outputs(
-            {name: each[i] for name, each in logits.items()},
-            {name: each[i] for name, each in features.items()},
-            (weights[i], biases[i]),
-            views[i],
-        )
-        for i in range(len(views))
-    ]
+    outputs = []
+    for i, own_views in enumerate(views):
+        own_logits = {name: each[i] for name, each in logits.items()}
+        own_features = {name: each[i] for name, each in features.items()}
+        outputs.append(Outputs(own_logits, own_features, (weights[i], biases[i]), own_views))
+    return outputs
 
 
 def _views(population: Population, split: Split, recipe: Recipe) -> Tensor:

@@ -10,9 +10,8 @@ from kd.config.schema import DataConfig, LossConfig, TeacherConfig
 from kd.errors import ConfigError
 from kd.study.axes import labelled
 from kd.study.compose import compose
-from kd.study.folder import Folder
 from kd.study.grid import Plan, difference, sides_of
-from kd.study.jobs import CHUNK, Job, jobs
+from kd.study.jobs import CHUNK, jobs
 from kd.study.schema import Contrast, Sides, StudyConfig, StudyRecipe
 
 BASE = StudyRecipe(
@@ -213,14 +212,6 @@ def test_jobs_hold_each_point_once_in_cohorts_of_one_seed():
     alone = jobs(made, dict.fromkeys(made.points, "runs"))
     assert all(len(job.points) == 1 for job in alone)
     assert [job.phase for job in alone] == sorted((job.phase for job in alone), reverse=True)  # teachers first
-
-
-def test_a_job_survives_its_file(tmp_path):
-    grid = {"how": {"x": {"loss": "dist", "student.model_kwargs": {"a": 1}}}}
-    made = planned(grid=grid, controls=["hard"])
-    job = jobs(made, dict.fromkeys(made.points, "population"))[-1]
-    job.write(Folder(tmp_path))
-    assert Job.read(Folder(tmp_path), job.name) == job
 
 
 def test_equal_counts_make_no_difference_and_the_smallest_other_one_does():

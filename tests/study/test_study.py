@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -70,12 +71,12 @@ def test_a_study_ends_in_a_table_of_all_its_points_and_its_contrasts(finished):
     differences = [
         value(s, eps=0.4, t=4) - value(s, eps=0, t=4) - value(s, eps=0.4, t=1) + value(s, eps=0, t=1) for s in (0, 1)
     ]
-    line = next(line for line in finished.out.splitlines() if "smoothing at T 4" in line).split()
-    assert float(line[-3]) == pytest.approx(np.mean(differences), abs=6e-5)
-    assert float(line[-2]) == pytest.approx(np.std(differences, ddof=1) / np.sqrt(2), abs=6e-5)
+    said = dict(re.findall(r"^(\S.*?)  .* ([-+]\S+ ± \S+) \(standard error, 2 seeds\)$", finished.out, re.MULTILINE))
+    mean, error = said["smoothing at T 4"].split(" ± ")
+    assert float(mean) == pytest.approx(np.mean(differences), abs=6e-5)
+    assert float(error) == pytest.approx(np.std(differences, ddof=1) / np.sqrt(2), abs=6e-5)
     against = [value(s, "val.nll", eps=0.4, t=1) - value(s, "val.nll", role="control", control="hard") for s in (0, 1)]
-    line = next(line for line in finished.out.splitlines() if "labels alone" in line).split()
-    assert float(line[-3]) == pytest.approx(np.mean(against), abs=6e-5)
+    assert float(said["against the labels alone"].split()[0]) == pytest.approx(np.mean(against), abs=6e-5)
 
 
 def test_what_is_stored_is_what_the_saved_teacher_gives(finished):
