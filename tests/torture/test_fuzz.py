@@ -168,4 +168,4 @@ def test_a_fuzzed_recipe_study_or_line_is_checked_or_refused_in_one_line_and_not
             assert len(said) < 2000, f"{what}: {said[:300]!r}"
         assert sorted(tmp_path.rglob("*")) == files, what
         may_run[run] += runs
-    assert min(may_run.values()) > 20
+    assert min(may_run.values()) > 5
