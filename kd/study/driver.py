@@ -214,5 +214,6 @@ def _say_contrasts(contrasts: Sequence[Mapping[str, Any]], table: DataFrame, con
     width = max((len(contrast["name"]) for contrast in contrasts), default=0)
     for contrast in contrasts:
         values = differences(contrast, by_point)
-        said = f"{contrast['name']:{width}}  {contrast['metric']}  {values.mean():+.4f} ± {values.sem():.4f}"
-        _say(console, f"{said} (standard error, {len(values)} seeds)")
+        error = f" ± {values.sem():.4f} (standard error, {len(values)} seeds)" if len(values) > 1 else ""
+        mean = f"{values.mean():+.4f}" if len(values) else "no seed has every side"
+        _say(console, f"{contrast['name']:{width}}  {contrast['metric']}  {mean}{error}")
