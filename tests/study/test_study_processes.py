@@ -135,7 +135,7 @@ def test_workers_do_not_outlive_a_killed_command(kd_study):
         workers = workers_of(process)
         assert workers
         process.kill()
-        process.communicate()
+        process.wait()
         assert not psutil.wait_procs(workers, timeout=30)[1]
     finally:
         for each in [process, *psutil.wait_procs(workers, timeout=0)[1]]:
