@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from kd.config import types
 from kd.config.schema import PACKAGE, Recipe
 from kd.config.yaml_reader import load
@@ -73,8 +75,6 @@ def read_recipe(path: Path, schema: type = Recipe) -> dict[str, Any]:
 @one_line()
 def check_types(values: Mapping[str, Any], schema: type = Recipe) -> None:
     """Raise ConfigError for a value, by its setting's dotted name, that is not of the setting's type."""
-    from omegaconf import OmegaConf
-
     config = OmegaConf.merge(_structured(schema))
     for key, value in values.items():
         OmegaConf.update(config, key, value)
@@ -108,8 +108,6 @@ def compose(words: Sequence[str], schema: type = Recipe, folder: str = "") -> An
     The data set's file comes first, with its usual schedule; then the recipe, the loss and the settings, each over
     what came before. Raises ConfigError.
     """
-    from omegaconf import OmegaConf
-
     chosen, changes = _split(words)
     recipe = read_recipe(recipe_file("recipe", chosen.get("recipe", ""), folder), schema)
     data = read_recipe(recipe_file("data", chosen.get("data", _data_set(recipe))), schema)
@@ -163,8 +161,6 @@ def check_launcher(words: Sequence[str]) -> None:
 
 def override(config: Any, words: Sequence[str], schema: type = Recipe) -> None:
     """Change a config by words such as data.root=PATH, or student.model_kwargs.KEY=VALUE. Raises ConfigError."""
-    from omegaconf import OmegaConf
-
     for word in words:
         typed, _, text = word.partition("=")
         # As in Hydra, + adds what is not there yet. Only a method must be added on purpose.
@@ -187,23 +183,17 @@ def sweep(words: Sequence[str]) -> list[list[str]]:
 @one_line()
 def typed(config: Any) -> Any:
     """The checked recipe of a composed config, its references resolved. Raises ConfigError."""
-    from omegaconf import OmegaConf
-
     return OmegaConf.to_object(config)
 
 
 def to_yaml(config: Any) -> str:
     """A composed config as YAML, its references resolved."""
-    from omegaconf import OmegaConf
-
     return OmegaConf.to_yaml(config, resolve=True).rstrip()
 
 
 @one_line()
 def build(*layers: Mapping[str, Any], words: Sequence[str] = (), schema: type = Recipe) -> Any:
     """The checked recipe of nested values, the later over the earlier, changed by `words`. Raises ConfigError."""
-    from omegaconf import OmegaConf
-
     config = OmegaConf.merge(_structured(schema), *layers)
     override(config, words, schema)
     return typed(config)
@@ -212,8 +202,6 @@ def build(*layers: Mapping[str, Any], words: Sequence[str] = (), schema: type = 
 @cache
 def _structured(schema: type) -> Any:
     """A schema as OmegaConf has it, which takes longer to make than to copy: a study builds thousands of recipes."""
-    from omegaconf import OmegaConf
-
     return OmegaConf.structured(schema)
 
 

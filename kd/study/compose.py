@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from kd.config import arguments, types
 from kd.config import compose as recipes
 from kd.errors import ConfigError, require
@@ -73,8 +75,6 @@ def _per_point(value: Any) -> Any:
 @recipes.one_line()
 def _set_grid(config: Any, axes: dict[str, list[Any]], fixed: set[str]) -> bool:
     """Put what the command line says of the grid into the config; returns whether it says anything."""
-    from omegaconf import OmegaConf
-
     grid: Any = OmegaConf.to_container(config.study.grid)
     for key, values in axes.items():
         labels = grid.get(key)

@@ -16,7 +16,7 @@ from torchvision import datasets
 
 from kd.config.schema import DataConfig
 from kd.data import load_data
-from kd.data.torchvision_sets import SETS, torchvision
+from kd.data.library_sets import SETS, torchvision
 from kd.errors import ConfigError, ImageError
 
 
@@ -139,7 +139,7 @@ def caltech256(root):
 def test_the_files_of_a_set_are_those_that_torchvision_reads(tmp_path, monkeypatch, name, make):
     make(tmp_path)
     given = {}
-    monkeypatch.setattr("kd.data.torchvision_sets.stream_data", lambda *args, **more: given.update(args[2]))
+    monkeypatch.setattr("kd.data.library_sets.stream_data", lambda *args, **more: given.update(args[2]))
     monkeypatch.setitem(SETS, name, {"train": SETS[name]["train"]})
     torchvision(DataConfig(dataset=name, root=str(tmp_path)), 0)
     theirs = getattr(datasets, name)(str(tmp_path), **SETS[name]["train"])

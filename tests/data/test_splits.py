@@ -105,7 +105,7 @@ def load(request, monkeypatch):
     """A loader of a tensor family, and of a streamed one with images made here in place of the hub's."""
     settings = {"name": "toy", "family": request.param, "image_size": 8, "workers": 0, "dataset": "hfds/toy"}
     train = RedLevels(np.arange(300)), np.repeat([0, 1, 2], 100)
-    monkeypatch.setattr("kd.data.timm_sets._open", lambda config, split: train if split == "train" else None)
+    monkeypatch.setattr("kd.data.library_sets._split", lambda config, split: train if split == "train" else None)
     return lambda **changes: load_data(DataConfig(**settings | changes), 0)
 
 

@@ -1,11 +1,15 @@
-"""Data sets that torchvision downloads and reads."""
+"""Data sets that libraries read: torchvision's, which it downloads, and the Hugging Face hub's, through timm.
+
+What else timm reads is `folder` here, or has no random access.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -14,7 +18,7 @@ from torch import Tensor
 
 from kd.config.schema import DataConfig
 from kd.data.base import Data, family
-from kd.data.image_files import files_below, reason
+from kd.data.image_files import Source, files_below, reason
 from kd.data.streams import stream_data
 from kd.data.tensors import tensor_data
 from kd.errors import ConfigError, require
@@ -41,7 +45,7 @@ def torchvision(config: DataConfig, seed: int) -> Data:
     """data.dataset, one of SETS, in data.root. Sets that torchvision holds as one array become tensors."""
     allowed = f"must be one of {', '.join(SETS)}{did_you_mean(config.dataset, SETS)}"
     require(config.dataset in SETS, f"data.dataset={config.dataset}: {allowed}")
-    sets = {name: _open(config, arguments) for name, arguments in SETS[config.dataset].items()}
+    sets = {name: _torchvision_set(config, arguments) for name, arguments in SETS[config.dataset].items()}
     if isinstance(vars(sets["train"]).get("data"), np.ndarray | Tensor):
         arrays = {name: _array(each) for name, each in sets.items()}
         return tensor_data(config, seed, arrays, _class_names(sets["train"], arrays["train"][1]))
@@ -49,7 +53,7 @@ def torchvision(config: DataConfig, seed: int) -> Data:
     return stream_data(config, seed, files, _class_names(sets["train"], files["train"][1]))
 
 
-def _open(config: DataConfig, arguments: dict[str, Any]) -> Any:
+def _torchvision_set(config: DataConfig, arguments: dict[str, Any]) -> Any:
     from torchvision import datasets
 
     kind = getattr(datasets, config.dataset)
@@ -93,3 +97,49 @@ def _samples(dataset: Any) -> Iterable[tuple[str, int]]:
 def _class_names(dataset: Any, targets: np.ndarray) -> list[str]:
     names = getattr(dataset, "classes", None) or range(int(targets.max()) + 1)
     return [", ".join(name) if isinstance(name, tuple) else str(name) for name in names]
+
+
+@dataclass(frozen=True)
+class HubImages(Source):
+    """timm's reader without timm's data set, which would go on to the next image where one cannot be read."""
+
+    reader: Any
+    split: str
+
+    def name(self, i: int) -> str:
+        """Its split, position there and, where the data set has file names, its file."""
+        place = int(self.images[i])
+        return f"{self.split} image {place} {self.reader.filename(place) or ''}".rstrip()
+
+    def open(self, i: int) -> IO[bytes]:
+        """The bytes of image i."""
+        return self.reader[int(self.images[i])][0]
+
+
+@family
+def timm(config: DataConfig, seed: int) -> Data:
+    """data.dataset=hfds/NAME, kept in data.root: its splits train, validation and test, see `subsets.draw`."""
+    setting = f"data.dataset={config.dataset}"
+    hub = config.dataset.startswith("hfds/")
+    require(hub, f"{setting}: must be hfds/NAME; for files on this machine data.family=folder")
+    opened = {"train": _split(config, "train"), "val": _split(config, "validation"), "test": _split(config, "test")}
+    # the hub's test splits often come without labels, as -1
+    given = {name: split for name, split in opened.items() if split and split[1].min() >= 0}
+    classes = list(given["train"][0].reader.class_to_idx) if "train" in given else []
+    require(len(classes) > 1, f"{setting}: needs a split 'train' whose 'label' has 2 or more named classes")
+    return stream_data(config, seed, given, classes)
+
+
+def _split(config: DataConfig, split: str) -> tuple[HubImages, np.ndarray] | None:
+    from timm.data.dataset_factory import create_dataset
+
+    try:
+        reader = create_dataset(config.dataset, root=config.root, split=split).reader
+        targets = np.array(list(reader.iter_targets()))
+        return HubImages(np.arange(len(targets)), reader, split), targets
+    except Exception as error:  # the hub, the network, the disk: each library in between raises its own
+        if "Unknown split" in str(error):
+            return None
+        raise ConfigError(
+            f"data.dataset={config.dataset}: timm cannot open its split {split}: {reason(error)}"
+        ) from error
