@@ -11,82 +11,63 @@ Exit code 0 when all is whole, 1 when something is damaged, 2 when there is noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
+from kd.checkpoint.manifest import DONE, MANIFEST, check_file, read_manifest
 from kd.cli.errors import run_command
 from kd.config import arguments
-from kd.errors import CheckpointError, ConfigError
+from kd.errors import CheckpointError, ConfigError, require
 from kd.text import shown
 
 DAMAGED = 1
 
 
-class Row(NamedTuple):
-    """One file: what is known of it, or what is wrong."""
-
-    path: Path
-    what: str
-    wrong: str = ""
-
-
-def rows(path: Path) -> list[Row]:
-    """A row for every manifest in a directory and every file that it lists, or for one file of weights."""
-    from kd.checkpoint.manifest import DONE, MANIFEST
+def rows(path: Path) -> list[tuple[bool, str]]:
+    """Whether each manifest in a directory and all its files are whole, or one file of weights is; with a line on it."""
     from kd.checkpoint.store import CHECKPOINTS
 
     if path.is_file():
-        return [_weights(path)]
+        beside = (path.with_name(DONE), path.with_name(MANIFEST), path.with_suffix(".json"))  # .json: a study's teacher
+        listed = [_row(manifest, partial(_listed, name=path.name)) for manifest in beside if manifest.exists()]
+        return listed or [_row(path, _readable)]
     checkpoints = path.rglob(f"{CHECKPOINTS}/update-*")  # one may have lost its manifest
     manifests = {*path.rglob(DONE), *path.rglob(MANIFEST), *(checkpoint / MANIFEST for checkpoint in checkpoints)}
-    return [row for manifest in sorted(manifests) for row in _listed(manifest)]
+    return [_row(manifest, _listed) for manifest in sorted(manifests)]
 
 
-def _listed(path: Path) -> Iterator[Row]:
-    """A manifest and the files that it lists."""
-    from kd.checkpoint.manifest import check_file, read_manifest
-
+def _row(path: Path, check: Callable[[Path], str]) -> tuple[bool, str]:
     try:
-        manifest = read_manifest(path)
+        return True, f"whole    {shown(path)}  {check(path)}"
     except CheckpointError as error:
-        yield Row(path, "", str(error))
-        return
-    about = {key: manifest[key] for key in ("stage", "run", "update", "updates", "schema") if key in manifest}
-    yield Row(path, ", ".join(f"{key} {value}" for key, value in about.items()))
-    for name, listed in manifest["files"].items():
-        wrong = ""
-        try:
-            check_file(path, manifest, name)
-        except CheckpointError as error:
-            wrong = str(error)
-        yield Row(path.with_name(name), f"{listed['bytes']:,} bytes, sha256 {listed['sha256']}", wrong)
+        return False, f"damaged  {shown(error)}"
 
 
-def _weights(path: Path) -> Row:
-    """A file of weights: its row in the manifest beside it, where there is one."""
+def _listed(path: Path, name: str | None = None) -> str:
+    """What a manifest says of the files that it lists, or of the one named. Raises CheckpointError for a damaged one."""
+    manifest = read_manifest(path)
+    names = [name] if name else list(manifest["files"])
+    for each in names:
+        check_file(path, manifest, each)
+    about = [f"{key} {manifest[key]}" for key in ("stage", "run", "update", "updates", "schema") if key in manifest]
+    return ", ".join([*about, *names])
+
+
+def _readable(path: Path) -> str:
+    """How many tensors a file of weights has. Raises CheckpointError where it cannot be read or has NaN."""
     import torch
 
-    from kd.checkpoint.files import digest
-    from kd.checkpoint.manifest import DONE, MANIFEST
     from kd.checkpoint.safetensors_io import read_weights
 
-    beside = (path.with_name(DONE), path.with_name(MANIFEST), path.with_suffix(".json"))  # .json: a study's teacher
-    for row in (row for manifest in beside if manifest.exists() for row in _listed(manifest)):
-        if row.path == path or row.wrong:
-            return row
-    try:
-        weights = read_weights(path)
-    except CheckpointError as error:
-        return Row(path, "", str(error))
+    weights = read_weights(path)
     nan = [name for name, value in weights.items() if bool(value.to(torch.complex64).isnan().any())]
-    wrong = f"{path}: {len(nan)} tensors have NaN, first {nan[0]}" if nan else ""
-    said = f"{path.stat().st_size:,} bytes, sha256 {digest(path)}, {len(weights)} tensors, no manifest beside it"
-    return Row(path, said, wrong)
+    require(not nan, f"{path}: {len(nan)} tensors have NaN, such as {', '.join(nan[:3])}", CheckpointError)
+    return f"{len(weights)} tensors, no manifest beside it"
 
 
 def main(words: list[str]) -> int:
-    """Print what there is; returns the exit code."""
+    """Print a line for each; returns the exit code."""
     values = arguments.read(words, {"run": "DIR", "path": "FILE"})
     if len(values) > 1:
         raise ConfigError(f"{' '.join(words)}: type one of run=DIR and path=FILE")
@@ -94,9 +75,9 @@ def main(words: list[str]) -> int:
     seen = rows(path) if path.exists() else []
     if not seen:
         raise ConfigError(f"{words[0]}: {'holds nothing of kd' if path.exists() else 'no such file or directory'}")
-    for row in seen:
-        print(f"damaged  {shown(row.wrong)}" if row.wrong else f"whole    {shown(row.path)}  {row.what}")
-    return DAMAGED if any(row.wrong for row in seen) else 0
+    for _, line in seen:
+        print(line)
+    return 0 if all(whole for whole, _ in seen) else DAMAGED
 
 
 if __name__ == "__main__":
