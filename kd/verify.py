@@ -25,7 +25,7 @@ DAMAGED = 1
 
 
 def rows(path: Path) -> list[tuple[bool, str]]:
-    """Whether each manifest in a directory and all its files are whole, or one file of weights is; with a line on it."""
+    """Whether each manifest of a directory and all its files are whole, or one file of weights is; with its line."""
     from kd.checkpoint.store import CHECKPOINTS
 
     if path.is_file():
@@ -45,7 +45,7 @@ def _row(path: Path, check: Callable[[Path], str]) -> tuple[bool, str]:
 
 
 def _listed(path: Path, name: str | None = None) -> str:
-    """What a manifest says of the files that it lists, or of the one named. Raises CheckpointError for a damaged one."""
+    """What a manifest says, once its files, or the one named, are seen to be whole. Raises CheckpointError."""
     manifest = read_manifest(path)
     names = [name] if name else list(manifest["files"])
     for each in names:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Collection
+from datetime import timedelta
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -20,14 +19,6 @@ from kd.training.pipeline import control_stage, student_network, student_stage, 
 from kd.training.run import Run, teacher_is_trained
 
 
-def peak_memory() -> int:
-    """Most bytes this process has held: of GPU memory where there is a GPU, else of main memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def print_plan(run: Run) -> None:
     """Build each stage that the command would train, time two of its updates, and print the sum."""
     say, data = run.logger.say, run.data
@@ -41,7 +32,7 @@ def print_plan(run: Run) -> None:
         say(f"teacher  found in {run.teacher_directory}")
     else:
         stages.insert(0, teacher_stage(run))
-    table = Table("stage", "model", "parameters", "updates", "s/update", "estimate", "memory")
+    table = Table("stage", "model", "parameters", "updates", "s/update", "estimate", "GPU memory")
     total = 0.0
     for stage in stages:
         # Memory is the peak so far: a stage that comes later may need less than it says.
@@ -51,7 +42,7 @@ def print_plan(run: Run) -> None:
         size = sum(p.numel() for p in stage.model.parameters())
         row = (f"{size:,}", str(trainer.updates), f"{seconds:.3f}", duration(seconds * trainer.updates))
         model = run.recipe.teacher.model if stage.name == "teacher" else run.recipe.student.model
-        table.add_row(stage.name, escape(shown(model)), *row, f"{peak_memory() / 2**30:.2f} GiB")
+        table.add_row(stage.name, escape(shown(model)), *row, f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     run.logger.show(table)
     if (run.directory / "result.json").exists():
         say("finished before: the same command without dry_run prints its result at once")
@@ -78,8 +69,5 @@ def _read_by_default(network: nn.Module) -> Collection[str]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the units a person would use."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+    """Seconds as days, hours, minutes and seconds, such as 1 day, 2:03:04."""
+    return str(timedelta(seconds=round(seconds)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from accelerate import Accelerator
 
@@ -59,23 +57,16 @@ def report_smoothing(run: Run, teacher: Teacher) -> None:
         estimate = estimate_teacher_smoothing(teacher, run.data.train, run.recipe.train.batch_size, run.accelerator)
         mass = 0.0 if estimate.doubts else estimate.label_smoothing
         say(f"teacher  its weights record no smoothing; estimate: {describe(estimate, classes)}")
-    for warning in smoothing_warnings(mass, run.recipe.loss, exact=record is not None):
+    if warning := smoothing_warning(mass, run.recipe.loss):
         say(f"warning  {warning}")
 
 
-def smoothing_warnings(mass: float, loss: LossConfig, exact: bool) -> list[str]:
-    """Warnings about a loss whose teacher was trained with this uniform mass, known exactly or estimated."""
-    if loss.kd_weight == 0:
-        return []
-    if loss.teacher_smoothing:
-        if not exact or math.isclose(loss.teacher_smoothing, mass, rel_tol=1e-3):
-            return []
-        setting = f"loss.teacher_smoothing={loss.teacher_smoothing:g}"
-        return [f"{setting}: the teacher was trained with {mass:g} (uniform), so this removes what is not there"]
-    if mass == 0 or loss.temperature <= 1:
-        return []
-    return [
+def smoothing_warning(mass: float, loss: LossConfig) -> str:
+    """A warning about a loss whose teacher was trained with this uniform mass; '' where there is none."""
+    if loss.kd_weight == 0 or loss.teacher_smoothing or mass == 0 or loss.temperature <= 1:
+        return ""
+    return (
         f"loss.temperature={loss.temperature:g} > 1 with a teacher trained with label smoothing ({mass:.3g}, uniform): "
         f"such students can be worse (Chandrasegaran et al. 2022, Revisiting Label Smoothing and Knowledge "
         f"Distillation Compatibility); try loss.temperature=1, or loss.teacher_smoothing={mass:.3g}"
-    ]
+    )

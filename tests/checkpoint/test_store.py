@@ -1,6 +1,5 @@
 """Checkpoints are whole or refused: what is kept, what a stage falls back to, and what is said."""
 
-import json
 import shutil
 from pathlib import Path
 
