@@ -9,7 +9,7 @@ from torch import Tensor
 from kd.metrics.inputs import checked
 from kd.metrics.registry import SPLITS, metric
 
-__all__ = ["brier", "classwise_ece", "ece", "equal_mass_ece", "mce", "nll", "reliability_bins", "top_k_accuracy"]
+__all__ = ["brier", "classwise_ece", "ece", "equal_mass_ece", "nll", "reliability_bins", "top_k_accuracy"]
 
 BINS = 15  # of equal width, [lo, hi)
 
@@ -61,18 +61,6 @@ def ece(logits: Tensor, targets: Tensor) -> Tensor:
     # torchmetrics puts a confidence of exactly 1 into a 16th bin of its own (its issue 3510)
     probabilities = logits.softmax(dim=1).clamp(max=1 - 1e-6)
     return multiclass_calibration_error(probabilities, targets, num_classes=logits.shape[1], n_bins=BINS).double()
-
-
-@checked
-def mce(logits: Tensor, targets: Tensor) -> Tensor:
-    """Maximum calibration error: the worst bin of `ece`. Misleading: the worst bin usually has the fewest samples.
-
-    max over b of |accuracy_b - confidence_b|, empty bins count 0; Naeini et al. 2015, "Obtaining Well Calibrated
-    Probabilities Using Bayesian Binning", section 2.
-    """
-    gap, confidence = _gap(logits, targets)
-    places = _equal_width(confidence)
-    return (_sums(gap, places).abs() / places.bincount(minlength=BINS).clamp(min=1)).max()
 
 
 @checked

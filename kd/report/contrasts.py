@@ -12,6 +12,7 @@ from kd.report import formatting as fmt
 from kd.report.page import Card, Figure, Section, Table
 from kd.report.statistics import EXACT, Effect, holm, paired, verdict
 from kd.report.study import Study
+from kd.study.grid import sides_of
 from kd.study.table import differences
 
 TITLE = "The declared contrasts, and what they show"
@@ -32,14 +33,14 @@ def effects(study: Study) -> list[Effect]:
 
 
 def section(study: Study, known: list[Effect]) -> Section:
-    """The contrasts as cards, as a forest plot, as a table, and seed by seed."""
+    """The contrasts as cards, as a forest plot, and as a table."""
     if not known:
         return Section("Findings", TITLE, [fmt.note("no_contrasts")])
     made = Section("Findings", TITLE, cards=[_card(effect) for effect in known])
     drawn = [effect for effect in known if len(effect.pair.differences)]
     if drawn:
         made.figures.append(Figure.named("forest", figures.forest(drawn)))
-    made.tables += [_numbers(study, known), _by_seed(study, known)]
+    made.tables.append(_numbers(study, known))
     return made
 
 
@@ -54,9 +55,9 @@ def _card(effect: Effect) -> Card:
 
 
 def _numbers(study: Study, known: list[Effect]) -> Table:
-    adjusted = holm([effect.pair.p_t for effect in known]), holm([effect.pair.p_signs for effect in known])
+    adjusted = holm([effect.pair.p_t for effect in known])
     rows = []
-    for contrast, effect, holm_t, holm_signs in zip(study.card["contrasts"], known, *adjusted, strict=True):
+    for contrast, effect, holm_t in zip(study.card["contrasts"], known, adjusted, strict=True):
         name, column, pair, _, words = effect
         signs = [sum((d > 0) - (d < 0) == sign for d in pair.differences) for sign in (-1, 0, 1)]
         rows.append(
@@ -70,39 +71,19 @@ def _numbers(study: Study, known: list[Effect]) -> Table:
                 "95 % t interval": fmt.interval(pair.interval, column),
                 "seeds below / at / above 0": " / ".join(map(str, signs)),
                 "p, t test": fmt.probability(pair.p_t),
-                "Holm’s p (t)": fmt.probability(holm_t),
+                "Holm’s p": fmt.probability(holm_t),
                 "p, sign flips": fmt.probability(pair.p_signs),
-                "Holm’s p (signs)": fmt.probability(holm_signs),
                 "what it shows": words,
             }
         )
-    return Table("The same in numbers", DataFrame(rows), notes(known))
+    counts = sorted({len(effect.pair.differences) for effect in known})
+    smallest = [fmt.note("signs", n=n, p=2 / 2**n) for n in counts if n > 1 and 2**n <= EXACT]
+    notes = [fmt.note("rule", count=len(known)), *smallest]
+    return Table("The same in numbers", DataFrame(rows), " ".join(notes))
 
 
 def sides(contrast: Mapping[str, Any]) -> str:
-    """The difference in words: `teacher ε 0.4 − teacher ε 0 at T 4`."""
-    text = _minus(contrast["a"]["settings"], contrast["b"]["settings"])
-    other = contrast.get("minus")
-    return f"({text}) − ({_minus(other['a']['settings'], other['b']['settings'])})" if other else text
-
-
-def _minus(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    same = {key: value for key, value in a.items() if key in b and b[key] == value}
-    differ = [{key: value for key, value in side.items() if key not in same} for side in (a, b)]
-    text = f" {fmt.MINUS} ".join(fmt.settings(side) or "the recipe's own" for side in differ)
-    return f"{text} at {fmt.settings(same)}" if same else text
-
-
-def notes(known: list[Effect]) -> str:
-    """The rule of the verdicts, and the smallest p of sign flips of few seeds."""
-    counts = sorted({len(effect.pair.differences) for effect in known})
-    smallest = [fmt.note("signs", n=n, p=2 / 2**n) for n in counts if n > 1 and 2**n <= EXACT]
-    return " ".join([fmt.note("rule", count=len(known)), *smallest])
-
-
-def _by_seed(study: Study, known: list[Effect]) -> Table:
-    rows = []
-    for name, column, pair, *_ in known:
-        values = {f"seed {seed}": fmt.difference(pair.differences.get(seed), column) for seed in study.seeds}
-        rows.append({"contrast": name} | values)
-    return Table("Differences seed by seed", DataFrame(rows), folded=True)
+    """The difference in words: `teacher ε 0.4, T 4 − teacher ε 0, T 4`."""
+    a, b, *minus = [fmt.settings(side["settings"]) or "the recipe's own" for side in sides_of(contrast)]
+    text = f"{a} {fmt.MINUS} {b}"
+    return f"({text}) {fmt.MINUS} ({f' {fmt.MINUS} '.join(minus)})" if minus else text

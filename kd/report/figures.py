@@ -23,7 +23,6 @@ from kd.report.statistics import Effect
 
 STYLE = Path(__file__).parent / "page.mplstyle"
 WIDTH = 11.2  # inches of a page
-COLUMNS = 4
 INK, MUTED, PAGE, GOOD, BAD, NULL = "#1c2128", "#59636e", "#ffffff", "#0067a5", "#b8480a", "#6b7280"
 TONES = {1: GOOD, -1: BAD, 0: NULL}
 MARKERS = "osD^vPX*"
@@ -56,9 +55,9 @@ def svg(figure: Figure, legend: Mapping[str, Any] | None = None) -> str:
     return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text[text.index("<svg") :])
 
 
-def grid(titles: Sequence[str], columns: int = COLUMNS, share: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure with one plot for each title, in rows."""
-    columns = min(len(titles), columns)
+def grid(titles: Sequence[str], columns: int = 0, share: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure with one plot for each title, in rows: two large ones in each row, or four."""
+    columns = min(len(titles), columns or (2 if len(titles) in (2, 4) else 4))
     rows = math.ceil(len(titles) / columns)
     width = min(4.8, WIDTH / columns)
     legend = 2 if columns < 3 else 0  # inches beside the plots, where few columns leave the page room
@@ -87,23 +86,17 @@ def lines(
     panels: Sequence[Panel],
     xlabel: str,
     ticks: Sequence[str] | None = None,
-    ordered: bool = True,
-    columns: int = COLUMNS,
     share: bool = False,
 ) -> str:
     """Means over seeds with one standard deviation to each side, along x.
 
-    x is a number, or the place of one of `ticks`. Lines that cover each other stand a little beside each other. Values
-    that have an order run through one colour map, others have colours of their own.
+    x is a number, or the place of one of `ticks`. Lines that cover each other stand a little beside each other.
     """
     names = list(dict.fromkeys(name for panel in panels for name in panel.values["line"]))
     kinds = list(dict.fromkeys(kind for panel in panels for kind in panel.controls))
-    # From -1 to 1: where a line stands beside the tick, and in the colour map.
-    places = np.linspace(-1, 1, len(names)) if len(names) > 1 else np.zeros(1)
-    colours = [f"C{i}" for i in range(len(names))]
-    if ordered and len(names) > 1:
-        colours = [matplotlib.colors.to_hex(colour) for colour in matplotlib.colormaps["plasma"](0.425 * (1 + places))]
-    figure, axes = grid([panel.title for panel in panels], columns, share)
+    # Lines mostly are values that have an order; beyond 0.85 the colours are too light for a white page.
+    colours = matplotlib.colormaps["plasma"](np.linspace(0, 0.85, len(names)))
+    figure, axes = grid([panel.title for panel in panels], share=share)
     legend: dict[str, Any] = {}
     for ax, panel in zip(axes, panels, strict=True):
         for i, name in enumerate(names):
@@ -114,7 +107,7 @@ def lines(
                 (line,) = ax.plot(own.index, own["mean"], ".-" if len(own) < 50 else "-", color=colours[i])
             else:
                 style = {"color": colours[i], "marker": MARKERS[i % len(MARKERS)], "mec": PAGE, "mew": 0.7}
-                beside = own.index + 0.06 * places[i]
+                beside = own.index + 0.12 * ((i + 0.5) / len(names) - 0.5)
                 line = ax.errorbar(beside, own["mean"], own["std"].fillna(0), elinewidth=1, **style)
             legend.setdefault(name, line)
         for kind, height in panel.controls.items():

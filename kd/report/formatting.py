@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,6 @@ def with_unit(column: str) -> str:
 def scale(column: str) -> int:
     """The factor by which a metric's values are multiplied before they are printed or drawn."""
     return 100 if metric(column).percent else 1
-
-
-def remarks(columns: Sequence[str]) -> str:
-    """The warnings of those metrics among these columns that mislead."""
-    known = dict.fromkeys(METRICS[name] for column in columns if (name := column.rpartition(".")[2]) in METRICS)
-    texts = [f"{metric.label}: {metric.misleading}" for metric in known if metric.misleading]
-    return f" ⚠ Misleading alone: {'; '.join(texts)}." if texts else ""
 
 
 # ---- axes and settings

@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame, Series
 
+from kd.metrics.registry import SPLITS
 from kd.report import figures
 from kd.report import formatting as fmt
 from kd.report.figures import Panel
 from kd.report.page import Figure, Section, Table
-from kd.report.statistics import paired
-from kd.report.study import EPS, SPLITS, Study, has
+from kd.report.study import EPS, Study, has
 
 MOST = 16  # plots of one figure
 WIDE = 5  # projections side by side
@@ -33,19 +33,16 @@ def alike(networks: DataFrame, row: Series, axes: list[str]) -> DataFrame:
 
 
 def panel(study: Study, networks: DataFrame, column: str, title: str, x: str, line: list[str]) -> Panel:
-    """A metric of some networks along axis x, one line for each combination of the axes `line`."""
+    """A metric of some networks along axis x, one line for each combination of the axes `line`.
+
+    Students come with the means of the controls that do not vary within the plot.
+    """
     known = networks.dropna(subset=[column])
     labels = [study.names(dict(row[line])) or "all" for _, row in known.iterrows()]
     values = {"x": known[x].astype(int), "line": labels, "value": fmt.scale(column) * known[column]}
-    return Panel(title, DataFrame(values))
-
-
-def of_students(study: Study, networks: DataFrame, column: str, title: str) -> Panel:
-    """A metric of some students, with the means of controls that do not vary within the plot."""
-    x, lines, _ = study.facets
-    made = panel(study, networks, column, title, x, lines)
+    made = Panel(title, DataFrame(values))
     varying = [axis for axis in study.varying if study.controls[axis].notna().any()]
-    if has(study.controls, column) and not {x, *lines} & set(varying):
+    if "student" in set(known["role"]) and has(study.controls, column) and not {x, *line} & set(varying):
         own = alike(study.controls, networks.iloc[0], varying)
         means = fmt.scale(column) * own.groupby("control", sort=False)[column].mean().dropna()
         made.controls = {f"control: {fmt.control(str(kind))}": mean for kind, mean in means.items()}
@@ -61,66 +58,44 @@ def students(study: Study) -> Section:
     made = Section("Students", f"Students against {fmt.axis(x)}" if x else "Students")
     for column in [column for column in study.primary if x and has(study.students, column)]:
         made.figures.append(_against(study, column))
-        made.tables.append(_interaction(study, column))
     return made
 
 
 def _against(study: Study, column: str) -> Figure:
     x, lines, rest = study.facets
-    panels = [of_students(study, own, column, title) for title, own in study.groups(study.students, rest)[:MOST]]
+    panels = [panel(study, own, column, title, x, lines) for title, own in study.groups(study.students, rest)[:MOST]]
     panels[0].ylabel = fmt.with_unit(column)
     # Other teachers are mostly other data, whose accuracies have little to do with each other.
     share = not set(rest) & set(study.teacher_axes)
-    columns = 2 if len(panels) in (2, 4) else 4
-    svg = figures.lines(panels, fmt.axis(x), study.ticks(x), study.ordered(lines), columns, share)
-    about = {"metric": fmt.label(column), "x": fmt.axis(x), "remarks": fmt.remarks([column])}
-    return Figure.named("against", svg, **about)
+    svg = figures.lines(panels, fmt.axis(x), study.ticks(x), share)
+    return Figure.named("against", svg, metric=fmt.label(column), x=fmt.axis(x))
 
 
-def _interaction(study: Study, column: str) -> Table:
-    """Paired differences to the base value of x, 0 or else the first."""
+# ---- several metrics
+
+
+def metrics(study: Study, columns: Sequence[str], heading: str) -> list[Figure]:
+    """Small plots of several metrics: of teachers, along the first of their axes, and of students.
+
+    The students' axes that are neither x nor lines are at the values of the first contrast.
+    """
     x, lines, rest = study.facets
-    base = study.axes[x].index(0) if study.ordered([x]) and 0 in study.axes[x] else 0
-    others = [place for place in range(len(study.axes[x])) if place != base]
-    rows = []
-    for title, own in study.groups(study.students, [*rest, *lines]):
-        values = own.pivot(index="seed", columns=x, values=column)
-        pairs = [values.reindex(columns=[base, other]).dropna() for other in others]
-        cells = [paired(both[other] - both[base]) for both, other in zip(pairs, others, strict=True)]
-        texts = [f"{fmt.difference(c.mean, column)} {fmt.interval(c.interval, column)}" for c in cells]
-        rows.append([title or "students", *(text.removesuffix(f" {fmt.NOTHING}") for text in texts)])
-    title = f"{fmt.metric(column).label}: difference to {study.names({x: base})}"
-    header = ["", *(study.names({x: place}) for place in others)]
-    return Table(title, DataFrame(rows, columns=header), fmt.note("interaction"))
-
-
-# ---- several metrics of one kind of network
-
-
-def student_metrics(study: Study, columns: Sequence[str], heading: str) -> list[Figure]:
-    """Small plots of several metrics; axes that are neither x nor lines are at the values of the first contrast."""
-    x, lines, rest = study.facets
-    known = [column for column in columns if has(study.students, column)]
-    if not x or not known:
-        return []
     points = [point for contrast in study.card["contrasts"] for point in contrast["a"]["points"][:1]]
     row = study.students.iloc[study.students["point"].isin(points).argmax()]  # the first of all without contrasts
-    own = alike(study.students, row, rest)
-    panels = [of_students(study, own, column, fmt.with_unit(column)) for column in known]
-    svg = figures.lines(panels, fmt.axis(x), study.ticks(x), study.ordered(lines))
+    students = alike(study.students, row, rest)
     where = f" at {study.names(dict(row[rest]))}" if rest else ""
-    return [Figure.named("students", svg, heading=heading, where=where, remarks=fmt.remarks(known))]
-
-
-def teacher_metrics(study: Study, columns: Sequence[str], heading: str) -> list[Figure]:
-    """Small plots of several metrics along the first of the teachers' axes, lines for the others' combinations."""
-    known = [column for column in columns if has(study.teachers, column)]
-    if not study.teacher_axes or not known:
-        return []
-    x, *line = sorted(study.teacher_axes, key=lambda axis: axis != EPS)
-    panels = [panel(study, study.teachers, column, fmt.with_unit(column), x, line) for column in known]
-    svg = figures.lines(panels, fmt.axis(x), study.ticks(x), ordered=False)
-    return [Figure.named("teachers", svg, heading=heading, remarks=fmt.remarks(known))]
+    teachers_x, *teachers_lines = sorted(study.teacher_axes, key=lambda axis: axis != EPS) or [""]
+    made = []
+    for whose, networks, along, beside in (
+        ("teachers", study.teachers, teachers_x, teachers_lines),
+        (f"students{where}", students, x, lines),
+    ):
+        known = [column for column in columns if has(networks, column)]
+        if along and known:
+            panels = [panel(study, networks, column, fmt.with_unit(column), along, beside) for column in known]
+            svg = figures.lines(panels, fmt.axis(along), study.ticks(along))
+            made.append(Figure.named("metrics", svg, heading=heading, whose=whose))
+    return made
 
 
 def details(study: Study, name: str) -> dict[str, list[Any]]:
@@ -138,20 +113,10 @@ def details(study: Study, name: str) -> dict[str, list[Any]]:
 def calibration(study: Study) -> Section:
     """Calibration of teachers and students, and reliability diagrams of the teachers."""
     made = Section("Calibration", "Calibration", [fmt.note("calibration")])
-    made.figures += teacher_metrics(study, CALIBRATED, "Calibration")
-    if pooled := {title: pool(entries) for title, entries in details(study, "reliability").items()}:
-        made.figures.append(Figure.named("reliability", figures.reliability(pooled), whose="teachers"))
-    made.figures += student_metrics(study, CALIBRATED, "Calibration")
+    made.figures += metrics(study, CALIBRATED, "Calibration")
+    if bins := {title: first for title, (first, *_) in details(study, "reliability").items()}:
+        made.figures.append(Figure.named("reliability", figures.reliability(bins), whose="teachers, the first seed"))
     return made
-
-
-def pool(bins: list[dict[str, list]]) -> DataFrame:
-    """The reliability bins of several networks as those of all their samples together; means of empty bins are NaN."""
-    every = pd.concat([DataFrame(each, dtype=float) for each in bins])
-    means = ["confidence", "accuracy"]
-    every[means] = every[means].mul(every["count"], axis=0)
-    sums = every.groupby(level=0).sum()
-    return sums[["count"]].join(sums[means].div(sums["count"], axis=0))
 
 
 def knowledge(study: Study) -> Section:
@@ -164,8 +129,7 @@ def knowledge(study: Study) -> Section:
     if not has(study.students, "test.transfer_efficiency"):
         notes.append(fmt.note("no_efficiency"))
     made = Section("Dark knowledge", "Dark knowledge", [" ".join(notes), fmt.note("collapse")])
-    made.figures += student_metrics(study, KNOWLEDGE, "Dark knowledge")
-    made.figures += teacher_metrics(study, KNOWLEDGE, "Dark knowledge")
+    made.figures += metrics(study, KNOWLEDGE, "Dark knowledge")
     if curves := details(study, "gamma"):
         made.figures.append(_gamma(curves))
     return made
@@ -180,7 +144,7 @@ def _gamma(curves: Mapping[str, list[Any]]) -> Figure:
     ]
     drawn = Panel("", pd.concat(frames), ylabel="γ(T)")
     svg = figures.lines([drawn], "temperature", [f"{t:g}" for t in temperatures])
-    return Figure.named("gamma", svg, remarks=fmt.remarks(["gamma"]))
+    return Figure.named("gamma", svg)
 
 
 def probe(study: Study) -> Section:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,13 @@ CURVES = {  # columns of metrics.jsonl: a factor and the title of the plot
     "val_top1": (100, "validation accuracy, %"),
     "val_nll": (1, "validation NLL"),
 }
-Result = Mapping[str, Any]
+Result = dict[str, Any]
 
 
 def run_page(directory: Path) -> Page:
     """The report of a finished run. Raises CheckpointError for a result.json that kd did not write."""
     result = read_result(directory / "result.json")
-    networks = [name for name in STAGES if name in result]
+    networks = {name: result[name] for name in STAGES if name in result}
     student, teacher = (fmt.clean(result[name]["model"]) for name in ("student", "teacher"))
     _, source, word = verdict(result)
     name = f"{fmt.clean(result.get('recipe'))}: {student} taught by {teacher}, seed {result['provenance'].get('seed')}"
@@ -39,15 +38,15 @@ def run_page(directory: Path) -> Page:
     command = fmt.clean(f"python -m kd.{Path(program).stem} {shlex.join(words)}", 2000)
     sections = [
         outcome(result, networks),
-        training(directory, result, networks),
-        reliability(result, networks),
+        training(directory, networks),
+        reliability(networks),
         provenance(result, networks),
     ]
     headline = word[:1].upper() + word[1:]
     return Page(name, headline, source, command, "", sections, summary=f"{source}\n{headline}")
 
 
-def outcome(result: dict[str, Any], networks: list[str]) -> Section:
+def outcome(result: Result, networks: dict[str, Result]) -> Section:
     """The paired difference, the agreement, and the scores of every network."""
     made = Section("Result", "What came out")
     if "difference" in result:
@@ -58,17 +57,17 @@ def outcome(result: dict[str, Any], networks: list[str]) -> Section:
         made.cards.append(Card("student − control", value, words, fmt.note("paired", n=paired["n"]), tone))
     agreement = f"{100 * result['student']['last']['test']['agreement']:.1f} %"
     made.cards.append(Card("agreement", agreement, "student and teacher predict the same", "on test images", 0))
-    made.tables.append(scores(result, networks))
+    made.tables.append(scores(networks))
     return made
 
 
-def scores(result: Result, networks: list[str]) -> Table:
+def scores(networks: dict[str, Result]) -> Table:
     """A row for each metric that any network has on test, and validation and selected weights by their accuracy."""
     shown = {}
-    for name in networks:
-        last, selected = result[name]["last"], result[name]["selected"]
+    for name, network in networks.items():
+        last = network["last"]
         shown[name] = {
-            "test accuracy, selected weights": fmt.number(selected["test"]["top1"], "top1"),
+            "test accuracy, selected weights": fmt.number(network["selected"]["test"]["top1"], "top1"),
             "validation accuracy": fmt.number(last["val"]["top1"], "top1"),
         }
         numbers = {metric: value for metric, value in last["test"].items() if isinstance(value, int | float)}
@@ -77,13 +76,13 @@ def scores(result: Result, networks: list[str]) -> Table:
     return Table("Scores", frame.rename_axis("metric").reset_index(), fmt.note("scores"))
 
 
-def training(directory: Path, result: Result, networks: list[str]) -> Section:
+def training(directory: Path, networks: dict[str, Result]) -> Section:
     """The curves of metrics.jsonl; a teacher's stands beside its weights."""
     made = Section("Training", "Training")
-    files = [Path(result["teacher"]["weights"]).parent / "metrics.jsonl", directory / "metrics.jsonl"]
+    files = [Path(networks["teacher"]["weights"]).parent / "metrics.jsonl", directory / "metrics.jsonl"]
     logs = [pd.read_json(path, lines=True) for path in dict.fromkeys(files) if path.is_file()]
     log = pd.concat(logs) if logs else DataFrame({"stage": []})
-    log = log[log["stage"].isin(networks)]
+    log = log[log["stage"].isin([*networks])]
     panels = []
     for column, (factor, title) in CURVES.items():
         if column in log and log[column].notna().any():
@@ -91,25 +90,27 @@ def training(directory: Path, result: Result, networks: list[str]) -> Section:
             values = {"x": own["update"], "line": own["stage"], "value": factor * own[column]}
             panels.append(Panel(title, DataFrame(values)))
     if panels:
-        made.figures.append(Figure.named("curves", figures.lines(panels, "update", ordered=False, columns=2)))
+        made.figures.append(Figure.named("curves", figures.lines(panels, "update")))
     return made
 
 
-def reliability(result: Result, networks: list[str]) -> Section:
+def reliability(networks: dict[str, Result]) -> Section:
     """Reliability diagrams of the last weights on test."""
     made = Section("Reliability", "Does each network know how sure it is?")
-    tests = {name: result[name]["last"]["test"] for name in networks}
-    bins = {f"{name}, ECE {100 * test['ece']:.1f} %": test.get("reliability") for name, test in tests.items()}
+    bins = {}
+    for name, network in networks.items():
+        test = network["last"]["test"]
+        bins[f"{name}, ECE {100 * test['ece']:.1f} %"] = test.get("reliability")
     if all(bins.values()):  # an older kd did not record them
         made.figures.append(Figure.named("reliability", figures.reliability(bins), whose="the last weights"))
     return made
 
 
-def provenance(result: Result, networks: list[str]) -> Section:
+def provenance(result: Result, networks: dict[str, Result]) -> Section:
     """What each network is, where its weights are, and what the run ran on."""
     cards = {}
-    for name in networks:
-        about = {key.replace("_", " "): value for key, value in result[name].items() if not isinstance(value, dict)}
+    for name, network in networks.items():
+        about = {key.replace("_", " "): value for key, value in network.items() if not isinstance(value, dict)}
         cards[name] = about | {"training time": duration(about.pop("seconds"))}
     frame = DataFrame(cards).map(lambda value: fmt.NOTHING if value != value else fmt.clean(value, 120))
     made = Section("Provenance", "Provenance")

@@ -17,7 +17,6 @@ from kd.study.folder import Folder
 
 EPS, T = "teacher.label_smoothing", "loss.temperature"
 MOST_LINES = 8  # that can be told apart in one plot
-SPLITS = ("train", "val", "test")
 
 
 class Facets(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any
 from pandas import DataFrame
 
 from kd.config.types import flat
+from kd.metrics import METRICS
 from kd.report import contrasts, networks
 from kd.report import formatting as fmt
 from kd.report.page import Page, Section, Table
@@ -94,7 +95,10 @@ def numbers(study: Study) -> Section:
     table = _means(study, "Students", study.students, study.varying, columns)
     table.title, table.folded = f"Students, {len(table.frame)} cells", True
     made.tables.append(table)
-    made.notes.append(fmt.remarks([str(column) for column in study.table]).strip())
+    measured = {str(column).rpartition(".")[2] for column in study.table}
+    reasons = [f"{m.label}: {m.misleading}" for m in METRICS.values() if m.misleading and m.name in measured]
+    if reasons:
+        made.notes.append(f"⚠ Misleading alone: {'; '.join(reasons)}.")
     return made
 
 
@@ -121,22 +125,21 @@ def _choice(study: Study, axis: str, place: Any) -> str:
 
 def problems(study: Study) -> Section:
     """Points that failed, with their error, and points that are missing."""
-    made, state = Section("Problems", "Failed and missing points"), study.table["state"]
+    made, states = Section("Problems", "Failed and missing points"), study.table["state"]
     where = {row["point"]: f"control: {fmt.control(row['control'])}" for row in study.card["controls"]}
     for cell in study.card["cells"]:
         values = [fmt.setting(axis, value) for axis, value in cell["axes"].items() if axis in study.varying]
-        where[cell["point"]] = ", ".join(values) or "the only cell"
-    failed = [(i, study.points[i], where.get(i, "a teacher")) for i in state.index[state == "failed"]]
-    if failed:
-        rows = [[i, p["role"], str(p["seed"]), place, fmt.clean(p["error"], 300)] for i, p, place in failed]
-        frame = DataFrame(rows, columns=["point", "role", "seed", "cell", "error"])
-        made.tables.append(Table("Failed", frame, fmt.note("failed")))
-    rows = [[i, where.get(i, "a teacher")] for i in state.index[state == "missing"]]
-    if rows:
-        title = f"{len(rows)} points have not run yet"
-        made.tables.append(Table(title, DataFrame(rows, columns=["point", "cell"]), folded=True))
-    if not made.tables:
+        where[cell["point"]] = ", ".join([*values, f"seed {cell['seed']}"])
+    rows = []
+    for point, state in states[states != "finished"].items():
+        error = study.points[point]["error"] if state == "failed" else "has not run yet"
+        rows.append([point, where.get(point, "a teacher"), fmt.clean(error, 300)])
+    if not rows:
         made.notes.append(fmt.note("no_problems"))
+        return made
+    table = DataFrame(rows, columns=["point", "cell", "error"])
+    # A study that has just begun has a long list, which only a failure makes worth reading.
+    made.tables.append(Table(progress(study), table, fmt.note("failed"), folded="failed" not in set(states)))
     return made
 
 

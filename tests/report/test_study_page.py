@@ -78,7 +78,7 @@ def test_known_effects_are_called_by_their_names(written, name):
     assert means["help"] == pytest.approx(3, abs=0.4)
     assert means["interaction"] == pytest.approx(-8, abs=0.6)
     assert means["likelihood"] == pytest.approx(0.05, abs=0.004)
-    assert rows["harm"][2] == "teacher ε 0.4 − teacher ε 0 at T 4"
+    assert rows["harm"][2] == "teacher ε 0.4, T 4 − teacher ε 0, T 4"
     assert [row[7] for row in rows.values()][:2] == ["5 / 0 / 0", "0 / 0 / 5"]
 
 
@@ -144,8 +144,8 @@ def test_an_unfinished_study_says_what_is_missing_and_what_failed(tmp_path, kd_r
     assert "53 of 55 finished, 1 failed, 1 missing" in out
     assert "53 of 55 finished, 1 failed, 1 missing" in (tmp_path / "study" / "report.html").read_text()
     assert verdicts(rows)["harm"][3] == "3 of 5"
-    assert [broken, "student", "0", "teacher ε 0.4, T 4", "RuntimeError: the loss is not finite | at step 3"] in rows
-    assert [gone, "teacher ε 0, T 4"] in rows
+    assert [broken, "teacher ε 0.4, T 4, seed 0", "RuntimeError: the loss is not finite | at step 3"] in rows
+    assert [gone, "teacher ε 0, T 4, seed 1", "has not run yet"] in rows
     header = next(row for row in rows if row[:3] == ["teacher ε", "T", "n"])
     few = next(row for row in rows if row[:3] == ["0", "1", "5 of 5"])
     assert few[header.index("test NLL")].endswith(" (n = 4)")  # of the five that finished
