@@ -49,7 +49,7 @@ def step(method: Method, case: Case) -> Callable[[], Tensor]:
 def pure() -> dict[str, type[Method]]:
     """kd's methods that need nothing but logits and labels."""
     ours = {name: methods.library()[name] for name in methods.names()}
-    return {name: method for name, method in sorted(ours.items()) if method.needs <= {"teacher"}}
+    return {name: method for name, method in sorted(ours.items()) if method.needs <= {"teacher", "labels", "batch"}}
 
 
 def run(arguments: Sequence[str] | None = None) -> dict[str, float]:

@@ -103,7 +103,7 @@ class Objective(nn.Module):
         values = {name: term for name, term in (("ce", ce), ("kd", kd)) if term is not None}
         for name, each in self._weighted.items():
             value: Tensor = each.method(seen)
-            value = value.sum() if each.method.per_example else value * len(seen.target)
+            value = value * len(seen.target) if "batch" in each.method.needs else value.sum()
             risen = min(1.0, seen.epoch / each.warmup_epochs) if each.warmup_epochs else 1.0
             total = total + each.weight * risen * value
             values[name] = value.detach()

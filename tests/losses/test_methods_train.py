@@ -154,8 +154,7 @@ class Rows(Method, name="test_rows"):
 class Whole(Method, name="test_whole"):
     """One number for a batch."""
 
-    needs = frozenset()
-    per_example = False
+    needs = frozenset({"batch"})
 
     def values(self, seen: Seen) -> torch.Tensor:
         return seen.student.logits.square().mean()

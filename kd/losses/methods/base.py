@@ -72,7 +72,7 @@ class Seen:
 
     @property
     def map_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Student's and teacher's map at every position."""
+        """Student's and teacher's map at every position. Raises ValueError where one has more."""
         student, teacher = self.views
         return list(zip(student.maps, teacher.maps, strict=True))
 
@@ -97,10 +97,9 @@ class Method(nn.Module):
         ValueError: a field is out of its range.
     """
 
-    # Of: teacher, maps, embedding, weight, index, images, peer.
+    # Of teacher, maps, embedding, weight, index, images, peer. Also "labels" where the target may not be probabilities,
+    # as with mixup, and "batch" where the value is one of 2 or more examples, (), and not (N,), row i of row i alone.
     needs: frozenset[str] = frozenset({"teacher"})
-    per_example: bool = True  # values are (N,), row i a function of row i alone; else () for a batch of 2 or more
-    soft_targets: bool = True  # whether the target may be probabilities, as with mixup
     classifies: ClassVar[bool] = False  # `classify` gives the logits to evaluate, not the student's own classifier
     # Published settings: this method's "weight", the "warmup_epochs" over which it rises linearly from 0, "ce_weight",
     # and the fields that differ from their defaults.
@@ -149,7 +148,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def values(self, seen: Seen) -> Tensor:
-        """The method's value: (N,) where `per_example`, else (). Logits and features come in float32 or float64."""
+        """The value: () where it needs a "batch", else (N,). Logits and features come in float32 or float64."""
         raise NotImplementedError
 
     def forward(self, seen: Seen) -> Tensor:
@@ -159,50 +158,52 @@ class Method(nn.Module):
             ValueError: the batch lacks what the method needs, or has a form that it cannot use.
         """
         self._check_inputs(seen)
-        soft, wide = seen.target.is_floating_point(), wide_dtype(seen.student.logits)
-        teacher = None if seen.teacher is None else seen.teacher.map(lambda x: x.detach().to(wide))
-        seen = replace(seen, student=seen.student.map(lambda x: x.to(wide)), teacher=teacher)
+        wide, soft = wide_dtype(seen.student.logits), seen.target.is_floating_point()
+        ignored = None if soft or "batch" in self.needs else seen.target == IGNORE
+
+        def clean(x: Tensor) -> Tensor:
+            # Rows to ignore become zeros of label 0: neither what is in them nor its gradient passes.
+            x = x.to(wide)
+            return x if ignored is None else x.masked_fill(ignored.view(-1, *[1] * (x.ndim - 1)), 0)
+
+        teacher = None if seen.teacher is None else seen.teacher.map(lambda x: clean(x.detach()))
+        target = seen.target if ignored is None else seen.target.masked_fill(ignored, 0)
+        seen = replace(seen, student=seen.student.map(clean), teacher=teacher, target=target, ignored=ignored)
         # Autocast would run matrix products in half precision again, where those of large features are infinite.
         with torch.autocast(seen.student.logits.device.type, enabled=False):
-            if soft or not self.per_example:
-                return self.values(seen)
-            ignored = seen.target == IGNORE
-            return self.values(_blank(seen, ignored)).masked_fill(ignored, 0)
+            values = self.values(seen)
+        return values if ignored is None else values.masked_fill(ignored, 0)
 
     def _check_inputs(self, seen: Seen) -> None:
         """Refuse what is missing, what PyTorch would broadcast in silence, and a target that the method cannot use."""
-        self._check_given({"teacher": seen.teacher, "index": seen.index, "images": seen.images}, "")
+        for need in sorted(self.needs & {"teacher", "index", "images"}):
+            self.require(getattr(seen, need) is not None, f"needs the {need}")
         for who, view in (("student", seen.student), ("teacher", seen.teacher)):
             if view is not None:
                 given = {"maps": view.maps or None, "embedding": view.embedding, "weight": view.weight}
-                self._check_given(given, f" of the {who}")
+                for need in sorted(self.needs & set(given)):
+                    self.require(given[need] is not None, f"needs the {need} of the {who}")
                 shape, n = tuple(view.logits.shape), len(seen.target)
                 self.require(len(shape) == 2 and shape[0] == n, f"{who}'s logits of shape {shape}: must be ({n}, K)")
         if seen.teacher is not None:
             self._check_pair(seen.student, seen.teacher)
         self._check_target(seen.target, seen.student.logits.shape[-1])
 
-    def _check_given(self, given: Mapping[str, object], whose: str) -> None:
-        for need, what in given.items():
-            self.require(what is not None or need not in self.needs, f"needs the {need}{whose}")
-
     def _check_pair(self, student: View, teacher: View) -> None:
-        """Refuse maps that do not pair up, and logits that cannot be compared where they are all there is."""
-        if "maps" in self.needs:
-            ours, theirs = len(student.maps), len(teacher.maps)
-            self.require(ours == theirs, f"student has {ours} maps and teacher {theirs}; name as many layers of each")
+        """Refuse logits that cannot be compared where they are all there is."""
         if "teacher" in self.needs and not self.needs & {"maps", "embedding", "weight"}:
             ours, theirs = student.logits.shape[-1], teacher.logits.shape[-1]
             self.require(ours == theirs, f"student has {ours} classes and teacher {theirs}: must be equal")
 
     def _check_target(self, target: Tensor, classes: int) -> None:
         soft = target.is_floating_point()
-        self.require(self.soft_targets or not soft, "needs class labels, not probabilities; turn mixup and cutmix off")
+        usable = not soft or "labels" not in self.needs
+        self.require(usable, "needs class labels, not probabilities; turn mixup and cutmix off")
         shape = tuple(target.shape)
         self.require(len(shape) == 1 + soft, f"target of shape {shape}: must be (N,) labels or (N, K) probabilities")
         # On a GPU the values are not read, because the host would wait for them.
         check_target(target, classes, IGNORE, read_values=target.device.type == "cpu")
-        if not self.per_example:
+        if "batch" in self.needs:
             compares = "compares examples with each other"
             self.require(len(target) > 1, f"{compares}: a batch of {len(target)} is too small, give 2 or more")
             self.require(soft or not bool((target == IGNORE).any()), f"{compares} and cannot ignore some of them")
@@ -218,14 +219,3 @@ class Weighted:
 
     def __post_init__(self):
         check_fields(self.method.name, self)
-
-
-def _blank(seen: Seen, ignored: Tensor) -> Seen:
-    """Rows to ignore become zeros of label 0: neither what is in them nor its gradient passes."""
-
-    def fill(x: Tensor) -> Tensor:
-        return x.masked_fill(ignored.view(-1, *[1] * (x.ndim - 1)), 0)
-
-    teacher = None if seen.teacher is None else seen.teacher.map(fill)
-    target = seen.target.masked_fill(ignored, 0)
-    return replace(seen, student=seen.student.map(fill), teacher=teacher, target=target, ignored=ignored)

@@ -41,7 +41,7 @@ class DIST(Method, name="dist"):
     temperature: Temperature = 4.0
     epsilon: Weight = 0.0
 
-    per_example = False
+    needs = frozenset({"teacher", "batch"})
     presets = {
         "cifar100": {"weight": 2.0, "ce_weight": 1.0},
         "imagenet": {"weight": 2.0, "ce_weight": 1.0, "temperature": 1.0},
@@ -110,7 +110,7 @@ class MLKD(Method, name="mlkd"):
     class_weight: Weight = 1.0
     confidence_mask: Annotated[str, one_of("examples", "share", "none")] = "examples"
 
-    per_example = False
+    needs = frozenset({"teacher", "batch"})
     presets = {
         "cifar100": {"weight": 0.9, "ce_weight": 0.1},
         "imagenet": {"weight": 0.5, "ce_weight": 0.5, "temperatures": (1.0, 2.0, 3.0, 5.0, 6.0)},

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kd.losses.fields import Count, NonNegative
 from kd.losses.methods.base import Method, Seen, View
-from kd.losses.methods.shared import pick, resized, same_size
+from kd.losses.methods.shared import pick, same_size
 
 
 class OverhaulFeature(Method, name="ofd"):
@@ -41,8 +41,7 @@ class OverhaulFeature(Method, name="ofd"):
 
     layer_decay: NonNegative = 0.5
 
-    needs = frozenset({"teacher", "maps"})
-    per_example = False
+    needs = frozenset({"teacher", "maps", "batch"})
     presets = {
         "cifar100": {"weight": 1e-3, "ce_weight": 1.0},
         "imagenet": {"weight": 1e-4, "ce_weight": 1.0},
@@ -121,8 +120,7 @@ class ReviewKD(Method, name="reviewkd"):
 
     max_width: Count = 512
 
-    needs = frozenset({"teacher", "maps", "embedding"})
-    per_example = False
+    needs = frozenset({"teacher", "maps", "embedding", "batch"})
     presets = {
         "cifar100": {"weight": 5.0, "ce_weight": 1.0, "warmup_epochs": 20},
         "imagenet": {"weight": 1.0, "ce_weight": 1.0, "warmup_epochs": 1},
@@ -154,7 +152,7 @@ def _hierarchical_context(a: Tensor, b: Tensor) -> Tensor:
     for side in (4, 2, 1):
         if side < min(a.shape[-2:]):
             weight /= 2
-            total = total + weight * F.mse_loss(resized(a, (side, side)), resized(b, (side, side)))
+            total = total + weight * F.mse_loss(F.adaptive_avg_pool2d(a, side), F.adaptive_avg_pool2d(b, side))
             weights += weight
     return total / weights
 
@@ -185,8 +183,7 @@ class ReusedClassifier(Method, name="simkd"):
     layer: int = -1
     reduction: Count = 2
 
-    needs = frozenset({"teacher", "maps", "weight"})
-    per_example = False
+    needs = frozenset({"teacher", "maps", "weight", "batch"})
     classifies = True
     presets = dict.fromkeys(("cifar100", "imagenet"), {"weight": 1.0, "ce_weight": 0.0})
 
@@ -226,6 +223,6 @@ class ReusedClassifier(Method, name="simkd"):
     def classify(self, view: View) -> Tensor:
         """The logits (N, K) of student, projector and the teacher's classifier, from the student's view."""
         s = view.maps[self.layer]
-        s = resized(s, (min(s.shape[-2], self.size[0]), min(s.shape[-1], self.size[1])))
+        s = F.adaptive_avg_pool2d(s, (min(s.shape[-2], self.size[0]), min(s.shape[-1], self.size[1])))
         weight, bias = self.get_buffer("weight"), self.get_buffer("bias")
         return F.linear(reduce(self.projector(s.to(weight.dtype)), "n c h w -> n c", "mean"), weight, bias)

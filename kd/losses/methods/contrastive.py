@@ -56,9 +56,7 @@ class ContrastiveRepresentation(Method, name="crd"):
     embed_dim: Count = 128
     released: bool = False
 
-    needs = frozenset({"teacher", "embedding", "index"})
-    per_example = False
-    soft_targets = False
+    needs = frozenset({"teacher", "embedding", "index", "labels", "batch"})
     presets = dict.fromkeys(("cifar100", "imagenet"), {"weight": 0.8, "ce_weight": 1.0, "released": True})
 
     def make(self, seen: Seen) -> None:

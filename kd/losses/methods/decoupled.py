@@ -42,7 +42,7 @@ class DKD(Method, name="dkd"):
     nckd_weight: Weight = 8.0
     temperature: Temperature = 4.0
 
-    soft_targets = False
+    needs = frozenset({"teacher", "labels"})
     presets = {
         "cifar100": {"weight": 1.0, "ce_weight": 1.0, "warmup_epochs": 20},
         "imagenet": {"weight": 1.0, "ce_weight": 1.0, "warmup_epochs": 1, "nckd_weight": 0.5, "temperature": 1.0},
@@ -77,7 +77,7 @@ class NKD(Method, name="nkd"):
     other_weight: Weight = 3.5
     temperature: Temperature = 3.0
 
-    soft_targets = False
+    needs = frozenset({"teacher", "labels"})
     presets = {
         "cifar100": {"weight": 1.0, "ce_weight": 1.0},
         "imagenet": {"weight": 1.0, "ce_weight": 1.0, "other_weight": 1.5, "temperature": 1.0},
@@ -116,7 +116,7 @@ class RLD(Method, name="rld"):
     confidence_temperature: Temperature = 1.0
     temperature: Temperature = 4.0
 
-    soft_targets = False
+    needs = frozenset({"teacher", "labels"})
     presets = {
         "cifar100": {"weight": 1.0, "ce_weight": 1.0, "warmup_epochs": 20},
         "imagenet": {"ce_weight": 1.0, "warmup_epochs": 1, "correlation_weight": 0.5, "temperature": 1.0},

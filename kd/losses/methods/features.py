@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kd.losses.fields import Allowed
 from kd.losses.methods.base import Method, Seen
-from kd.losses.methods.shared import pick, resized, same_size, unit
+from kd.losses.methods.shared import pick, same_size, unit
 
 
 class Hint(Method, name="hint"):
@@ -232,7 +232,5 @@ class FlowOfSolution(Method, name="fsp"):
         return torch.stack(squares).sum(0)
 
     def _flow(self, a: Tensor, b: Tensor) -> Tensor:
-        size = min(a.shape[-2], b.shape[-2]), min(a.shape[-1], b.shape[-1])
-        shrink = resized if self.released else F.adaptive_max_pool2d
-        a, b = shrink(a, size), shrink(b, size)
-        return einsum(a, b, "n c h w, n d h w -> n c d") / (size[0] * size[1])
+        a, b = same_size(a, b, F.adaptive_avg_pool2d if self.released else F.adaptive_max_pool2d)
+        return einsum(a, b, "n c h w, n d h w -> n c d") / a.shape[-2:].numel()

@@ -97,8 +97,7 @@ class OnlineLabelSmoothing(Method, name="online_label_smoothing"):
 
     start: Annotated[str, one_of("uniform", "zero")] = "uniform"
 
-    needs = frozenset()
-    soft_targets = False  # correctness needs a label
+    needs = frozenset({"labels"})
     presets = dict.fromkeys(("cifar100", "imagenet"), {"weight": 0.5, "ce_weight": 0.5})
 
     def make(self, seen: Seen) -> None:
@@ -212,8 +211,7 @@ class Focal(Method, name="focal"):
 
     gamma: NonNegative = 2.0
 
-    needs = frozenset()
-    soft_targets = False
+    needs = frozenset({"labels"})
     presets = {"cifar100": ALONE | {"gamma": 3.0}}
 
     def values(self, seen: Seen) -> Tensor:
@@ -243,8 +241,7 @@ class FLSD53(Method, name="flsd53"):
     low_gamma: NonNegative = 5.0
     threshold: Annotated[float, Allowed("a probability from 0 to 1", lambda value: 0 <= value <= 1)] = 0.2
 
-    needs = frozenset()
-    soft_targets = False
+    needs = frozenset({"labels"})
     presets = {"cifar100": ALONE}
 
     def values(self, seen: Seen) -> Tensor:

@@ -271,7 +271,7 @@ class ATS(Method, name="ats"):
     other_temperature: Temperature = 2.0
     student_temperature: Temperature = 1.0
 
-    soft_targets = False
+    needs = frozenset({"teacher", "labels"})
     presets = {"cifar100": {"weight": 0.5, "ce_weight": 0.5}}
 
     def values(self, seen: Seen) -> Tensor:

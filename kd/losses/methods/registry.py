@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 PLAIN = "kd"  # the method that the `loss` section has by itself: kd_weight and temperature
 SHARED = {"weight": 1.0, "warmup_epochs": 0.0}  # what a recipe sets of every method beside its fields
-# Other values in metrics.jsonl, where each method has one under its name.
-TAKEN = {"stage", "update", "epoch", "loss", "ce", "kd", "lr", "agreement", "student_entropy", "teacher_entropy"}
-TAKEN |= {"grad_kd", "grad_ce", "grad_ratio", "grad_norm", "images_per_second"}
 
 
 # ---- which methods there are
@@ -121,9 +118,9 @@ def build(values: Mapping[str, Any], section: str = "loss") -> dict[str, Weighte
     """
     made = {name: _build(f"{section}.methods.", name, settings) for name, settings in values.items()}
     if section == "teacher":
-        alone = ", ".join(name for name, method in library().items() if not method.needs)
-        for name, each in made.items():
-            require(not each.method.needs, f"teacher.methods.{name}: needs a teacher of its own; must be of {alone}")
+        alone = [name for name, method in library().items() if method.needs.isdisjoint({"teacher", "peer"})]
+        for name in made:
+            require(name in alone, f"teacher.methods.{name}: needs a teacher of its own; must be of {', '.join(alone)}")
     return made
 
 
@@ -132,7 +129,6 @@ def _build(before: str, name: str, settings: Any) -> Weighted:
 
     at = f"{before}{name}"
     require(name != PLAIN, f"{at}: is there already; type loss.kd_weight=... and loss.temperature=...")
-    require(name not in TAKEN, f"{at}: {name} is another value in metrics.jsonl; give the method another name")
     method = _find(name, at)
     is_section = isinstance(settings, Mapping)
     require(is_section, f"{at}={settings}: must be settings such as {{weight: 1.0}}; type loss={name}")

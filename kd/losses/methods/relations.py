@@ -36,8 +36,7 @@ class SimilarityPreserving(Method, name="sp"):
 
     layer: int = -1
 
-    needs = frozenset({"teacher", "maps"})
-    per_example = False
+    needs = frozenset({"teacher", "maps", "batch"})
     presets = {"cifar100": {"weight": 3000.0, "ce_weight": 1.0}}
 
     def values(self, seen: Seen) -> Tensor:
@@ -74,8 +73,7 @@ class ProbabilisticKnowledge(Method, name="pkt"):
 
     released: bool = False
 
-    needs = frozenset({"teacher", "embedding"})
-    per_example = False
+    needs = frozenset({"teacher", "embedding", "batch"})
     presets = {"cifar100": {"weight": 30000.0, "ce_weight": 1.0, "released": True}}
 
     def values(self, seen: Seen) -> Tensor:
@@ -120,8 +118,7 @@ class Relational(Method, name="rkd"):
     angle_weight: NonNegative = 50.0
     released: bool = False
 
-    needs = frozenset({"teacher", "embedding"})
-    per_example = False
+    needs = frozenset({"teacher", "embedding", "batch"})
     presets = {"cifar100": {"weight": 1.0, "ce_weight": 1.0, "released": True}}
 
     def values(self, seen: Seen) -> Tensor:
@@ -181,8 +178,7 @@ class CorrelationCongruence(Method, name="cc"):
     released: bool = False
     embed_dim: Count = 128
 
-    needs = frozenset({"teacher", "embedding"})
-    per_example = False
+    needs = frozenset({"teacher", "embedding", "batch"})
     presets = {"cifar100": {"weight": 0.02, "ce_weight": 1.0, "released": True}}
 
     def make(self, seen: Seen) -> None:

@@ -4,6 +4,8 @@ N examples, K classes, C channels, H, W: height and width of a map.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,15 +58,11 @@ def pick(method: Method, seen: Seen, layer: int) -> tuple[Tensor, Tensor]:
     return pairs[layer]
 
 
-def same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def same_size(a: Tensor, b: Tensor, shrink: Callable = F.adaptive_avg_pool2d) -> tuple[Tensor, Tensor]:
     """Both maps at the smaller height and the smaller width, the larger one averaged down (adaptive pooling)."""
     size = min(a.shape[-2], b.shape[-2]), min(a.shape[-1], b.shape[-1])
-    return resized(a, size), resized(b, size)
-
-
-def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """The map averaged down to a size; unchanged where it has that size."""
-    return x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size)
+    a, b = (x if x.shape[-2:] == size else shrink(x, size) for x in (a, b))
+    return a, b
 
 
 # ---- processes
@@ -74,11 +72,6 @@ def everywhere(x: Tensor) -> Tensor:
     """The rows of `x` of all processes, in the order of their ranks; processes may have different numbers of rows."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return x
-    count = torch.tensor([len(x)], device=x.device)
-    counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, count)
-    padded = x.new_zeros(int(torch.cat(counts).max()), *x.shape[1:])  # all_gather wants equal shapes
-    padded[: len(x)] = x
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(number)] for part, number in zip(parts, counts, strict=True)])
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, x.cpu())  # all_gather wants equal shapes; a pickled tensor stays on its device
+    return torch.cat(parts).to(x.device)

@@ -61,9 +61,7 @@ class LogitStandardization(Method, name="lskd"):
             self.require(name in names, f"settings.{name}: {self.method} has only {', '.join(names) or 'no settings'}")
         base = {"temperature": 2.0} if "temperature" in names else {}
         self.inner = known[self.method](**base | dict(self.settings))
-        # What the inner method needs and gives is what this one needs and gives.
-        self.needs, self.per_example = self.inner.needs, self.inner.per_example
-        self.soft_targets = self.inner.soft_targets
+        self.needs = self.inner.needs
 
     def make(self, seen: Seen) -> None:
         """What the inner method makes, from standardized logits."""
