@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kd.checkpoint.files import digest, reading, write_text
-from kd.errors import CheckpointError
+from kd.checkpoint.files import digest, read_json, write_text
+from kd.errors import CheckpointError, require
 from kd.text import plain
 
 SCHEMA = 1
@@ -22,7 +22,7 @@ ANYONE: Mapping[str, str] = {}  # an owner that no file is checked against
 
 
 def _canonical(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _sealed(values: Mapping[str, Any]) -> bytes:
@@ -43,21 +43,13 @@ def read_manifest(path: Path, owner: Mapping[str, str] = ANYONE) -> dict[str, An
 
     Raises CheckpointError, also where a newer kd wrote it or its stage and run are not `owner`.
     """
-    with reading(path):
-        raw = path.read_bytes()
-    try:
-        values = json.loads(raw)
-        if raw != _sealed(values):
-            raise ValueError("its own sha256 differs")
-    except (ValueError, AttributeError, RecursionError) as error:  # whatever damaged bytes may come to
-        raise CheckpointError(f"{path}: is damaged ({plain(str(error), 160)})") from error
-    if values["schema"] != SCHEMA:
-        raise CheckpointError(f"{path}: has schema {values['schema']}, this kd reads {SCHEMA}: use a newer kd")
+    values = read_json(path, ("schema", "files"))
+    require(path.read_bytes() == _sealed(values), f"{path}: is damaged (its own sha256 differs)", CheckpointError)
+    newer = f"{path}: has schema {values['schema']}, this kd reads {SCHEMA}: use a newer kd"
+    require(values["schema"] == SCHEMA, newer, CheckpointError)
     recorded = {key: values.get(key) for key in owner}
-    if recorded != owner:
-        raise CheckpointError(
-            f"{path}: is of {_named(recorded)}, must be of {_named(owner)}; restore the files that were here"
-        )
+    other = f"{path}: is of {_named(recorded)}, must be of {_named(owner)}; restore the files that were here"
+    require(recorded == owner, other, CheckpointError)
     return values
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from kd.errors import ConfigError
+from kd.errors import ConfigError, require
 from kd.losses.ranges import HIGHEST_TEMPERATURE, LARGEST_WEIGHT, LOWEST_TEMPERATURE
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -100,9 +100,9 @@ class DataConfig(Checked, section="data."):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.omit_class is not None and self.label_noise:  # a wrong label would show the omitted class
-            both = f"data.omit_class={self.omit_class} with data.label_noise={self.label_noise}"
-            raise ConfigError(f"{both}: only one of them works; type omit_class=null or label_noise=0")
+        both = f"data.omit_class={self.omit_class} with data.label_noise={self.label_noise}: only one of them works"
+        # a wrong label would show the omitted class
+        require(self.omit_class is None or not self.label_noise, f"{both}; type omit_class=null or label_noise=0")
 
 
 @dataclass

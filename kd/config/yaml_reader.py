@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from kd.errors import ConfigError
+from kd.errors import ConfigError, require
 
 MAX_BYTES = 64 * 1024  # twelve times the longest recipe here
 # OmegaConf calls a resolver for what has a colon, such as ${oc.env:HOME}. A recipe may refer to settings only.
@@ -70,13 +70,11 @@ def load(path: Path) -> dict[str, Any]:
 def parse(content: bytes, at: str) -> dict[str, Any]:
     """The plain values of a recipe's text in UTF-8. Raises ConfigError, which begins with `at`."""
     try:
-        if len(content) > MAX_BYTES:
-            raise ValueError(f"must be ≤ {MAX_BYTES // 1024} KiB")
+        require(len(content) <= MAX_BYTES, f"must be ≤ {MAX_BYTES // 1024} KiB", ValueError)
         values = _load(content.decode("utf-8-sig"))
+        require(isinstance(values, dict | None), "must be settings such as seed: 1", ValueError)
     except ValueError as error:  # of the decoder, too
         raise ConfigError(f"{at}: not a readable recipe ({error})") from error
-    if not isinstance(values, dict | None):
-        raise ConfigError(f"{at}: not a readable recipe (must be settings such as seed: 1)")
     return values or {}
 
 

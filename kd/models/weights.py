@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kd.errors import CheckpointError
+from kd.errors import CheckpointError, require
 
 # kd.checkpoint is imported where it is used: Teacher and Student need torch only, it needs safetensors.
 
@@ -60,8 +60,7 @@ def load_weights(model: nn.Module, path: Path, finetune: bool = False) -> None:
     if reshaped:
         first = reshaped[0]
         said.append(f"{first} is {tuple(weights[first].shape)} in the file, {tuple(own[first].shape)} in the network")
-    if said:
-        raise CheckpointError(f"{path}: does not fit the network: {'; '.join(said)}")
+    require(not said, f"{path}: does not fit the network: {'; '.join(said)}", CheckpointError)
     model.load_state_dict(weights)
 
 

@@ -98,7 +98,6 @@ def test_weights_of_8_bits_are_loaded_and_found_whole(tmp_path, capsys):
     [
         (lambda v: v.to_sparse(), "torch.float32, torch.sparse_coo, cpu"),
         (lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), "torch.qint8, torch.strided, cpu"),
-        (lambda v: v.to(torch.uint8).view(torch.float4_e2m1fn_x2), "torch.float4_e2m1fn_x2, torch.strided, cpu"),
     ],
 )
 def test_tensors_that_nothing_computes_with_are_named_by_training_and_by_verify(alter, kind, tmp_path, capsys):
