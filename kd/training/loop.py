@@ -11,7 +11,6 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from copy import copy
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain, islice
 from typing import Any, NoReturn, cast
@@ -26,7 +25,6 @@ from kd.checkpoint import store
 from kd.checkpoint.files import advised
 from kd.data import Batch, mixer
 from kd.errors import CheckpointError, TrainingError
-from kd.losses.distill import DistillLoss
 from kd.losses.methods.base import Seen
 from kd.metrics import nll, top_k_accuracy
 from kd.models.wrappers import Student
@@ -232,12 +230,8 @@ class Trainer:
     def _log(self, epoch: int, logged: dict[str, Tensor], seconds: float) -> None:
         norm = logged.pop("grad_norm")
         reduced = self.accelerator.reduce(torch.stack([value.float() for value in logged.values()]), reduction="sum")
-        sums = dict(zip(logged, reduced.tolist(), strict=True))
-        by_kd, by_ce = sums.pop("grad_kd", 0.0), sums.pop("grad_ce", 0.0)
         size = self.recipe.train.batch_size
-        values = {name: value / size for name, value in sums.items()}
-        if by_ce:
-            values["grad_ratio"] = by_kd / by_ce
+        values = {name: value / size for name, value in zip(logged, reduced.tolist(), strict=True)}
         values |= {
             "grad_norm": float(norm),
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -351,28 +345,13 @@ class Trainer:
 
 
 def _observe(terms: Terms, objective: Objective, seen: Seen) -> dict[str, Tensor]:
-    """Sums over the batch of what is worth watching; the terms unweighted, their gradients weighted as they act."""
-    logits, evaluated = seen.student.logits, objective.logits(seen.student)
-    observed = {"student_entropy": _entropy(evaluated), **terms.values}
-    if seen.teacher is None:
-        return observed
-    teacher_logits = seen.teacher.logits
-    observed["teacher_entropy"] = _entropy(teacher_logits)
-    observed["agreement"] = (evaluated.argmax(-1) == teacher_logits.argmax(-1)).float().sum()
-    if {"kd", "ce"} <= terms.values.keys():
-        for name, without in (("grad_kd", "ce_weight"), ("grad_ce", "kd_weight")):
-            observed[name] = _gradient_norm(objective.loss, without, logits, teacher_logits, seen.target)
+    """Sums over the batch of what is worth watching; the terms are unweighted."""
+    logits = objective.logits(seen.student)
+    observed = {"student_entropy": _entropy(logits), **terms.values}
+    if seen.teacher:
+        observed["teacher_entropy"] = _entropy(seen.teacher.logits)
+        observed["agreement"] = (logits.argmax(-1) == seen.teacher.logits.argmax(-1)).float().sum()
     return observed
-
-
-def _gradient_norm(loss: DistillLoss, without: str, logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over images of the norm of the gradient at the logits (B, K) of the loss without one of its terms."""
-    # A copy without the other term, for the fused backends give the gradient of the whole loss only.
-    alone = copy(loss)
-    setattr(alone, without, 0.0)
-    leaf = logits.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(alone(leaf, teacher_logits, targets), leaf)
-    return gradient.float().norm(dim=-1).sum()
 
 
 def _entropy(logits: Tensor) -> Tensor:

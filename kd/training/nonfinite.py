@@ -11,12 +11,7 @@ from kd.losses.methods.base import Seen
 from kd.training.objective import Objective
 
 SHOWN = 8  # images that a message lists
-IMAGES, TEACHER, STUDENT = "images", "teacher's logits", "student's logits"
-ADVICE = {
-    IMAGES: "Look at these images",
-    TEACHER: "Look at the teacher, or try train.precision=fp32",
-}
-SMALLER = "Try a smaller optimizer.lr, or train.clip_grad=1"
+ADVICE = "try a smaller optimizer.lr, train.clip_grad=1 or train.precision=fp32"
 
 
 @torch.no_grad()
@@ -29,8 +24,9 @@ def bad_rows(seen: Seen, objective: Objective) -> dict[str, list[int]]:
     per_example = copy(objective.loss)
     per_example.reduction = "none"
     terms = per_example.terms(seen.student.logits, teacher, seen.target)
-    values = {IMAGES: seen.images, TEACHER: _unmasked(teacher), STUDENT: _unmasked(seen.student.logits)}
-    values |= {"ce": terms.ce, "kd": terms.kd} | {name: method(seen) for name, method in objective.methods.items()}
+    values = {"images": seen.images, "teacher's logits": _unmasked(teacher)}
+    values |= {"student's logits": _unmasked(seen.student.logits), "ce": terms.ce, "kd": terms.kd}
+    values |= {name: method(seen) for name, method in objective.methods.items()}
     rows = {}
     for name, value in values.items():
         if value is not None:
@@ -58,7 +54,7 @@ def describe(rows: list[dict[str, list[int]]], parameters: list[str | None]) -> 
     if not bad:
         parameter = next(filter(None, parameters), None)
         what = f"the gradient of {parameter} is not finite" if parameter else "the gradients overflow together"
-        return f"{what}, all terms of the loss are. {SMALLER}"
-    cause, images = next(iter(bad.items()))
+        return f"{what}, all terms of the loss are; {ADVICE}"
+    images = next(iter(bad.values()))  # of the cause
     shown = ", ".join(map(str, images[:SHOWN])) + (f" and {len(images) - SHOWN} more" if len(images) > SHOWN else "")
-    return f"{', '.join(bad)} not finite for training images {shown}. {ADVICE.get(cause, SMALLER)}"
+    return f"{', '.join(bad)} not finite for training images {shown}; look at these images, or {ADVICE}"

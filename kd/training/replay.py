@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,11 @@ from typing import Any
 from kd.config.arguments import read
 from kd.config.compose import saved_recipe
 from kd.errors import ConfigError
-from kd.text import plain
 from kd.training.results import largest_difference, origin, read_result
-from kd.training.run import STAGES, Run
+from kd.training.run import STAGES, Run, changes
 
 ARGUMENTS = {"replay": "DIR", "allow_differences": "true", "output": "DIR", "data.root": "PATH"}
-DECISIVE = ("git_sha", "git_dirty", "python", "data_hash", "seed", "recipe_hash", "teacher_file")  # of the provenance
+NOT_COMPARED = {"command", "system", "seconds"}  # of the provenance: they do not change the weights
 
 
 def main(words: list[str], run: Callable[..., Run]) -> int:
@@ -31,7 +30,8 @@ def main(words: list[str], run: Callable[..., Run]) -> int:
         raise ConfigError(f"output={output}: is the old run's, whose teacher would be found there; name another")
 
     def check(run: Run) -> None:
-        differing = changes(_decisive(old["provenance"]), _decisive(origin(run)))
+        records = (old["provenance"], origin(run))
+        differing = changes(*({key: each[key] for key in each.keys() - NOT_COMPARED} for each in records))
         if differing and given.get("allow_differences") != "true":
             raise ConfigError(
                 f"replay={given['replay']}: differs in {'; '.join(differing)}; allow_differences=true trains all the "
@@ -46,25 +46,10 @@ def main(words: list[str], run: Callable[..., Run]) -> int:
     return report(old, read_result(replayed.directory / "result.json"), replayed.logger.say)
 
 
-def _decisive(provenance: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same for the same weights: code, versions, hardware, recipe, data, the teacher's file."""
-    return {key: provenance.get(key) for key in DECISIVE} | provenance["versions"] | provenance["hardware"]
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two records, one line for each name."""
-    return [
-        f"{name}: {plain(str(before.get(name)), 80)}, now {plain(str(value), 80)}"
-        for name, value in now.items()
-        if before.get(name) != value
-    ]
-
-
 def report(old: dict[str, Any], new: dict[str, Any], say: Callable[[str], None] = print) -> int:
     """Say whether weights and scores are identical, and the largest difference; returns 0 where both are, else 1."""
     before, now = (
-        {f"{name}'s sha256": result.get(name, {}).get("sha256", "not recorded") for name in STAGES if name in new}
-        for result in (old, new)
+        {f"{name}'s sha256": result[name].get("sha256") for name in STAGES if name in result} for result in (old, new)
     )
     changed = changes(before, now)
     say(f"weights  {'; '.join(changed) or 'identical'}")

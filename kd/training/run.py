@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -18,9 +19,10 @@ from kd.checkpoint.store import CHECKPOINTS, advice, finished, remove
 from kd.config.schema import Recipe, content_hash, identity
 from kd.config.types import leaves
 from kd.data import Data
-from kd.errors import ConfigError
+from kd.errors import require
 from kd.runtime.lock import locked
 from kd.runtime.signals import check
+from kd.text import plain
 from kd.training.logger import Logger
 
 STAGES = ("teacher", "student", "control")  # directories of a run; only a study keeps its teachers there too
@@ -126,7 +128,11 @@ def claim(run: Run) -> None:
         run.logger.say(f"the earlier run is kept in {aside}")
     accelerator.wait_for_everyone()
     if (directory / "run.json").exists():
-        _check_same(read_card(directory / "run.json"), own, directory)
+        cards = (read_card(directory / "run.json"), own)
+        changed = changes(*({**each, **each["identity"], "identity": None} for each in cards))
+        others = f"{'; '.join(changed[:1])}; {len(changed)} differences"
+        advice = "choose another run=NAME, or resume=false to set that run aside"
+        require(not changed, f"run={directory.name} holds another recipe ({others}): {advice}")
     elif accelerator.is_main_process:
         write_text(directory / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.structured(run.recipe)))
         write_json(directory / "run.json", own)
@@ -135,18 +141,11 @@ def claim(run: Run) -> None:
         accelerator.init_trackers(run.recipe.name)
 
 
-def _check_same(stored: dict[str, Any], own: dict[str, Any], directory: Path) -> None:
-    """Raise ConfigError, which names what differs, unless run.json is of this run. A setting that an older kd did not
-    have counts as null.
-    """
-    before, now = (dict(leaves({**card.pop("identity"), **card})) for card in (dict(stored), dict(own)))
-    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
-    if changed:
-        key = changed[0]
-        raise ConfigError(
-            f"run={directory.name} holds another recipe ({key}={before.get(key)}, now {now.get(key)}; {len(changed)} "
-            f"differences): choose another run=NAME, or resume=false to set that run aside"
-        )
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two records, a line for each value. One that an older kd did not write counts as null."""
+    old, new = dict(leaves(before)), dict(leaves(now))
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    return [f"{key}: {plain(str(old.get(key)), 80)}, now {plain(str(new.get(key)), 80)}" for key in changed]
 
 
 def check_finished(run: Run, stage: str) -> None:

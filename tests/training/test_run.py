@@ -35,7 +35,7 @@ def test_another_recipe_is_refused_and_an_earlier_run_is_kept_aside(one_run, kd_
     before = files(tmp_path)
     done = kd_train(*RUN, "loss.temperature=2")
     assert (done.code, done.err.count("\n"), files(tmp_path)) == (2, 1, before)
-    assert "run=one holds another recipe (loss.temperature=4.0, now 2.0; 1 differences)" in done.err
+    assert "run=one holds another recipe (loss.temperature: 4.0, now 2.0; 1 differences)" in done.err
     earlier = files(one_run)
     done = kd_train(*RUN, "loss.temperature=2", "resume=false")
     assert done.code == 0, done.err
@@ -50,7 +50,7 @@ def test_another_teacher_under_the_same_path_is_another_run(one_run, kd_train, t
         save_file({name: scale * value for name, value in weights.items()}, tmp_path / "own.safetensors")
         done = kd_train(*words)
         assert done.code == code
-    assert "run=two holds another recipe (teacher_checkpoint_hash=" in done.err
+    assert "run=two holds another recipe (teacher_checkpoint_hash: " in done.err
 
 
 @pytest.mark.parametrize(
