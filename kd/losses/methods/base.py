@@ -185,15 +185,11 @@ class Method(nn.Module):
                     self.require(given[need] is not None, f"needs the {need} of the {who}")
                 shape, n = tuple(view.logits.shape), len(seen.target)
                 self.require(len(shape) == 2 and shape[0] == n, f"{who}'s logits of shape {shape}: must be ({n}, K)")
-        if seen.teacher is not None:
-            self._check_pair(seen.student, seen.teacher)
-        self._check_target(seen.target, seen.student.logits.shape[-1])
-
-    def _check_pair(self, student: View, teacher: View) -> None:
-        """Refuse logits that cannot be compared where they are all there is."""
+        # Features may come from networks of other classes.
         if "teacher" in self.needs and not self.needs & {"maps", "embedding", "weight"}:
-            ours, theirs = student.logits.shape[-1], teacher.logits.shape[-1]
+            ours, theirs = (logits.shape[-1] for logits in seen.logits)
             self.require(ours == theirs, f"student has {ours} classes and teacher {theirs}: must be equal")
+        self._check_target(seen.target, seen.student.logits.shape[-1])
 
     def _check_target(self, target: Tensor, classes: int) -> None:
         soft = target.is_floating_point()

@@ -128,9 +128,9 @@ class MLKD(Method, name="mlkd"):
             if self.instance_weight > 0:
                 total = total + self.instance_weight * (rows * temperature**2 * kl(log_t, log_s)).mean()
             if self.batch_weight > 0:
-                total = total + self.batch_weight * (rows * _gram_gap(p_s, p_t).square().sum(-1)).mean()
+                total = total + self.batch_weight * (rows * _GramGap.apply(p_s, p_t).square().sum(-1)).mean()
             if self.class_weight > 0:
-                total = total + self.class_weight * (columns * _gram_gap(p_s.T, p_t.T).square().sum(-1)).mean()
+                total = total + self.class_weight * (columns * _GramGap.apply(p_s.T, p_t.T).square().sum(-1)).mean()
         return total
 
     def _masks(self, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,8 +166,3 @@ class _GramGap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (p,) = ctx.saved_tensors
         return -(gradients[0] + gradients[0].T) @ p, None
-
-
-def _gram_gap(p: Tensor, q: Tensor) -> Tensor:
-    gap: Any = _GramGap.apply(p, q)
-    return gap

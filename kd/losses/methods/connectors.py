@@ -205,12 +205,11 @@ class ReusedClassifier(Method, name="simkd"):
 
     def _check_classifier(self, t: Tensor, logits: Tensor, weight: Tensor, bias: Tensor) -> None:
         """Refuse a map from whose average the teacher's classifier does not give the teacher's logits."""
-        again, scale = None, logits.float().abs().max()
-        if t.shape[1] == weight.shape[1]:
-            again = F.linear(t.float().mean((2, 3)), weight.float(), bias.float())
+        t, logits, weight, bias = (x.float() for x in (t, logits, weight, bias))
+        near = 0.02 * logits.abs().max() + 1e-3  # half precision differs by about 0.005
+        fits = t.shape[1] == weight.shape[1]
         self.require(
-            # Half precision differs by about 0.005.
-            again is not None and bool((again - logits.float()).abs().max() <= 0.02 * scale + 1e-3),
+            fits and bool((F.linear(t.mean((2, 3)), weight, bias) - logits).abs().max() <= near),
             f"the teacher's classifier reads {weight.shape[1]} channels, and not the average of map {self.layer} with "
             f"{t.shape[1]}; name the layer whose average the classifier reads",
         )
