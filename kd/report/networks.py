@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,21 +54,17 @@ def panel(study: Study, networks: DataFrame, column: str, title: str, x: str, li
 
 def students(study: Study) -> Section:
     """The study's primary metrics along the grid."""
-    x = study.facets.x
-    made = Section("Students", f"Students against {fmt.axis(x)}" if x else "Students")
-    for column in [column for column in study.primary if x and has(study.students, column)]:
-        made.figures.append(_against(study, column))
-    return made
-
-
-def _against(study: Study, column: str) -> Figure:
     x, lines, rest = study.facets
-    panels = [panel(study, own, column, title, x, lines) for title, own in study.groups(study.students, rest)[:MOST]]
-    panels[0].ylabel = fmt.with_unit(column)
+    made = Section("Students", f"Students against {fmt.axis(x)}" if x else "Students")
     # Other teachers are mostly other data, whose accuracies have little to do with each other.
     share = not set(rest) & set(study.teacher_axes)
-    svg = figures.lines(panels, fmt.axis(x), study.ticks(x), share)
-    return Figure.named("against", svg, metric=fmt.label(column), x=fmt.axis(x))
+    for column in [column for column in study.primary if x and has(study.students, column)]:
+        groups = study.groups(study.students, rest)[:MOST]
+        panels = [panel(study, own, column, title, x, lines) for title, own in groups]
+        panels[0].ylabel = fmt.with_unit(column)
+        svg = figures.lines(panels, fmt.axis(x), study.ticks(x), share)
+        made.figures.append(Figure.named("against", svg, metric=fmt.label(column), x=fmt.axis(x)))
+    return made
 
 
 # ---- several metrics
@@ -130,21 +126,17 @@ def knowledge(study: Study) -> Section:
         notes.append(fmt.note("no_efficiency"))
     made = Section("Dark knowledge", "Dark knowledge", [" ".join(notes), fmt.note("collapse")])
     made.figures += metrics(study, KNOWLEDGE, "Dark knowledge")
-    if curves := details(study, "gamma"):
-        made.figures.append(_gamma(curves))
+    if entries := details(study, "gamma"):
+        temperatures = next(iter(entries.values()))[0]["temperature"]
+        curves = [
+            DataFrame({"x": range(len(temperatures)), "line": title, "value": entry["gamma"]})
+            for title, own in entries.items()
+            for entry in own
+        ]
+        drawn = Panel("", pd.concat(curves), ylabel="γ(T)")
+        svg = figures.lines([drawn], "temperature", [f"{temperature:g}" for temperature in temperatures])
+        made.figures.append(Figure.named("gamma", svg))
     return made
-
-
-def _gamma(curves: Mapping[str, list[Any]]) -> Figure:
-    temperatures = next(iter(curves.values()))[0]["temperature"]
-    frames = [
-        DataFrame({"x": range(len(temperatures)), "line": title, "value": entry["gamma"]})
-        for title, entries in curves.items()
-        for entry in entries
-    ]
-    drawn = Panel("", pd.concat(frames), ylabel="γ(T)")
-    svg = figures.lines([drawn], "temperature", [f"{t:g}" for t in temperatures])
-    return Figure.named("gamma", svg)
 
 
 def probe(study: Study) -> Section:

@@ -156,7 +156,10 @@ def provenance(study: Study) -> Section:
         turned.columns = ["", *(f"origin {i + 1}" for i in range(len(frame)))]
         made.tables.append(Table("Where the points come from", turned))
     recipe = {key: value for key, value in study.card["recipe"].items() if key not in OF_THE_PROCESS}
-    leaves = [(fmt.clean(name, 80), plain(value)) for name, value in flat(recipe).items()]
+    leaves = []
+    for name, value in flat(recipe).items():
+        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        leaves.append((fmt.clean(name, 80), fmt.clean(text, 120)))
     made.tables.append(facts("The recipe that every point departs from", leaves, folded=True))
     return made
 
@@ -175,8 +178,3 @@ def origin(record: Mapping[str, Any]) -> dict[str, str]:
         "data hash": record.get("data_hash", fmt.NOTHING),
     }
     return {name: fmt.clean(text, 300) for name, text in words.items()}
-
-
-def plain(value: Any) -> str:
-    """A setting's value as text."""
-    return fmt.clean(value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str), 120)
