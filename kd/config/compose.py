@@ -21,10 +21,8 @@ from kd.text import did_you_mean
 
 STUDIES = "studies"  # the directory of the recipes that are studies
 GROUPS = {"recipe": "recipe", "data": "data set", "loss": "loss"}  # what a word chooses by name, in words
-LAUNCHERS = (  # of Hydra's, and the extras that bring them
-    "basic comes with kd-torch[train], joblib with [study], submitit_slurm and submitit_local with [slurm], ray with "
-    "[ray]"
-)
+# Hydra's, and the extras that bring them
+LAUNCHERS = "basic comes with kd-torch[train], joblib with [study], submitit with [slurm], ray with [ray]"
 
 
 @contextmanager

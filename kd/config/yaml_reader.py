@@ -62,19 +62,15 @@ _Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(lo
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The plain values of a recipe file. Raises ConfigError that names the file, the line and what is wrong."""
+    """The plain values of a recipe file in UTF-8. Raises ConfigError that names the file, the line and the problem."""
     with path.open("rb") as file:
-        return parse(file.read(MAX_BYTES + 1), str(path))
-
-
-def parse(content: bytes, at: str) -> dict[str, Any]:
-    """The plain values of a recipe's text in UTF-8. Raises ConfigError, which begins with `at`."""
+        content = file.read(MAX_BYTES + 1)
     try:
         require(len(content) <= MAX_BYTES, f"must be ≤ {MAX_BYTES // 1024} KiB", ValueError)
         values = _load(content.decode("utf-8-sig"))
         require(isinstance(values, dict | None), "must be settings such as seed: 1", ValueError)
     except ValueError as error:  # of the decoder, too
-        raise ConfigError(f"{at}: not a readable recipe ({error})") from error
+        raise ConfigError(f"{path}: not a readable recipe ({error})") from error
     return values or {}
 
 

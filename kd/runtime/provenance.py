@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -18,13 +19,10 @@ _PACKAGES = ("kd-torch", "torch", "torchvision", "timm", "accelerate", "hydra-co
 
 def _git(*arguments: str) -> str | None:
     """Output of git in kd's own checkout; None where kd is installed without one, or git cannot be run."""
-    if not (_CHECKOUT / ".git").exists():
+    if not (_CHECKOUT / ".git").exists() or not shutil.which("git"):
         return None
     command = ["git", "-C", str(_CHECKOUT), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:  # no git here, or too many open files: no reason to lose a finished run
-        return None
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
 

@@ -6,11 +6,17 @@ from kd.config import types, yaml_reader
 from kd.errors import ConfigError
 
 
-def test_scalars_have_one_reading():
+def load(folder, text):
+    path = folder / "recipe.yaml"
+    path.write_bytes(text)
+    return yaml_reader.load(path)
+
+
+def test_scalars_have_one_reading(tmp_path):
     text = b"\xef\xbb\xbfa: 1e-3\nb: no\nc: 010\nd: true\ne: ~\nf: 1:30\ng: on\nh: 2020-01-01\ni: -2.5\nj: ${seed}"
     read = [0.001, "no", 10, True, None, "1:30", "on", "2020-01-01", -2.5, "${seed}"]
-    assert list(yaml_reader.parse(text, "x").values()) == read
-    assert isinstance(yaml_reader.parse(b"a: 1", "x")["a"], int)
+    assert list(load(tmp_path, text).values()) == read
+    assert isinstance(load(tmp_path, b"a: 1")["a"], int)
     assert types.several("1,[2,3],'a,b',{c: d, e: f}") == ["1", "[2,3]", "'a,b'", "{c: d, e: f}"]
 
 
@@ -31,8 +37,8 @@ def test_scalars_have_one_reading():
         (b"- 1", "must be settings such as seed: 1"),
     ],
 )
-def test_what_would_run_or_could_be_read_in_two_ways_is_refused(text, said):
+def test_what_would_run_or_could_be_read_in_two_ways_is_refused(text, said, tmp_path):
     with pytest.raises(ConfigError) as error:
-        yaml_reader.parse(text, "FILE")
-    assert str(error.value).startswith("FILE: not a readable recipe (")
+        load(tmp_path, text)
+    assert str(error.value).startswith(f"{tmp_path}/recipe.yaml: not a readable recipe (")
     assert said in str(error.value)
