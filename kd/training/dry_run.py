@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from datetime import timedelta
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
 
-from kd.models.layers import list_layers, stages
+from kd.models.layers import list_layers
 from kd.models.wrappers import Teacher
 from kd.text import shown
 from kd.training.loop import Trainer
@@ -50,22 +48,12 @@ def print_plan(run: Run) -> None:
 
 
 def print_layers(run: Run) -> None:
-    """Print every layer of both networks with the shape of its output; * marks what feature methods read by default."""
+    """Print every layer of both networks with the shape of its output."""
     for role, network in (("teacher", teacher_network(run)), ("student", student_network(run))):
-        read = _read_by_default(network)
-        table = Table("", "layer", "kind", "shape", title=f"{role}.layers", title_justify="left", box=SIMPLE_HEAD)
+        table = Table("layer", "kind", "shape", title=f"{role}.layers", title_justify="left", box=SIMPLE_HEAD)
         for name, (kind, shape) in list_layers(network, run.data.input_shape).items():
-            mark = "*" * (name in read)
-            table.add_row(mark, escape(shown(name)), escape(kind), " x ".join(map(str, shape[1:])))
+            table.add_row(escape(shown(name)), escape(kind), " x ".join(map(str, shape[1:])))
         run.logger.show(table)
-    run.logger.say("* read where no layers are named")
-
-
-def _read_by_default(network: nn.Module) -> Collection[str]:
-    try:
-        return stages(network)
-    except ValueError:  # timm knows no stages of it: layers must be named
-        return ()
 
 
 def duration(seconds: float) -> str:

@@ -279,7 +279,7 @@ def test_a_teacher_cannot_be_trained_by_a_method_that_needs_one():
 
 def test_layers_are_listed_with_their_shapes(kd_train, tmp_path):
     out = kd_train(*MAPS, "list_layers=true").out
-    assert re.search(r"\*\s+layer2\s+Sequential\s+64 x 2 x 2", out)
+    assert re.search(r"  layer2\s+Sequential\s+64 x 2 x 2", out)
     assert re.search(r"  layer2\.0\s+Conv2d\s+64 x 2 x 2", out)
     assert out.count("layer3.2") == 2
     assert not list(tmp_path.iterdir())
