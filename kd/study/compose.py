@@ -17,8 +17,8 @@ from kd.study.schema import LOSS, StudyRecipe
 STUDIES = recipes.STUDIES  # the directory of the recipes
 
 
-def compose(words: list[str]) -> tuple[StudyRecipe, list[str], bool] | None:
-    """The study that a command line names, the launcher's words, and whether its grid differs from the recipe's own.
+def compose(words: list[str]) -> tuple[StudyRecipe, list[str]] | None:
+    """The study that a command line names, and the words for Hydra's launcher.
 
     None where --cfg job only prints the recipe. Raises ConfigError.
     """
@@ -31,13 +31,13 @@ def compose(words: list[str]) -> tuple[StudyRecipe, list[str], bool] | None:
     config = recipes.compose(composed, StudyRecipe, STUDIES)
     recipes.check_launcher([*default, *launcher])
     fixed = {word.partition("=")[0].lstrip("+") for word in composed}
-    differs = _set_grid(config, axes, fixed)
+    _set_grid(config, axes, fixed)
     study = recipes.typed(config)
     check_overlap(study.study.grid, axes.keys(), fixed)
     if options.show:
         print(recipes.to_yaml(config))
         return None
-    return study, [*default, *launcher], differs
+    return study, [*default, *launcher]
 
 
 def _split(words: list[str]) -> tuple[list[str], dict[str, list[Any]], list[str]]:
@@ -73,8 +73,8 @@ def _per_point(value: Any) -> Any:
 
 
 @recipes.one_line()
-def _set_grid(config: Any, axes: dict[str, list[Any]], fixed: set[str]) -> bool:
-    """Put what the command line says of the grid into the config; returns whether it says anything."""
+def _set_grid(config: Any, axes: dict[str, list[Any]], fixed: set[str]) -> None:
+    """Put what the command line says of the grid into the config."""
     grid: Any = OmegaConf.to_container(config.study.grid)
     for key, values in axes.items():
         labels = grid.get(key)
@@ -87,11 +87,9 @@ def _set_grid(config: Any, axes: dict[str, list[Any]], fixed: set[str]) -> bool:
         else:
             require(key in types.settings(StudyRecipe), types.no_such_setting(key, StudyRecipe))
             raise ConfigError(f"{key}: is no axis; type one value, a list as [A,B]")
-    narrowed = fixed & grid.keys() - axes.keys()
-    for key in narrowed:  # one value of an axis of the recipe's
+    for key in fixed & grid.keys() - axes.keys():  # one value of an axis of the recipe's
         grid[key] = [OmegaConf.select(config, key)]
     for key, value in types.leaves(OmegaConf.to_container(config)):
         if isinstance(value, str) and "${" in value and "." in key and key in types.settings() and key not in grid:
             grid[key] = [_per_point(value)]  # such as loss.teacher_smoothing=${teacher.label_smoothing}
     config.study.grid = grid
-    return bool(axes or narrowed)

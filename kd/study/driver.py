@@ -32,10 +32,11 @@ from kd.study.jobs import PHASES, Job, jobs
 from kd.study.population import why_not
 from kd.study.schema import StudyRecipe
 from kd.study.table import differences, write_table
-from kd.study.train_population import data_of, network
+from kd.study.train_population import data_of
 from kd.study.worker import work
 from kd.text import first_line, shown
 from kd.training.dry_run import duration
+from kd.training.pipeline import network
 from kd.training.preflight import check_batch, check_environment, check_places
 
 if TYPE_CHECKING:
@@ -54,21 +55,20 @@ JOB = {
 }
 
 
-def run(study: StudyRecipe, words: Sequence[str], narrowed: bool = False) -> int:
+def run(study: StudyRecipe, words: Sequence[str]) -> int:
     """Run a study to its table; returns the exit code.
 
     Parameters
     ----------
     study : the study's recipe
     words : what the command line says to Hydra's launcher
-    narrowed : whether the grid differs from the recipe's own, and may lack what its contrasts compare
     """
     console = terminal()
     base = base_recipe(study)
     folder = Folder(Path(study.output) / "studies" / study.name)
     check_places(replace(base, run=study.name))
     before = folder.read_card()["points"] if folder.card.exists() else None
-    planned = Plan(study, lambda data: data_of(replace(base, data=data)), narrowed)
+    planned = Plan(study, lambda data: data_of(replace(base, data=data)))
     all_jobs = jobs(planned, engines(planned, study.study.engine))
     finished = {point.id for point in planned.points.values() if folder.is_finished(point)}
     pending = [job for job in all_jobs if not finished.issuperset(point.id for point in job.points)]

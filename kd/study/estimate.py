@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 from kd.config.schema import LossConfig
 from kd.data import Data
 from kd.study.jobs import Job
 from kd.study.population import Member, Population, Training
-from kd.study.train_population import data_of, network, one_thread
+from kd.study.train_population import data_of
+from kd.training.pipeline import network
 
 UPDATES = 3
 MEASURING = 0.1  # seconds a point
@@ -36,9 +39,9 @@ def _seconds_per_update(job: Job, data: Data) -> float:
     source = None if point.role == "teacher" else lambda images, index: teacher.logits(images)
     training = Training(point.recipe, data, 1, own, members, source)
     batch = next(training.batches(0))
-    with one_thread():
+    torch.set_num_threads(1)  # as a population is trained
+    training.step(batch)
+    started = time.process_time()  # of this process alone: the cores may be busy now
+    for _ in range(UPDATES):
         training.step(batch)
-        started = time.process_time()  # of this process alone: the cores may be busy now
-        for _ in range(UPDATES):
-            training.step(batch)
     return (time.process_time() - started) / UPDATES

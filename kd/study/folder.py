@@ -51,14 +51,6 @@ class Folder:
         written = self.read_point(point.id)
         return written is not None and written["state"] == "finished"
 
-    def teacher_error(self, point: Point) -> str | None:
-        """Why a point cannot be trained for want of its teacher; None where it can."""
-        if not point.teacher:
-            return None
-        teacher = self.read_point(point.teacher)
-        error = teacher["error"] if teacher else "was not trained"
-        return f"its teacher {point.teacher} failed: {error}" if error else None
-
     def write_point(self, point: Point, outcome: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         """Write a point's outcome, `metrics` and `detail` or `error`, unless the point is finished already."""
         if self.is_finished(point):

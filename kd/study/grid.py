@@ -21,7 +21,6 @@ from kd.text import did_you_mean
 if TYPE_CHECKING:
     from kd.data import Data
 
-ROUNDING = 1e-12  # of the largest value; four doubles differ by 1e-15 of it, one of a million samples by 1e-6
 SECTIONS = {"teacher": ("teacher",), "student": ("teacher", "student", "loss"), "control": ("student", "loss")}
 
 
@@ -67,19 +66,18 @@ class Plan:
     ----------
     study : the study's recipe
     load : loads a data set, of which a point's id has the content hash
-    narrowed : whether the grid differs from the recipe's own; a contrast without points is then left out, not an error
 
     Attributes
     ----------
     axes, seeds : of the grid, as `labelled` has them
     points, data : by id and by content hash
     cells, controls, contrasts : as study.json has them
-    left_out : contrasts whose points a narrower grid does not have
+    left_out : contrasts that compare what the grid does not have, and why
 
     Raises ConfigError for settings that cannot work.
     """
 
-    def __init__(self, study: StudyRecipe, load: Callable[[DataConfig], Data], narrowed: bool = False):
+    def __init__(self, study: StudyRecipe, load: Callable[[DataConfig], Data]):
         self.base, self.axes, self._load = base_recipe(study), labelled(study.study.grid), load
         self.seeds = range(study.seed, study.seed + study.study.seeds)
         self._control_smoothing = study.study.control_smoothing
@@ -93,9 +91,7 @@ class Plan:
         for contrast in study.study.contrasts:
             try:
                 self.contrasts.append(self._contrast(contrast))
-            except NotInGrid as error:
-                if not narrowed:
-                    raise
+            except NotInGrid as error:  # the command line may have narrowed the grid
                 self.left_out.append(f"{contrast.name or contrast.metric}: {error}")
         self.data = {data.hash: data for data in self._data_sets.values()}
 
@@ -231,22 +227,3 @@ def _identity(role: str, recipe: Recipe) -> dict[str, Any]:
     if role == "teacher":
         values["data"].pop("omit_class")  # a teacher sees the class all the same
     return {key: values[key] for key in ("seed", "data", "optimizer", "scheduler", "train", *SECTIONS[role])}
-
-
-# ---- contrasts
-
-
-def sides_of(contrast: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The two or four sides of a contrast of study.json."""
-    minus = contrast.get("minus")
-    return [contrast["a"], contrast["b"], *((minus["a"], minus["b"]) if minus else ())]
-
-
-def difference(values: Sequence[float]) -> float:
-    """a - b, or (a - b) - (c - d), of one seed's values in the order of `sides_of`; exactly 0 where it is rounding.
-
-    Of 300 images, 230 - 202 and 272 - 244 right answers are equal; as accuracies they differ by 1e-16, which a t test
-    over a few seeds of one sign takes for an effect.
-    """
-    total = sum(sign * value for sign, value in zip((1, -1, -1, 1), values, strict=False))
-    return 0.0 if abs(total) <= ROUNDING * max(map(abs, values)) else total

@@ -11,7 +11,6 @@ from kd.checkpoint.files import write_atomically
 from kd.config.types import flat
 from kd.metrics import METRICS
 from kd.study.folder import Folder
-from kd.study.grid import difference, sides_of
 from kd.study.schema import COLUMNS
 
 if TYPE_CHECKING:
@@ -31,13 +30,15 @@ ALWAYS = {  # settings that are columns even where they are the same everywhere
     "loss.methods",
 }
 ROLES = ["teacher", "control", "student"]
+ROUNDING = 1e-12  # of the largest value; four doubles differ by 1e-15 of it, one of a million samples by 1e-6
+SIGNS = (1, -1, -1, 1)  # of the sides of a contrast: a - b, or (a - b) - (minus.a - minus.b)
 
 
 def load(folder: str | Path) -> DataFrame:
     """The points of a study, one row each, sorted by role and id; see `kd.study` for the columns.
 
-    A point that has not run yet has the state "missing". Raises ConfigError where the directory holds no study, or one
-    of another version of kd.
+    A point that has not run yet, or whose teacher has failed, has the state "missing". Raises ConfigError where the
+    directory holds no study, or one of another version of kd.
     """
     from pandas import DataFrame
 
@@ -107,10 +108,18 @@ def _without_teacher(point: Any) -> str:
     return json.dumps(shared, sort_keys=True)
 
 
+def sides_of(contrast: Mapping[str, Any]) -> list[list[str]]:
+    """The points of the two or four sides of a contrast of study.json."""
+    pairs = [pair for pair in (contrast, contrast["minus"]) if pair]
+    return [pair[side]["points"] for pair in pairs for side in "ab"]
+
+
 def differences(contrast: Mapping[str, Any], table: DataFrame) -> Series:
     """The differences of a contrast of study.json by seed, for the seeds that have a value on every side.
 
-    a - b, or (a - b) - (minus.a - minus.b); table is that of `load`, with the points as its index.
+    table is that of `load`, with the points as its index. A difference is exactly 0 where it is rounding: of 300
+    images, 230 - 202 and 272 - 244 right answers are equal; as accuracies they differ by 1e-16, which a t test over a
+    few seeds of one sign takes for an effect.
     """
     from pandas import Series, concat
 
@@ -118,9 +127,10 @@ def differences(contrast: Mapping[str, Any], table: DataFrame) -> Series:
     if metric not in table:
         return Series(dtype=float)
     # A side's points are paired by their own seeds: one may be missing anywhere.
-    sides = [table.loc[side["points"]].set_index("seed")[metric].astype(float).dropna() for side in sides_of(contrast)]
-    paired = concat(sides, axis=1, join="inner")
-    return Series({seed: difference(values) for seed, *values in paired.itertuples()}, dtype=float)
+    by_seed = [table.loc[ids].set_index("seed")[metric].astype(float).dropna() for ids in sides_of(contrast)]
+    paired = concat(by_seed, axis=1, join="inner")
+    total = paired.dot(SIGNS[: len(by_seed)])
+    return total.mask(total.abs() <= ROUNDING * paired.abs().max(axis=1), 0.0)
 
 
 def write_table(folder: Path) -> DataFrame:

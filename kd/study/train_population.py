@@ -4,42 +4,30 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd.checkpoint.store import read_sealed, save_sealed
-from kd.config.schema import DataConfig, Recipe, StudentConfig, TeacherConfig
+from kd.config.schema import DataConfig, Recipe
 from kd.data import Data, Split, load_data
-from kd.models.factory import build
 from kd.models.layers import classifier_name
 from kd.study.folder import Folder, train_again
 from kd.study.grid import Point
 from kd.study.measure import INPUTS, VIEWS, Outcome, Outputs, log_posterior, measure, parts_of
 from kd.study.population import Member, Population, Training
+from kd.training.pipeline import network
 from kd.training.stage import metadata
 
 BATCH = 500  # samples scored at once
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """PyTorch on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@one_thread()  # the number of threads changes rounding, and the other cores have other jobs
 def train(folder: Folder, points: Sequence[Point]) -> list[tuple[Point, Outcome]]:
     """Train points, of one job, as one population. Returns each with its metrics, or with its error."""
+    torch.set_num_threads(1)  # their number changes rounding, and the other cores have other jobs
     started = time.perf_counter()
     first, recipe = points[0], points[0].recipe
     data, parts = data_of(recipe), parts_of(data_of(recipe), first.role)
@@ -79,13 +67,6 @@ def data_of(recipe: Recipe) -> Data:
 @lru_cache(maxsize=4)
 def _load(config: str, seed: int) -> Data:
     return load_data(DataConfig(**json.loads(config)), seed)
-
-
-def network(section: TeacherConfig | StudentConfig, seed: int, data: Data) -> nn.Module:
-    """The network of a section with the weights from which `kd.train` starts with this seed."""
-    torch.manual_seed(seed)
-    shape = {"num_classes": data.num_classes, "input_shape": data.input_shape}
-    return build(section.model, section=section.section, model_kwargs=section.model_kwargs, **shape)
 
 
 @torch.no_grad()

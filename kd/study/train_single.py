@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from accelerate.state import AcceleratorState
 
 from kd.checkpoint.safetensors_io import read_weights, weights_header
@@ -18,9 +19,12 @@ from kd.training import pipeline
 from kd.training.predict import predict
 from kd.training.run import Run, check_finished, claim, run_directory
 
+THREADS = torch.get_num_threads()
+
 
 def train(folder: Folder, points: Sequence[Point]) -> Iterator[tuple[Point, Outcome]]:
     """Train each of the points; a stopped one resumes. Yields each with its metrics."""
+    torch.set_num_threads(THREADS)  # a population before it, in this process, has had one
     for point in points:
         try:
             yield point, _train(folder, point)
@@ -48,11 +52,11 @@ def _train(folder: Folder, point: Point) -> Outcome:
         pipeline.train(run, stage)
     weights = run.stage_directory(stage.name) / "last.safetensors"
     check_finished(run, stage.name)
-    if point.role == "teacher":
-        save_sealed(folder.weights(point.id), read_weights(weights), weights_header(weights))
     own = Teacher(pipeline.evaluated_network(run, stage.name, weights, teacher)).to(run.accelerator.device)
     taught = _outputs(run, teacher, point.role) if teacher else None
     outcome = measure(point.role, _outputs(run, own, point.role), run.data, taught)
+    if point.role == "teacher":  # measured before, so that nothing learns from one that diverged
+        save_sealed(folder.weights(point.id), read_weights(weights), weights_header(weights))
     return outcome | {"seconds": time.perf_counter() - started}
 
 

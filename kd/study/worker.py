@@ -62,12 +62,8 @@ def do(folder: Folder, job: Job) -> None:
     """Train a job's points. An error is written into each unfinished point and stops no other job."""
     about = provenance(1) | {"engine": job.engine, "job": job.name}
     try:
-        ready = []
-        for point in job.points:
-            if error := folder.teacher_error(point):
-                folder.write_point(point, {"error": error}, about)
-            else:
-                ready.append(point)
+        # The others wait, as missing points, for the command that trains their teacher.
+        ready = [point for point in job.points if not point.teacher or folder.weights(point.teacher).exists()]
         for point, outcome in TRAINERS[job.engine].train(folder, ready) if ready else ():
             folder.write_point(point, outcome, about)
     except Exception as error:  # of a user's method, of a full disk, of ours: the other jobs go on

@@ -21,7 +21,7 @@ from kd.checkpoint.safetensors_io import read_weights
 from kd.checkpoint.store import finish
 from kd.cli.console import terminal
 from kd.config.schema import LossConfig, Recipe, StudentConfig, TeacherConfig
-from kd.data import load_data
+from kd.data import Data, load_data
 from kd.errors import CheckpointError, ConfigError
 from kd.losses.distill import DistillLoss
 from kd.losses.methods import registry as methods
@@ -95,7 +95,7 @@ def teacher_network(run: Run, weights: Path | None = None) -> nn.Module:
             load_weights(ensemble, weights)
         return ensemble
     start = {"pretrained": own.pretrained, "checkpoint": own.checkpoint, "finetune": own.finetune}
-    return _network(run, own, run.recipe.seed, {"checkpoint": weights} if weights else start)
+    return network(own, run.recipe.seed, run.data, **({"checkpoint": weights} if weights else start))
 
 
 def student_network(run: Run, weights: Path | None = None, seed: int | None = None) -> nn.Module:
@@ -106,12 +106,13 @@ def student_network(run: Run, weights: Path | None = None, seed: int | None = No
     own = run.recipe.student
     start = {"pretrained": own.pretrained, "finetune": True}
     seed = run.recipe.seed if seed is None else seed
-    return _network(run, own, seed, {"checkpoint": weights} if weights else start)
+    return network(own, seed, run.data, **({"checkpoint": weights} if weights else start))
 
 
-def _network(run: Run, section: TeacherConfig | StudentConfig, seed: int, start: dict[str, Any]) -> nn.Module:
+def network(section: TeacherConfig | StudentConfig, seed: int, data: Data, **start: Any) -> nn.Module:
+    """The network of a section, with the weights that `start` names or the random ones of this seed."""
     torch.manual_seed(seed)
-    shape = {"num_classes": run.data.num_classes, "input_shape": run.data.input_shape}
+    shape = {"num_classes": data.num_classes, "input_shape": data.input_shape}
     return build(section.model, section=section.section, model_kwargs=section.model_kwargs, **start, **shape)
 
 

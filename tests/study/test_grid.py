@@ -5,14 +5,16 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from pandas import DataFrame
 
 from kd.config.schema import DataConfig, LossConfig, TeacherConfig
 from kd.errors import ConfigError
 from kd.study.axes import labelled
 from kd.study.compose import compose
-from kd.study.grid import Plan, difference, sides_of
+from kd.study.grid import Plan
 from kd.study.jobs import CHUNK, jobs
 from kd.study.schema import Contrast, Sides, StudyConfig, StudyRecipe
+from kd.study.table import differences, sides_of
 
 BASE = StudyRecipe(
     name="s",
@@ -25,9 +27,9 @@ BASE = StudyRecipe(
 )
 
 
-def planned(study=BASE, narrowed=False, **changes):
+def planned(study=BASE, **changes):
     changed = replace(study, study=replace(study.study, **changes))
-    return Plan(changed, lambda data: stub(f"hash of {data.name} {data.label_noise}"), narrowed)
+    return Plan(changed, lambda data: stub(f"hash of {data.name} {data.label_noise}"))
 
 
 def stub(identity: str, posterior=None) -> SimpleNamespace:
@@ -118,7 +120,7 @@ def test_the_sides_of_a_contrast_are_points_in_the_order_of_the_seeds():
     )
     made = planned(contrasts=[contrast])
     (entry,) = made.contrasts
-    found = [[made.points[i] for i in side["points"]] for side in sides_of(entry)]
+    found = [[made.points[i] for i in side] for side in sides_of(entry)]
     for side in found:
         assert [point.recipe.seed for point in side] == [0, 1, 2]
     a, b, minus_a, minus_b = (side[0] for side in found)
@@ -128,11 +130,19 @@ def test_the_sides_of_a_contrast_are_points_in_the_order_of_the_seeds():
     assert (minus_b.role, minus_b.recipe.loss.temperature) == ("student", 1.0)
 
 
+def test_a_contrast_outside_the_grid_is_left_out_and_said():
+    outside = Contrast(name="hot", a={"loss.temperature": 3.0})
+    same = Contrast(name="it", a={"loss.temperature": 1}, b={})
+    made = planned(contrasts=[outside, same, Contrast(a={"loss.temperature": 4.0})])
+    assert len(made.contrasts) == 1
+    hot, it = made.left_out
+    assert '{"loss.temperature": 3.0} is not in the grid' in hot
+    assert "it: a and b are the same points" in it
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"contrasts": [Contrast(a={"loss.temperature": 3.0})]}, '{"loss.temperature": 3.0} is not in the grid'),
-        ({"contrasts": [Contrast(name="it", a={"loss.temperature": 1}, b={})]}, "it: a and b are the same points"),
         ({"contrasts": [Contrast(metric="test.top2")]}, "metric=test.top2: no such metric; did you mean test.top"),
         ({"grid": {"loss.temperature": [1, 1.0]}}, "different plain values"),
         ({"grid": {"loss.temperature": {"hot": {}}}}, "must be a name of letters"),
@@ -167,7 +177,7 @@ def test_what_is_typed_and_what_a_label_sets_are_not_at_odds(words, said):
             compose(words)
         return
     study, *_ = compose(words)
-    made = Plan(study, lambda data: stub(data.name, posterior=True), narrowed=True)
+    made = Plan(study, lambda data: stub(data.name, posterior=True))
     for cell in made.cells:
         typed = {k: v for k, v in cell["axes"].items() if k in made.points[cell["point"]].settings}
         assert typed.items() <= made.points[cell["point"]].settings.items()
@@ -189,9 +199,8 @@ def test_the_values_of_an_axis_are_read_as_in_a_recipe(monkeypatch, tiny_study, 
 def test_a_typed_setting_that_follows_another_follows_that_of_its_point(monkeypatch, tiny_study, tmp_path):
     monkeypatch.chdir(tmp_path)
     words = ["recipe=studies/tiny", "loss.teacher_smoothing=${teacher.label_smoothing}", "study.seeds=1"]
-    study, _, narrowed = compose([*words, "loss.student_temperature=1"])
+    study, _ = compose([*words, "loss.student_temperature=1"])
     made = Plan(study, lambda data: stub(data.name))
-    assert narrowed
     assert len(made.contrasts) == 2  # what they do not mention is as on the axis of one value
     students = [point for point in made.points.values() if point.role == "student"]
     pairs = {(p.recipe.loss.teacher_smoothing, p.recipe.teacher.label_smoothing) for p in students}
@@ -218,7 +227,10 @@ def test_equal_counts_make_no_difference_and_the_smallest_other_one_does():
     counts = [(230, 202, 272, 244), (289, 264, 173, 148), (198, 197, 158, 157), (300, 299, 1, 0)]
     shares = [[count / 300 for count in each] for each in counts]
     assert all(a - b - c + d for a, b, c, d in shares[:3])  # what floats make of it
-    assert [difference(each) for each in shares] == [0.0] * 4
-    assert difference([1e6 * share for share in shares[0]]) == 0  # whatever the metric's size
-    assert difference([0.5, 0.5 - 1e-6, 0.25, 0.25]) == pytest.approx(1e-6)
-    assert difference([1e-13, 2e-13]) == pytest.approx(-1e-13)  # small metrics keep theirs
+    cases = [*shares, [1e6 * share for share in shares[0]], (0.5, 0.5 - 1e-6, 0.25, 0.25), (1e-13, 2e-13, 0, 0)]
+    rows = [(f"{side}{i}", i, value) for i, case in enumerate(cases) for side, value in zip("abcd", case, strict=True)]
+    table = DataFrame(rows, columns=["point", "seed", "test.top1"]).set_index("point")
+    a, b, c, d = ({"points": [f"{side}{i}" for i in range(len(cases))]} for side in "abcd")
+    made = differences({"metric": "test.top1", "a": a, "b": b, "minus": {"a": c, "b": d}}, table)
+    assert list(made[:5]) == [0.0] * 5  # whatever the metric's size
+    assert list(made[5:]) == pytest.approx([1e-6, -1e-13], abs=0, rel=1e-3)  # small metrics keep theirs

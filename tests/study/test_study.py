@@ -182,7 +182,7 @@ def test_a_point_that_fails_is_told_stops_no_other_and_is_tried_again(kd_study, 
 
 
 @pytest.mark.parametrize("engine", ["population", pytest.param("runs", marks=pytest.mark.torture)])
-def test_students_without_their_teacher_fail_and_the_table_says_what_is_missing(engine, kd_study, monkeypatch):
+def test_students_without_their_teacher_are_missing(engine, kd_study, monkeypatch):
     """A launcher that breaks, as when a worker is killed for its memory, in the phase of the teachers."""
     do = worker.do
 
@@ -196,20 +196,16 @@ def test_students_without_their_teacher_fail_and_the_table_says_what_is_missing(
     assert done.code == 1
     assert "teachers: BrokenPipeError: a worker was killed" in done.out
     table = load(STUDY)
-    assert table["state"].value_counts().to_dict() == {"finished": 2, "missing": 1, "failed": 1}
-    (teacher,) = table[table["state"] == "missing"]["point"]
-    (error,) = table["error"].dropna()
-    assert error == f"its teacher {teacher} failed: was not trained"
+    assert table["state"].value_counts().to_dict() == {"finished": 2, "missing": 2}
 
 
-def test_students_of_a_teacher_that_diverged_fail_with_its_name(kd_study):
+def test_students_of_a_teacher_that_diverged_are_missing(kd_study):
     done = kd_study(*ONE_SEED, "optimizer.lr=1e6", "optimizer.weight_decay=1e6", "study.controls=[]")
     assert done.code == 1
     table = load(STUDY)
     teachers = table[table["role"] == "teacher"]
     assert teachers["error"].str.startswith("diverged: ").all()
-    for _, student in table[table["role"] == "student"].iterrows():
-        assert student["error"].startswith(f"its teacher {student['teacher_point']} failed: diverged")
+    assert set(table["state"][table["role"] != "teacher"]) == {"missing"}
 
 
 # ---- engines

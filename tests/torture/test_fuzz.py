@@ -113,7 +113,7 @@ def _study(words: list[str]) -> bool:
     """Whether there is a study to run; as far as it goes before it loads data."""
     with one_line_errors(command.PROGRAM):
         if composed := command.compose(words):
-            Plan(composed[0], unloaded, composed[2])
+            Plan(composed[0], unloaded)
         return bool(composed)
 
 
