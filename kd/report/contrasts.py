@@ -12,8 +12,7 @@ from kd.report import formatting as fmt
 from kd.report.page import Card, Figure, Section, Table
 from kd.report.statistics import EXACT, Effect, holm, paired, verdict
 from kd.report.study import Study
-from kd.study.grid import sides_of
-from kd.study.table import differences
+from kd.study.table import differences, sides_of
 
 TITLE = "The declared contrasts, and what they show"
 SIGNS = {"up": 1, "down": -1, None: 0}

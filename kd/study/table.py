@@ -108,10 +108,10 @@ def _without_teacher(point: Any) -> str:
     return json.dumps(shared, sort_keys=True)
 
 
-def sides_of(contrast: Mapping[str, Any]) -> list[list[str]]:
-    """The points of the two or four sides of a contrast of study.json."""
+def sides_of(contrast: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The two or four sides of a contrast of study.json."""
     pairs = [pair for pair in (contrast, contrast["minus"]) if pair]
-    return [pair[side]["points"] for pair in pairs for side in "ab"]
+    return [pair[side] for pair in pairs for side in "ab"]
 
 
 def differences(contrast: Mapping[str, Any], table: DataFrame) -> Series:
@@ -127,9 +127,9 @@ def differences(contrast: Mapping[str, Any], table: DataFrame) -> Series:
     if metric not in table:
         return Series(dtype=float)
     # A side's points are paired by their own seeds: one may be missing anywhere.
-    by_seed = [table.loc[ids].set_index("seed")[metric].astype(float).dropna() for ids in sides_of(contrast)]
-    paired = concat(by_seed, axis=1, join="inner")
-    total = paired.dot(SIGNS[: len(by_seed)])
+    sides = [table.loc[side["points"]].set_index("seed")[metric].astype(float).dropna() for side in sides_of(contrast)]
+    paired = concat(sides, axis=1, join="inner")
+    total = paired.dot(SIGNS[: len(sides)])
     return total.mask(total.abs() <= ROUNDING * paired.abs().max(axis=1), 0.0)
 
 

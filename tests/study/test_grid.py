@@ -120,7 +120,7 @@ def test_the_sides_of_a_contrast_are_points_in_the_order_of_the_seeds():
     )
     made = planned(contrasts=[contrast])
     (entry,) = made.contrasts
-    found = [[made.points[i] for i in side] for side in sides_of(entry)]
+    found = [[made.points[i] for i in side["points"]] for side in sides_of(entry)]
     for side in found:
         assert [point.recipe.seed for point in side] == [0, 1, 2]
     a, b, minus_a, minus_b = (side[0] for side in found)
