@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pandas import DataFrame
 
@@ -17,14 +17,6 @@ from kd.study.folder import Folder
 
 EPS, T = "teacher.label_smoothing", "loss.temperature"
 MOST_LINES = 8  # that can be told apart in one plot
-
-
-class Facets(NamedTuple):
-    """How axes are drawn: one along x, one as lines, the others as one plot for each of their combinations."""
-
-    x: str  # empty where no axis has several values
-    lines: list[str]  # at most one
-    rest: list[str]
 
 
 class Study:
@@ -99,26 +91,23 @@ class Study:
         """The primary metrics: test accuracy, then those of the contrasts."""
         return list(dict.fromkeys(["test.top1", *(contrast["metric"] for contrast in self.card["contrasts"])]))
 
-    def ordered(self, axes: list[str]) -> bool:
-        """Whether all values of these axes are numbers."""
-        values = [value for axis in axes for value in self.axes[axis]]
-        return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    def ordered(self, axis: str) -> bool:
+        """Whether all values of an axis are numbers."""
+        return all(isinstance(value, int | float) and not isinstance(value, bool) for value in self.axes[axis])
 
     @cached_property
-    def facets(self) -> Facets:
-        """How the grid is drawn: the teacher's smoothing along x and the temperature as lines, where they are axes.
+    def facets(self) -> tuple[str, list[str], list[str]]:
+        """How the axes are drawn: one along x, at most one as lines, and a plot for each combination of the others.
 
-        Without a temperature, lines are what a student is taught with; what changes the teachers makes plots. An axis
-        with too many values for lines goes along x.
+        x is the teacher's smoothing and lines are the temperature, where they are axes; x is "" where no axis has
+        several values. Without a temperature, lines are what a student is taught with; what changes the teachers makes
+        plots. An axis with too many values for lines goes along x.
         """
-        left = sorted(self.varying, key=lambda axis: (axis != EPS, not self.ordered([axis])))
-        if not left:
-            return Facets("", [], [])
-        x, *left = left
-        lines = sorted(left, key=lambda axis: (axis != T, axis in self.teacher_axes, not self.ordered([axis])))[:1]
+        x, *left = sorted(self.varying, key=lambda axis: (axis != EPS, not self.ordered(axis))) or [""]
+        lines = sorted(left, key=lambda axis: (axis != T, axis in self.teacher_axes, not self.ordered(axis)))[:1]
         if lines and len(self.axes[lines[0]]) > MOST_LINES:
             x, lines = lines[0], [x]
-        return Facets(x, lines, [axis for axis in self.varying if axis not in (x, *lines)])
+        return x, lines, [axis for axis in self.varying if axis not in (x, *lines)]
 
 
 def has(frame: DataFrame, column: str) -> bool:
