@@ -89,5 +89,5 @@ def _load(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"{line}{error.problem}") from error
-    except yaml.YAMLError as error:  # a character that YAML does not allow
+    except (yaml.YAMLError, RecursionError) as error:  # a character that YAML does not allow, or nested too deeply
         raise ValueError(" ".join(str(error).split())) from error

@@ -33,6 +33,7 @@ def test_scalars_have_one_reading(tmp_path):
         (b"a: \xff", "'utf-8' codec can't decode byte 0xff in position 3"),
         (b"a: [", "line 1: "),
         (b"name: a\x00", "special characters"),
+        (b"[" * 500, "maximum recursion depth"),
         (b"x" * 70_000, "must be ≤ 64 KiB"),
         (b"- 1", "must be settings such as seed: 1"),
     ],
