@@ -36,7 +36,7 @@ from kd.training.logger import Logger
 from kd.training.loop import Trainer
 from kd.training.objective import Objective
 from kd.training.predict import not_finite, predict
-from kd.training.preflight import chance, check_batch, check_environment, check_places
+from kd.training.preflight import chance, check_batch, check_environment, check_places, check_validation
 from kd.training.run import (
     WEIGHTS,
     Run,
@@ -73,6 +73,7 @@ def prepare(recipe: Recipe, directory: Path | None = None, teacher: Path | None 
         data = load_data(recipe.data, recipe.seed)
     data = replace(data, **{name: getattr(data, name).to(accelerator.device) for name in ("train", "val", "test")})
     check_batch(recipe, data, accelerator.num_processes)
+    check_validation(recipe, data)
     logger = Logger(directory / "metrics.jsonl", accelerator, terminal())
     try:
         run = Run(recipe, data, accelerator, directory, teacher or teacher_directory(recipe, data.hash), logger)

@@ -77,6 +77,16 @@ def check_batch(recipe: Recipe, data: Data, processes: int) -> None:
     )
 
 
+def check_validation(recipe: Recipe, data: Data) -> None:
+    """Raise ConfigError for so few validation images that even a perfect teacher could not be told from chance."""
+    guessing, bound = chance(data.val.targets)
+    require(
+        bound < 1,
+        f"data.val_fraction={recipe.data.val_fraction}: {len(data.val)} validation images are too few to "
+        f"tell a teacher from chance ({guessing:.2%}); add images, or raise it where kd holds them out",
+    )
+
+
 def chance(targets: Tensor) -> tuple[float, float]:
     """The accuracy of always guessing the most frequent of the labels (N,), and the least that is better than chance.
 

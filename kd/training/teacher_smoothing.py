@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from accelerate import Accelerator
 
@@ -57,13 +59,18 @@ def report_smoothing(run: Run, teacher: Teacher) -> None:
         estimate = estimate_teacher_smoothing(teacher, run.data.train, run.recipe.train.batch_size, run.accelerator)
         mass = 0.0 if estimate.doubts else estimate.label_smoothing
         say(f"teacher  its weights record no smoothing; estimate: {describe(estimate, classes)}")
-    if warning := smoothing_warning(mass, run.recipe.loss):
+    if warning := smoothing_warning(mass, run.recipe.loss, exact=record is not None):
         say(f"warning  {warning}")
 
 
-def smoothing_warning(mass: float, loss: LossConfig) -> str:
-    """A warning about a loss whose teacher was trained with this uniform mass; '' where there is none."""
-    if loss.kd_weight == 0 or loss.teacher_smoothing or mass == 0 or loss.temperature <= 1:
+def smoothing_warning(mass: float, loss: LossConfig, exact: bool) -> str:
+    """A warning about a loss whose teacher was trained with this uniform mass, known exactly or estimated, or ''."""
+    if loss.kd_weight == 0:
+        return ""
+    if loss.teacher_smoothing and exact and not math.isclose(loss.teacher_smoothing, mass, rel_tol=1e-3):
+        setting = f"loss.teacher_smoothing={loss.teacher_smoothing:g}"
+        return f"{setting}: the teacher was trained with {mass:.3g} (uniform), so this removes what is not there"
+    if loss.teacher_smoothing or mass == 0 or loss.temperature <= 1:
         return ""
     return (
         f"loss.temperature={loss.temperature:g} > 1 with a teacher trained with label smoothing ({mass:.3g}, uniform): "

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kd import evaluate
@@ -88,3 +89,23 @@ def test_one_teacher_serves_all_recipes_and_finished_stages_are_skipped(one_run,
     assert again["student"]["last"] == first["student"]["last"]
     assert "teacher  found in" in kd_train("recipe=smoke", "output=runs", "control=false", "loss.temperature=2").out
     assert len(list((tmp_path / "runs/teachers").glob("mlp*"))) == 1
+
+
+def test_too_few_validation_images_stop_a_run_before_anything_is_trained(kd_train, tmp_path):
+    (tmp_path / "few").mkdir()
+    for place in ("train", "val"):
+        for name, shade in (("dark", 40), ("light", 200)):
+            directory = tmp_path / "few" / place / name
+            directory.mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (16, 16), (shade + i,) * 3).save(directory / f"{i}.png")
+    words = [
+        "recipe=timm_finetune",
+        "data.root=few",
+        "data.image_size=16",
+        "train.batch_size=2",
+        "data.val_fraction=0.2",
+    ]
+    done = kd_train(*words, "teacher.model=mlp_wide", "student.model=mlp_tiny", "teacher.pretrained=false")
+    assert done.code == 2
+    assert "data.val_fraction=0.2: 2 validation images are too few to tell a teacher from chance" in done.err
