@@ -3,6 +3,7 @@
 import math
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from kd.metrics.calibration import ece, nll
@@ -33,35 +34,21 @@ def inverse_temperature(logits: Tensor, expected: Tensor) -> float:
     """The b = 1/T from 0 to inf at which mean over i of log Σ_k exp(b logits[i, k]) - b expected[i] is least.
 
     That is the cross entropy from any distribution over the classes under which the mean of logits[i] is expected[i].
-    It is convex in b, and its slope is mean over i of Σ_k softmax(b logits[i])[k] logits[i, k] - expected[i]. Newton's
-    method finds the root of the slope; a step that leaves the bracket is replaced by bisection.
+    It is convex in b, and its slope is mean over i of Σ_k softmax(b logits[i])[k] logits[i, k] - expected[i], which
+    rises to the mean of max_k logits[i, k] - expected[i]. The search begins at 1 over that: a class that is masked by a
+    large negative logit does not move it.
     """
     top = logits.amax(dim=1, keepdim=True)
     z, expected = logits - top, expected - top.squeeze(1)
 
-    def slope_and_curvature(b: float) -> tuple[float, float]:
-        q = (b * z).softmax(dim=1)
-        mean = (q * z).sum(dim=1)
-        spread = (q * z.square()).sum(dim=1) - mean.square()
-        return (mean - expected).mean().item(), spread.mean().item()
+    def slope(b: float) -> float:
+        return (((b * z).softmax(dim=1) * z).sum(dim=1) - expected).mean().item()
 
-    if slope_and_curvature(0.0)[0] >= 0:
+    if slope(0.0) >= 0:
         return 0.0
     if (expected == 0).all():
         return math.inf
-    low, high = 0.0, 1 / z.abs().mean().item()
-    furthest = 1e12 * high
-    while slope_and_curvature(high)[0] < 0:
-        low, high = high, 2 * high
-        if high > furthest:
-            return math.inf
-    b = high
-    for _ in range(200):
-        slope, curvature = slope_and_curvature(b)
-        low, high = (b, high) if slope < 0 else (low, b)
-        step = b - slope / curvature if curvature > 0 else math.nan
-        step = step if low < step < high else (low + high) / 2
-        if abs(step - b) <= 1e-14 * b:
-            return step
-        b = step
-    return b
+    high = -1 / expected.mean().item()
+    while slope(high) < 0:
+        high *= 2
+    return brentq(slope, 0.0, high, xtol=1e-300, rtol=1e-15, maxiter=1000)
