@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
-_PACKAGES = ("kd-torch", "torch", "torchvision", "timm", "accelerate", "hydra-core", "numpy", "torchmetrics")
+_PACKAGES = ("kd-torch", "torch", "torchvision", "timm", "accelerate", "hydra-core", "numpy")
 
 
 def _git(*arguments: str) -> str | None:

@@ -15,10 +15,7 @@ from kd.study.compose import compose
 PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
 
 # The import names of everything in the extras.
-EXTRAS = (
-    "hydra omegaconf yaml accelerate torchvision timm einops torchmetrics safetensors rich sklearn mlxtend mnist1d PIL "
-    "numba"
-)
+EXTRAS = "hydra omegaconf yaml accelerate torchvision timm einops safetensors rich sklearn mlxtend mnist1d PIL numba"
 STUDY = "pandas hydra_plugins scipy matplotlib jinja2 submitit ray"
 
 

@@ -71,7 +71,7 @@ def test_the_bins_of_a_reliability_diagram_and_their_error(predictions):
 
 
 def test_a_confidence_of_exactly_one_is_in_the_last_bin():
-    # In torchmetrics' phantom bin the sure one would be a bin of its own: 1/2 |0 - 1| + 1/2 |1 - 0.95|
+    # In a bin of its own the sure one would give 1/2 |0 - 1| + 1/2 |1 - 0.95|
     logits = torch.tensor([[1000.0, 0.0], [math.log(19), 0.0]])
     assert ece(logits, torch.tensor([1, 0])).item() == pytest.approx(0.975 - 0.5, abs=1e-5)
 

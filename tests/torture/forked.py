@@ -24,7 +24,7 @@ OURS = (
     "kd.training.dry_run",
     "kd.losses.kernels.cpu_kernel",
 )
-OTHERS = ("hydra", "sklearn.datasets", "torchvision.transforms.v2", "torchmetrics.functional.classification")
+OTHERS = ("hydra", "sklearn.datasets", "torchvision.transforms.v2")
 _context.set_forkserver_preload([*OURS, *OTHERS])
 WALL_CLOCK = ("seconds", "images_per_second")
 LONGEST = 240  # seconds that a run of a test may take
