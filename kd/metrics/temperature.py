@@ -1,6 +1,7 @@
 """Post-hoc temperature scaling: a convex search over 1/T."""
 
 import math
+from typing import cast
 
 import torch
 from scipy.optimize import brentq
@@ -51,4 +52,4 @@ def inverse_temperature(logits: Tensor, expected: Tensor) -> float:
     high = -1 / expected.mean().item()
     while slope(high) < 0:
         high *= 2
-    return brentq(slope, 0.0, high, xtol=1e-300, rtol=1e-15, maxiter=1000)
+    return cast(float, brentq(slope, 0.0, high, xtol=1e-300, rtol=1e-15, maxiter=1000))
