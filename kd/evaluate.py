@@ -5,8 +5,6 @@ compares every figure with DIR/result.json. Exit code 1 when one differs by more
 picture=FILE.svg also keeps what was printed as a picture.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -14,8 +14,6 @@ Exit code 1 when the estimate is not to be trusted, 2 when the command line cann
 example: python -m kd.probe data=imagenet data.root=/data/imagenet model=resnet50.tv2_in1k
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from kd.cli.errors import run_command

@@ -9,8 +9,6 @@ path=FILE  one file of weights, against the manifest beside it; without a manife
 Exit code 0 when all is whole, 1 when something is damaged, 2 when there is nothing to verify.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Atomic writes; reads that fail with one line."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

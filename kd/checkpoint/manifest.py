@@ -3,8 +3,6 @@
 A manifest is JSON in one canonical form, so that a change of any byte shows, even of white space.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping

@@ -3,8 +3,6 @@
 A training state is one safetensors file: tensors by their path in the tree, everything else as JSON in the header.
 """
 
-from __future__ import annotations
-
 import json
 import warnings
 import zipfile

@@ -1,7 +1,5 @@
 """A stage's files: its newest two checkpoints while it trains, its weights once it is finished."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress

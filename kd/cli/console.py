@@ -1,7 +1,5 @@
 """The console that commands print on."""
 
-from __future__ import annotations
-
 import sys
 
 from rich.console import Console

@@ -1,7 +1,5 @@
 """Errors of the commands: one line on stderr for what a user can mend, and the exit codes."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterator

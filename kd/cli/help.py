@@ -1,7 +1,5 @@
 """What --help lists: recipes with their claims, names of data sets and methods, and settings."""
 
-from __future__ import annotations
-
 import re
 import textwrap
 from collections.abc import Iterable, Iterator

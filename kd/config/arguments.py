@@ -1,7 +1,5 @@
 """Validate command-line arguments: the key=value words that every command takes, and the options of training."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Mapping, Sequence

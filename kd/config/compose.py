@@ -1,7 +1,5 @@
 """Recipe files and a command line, composed by Hydra into one checked recipe."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence

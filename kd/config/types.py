@@ -1,7 +1,5 @@
 """Settings by dotted name: reading a value from text, and suggesting the nearest spelling."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass

@@ -6,8 +6,6 @@ a file: PyYAML's safe loader refuses tags that name Python objects, and `_target
 here. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

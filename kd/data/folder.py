@@ -1,7 +1,5 @@
 """Directories of images with one directory per class, ImageNet among them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

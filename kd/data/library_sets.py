@@ -3,8 +3,6 @@
 What else timm reads is `folder` here, or has no random access.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass

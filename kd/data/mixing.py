@@ -1,7 +1,5 @@
 """Mixup and CutMix: whole batches, from a seed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor

@@ -7,8 +7,6 @@ Integers wrap at 64 bits, so the bits are the same on every device; the logarith
 differ in the last place between devices.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 None needs a download. Of the mixture the true class probabilities are known.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache
 from typing import Any

@@ -3,8 +3,6 @@
 Both take what their parts take and give logits (n, k), so that a Teacher or Student holds them like any network.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

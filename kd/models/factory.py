@@ -1,7 +1,5 @@
 """Networks by name: `build` makes or loads one for a data set, or says in one line why it cannot."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@
 n: images, c: channels, h, w: height and width, l: tokens, d: dimensions, k: classes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

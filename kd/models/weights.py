@@ -1,7 +1,5 @@
 """Files of weights: what kd recorded in them, and loading one into a network that it has to fit exactly."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -10,8 +10,6 @@ examples: python -m kd.report study=checkpoints/studies/mnist1d_grid
           python -m kd.report run=checkpoints/resnet50_to_18/seed0-1a2b3c4d5e6f
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from kd.cli.errors import run_command

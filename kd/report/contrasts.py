@@ -1,7 +1,5 @@
 """The section of a study's declared contrasts: the verdict, statistics and differences of each."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

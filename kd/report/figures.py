@@ -1,7 +1,5 @@
 """The drawings of a page: each function returns one `svg` element as text."""
 
-from __future__ import annotations
-
 import io
 import math
 import re

@@ -1,7 +1,5 @@
 """Labels, sentences and numbers as a page prints them; text from a study's files without control characters."""
 
-from __future__ import annotations
-
 import math
 import tomllib
 from collections.abc import Mapping

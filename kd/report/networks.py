@@ -1,7 +1,5 @@
 """A study's sections of drawings: its students, calibration, dark knowledge, the smoothing probe and projections."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import Counter

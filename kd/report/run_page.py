@@ -1,7 +1,5 @@
 """The page of a single run: its result, training curves, reliability diagrams and provenance."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Any

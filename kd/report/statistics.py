@@ -1,7 +1,5 @@
 """Statistics of differences paired by seed: intervals, exact p values, Holm's correction, and the verdict by rule."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

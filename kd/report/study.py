@@ -1,7 +1,5 @@
 """A study's directory as data frames: its students, controls and teachers with their metrics."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

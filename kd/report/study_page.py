@@ -1,7 +1,5 @@
 """The page of a study: overview, contrasts, drawings, numbers, failed points and provenance."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

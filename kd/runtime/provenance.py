@@ -1,7 +1,5 @@
 """Provenance of a result: code, versions, hardware and command line."""
 
-from __future__ import annotations
-
 import platform
 import re
 import shutil

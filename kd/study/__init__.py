@@ -53,8 +53,6 @@ directories of kd.train, for points of the engine `runs`.
 A study of a kd with another schema is refused in one line that says what to do.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:

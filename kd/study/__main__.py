@@ -24,8 +24,6 @@ setting or a file is wrong; 130 after Ctrl-C. python -m kd.report study=DIR make
 example: python -m kd.study recipe=studies/mnist1d_grid study.seeds=2 loss.temperature=1,4
 """
 
-from __future__ import annotations
-
 import sys
 from contextlib import suppress
 

@@ -1,7 +1,5 @@
 """Axes of a study: the values of each, and the settings that a value stands for."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Set
 from dataclasses import fields
 from typing import Any

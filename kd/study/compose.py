@@ -1,7 +1,5 @@
 """Command line of a study: the recipe with its grid, and the words for Hydra's launcher."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Cost of a study for dry_run=true: a few updates of one job of each kind, times the number of updates."""
 
-from __future__ import annotations
-
 import time
 
 import torch

@@ -1,7 +1,5 @@
 """Files of a study's directory; points are written atomically and once."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager

@@ -16,8 +16,6 @@ views need the engine `population`.
   Müller's picture of the first three classes, at most 100 samples of each (teachers with a linear head)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

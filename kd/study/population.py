@@ -9,8 +9,6 @@ influences another.
 M: members, B: batch, K: classes, E: teachers.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Settings of a study besides a run's: the grid, the seeds, the controls and the contrasts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Trainer for small networks: the points of a job as one population, each measured."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence

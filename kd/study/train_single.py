@@ -1,7 +1,5 @@
 """Trainer for every other network: each point of a job through the loop of `kd.train`."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

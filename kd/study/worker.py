@@ -1,7 +1,5 @@
 """The process that a launcher starts: trains the points of one job and writes them."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -1,7 +1,5 @@
 """What ``dry_run=true`` prints: everything built, two updates taken, nothing written."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 
 import torch

@@ -1,7 +1,5 @@
 """Metrics, progress bar and tracker of a run, all written by the main process only."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Everything random in it is a function of the seed and the position: the order of
 (seed, epoch, image), dropout and mixup of (seed, update). So the position is the whole random state of a run.
 """
 
-from __future__ import annotations
-
 import math
 import textwrap
 import time

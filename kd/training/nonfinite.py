@@ -1,7 +1,5 @@
 """Re-run a non-finite update to name the term, the parameter and the images."""
 
-from __future__ import annotations
-
 from copy import copy
 
 import torch

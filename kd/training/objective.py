@@ -3,8 +3,6 @@
 N examples. Everything is a sum over examples; the training loop divides by their number.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 A stage that is finished on disk is skipped, one that was stopped goes on.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """Logits of a whole split."""
 
-from __future__ import annotations
-
 import math
 
 import torch

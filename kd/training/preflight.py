@@ -1,7 +1,5 @@
 """Checks before any work: what this machine, timm, the data or a first batch cannot do stops a run at once."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``python -m kd.train replay=DIR``: train a finished run again from its recipe, and compare weights and scores."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The result of a run: scores, the paired difference, and where everything came from; its table and its verdict."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Run and teacher directories, and run.json, which identifies their recipe."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager

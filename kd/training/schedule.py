@@ -1,7 +1,5 @@
 """What follows from the seed and the position alone: optimizer, learning-rate schedule, order and shares of images."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One network to train, and the first batch from which its objective is built."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The label smoothing of a teacher: recorded with its weights, or estimated from its logits."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -11,8 +11,6 @@ The upstream gradient is not known yet when the loss is computed. It is guessed:
 "mean". ``loss.backward()`` makes the guess right, and then the backward pass has nothing left to do.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from importlib import import_module
 from typing import Any
