@@ -10,6 +10,7 @@ have met, is killed by its launcher instead, which loses nothing.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -60,6 +61,13 @@ def listen(*signals: signal.Signals, leaving: Callable[[], None] = leave) -> Non
     _asked, _listener, _leave = 0, os.getpid(), leaving
     for each in signals or (signal.SIGINT, *PREEMPTION):
         signal.signal(each, _request)
+    # When Python ends it gives signals back to the system, which would kill a run whose result is written.
+    atexit.register(_ignore)
+
+
+def _ignore() -> None:
+    for each in PREEMPTION:
+        signal.signal(each, signal.SIG_IGN)
 
 
 def _request(signum: int, frame: Any) -> None:

@@ -70,3 +70,19 @@ def test_the_handlers_are_there_before_the_heavy_imports():
     heavy = "{'torch', 'hydra', 'accelerate'}"
     code = f"import sys; import kd.runtime.signals, kd.cli.errors; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="on_exit is of the C library of Linux")
+@pytest.mark.parametrize("late", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_after_the_end_of_python_changes_no_exit_code(late):
+    """Between Python's end and the process's, which torch makes long, the system would answer: death by signal."""
+    code = (
+        "import ctypes, sys; from kd.runtime import signals; signals.listen()\n"
+        "libc = ctypes.CDLL(None); libc.on_exit(libc.sleep, None)  # sleeps for as many seconds as the exit code\n"
+        "print('ready', flush=True); sys.exit(2)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        time.sleep(0.5)
+        process.send_signal(late)
+        assert process.wait() == 2
