@@ -43,13 +43,17 @@ def step(method: Method, case: Case) -> Callable[[], Tensor]:
     seen = Seen(View(student), View(teacher), target, epoch=1.0, epochs=10)
     method.build(seen)
     method.train()
-    return training_step(lambda: method(seen).mean(), student, *method.parameters()).run
+    return training_step(lambda: method.evaluate(seen).mean(), student, *method.parameters()).run
 
 
 def pure() -> dict[str, type[Method]]:
     """kd's methods that need nothing but logits and labels."""
     ours = {name: methods.library()[name] for name in methods.names()}
-    return {name: method for name, method in sorted(ours.items()) if method.needs <= {"teacher", "labels", "batch"}}
+    return {
+        name: method
+        for name, method in sorted(ours.items())
+        if method.needs <= {"teacher", "target", "labels", "batch"}
+    }
 
 
 def run(arguments: Sequence[str] | None = None) -> dict[str, float]:

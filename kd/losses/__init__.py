@@ -1,11 +1,73 @@
-"""Losses between a student's logits, a teacher's logits and labels.
+"""Losses between a student's and a teacher's outputs and labels. All are modules: ``DKD()(student, teacher, target)``.
 
-- ``DistillLoss``: label-smoothed cross entropy plus distillation (Hinton et al. 2015)
+- ``DistillLoss``: label-smoothed cross entropy plus distillation (Hinton et al. 2015), fused
+- ``DistillTerms``: what ``DistillLoss.terms`` returns
 - ``LinearDistillLoss``: the same on the logits of a linear head, without holding them
-- ``LabelSmoothing``: label-smoothed cross entropy as a method of a recipe
-- ``methods``: all published methods, by name
+- ``distill_loss``: ``DistillLoss`` as a function
+- ``View``: what one network gave, for methods that need several things of it
 
-``reference`` defines the loss in plain PyTorch; ``kernels`` has the same loss fused, for CPUs and GPUs. ``settings``,
+Logits of one example, called on ``(student_logits, teacher_logits)``:
+
+- ``KD``: knowledge distillation (Hinton et al. 2015)
+- ``ReverseKL``: the divergence the other way round (Gu et al. 2024)
+- ``GeneralizedJSD``: generalised Jensen-Shannon divergence (Agarwal et al. 2024)
+- ``LogitMSE``: regression on logits (Kim et al. 2021)
+- ``HardDistillation``: cross entropy with the teacher's first choice (Touvron et al. 2021)
+- ``SmoothedTeacher``: KD from a teacher smoothed by formula
+- ``TTM``: transformed teacher matching (Zheng & Yang 2024)
+- ``WTTM``: the same, weighted (Zheng & Yang 2024)
+- ``TfSelf``: Tf-KD self-training (Yuan et al. 2020)
+- ``LogitStandardKD``: a method on standardized logits (Sun et al. 2024)
+- ``CTKD``: KD at a learned temperature (Li et al. 2023)
+
+Logits and the label, called on ``(student_logits, teacher_logits, target)``:
+
+- ``WSL``: weighted soft labels (Zhou et al. 2021)
+- ``ATS``: asymmetric temperature scaling (Li et al. 2022)
+- ``DKD``: decoupled distillation (Zhao et al. 2022)
+- ``NKD``: normalised distillation (Yang et al. 2023)
+- ``RLD``: refined logits (Sun et al. 2024)
+
+Logits of a whole batch, called on ``(student_logits, teacher_logits)``:
+
+- ``DIST``: correlation of rows and columns (Huang et al. 2022)
+- ``MLKD``: multi-level logit distillation (Jin et al. 2023)
+
+Without a teacher, called on ``(student_logits, target)``:
+
+- ``LabelSmoothing``: label smoothing, both conventions (Szegedy et al. 2016)
+- ``GeneralizedSmoothing``: smoothing with a mass that may be negative (Wei et al. 2022)
+- ``OnlineLabelSmoothing``: smoothing by what was predicted (Zhang et al. 2021)
+- ``MaxSup``: max suppression (Zhou et al. 2025)
+- ``ConfidencePenalty``: a penalty on confident predictions (Pereyra et al. 2017)
+- ``Focal``: focal loss (Lin et al. 2017)
+- ``FLSD53``: focal loss with a sample-dependent exponent (Mukhoti et al. 2020)
+- ``TfReg``: Tf-KD regularisation (Yuan et al. 2020)
+- ``DML``: deep mutual learning (Zhang et al. 2018)
+
+Maps, called on ``(student_maps, teacher_maps)``:
+
+- ``Hint``: FitNets hint (Romero et al. 2015)
+- ``AT``: attention transfer (Zagoruyko & Komodakis 2017)
+- ``VID``: variational information distillation (Ahn et al. 2019)
+- ``NST``: neuron selectivity transfer (Huang & Wang 2017)
+- ``FSP``: flow of solution procedure (Yim et al. 2017)
+- ``SP``: similarity-preserving distillation (Tung & Mori 2019)
+- ``OFD``: overhaul of feature distillation (Heo et al. 2019)
+
+Embeddings, called on ``(student_embedding, teacher_embedding)``:
+
+- ``PKT``: probabilistic knowledge transfer (Passalis & Tefas 2018)
+- ``RKD``: relational distillation (Park et al. 2019)
+- ``CC``: correlation congruence (Peng et al. 2019)
+- ``CRD``: contrastive representation distillation (Tian et al. 2020)
+
+Several of these, called on ``(View(...), View(...))``:
+
+- ``ReviewKD``: knowledge review (Chen et al. 2021)
+- ``SimKD``: the teacher's classifier, reused (Chen et al. 2022)
+
+``reference`` defines DistillLoss in plain PyTorch; ``kernels`` has it fused, for CPUs and GPUs. ``settings``,
 ``ranges`` and ``inputs`` check settings and tensors. Names load on first use: ``ranges`` and the names of the methods
 are read without torch.
 """
@@ -16,13 +78,109 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kd.losses.distill import DistillLoss, DistillTerms, distill_loss
     from kd.losses.linear import LinearDistillLoss
-    from kd.losses.methods.labels import LabelSmoothing
+    from kd.losses.methods.batch_logits import DIST, MLKD
+    from kd.losses.methods.connectors import OFD, ReviewKD, SimKD
+    from kd.losses.methods.contrastive import CRD
+    from kd.losses.methods.decoupled import DKD, NKD, RLD
+    from kd.losses.methods.features import AT, FSP, NST, VID, Hint
+    from kd.losses.methods.labels import (
+        FLSD53,
+        ConfidencePenalty,
+        Focal,
+        GeneralizedSmoothing,
+        LabelSmoothing,
+        MaxSup,
+        OnlineLabelSmoothing,
+    )
+    from kd.losses.methods.logits import (
+        ATS,
+        KD,
+        TTM,
+        WSL,
+        WTTM,
+        GeneralizedJSD,
+        HardDistillation,
+        LogitMSE,
+        ReverseKL,
+        SmoothedTeacher,
+    )
+    from kd.losses.methods.relations import CC, PKT, RKD, SP
+    from kd.losses.methods.seen import View
+    from kd.losses.methods.teacher_free import DML, TfReg, TfSelf
+    from kd.losses.methods.temperature import CTKD, LogitStandardKD
 
-__all__ = ["DistillLoss", "DistillTerms", "LabelSmoothing", "LinearDistillLoss", "distill_loss"]
-_HOME = {"LabelSmoothing": "methods.labels", "LinearDistillLoss": "linear"}
+# The module of every public name, below kd.losses.
+_NAMES = {
+    "distill": "DistillLoss DistillTerms distill_loss",
+    "linear": "LinearDistillLoss",
+    "methods.batch_logits": "DIST MLKD",
+    "methods.connectors": "OFD ReviewKD SimKD",
+    "methods.contrastive": "CRD",
+    "methods.decoupled": "DKD NKD RLD",
+    "methods.features": "AT FSP NST VID Hint",
+    "methods.labels": "ConfidencePenalty FLSD53 Focal GeneralizedSmoothing LabelSmoothing MaxSup OnlineLabelSmoothing",
+    "methods.logits": "ATS KD TTM WSL WTTM GeneralizedJSD HardDistillation LogitMSE ReverseKL SmoothedTeacher",
+    "methods.relations": "CC PKT RKD SP",
+    "methods.seen": "View",
+    "methods.teacher_free": "DML TfReg TfSelf",
+    "methods.temperature": "CTKD LogitStandardKD",
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+__all__ = [
+    "AT",
+    "ATS",
+    "CC",
+    "CRD",
+    "CTKD",
+    "DIST",
+    "DKD",
+    "DML",
+    "FLSD53",
+    "FSP",
+    "KD",
+    "MLKD",
+    "NKD",
+    "NST",
+    "OFD",
+    "PKT",
+    "RKD",
+    "RLD",
+    "SP",
+    "TTM",
+    "VID",
+    "WSL",
+    "WTTM",
+    "ConfidencePenalty",
+    "DistillLoss",
+    "DistillTerms",
+    "Focal",
+    "GeneralizedJSD",
+    "GeneralizedSmoothing",
+    "HardDistillation",
+    "Hint",
+    "LabelSmoothing",
+    "LinearDistillLoss",
+    "LogitMSE",
+    "LogitStandardKD",
+    "MaxSup",
+    "OnlineLabelSmoothing",
+    "ReverseKL",
+    "ReviewKD",
+    "SimKD",
+    "SmoothedTeacher",
+    "TfReg",
+    "TfSelf",
+    "View",
+    "distill_loss",
+]
 
 
 def __getattr__(name: str):
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module 'kd.losses' has no attribute {name!r}")
-    return getattr(import_module(f"kd.losses.{_HOME.get(name, 'distill')}"), name)
+    return getattr(import_module(f"kd.losses.{_HOME[name]}"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -255,7 +255,7 @@ def why_not(point: Point, network: nn.Module, num_classes: int) -> str | None:
 def _why_not_methods(loss: LossConfig, num_classes: int) -> str | None:
     """Whether every method is a pure function of a batch's logits: by what it declares, and by trying it."""
     objective = _objective(loss)
-    if beyond := sorted(objective.needs - {"teacher", "labels", "batch"}):
+    if beyond := sorted(objective.needs - {"teacher", "target", "labels", "batch"}):
         return f"loss.methods needs {', '.join(beyond)}"
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 2, 8, num_classes, generator=generator)

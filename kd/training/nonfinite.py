@@ -24,7 +24,7 @@ def bad_rows(seen: Seen, objective: Objective) -> dict[str, list[int]]:
     terms = per_example.terms(seen.student.logits, teacher, seen.target)
     values = {"images": seen.images, "teacher's logits": _unmasked(teacher)}
     values |= {"student's logits": _unmasked(seen.student.logits), "ce": terms.ce, "kd": terms.kd}
-    values |= {name: method(seen) for name, method in objective.methods.items()}
+    values |= objective.evaluate(seen)
     rows = {}
     for name, value in values.items():
         if value is not None:

@@ -80,7 +80,7 @@ class Objective(nn.Module):
                 method.build(replace(seen, peer=self._peer() if "peer" in method.needs else None))
                 method.to(seen.student.logits.device)
                 if rehearsal:
-                    method(rehearsal)
+                    method.evaluate(rehearsal)
             except (ValueError, TypeError, RuntimeError) as error:  # a shape that PyTorch refuses too
                 text = str(error).splitlines()[0].removeprefix(f"{name}: ")
                 raise ValueError(f"{name}: {text}") from error
@@ -94,13 +94,17 @@ class Objective(nn.Module):
         for each in self._weighted.values():
             each.method.end_epoch()
 
+    def evaluate(self, seen: Seen) -> dict[str, Tensor]:
+        """The methods' values by name, unweighted: (N,), or () of a method that compares the examples of a batch."""
+        return {name: each.method.evaluate(seen) for name, each in self._weighted.items()}
+
     def forward(self, seen: Seen) -> Terms:
         """The terms of one batch, or of a piece of one."""
         teacher = None if seen.teacher is None else seen.teacher.logits
         total, ce, kd = self.loss.terms(seen.student.logits, teacher, seen.target)
         values = {name: term for name, term in (("ce", ce), ("kd", kd)) if term is not None}
-        for name, each in self._weighted.items():
-            value: Tensor = each.method(seen)
+        for name, value in self.evaluate(seen).items():
+            each = self._weighted[name]
             value = value * len(seen.target) if "batch" in each.method.needs else value.sum()
             risen = min(1.0, seen.epoch / each.warmup_epochs) if each.warmup_epochs else 1.0
             total = total + each.weight * risen * value

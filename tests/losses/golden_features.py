@@ -33,26 +33,19 @@ AUTHORS = {
 }
 
 
-def views(s, t):
-    """Seen from features alone: vectors are embeddings, and maps of one position."""
-    n = len(s)
-    logits = torch.zeros(n, 3, dtype=s.dtype)
-
-    def view(x):
-        return View(logits, [x if x.ndim == 4 else x[:, :, None, None]], x.flatten(1))
-
-    return Seen(view(s), view(t), torch.zeros(n, dtype=torch.int64))
-
-
 def authors_case(case):
     s, t = (tensor(FILE["inputs"][case["inputs"]][key]) for key in "st")
     name, settings = AUTHORS[case["key"]](**case["hyper"])
     method = library()[name](**settings)
-    method.build(views(s, t))
+    if "maps" in method.needs:
+        s, t = (x if x.ndim == 4 else x[:, :, None, None] for x in (s, t))  # vectors are maps of one position
+    else:
+        s, t = s.flatten(1), t.flatten(1)
+    method(s, t)
     for learned, _ in list(method.named_children()):
         setattr(method, learned, nn.Identity())
-    numbers = (case["expected"][key] for key in ("loss", "grad_s"))
-    return stored_case(case, method.name, lambda x: method(views(x, t)).mean(), s, *numbers)
+    value, slopes = (case["expected"][key] for key in ("loss", "grad_s"))
+    return stored_case(case, method.name, lambda x: method(x, t), s, tensor(value), tensor(slopes).reshape(s.shape))
 
 
 def randn(*shape, seed=0):
@@ -145,6 +138,18 @@ def equal_channels():
     return Seen(student, teacher, seen.target)
 
 
+def called(method, seen, student):
+    """The sum over examples of what a user calls, of what the method needs of the batch."""
+    method.reduction = "mean" if "batch" in method.needs else "sum"
+    more = {"index": seen.index, "num_samples": seen.num_samples} if "index" in method.needs else {}
+    views = student, seen.teacher
+    if method.needs & {"maps", "embedding", "weight"} == {"maps"}:
+        views = [view.maps for view in views]
+    elif method.needs & {"maps", "embedding", "weight"} == {"embedding"}:
+        views = [view.embedding for view in views]
+    return method(*views, seen.target if "labels" in method.needs else None, **more)
+
+
 def prepare(method):
     """Give vid's channels different variances; keep crd's constants of a first batch, at which the derivative is."""
     if method.name == "vid":
@@ -153,7 +158,7 @@ def prepare(method):
     if method.name == "crd":
         torch.manual_seed(1)
         before = {key: x.clone() for key, x in method.state_dict().items()}
-        method(two_pairs())
+        called(method, two_pairs(), two_pairs().student)
         method.load_state_dict(before | {"log_constants": method.log_constants.clone()})
 
 
@@ -199,7 +204,7 @@ def second_case(name):
         *maps, embedding = (x + way * direction for x, direction in zip(start, directions, strict=True))
         student = replace(seen.student, maps=maps, embedding=embedding)
         torch.manual_seed(1)
-        return copy.deepcopy(method)(replace(seen, student=student)).sum()
+        return called(copy.deepcopy(method), seen, student)
 
     def theirs(way):
         moved = [numpy(x) + way * numpy(direction) for x, direction in zip(start, directions, strict=True)]

@@ -21,17 +21,13 @@ from kd.losses.methods.labels import (
     MaxSup,
     OnlineLabelSmoothing,
 )
-from kd.losses.methods.teacher_free import DeepMutualLearning, TfReg, TfSelf
+from kd.losses.methods.teacher_free import DML, TfReg, TfSelf
 
 FILE = json.loads((Path(__file__).parent.parent / "golden" / "authors_hard.json").read_text())
 
 
 def logits(n=6, k=5, seed=0):
     return draw(n, k, seed=seed, scale=3.0)
-
-
-def seen(student, target, teacher=None, **more):
-    return Seen(View(student), None if teacher is None else View(teacher), target, **more)
 
 
 def ce(student, target):
@@ -43,15 +39,15 @@ AUTHORS = {
     "tf_ls": lambda h: (LabelSmoothing(0.1, "others"), 1.0, 0.0),
     "ls_uniform": lambda h: (LabelSmoothing(h["alpha"]), 1.0, 0.0),
     "maxsup_ls": lambda h: (LabelSmoothing(h["smoothing_rate"]), 1.0, -1.0),  # the regulariser alone
-    "tf_kd": lambda h: (TfSelf(h["T"], released_code=True), h["alpha"], 1 - h["alpha"]),
-    "tf_self": lambda h: (TfSelf(h["T"], released_code=True), h["alpha"] * h["multiplier"], 1 - h["alpha"]),
+    "tf_kd": lambda h: (TfSelf(h["T"], released=True), h["alpha"], 1 - h["alpha"]),
+    "tf_self": lambda h: (TfSelf(h["T"], released=True), h["alpha"] * h["multiplier"], 1 - h["alpha"]),
     "tf_reg": lambda h: (
-        TfReg(0.99, h["reg_temperature"], released_code=True),
+        TfReg(0.99, h["reg_temperature"], released=True),
         h["reg_alpha"] * h["multiplier"],
         1 - h["reg_alpha"],
     ),
     "maxsup": lambda h: (MaxSup(h["begin_lambda"], h["end_lambda"]), 1.0, 1.0),
-    "maxsup_lt": lambda h: (MaxSup(ramp="in_last"), 1.0, 1.0),
+    "maxsup_lt": lambda h: (MaxSup(released=True), 1.0, 1.0),
     "focal": lambda h: (Focal(h["gamma"]), 1.0, 0.0),
     "flsd53": lambda h: (FLSD53(h["gamma"]), 1.0, 0.0),
     "confpen": lambda h: (ConfidencePenalty(), h["weight"], 0.0),  # the penalty alone
@@ -71,7 +67,7 @@ def authors_cases():
         size = len(target) if hyper.get("reduction") == "sum" else 1
 
         def loss(z, t=teacher, y=target, size=size, method=method, weights=(weight, ce_weight), when=when):
-            ours = method(seen(z, y, t, **when)).mean()
+            ours = method(z, t, y, **when)
             return size * (weights[0] * ours + weights[1] * ce(z, y).mean())
 
         expected = case["expected"]
@@ -84,11 +80,11 @@ def ols_cases(case):
 
     def after(batches):
         """The method that has seen so many batches, and the ends of the epochs that they complete."""
-        method = OnlineLabelSmoothing(start="zero")
-        method.build(seen(*epochs[0][0]))
+        method = OnlineLabelSmoothing(released=True)
+        method.build(Seen(View(epochs[0][0][0]), None, epochs[0][0][1]))  # the first batch may be one to come
         for epoch in epochs:
             for batch in epoch[:batches]:
-                method(seen(*batch))
+                method(*batch)
             if batches < len(epoch):
                 break
             method.end_epoch()
@@ -100,7 +96,7 @@ def ols_cases(case):
         for n, (student, target) in enumerate(epoch):
 
             def loss(z, target=target, done=done):
-                return 0.5 * ce(z, target).mean() + 0.5 * after(done)(seen(z, target)).mean()
+                return 0.5 * ce(z, target).mean() + 0.5 * after(done)(z, target)
 
             numbers = expected["batch_loss"][n], expected["batch_grad_s"][n]
             yield authors_case(case, "online_label_smoothing", loss, student, *numbers, more=f":{e}:{n}")
@@ -124,28 +120,21 @@ class Peer(nn.Module):
         return self.logits[: len(images)]
 
 
-def mutual(student, peer, target, **more):
-    method = DeepMutualLearning()
-    given = seen(student, target, images=torch.zeros(len(student), 1), peer=Peer(peer), **more)
-    method.build(given)
-    return method, given
-
-
 def second_cases():
     """Deep mutual learning by each network's own published objective, and negative smoothing by its line."""
     s, t, y = logits(), logits(seed=1), labels()
     p1, p2, onehot = softmax(s.numpy()), softmax(t.numpy()), np.eye(5)[y]
     nll = -np.log(p2[np.arange(6), y])
+    images = torch.zeros(6, 1)
     value = (p2 * np.log(p2 / p1)).sum(1) + nll + (p1 * np.log(p1 / p2)).sum(1)
 
     def of_student(z):
-        method, given = mutual(z, t, y)
-        return method(given).sum()
+        return DML(reduction="sum")(z, y, images=images, peer=Peer(t))
 
     def of_peer(z):
-        method, given = mutual(s, t, y)
-        object.__setattr__(method.peer, "forward", lambda images: z)
-        return method(given).sum()
+        peer = Peer(t)
+        object.__setattr__(peer, "forward", lambda images: z)
+        return DML(reduction="sum")(s, y, images=images, peer=peer)
 
     gradients = {"student": (of_student, s, p1 - p2), "peer": (of_peer, t, (p2 - onehot) + (p2 - p1))}
     for who, (loss, at, slopes) in gradients.items():
@@ -154,7 +143,7 @@ def second_cases():
         value = (1 - eps) * -np.log(p1[np.arange(6), y]).sum() - eps * np.log(p1).mean(1).sum()
 
         def line(z, eps=eps):
-            return GeneralizedSmoothing(eps)(seen(z, y)).sum()
+            return GeneralizedSmoothing(eps, reduction="sum")(z, y)
 
         slopes = p1 - (1 - eps) * onehot - eps / 5
         yield Case("generalized_smoothing", SECOND, f"negative{eps}", line, s, tensor(value), tensor(slopes))
@@ -163,11 +152,11 @@ def second_cases():
         virtual = np.where(onehot == 1, 0.99, 0.01 / 4) ** (1 / temperature)
         virtual /= virtual.sum(1, keepdims=True)
         q = softmax(s.numpy() / temperature)
-        for method, of_teacher in ((TfSelf(temperature), p), (TfReg(0.99, temperature), virtual)):
+        for method, of_teacher in ((TfSelf, p), (TfReg, virtual)):
             value = (of_teacher * np.log(of_teacher / q)).sum()
 
-            def tf(z, method=method):
-                return method(seen(z, y, t)).sum()
+            def tf(z, method=method, temperature=temperature):
+                return method(temperature=temperature, reduction="sum")(z, t, y)
 
             slopes = (q - of_teacher) / temperature
             yield Case(method.name, SECOND, f"{method.name}{temperature}", tf, s, tensor(value), tensor(slopes))

@@ -86,7 +86,7 @@ def built(name, seen: Seen, seed=0, **settings) -> Method:
 def call(method: Method, seen: Seen) -> torch.Tensor:
     """Its values, with no trace of the call left in it, and the same draws each time."""
     torch.manual_seed(1)
-    return copy.deepcopy(method)(seen)
+    return copy.deepcopy(method).evaluate(seen)
 
 
 def gradients(method: Method, value, seen: Seen) -> list[torch.Tensor]:
@@ -105,7 +105,6 @@ def logit_batch(n=6, k=5, seed=0, scale=3.0):
 
 
 def logit_values(method: Method, s, t, y):
-    """The method's values of these logits, after it has made its learned parts."""
-    seen = Seen(View(s), View(t), y)
-    method.build(seen)
-    return method(seen)
+    """The method's values of these logits, by the call that a user types; one where it compares examples."""
+    method.reduction = "mean" if "batch" in method.needs else "none"
+    return method(s, t, y)

@@ -9,8 +9,8 @@ from golden_features import SAMPLES, N, built, numpy, randn, two_pairs
 from torch import nn
 
 from kd.losses.methods.base import Seen, View
-from kd.losses.methods.connectors import OverhaulFeature, ReusedClassifier
-from kd.losses.methods.contrastive import ContrastiveRepresentation
+from kd.losses.methods.connectors import OFD, SimKD
+from kd.losses.methods.contrastive import CRD
 from kd.losses.methods.features import Hint
 
 
@@ -27,7 +27,7 @@ def test_hint_has_the_papers_kernel_and_the_released_codes_strides(seen):
     method = built(Hint(layer=-1, released=True), half)
     assert isinstance(method.regressor[0], nn.ConvTranspose2d)
     assert method.regressor(half.student.maps[0]).shape == (N, 2, 4, 4)
-    assert method(half).shape == (N,)
+    assert method.evaluate(half).shape == (N,)
 
 
 def in_common_space(method, seen):
@@ -37,14 +37,14 @@ def in_common_space(method, seen):
 
 
 def test_crd_sets_its_constants_from_the_first_batch(seen):
-    method = built(ContrastiveRepresentation(7, 0.5, embed_dim=8, released=True), seen)
+    method = built(CRD(7, 0.5, embed_dim=8, released=True), seen)
     s, t = in_common_space(method, seen)
     index, memories = numpy(seen.index), (numpy(method.memory_teacher).copy(), numpy(method.memory_student).copy())
     method.labels[seen.index] = seen.target
     torch.manual_seed(1)
     chosen = np.concatenate([index[:, None], numpy(method.negatives(seen.target))], 1)
     torch.manual_seed(1)
-    method(seen)
+    method.evaluate(seen)
     for x, memory, constant in zip((s, t), memories, method.log_constants, strict=True):
         exponentials = [[np.exp(x[i] @ memory[j] / 0.5) for j in chosen[i]] for i in range(N)]
         assert constant.item() == pytest.approx(math.log(SAMPLES * np.mean(exponentials)), rel=1e-12)
@@ -53,10 +53,10 @@ def test_crd_sets_its_constants_from_the_first_batch(seen):
 @pytest.mark.parametrize("released", [False, True])
 def test_crd_remembers_the_batch(seen, released):
     """Its rows half old, half new, of length 1; the others as they were."""
-    method = built(ContrastiveRepresentation(7, 0.5, embed_dim=8, released=released), seen)
+    method = built(CRD(7, 0.5, embed_dim=8, released=released), seen)
     before = numpy(method.memory_student).copy(), numpy(method.memory_teacher).copy()
     new = in_common_space(method, seen)
-    method(seen)
+    method.evaluate(seen)
     for memory, old, rows in zip((method.memory_student, method.memory_teacher), before, new, strict=True):
         want = old.copy()
         for i, x in zip(numpy(seen.index), rows, strict=True):
@@ -66,7 +66,7 @@ def test_crd_remembers_the_batch(seen, released):
 
 
 def test_crd_draws_evenly_from_other_labels(seen):
-    method = built(ContrastiveRepresentation(num_negatives=3000), seen)
+    method = built(CRD(num_negatives=3000), seen)
     method.labels[:] = torch.tensor([2, 0, 1, 0, 1, 1, 3, 0, 2, 1, 3, 0])
     drawn = method.negatives(torch.tensor([0, 1, 2, 3]))
     for label, row in enumerate(drawn):
@@ -78,7 +78,7 @@ def test_crd_draws_evenly_from_other_labels(seen):
 
 
 def test_ofd_margins_are_means_of_negative_values(seen):
-    method = built(OverhaulFeature(), seen)
+    method = built(OFD(), seen)
     for i, t in enumerate(seen.teacher.maps):
         want = [channel[channel < 0].mean() for channel in numpy(t).transpose(1, 0, 2, 3)]
         np.testing.assert_allclose(numpy(method.get_buffer(f"margin{i}")).ravel(), want, rtol=1e-6)
@@ -86,7 +86,7 @@ def test_ofd_margins_are_means_of_negative_values(seen):
 
 def test_simkd_refuses_a_map_that_the_classifier_does_not_read(seen):
     with pytest.raises(ValueError, match="reads 5 channels, and not the average of map -2 with 4"):
-        built(ReusedClassifier(layer=-2), seen)
+        built(SimKD(layer=-2), seen)
     other = View(seen.teacher.logits + 1, seen.teacher.maps, None, seen.teacher.weight, seen.teacher.bias)
     with pytest.raises(ValueError, match="not the average of map -1"):
-        built(ReusedClassifier(), Seen(seen.student, other, seen.target))
+        built(SimKD(), Seen(seen.student, other, seen.target))

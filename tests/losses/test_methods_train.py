@@ -250,6 +250,13 @@ WRONG_NAMES = {
     "[dkd,dkd]": "loss=[dkd,dkd]: names dkd twice",
 }
 WRONG_SETTINGS = [
+    (
+        {"dist": {"epsilon": 1e-8}},
+        "loss.methods.dist.epsilon: has a new name; type released=true for the authors' 1e-8",
+    ),
+    ({"tf_reg": {"released_code": True}}, "loss.methods.tf_reg.released_code: has a new name; type released"),
+    ({"simkd": {"reduction": 4}}, "loss.methods.simkd.reduction: has a new name; type factor"),
+    ({"dkd": {"reduction": "sum"}}, "loss.methods.dkd.reduction: no such setting"),
     ({"dkd": {"temprature": 1}}, "loss.methods.dkd.temprature: no such setting; did you mean temperature?"),
     ({"dkd": 1}, "loss.methods.dkd=1: must be settings such as {weight: 1.0}; type loss=dkd"),
     ({"kd": {"weight": 1}}, "loss.methods.kd: is there already; type loss.kd_weight=... and loss.temperature=..."),

@@ -1,121 +1,106 @@
-"""Base class of every distillation method, and what a method receives for a batch.
+"""Base class of every distillation method: a loss to call on tensors, and to evaluate in the training loop.
 
 A method is one class whose fields are its hyperparameters. Its ``values`` is a pure function of what student and
 teacher gave for a batch: one number per example, or one for the batch where the method compares examples with each
-other. Values are unweighted; the weight and the mean belong to the caller. The training loop gives every method the
-same ``Seen`` and knows no method by name.
+other. Called on tensors, ``DKD()(student_logits, teacher_logits, target)``, it is a loss like those of torch.nn. The
+training loop gives ``evaluate`` of every method the same ``Seen``, weighs and sums the values, and knows no method by
+name.
 
 N examples, K classes, C channels, D dimensions; logits (N, K), maps (N, C, H, W), embeddings (N, D).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, dataclass_transform
+from collections.abc import Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from typing import Annotated, Any, ClassVar, dataclass_transform
 
 import torch
 from torch import Tensor, nn
 
-from kd.losses.fields import Weight, check_fields
+from kd.losses.fields import Weight, check_fields, one_of
+from kd.losses.methods import call
+from kd.losses.methods.seen import FEATURES, IGNORE, Seen, View
 from kd.losses.reference import wide_dtype
 from kd.smoothing import check_target
 
-IGNORE = -100
 METHODS: dict[str, type[Method]] = {}  # by name; a subclass registers itself
 
 
-@dataclass(frozen=True)
-class View:
-    """What one network gave for a batch."""
-
-    logits: Tensor  # (N, K)
-    maps: Sequence[Tensor] = ()  # each (N, C, H, W), from shallow to deep; student's and teacher's pair up by position
-    embedding: Tensor | None = None  # (N, D), what the classifier reads
-    weight: Tensor | None = None  # (K, D), the classifier's rows, the class templates
-    bias: Tensor | None = None  # (K,)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> View:
-        """The view with every tensor changed that has a row per example; the classifier's stay."""
-        embedding = None if self.embedding is None else change(self.embedding)
-        return replace(self, logits=change(self.logits), maps=[change(m) for m in self.maps], embedding=embedding)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """All that a method may look at: both networks' outputs for a batch, its labels, and where training stands."""
-
-    student: View
-    teacher: View | None
-    target: Tensor  # (N,) int64 labels, or (N, K) probabilities
-    index: Tensor | None = None  # (N,) int64, positions of the examples in the training set
-    epoch: float = 0.0  # epochs done, with the fraction of the running one
-    epochs: int = 1  # epochs in all
-    images: Tensor | None = None  # (N, ...), what the networks saw
-    num_samples: int = 0  # examples in the training set
-    peer: nn.Module | None = None  # a second student with other weights; for `build` of a method that needs "peer"
-    ignored: Tensor | None = None  # (N,) bool, set by Method.forward: rows that it has blanked and labelled 0
-
-    # What a method that needs a teacher reads. `Method.forward` has checked that it is there.
-
-    @property
-    def views(self) -> tuple[View, View]:
-        """Student's and teacher's."""
-        assert self.teacher is not None
-        return self.student, self.teacher
-
-    @property
-    def logits(self) -> tuple[Tensor, Tensor]:
-        """Student's and teacher's, (N, K) each."""
-        student, teacher = self.views
-        return student.logits, teacher.logits
-
-    @property
-    def map_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Student's and teacher's map at every position. Raises ValueError where one has more."""
-        student, teacher = self.views
-        return list(zip(student.maps, teacher.maps, strict=True))
-
-    @property
-    def embeddings(self) -> tuple[Tensor, Tensor]:
-        """Student's (N, D_s) and teacher's (N, D_t)."""
-        student, teacher = self.views
-        assert student.embedding is not None
-        assert teacher.embedding is not None
-        return student.embedding, teacher.embedding
-
-
 @dataclass_transform(eq_default=False)
-class Method(nn.Module):
+class _Fields(nn.Module):
+    """Tells type checkers that annotations of the classes below are fields of a dataclass."""
+
+
+@dataclass(eq=False, repr=False)
+class Method(_Fields):
     """Base of all methods. A subclass is ``class DKD(Method, name="dkd")`` and becomes a dataclass by that.
 
     It states what it needs, declares its hyperparameters as fields with the defaults of its paper (CIFAR-100 where
     there are several) and their ranges (`kd.losses.fields`), and defines ``values``. Modules that learn with
     the student, and buffers that last from batch to batch, are made in ``make``; they are trained, saved and resumed.
 
+    ``forward`` says how to call it. What it learns is made at the first call, on the device of its inputs, as
+    nn.LazyLinear makes its weight: call the method once, or call ``build``, before you give its ``parameters()`` to the
+    optimizer. In eval mode it gathers nothing.
+
+    Args:
+        reduction: of the call, not of `evaluate`: "mean" over the examples or positions whose label is not -100 (0
+            where there are none), "sum", or "none" for a value each. A method that compares the examples of a batch has
+            one value; "sum" is N times that, and "none" an error.
+
     Raises:
         ValueError: a field is out of its range.
+        TypeError: the constructor was given tensors, which belong to the call.
     """
 
-    # Of teacher, maps, embedding, weight, index, images, peer. Also "labels" where the target may not be probabilities,
-    # as with mixup, and "batch" where the value is one of 2 or more examples, (), and not (N,), row i of row i alone.
-    needs: frozenset[str] = frozenset({"teacher"})
+    _: KW_ONLY
+    reduction: Annotated[str, one_of("mean", "sum", "none")] = "mean"
+
+    # Of teacher, target, maps, embedding, weight, index, images, peer. Also "labels", a target that may not be
+    # probabilities, as mixup's are, and "batch" where the value is one of 2 or more examples, (), and not (N,), row i
+    # of row i alone.
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
+    learns: ClassVar[bool] = False  # whether `make` makes parameters; unless stated, whether there is a `make`
     classifies: ClassVar[bool] = False  # `classify` gives the logits to evaluate, not the student's own classifier
     # Published settings: this method's "weight", the "warmup_epochs" over which it rises linearly from 0, "ce_weight",
     # and the fields that differ from their defaults.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    renamed: ClassVar[Mapping[str, str]] = {}  # by a field's former name: what to type now
 
     name: ClassVar[str] = ""
 
     def __init_subclass__(cls, name: str, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        dataclass(eq=False)(cls)  # a module is equal to itself alone
+        dataclass(eq=False, repr=False)(cls)  # a module is equal to itself alone
         cls.name = name
+        if "learns" not in cls.__dict__:
+            cls.learns = cls.make is not Method.make
         METHODS[name] = cls
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        """Refuse tensors: ``DKD(s, t, y)`` would else fail with a message about fields."""
+        if any(isinstance(value, Tensor | View) for value in (*args, *kwargs.values())):
+            text = f"type {cls.__name__}(...)({call.arguments(cls.needs)})"
+            raise TypeError(f"{cls.name}: settings go to the constructor and tensors to the call: {text}")
+        return super().__new__(cls)
 
     def __post_init__(self):
         super().__init__()  # after the dataclass has set the fields: a module takes plain attributes before it
+        self._built = False
         check_fields(self.name, self)
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """What a recipe sets of the method, with the defaults."""
+        default = cls()
+        return {f.name: getattr(default, f.name) for f in fields(cls) if f.name != "reduction"}
+
+    def extra_repr(self) -> str:
+        """The fields that are not at their defaults, for ``print(loss)``."""
+        default = type(self)()
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
 
     def require(self, holds: bool, message: str) -> None:
         """Raise ValueError, ``NAME: MESSAGE``, unless the condition holds."""
@@ -134,8 +119,28 @@ class Method(nn.Module):
             ValueError: the batch lacks what the method needs, or has a form that it cannot use.
         """
         self._check_inputs(seen)
-        self.make(seen)
+        with torch.no_grad(), torch.device("cpu"):  # the same draws on every device, whatever the default device is
+            self.make(seen)
         self.to(seen.student.logits.device, wide_dtype(seen.student.logits))
+        self._built = True
+
+    def require_built(self) -> None:
+        """Raise RuntimeError unless `build` or a call has made what the method learns and keeps."""
+        if not self._built:
+            typed = f"loss({call.arguments(self.needs)})"
+            raise RuntimeError(f"{self.name}: is not built yet; call {typed} once, or loss.build(seen), before this")
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """As of every module. Raises RuntimeError while a method that learns is not built."""
+        if self.learns:
+            self.require_built()
+        return super().parameters(recurse)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As `parameters`."""
+        if self.learns:
+            self.require_built()
+        return super().named_parameters(*args, **kwargs)
 
     def make(self, seen: Seen) -> None:
         """Set learned modules and lasting buffers as attributes; by default there are none."""
@@ -151,12 +156,73 @@ class Method(nn.Module):
         """The value: () where it needs a "batch", else (N,). Logits and features come in float32 or float64."""
         raise NotImplementedError
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(
+        self,
+        student: Any,
+        teacher: Any = None,
+        target: Tensor | None = None,
+        *,
+        index: Tensor | None = None,
+        num_samples: int = 0,
+        epoch: float = 0.0,
+        epochs: int = 1,
+        images: Tensor | None = None,
+        peer: nn.Module | None = None,
+    ) -> Tensor:
+        """The loss of tensors: a scalar, or a value for every position under reduction "none".
+
+        - ``loss(student_logits, teacher_logits, target)``, logits ``(..., K)``
+        - ``loss(student_logits, target)`` for a method without a teacher; it ignores a teacher given as above
+        - ``loss(student_features, teacher_features)`` for a method that needs maps, one ``(N, C, H, W)`` or a list of
+          them from shallow to deep, or that needs embeddings ``(N, D)``
+        - ``loss(View(maps=..., embedding=...), View(...))`` for a method that needs several of them
+
+        Computed and returned in float32, or in float64 for a float64 student. The teacher gets no gradient.
+
+        Args:
+            student: logits, features or a View.
+            teacher: the same of the teacher.
+            target: int64 labels ``(...)``, -100 at positions that do not count, or probabilities ``(..., K)``. It may
+                be None where the formula has none; then every position counts.
+            index: (N,) int64, positions of the examples in the training set.
+            num_samples: examples in the training set, for the first call.
+            epoch: epochs done, with the fraction of the running one.
+            epochs: epochs in all.
+            images: (N, ...), what the networks saw.
+            peer: a second student with other weights, for the first call.
+
+        Raises:
+            ValueError: something that the method needs is missing or has a form that it cannot use, or a tensor of the
+                teacher requires a gradient.
+            TypeError: an argument has a type, or a tensor a dtype, that cannot be meant.
+        """
+        if "teacher" not in self.needs:
+            teacher, target = None, teacher if target is None else target
+        views = call.views(self.name, self.needs, student, teacher)
+        missing = target is None and bool(self.needs & {"target", "labels"})
+        self.require(not missing, f"needs the target; type loss({call.arguments(self.needs)})")
+        one_value = "batch" in self.needs and self.reduction == "none"
+        self.require(
+            not one_value, "compares examples with each other and has one value: reduction must be mean or sum"
+        )
+        views, target, shape = call.rows(*views, target, of_logits=not self.needs & FEATURES)
+        values = self.evaluate(Seen(*views, target, index, epoch, epochs, images, num_samples, peer))
+        if self.reduction == "none":
+            return values.reshape(shape)
+        if "batch" in self.needs:
+            return values if self.reduction == "mean" else values * len(target)
+        soft = target.is_floating_point()
+        count = max(len(target), 1) if soft else (target != IGNORE).sum().clamp(min=1)
+        return values.sum() if self.reduction == "sum" else values.sum() / count
+
+    def evaluate(self, seen: Seen) -> Tensor:
         """`values` of checked inputs in float32 or float64; exactly 0, with zero gradient, where a label is ignored.
 
         Raises:
             ValueError: the batch lacks what the method needs, or has a form that it cannot use.
         """
+        if not self._built:
+            self.build(seen)
         self._check_inputs(seen)
         wide, soft = wide_dtype(seen.student.logits), seen.target.is_floating_point()
         ignored = None if soft or "batch" in self.needs else seen.target == IGNORE
@@ -166,7 +232,11 @@ class Method(nn.Module):
             x = x.to(wide)
             return x if ignored is None else x.masked_fill(ignored.view(-1, *[1] * (x.ndim - 1)), 0)
 
-        teacher = None if seen.teacher is None else seen.teacher.map(lambda x: clean(x.detach()))
+        def constant(x: Tensor) -> Tensor:
+            # What was made in inference mode is copied, because autograd refuses to keep it.
+            return clean(x.clone() if x.is_inference() else x.detach())
+
+        teacher = None if seen.teacher is None else seen.teacher.map(constant)
         target = seen.target if ignored is None else seen.target.masked_fill(ignored, 0)
         seen = replace(seen, student=seen.student.map(clean), teacher=teacher, target=target, ignored=ignored)
         # Autocast would run matrix products in half precision again, where those of large features are infinite.
@@ -177,7 +247,8 @@ class Method(nn.Module):
     def _check_inputs(self, seen: Seen) -> None:
         """Refuse what is missing, what PyTorch would broadcast in silence, and a target that the method cannot use."""
         for need in sorted(self.needs & {"teacher", "index", "images"}):
-            self.require(getattr(seen, need) is not None, f"needs the {need}")
+            given = getattr(seen, need) is not None
+            self.require(given, f"needs the {need}; type loss({call.arguments(self.needs)})")
         for who, view in (("student", seen.student), ("teacher", seen.teacher)):
             if view is not None:
                 given = {"maps": view.maps or None, "embedding": view.embedding, "weight": view.weight}
@@ -185,11 +256,15 @@ class Method(nn.Module):
                     self.require(given[need] is not None, f"needs the {need} of the {who}")
                 shape, n = tuple(view.logits.shape), len(seen.target)
                 self.require(len(shape) == 2 and shape[0] == n, f"{who}'s logits of shape {shape}: must be ({n}, K)")
-        # Features may come from networks of other classes.
-        if "teacher" in self.needs and not self.needs & {"maps", "embedding", "weight"}:
-            ours, theirs = (logits.shape[-1] for logits in seen.logits)
-            self.require(ours == theirs, f"student has {ours} classes and teacher {theirs}: must be equal")
+        if seen.teacher is not None:
+            self._check_pair(seen.student, seen.teacher)
         self._check_target(seen.target, seen.student.logits.shape[-1])
+
+    def _check_pair(self, student: View, teacher: View) -> None:
+        """Refuse logits that cannot be compared where they are all there is."""
+        if "teacher" in self.needs and not self.needs & FEATURES:
+            ours, theirs = student.logits.shape[-1], teacher.logits.shape[-1]
+            self.require(ours == theirs, f"student has {ours} classes and teacher {theirs}: must be equal")
 
     def _check_target(self, target: Tensor, classes: int) -> None:
         soft = target.is_floating_point()
@@ -197,8 +272,9 @@ class Method(nn.Module):
         self.require(usable, "needs class labels, not probabilities; turn mixup and cutmix off")
         shape = tuple(target.shape)
         self.require(len(shape) == 1 + soft, f"target of shape {shape}: must be (N,) labels or (N, K) probabilities")
-        # On a GPU the values are not read, because the host would wait for them.
-        check_target(target, classes, IGNORE, read_values=target.device.type == "cpu")
+        # On a GPU the values are not read, because the host would wait for them. Features alone have no classes.
+        if classes > 0:
+            check_target(target, classes, IGNORE, read_values=target.device.type == "cpu")
         if "batch" in self.needs:
             compares = "compares examples with each other"
             self.require(len(target) > 1, f"{compares}: a batch of {len(target)} is too small, give 2 or more")

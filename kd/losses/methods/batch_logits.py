@@ -11,10 +11,12 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from kd.losses.fields import TEMPERATURES, Allowed, Temperature, Weight, is_temperature, one_of
+from kd.losses.fields import TEMPERATURES, Allowed, Temperature, Weight, is_temperature
 from kd.losses.methods.base import Method, Seen
 from kd.losses.methods.shared import centred
 from kd.losses.reference import kl, log_softened
+
+RELEASED_EPSILON = 1e-8  # of dist
 
 
 class DIST(Method, name="dist"):
@@ -32,16 +34,21 @@ class DIST(Method, name="dist"):
         inter_weight: weight of the rows' term.
         intra_weight: weight of the columns' term.
         temperature: T.
-        epsilon: 1e-8 reproduces the released code, which adds it to the product of the two norms. Columns of tiny
+        released: compute the authors' code, which adds 1e-8 to the product of the two norms. Columns of tiny
             probabilities then count as uncorrelated: 3.4 % of the value for 10 classes and teachers of margin 15.
+
+    Example:
+        >>> DIST()(torch.randn(8, 10), torch.randn(8, 10)).shape
+        torch.Size([])
     """
 
     inter_weight: Weight = 1.0
     intra_weight: Weight = 1.0
     temperature: Temperature = 4.0
-    epsilon: Weight = 0.0
+    released: bool = False
 
     needs = frozenset({"teacher", "batch"})
+    renamed = {"epsilon": "released=true for the authors' 1e-8"}
     presets = {
         "cifar100": {"weight": 2.0, "ce_weight": 1.0},
         "imagenet": {"weight": 2.0, "ce_weight": 1.0, "temperature": 1.0},
@@ -50,7 +57,7 @@ class DIST(Method, name="dist"):
     def values(self, seen: Seen) -> Tensor:
         """()."""
         log_s, log_t = (log_softened(logits, self.temperature) for logits in seen.logits)
-        inter, intra = (1 - correlation(log_s, log_t, dim, self.epsilon).mean() for dim in (-1, 0))
+        inter, intra = (1 - correlation(log_s, log_t, dim, RELEASED_EPSILON * self.released).mean() for dim in (-1, 0))
         return self.temperature**2 * (self.inter_weight * inter + self.intra_weight * intra)
 
 
@@ -97,9 +104,13 @@ class MLKD(Method, name="mlkd"):
         instance_weight: weight of I.
         batch_weight: weight of B.
         class_weight: weight of C.
-        confidence_mask: "examples" selects by m and c; "share" reproduces the released code, which multiplies the masks
-            into values already averaged, so that they act as the factors mean(m) and mean(c), about one half; "none"
-            leaves them out.
+        masks: false leaves m and c out.
+        released: compute the authors' code, which multiplies the masks into values already averaged, so that they act
+            as the factors mean(m) and mean(c), about one half.
+
+    Example:
+        >>> MLKD()(torch.randn(8, 10), torch.randn(8, 10)).shape
+        torch.Size([])
     """
 
     temperatures: Annotated[
@@ -108,9 +119,11 @@ class MLKD(Method, name="mlkd"):
     instance_weight: Weight = 1.0
     batch_weight: Weight = 1.0
     class_weight: Weight = 1.0
-    confidence_mask: Annotated[str, one_of("examples", "share", "none")] = "examples"
+    masks: bool = True
+    released: bool = False
 
     needs = frozenset({"teacher", "batch"})
+    renamed = {"confidence_mask": "released=true for share, masks=false for none"}
     presets = {
         "cifar100": {"weight": 0.9, "ce_weight": 0.1},
         "imagenet": {"weight": 0.5, "ce_weight": 0.5, "temperatures": (1.0, 2.0, 3.0, 5.0, 6.0)},
@@ -137,9 +150,9 @@ class MLKD(Method, name="mlkd"):
         p = teacher.softmax(-1)
         confidence, mass = p.amax(-1), p.sum(0)
         masks = [(x <= x.median()).to(p.dtype) for x in (confidence, mass)]
-        if self.confidence_mask == "none":
+        if not self.masks:
             masks = [torch.ones_like(mask) for mask in masks]
-        elif self.confidence_mask == "share":
+        elif self.released:
             masks = [mask.mean().expand_as(mask) for mask in masks]
         return masks[0], masks[1]
 

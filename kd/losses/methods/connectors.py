@@ -17,7 +17,7 @@ from kd.losses.methods.base import Method, Seen, View
 from kd.losses.methods.shared import pick, same_size
 
 
-class OverhaulFeature(Method, name="ofd"):
+class OFD(Method, name="ofd"):
     """Overhaul of feature distillation: ``sum_j layer_decay^(L-1-j) mean_n sum_chw g (r(s) - t')²``.
 
     ``t' = max(t, m_c)`` is the teacher's map through a ReLU whose slope ends at the margin m_c < 0. r is a learned 1x1
@@ -37,6 +37,10 @@ class OverhaulFeature(Method, name="ofd"):
 
     Args:
         layer_decay: weight of a layer relative to the next deeper one.
+
+    Example:
+        >>> OFD()(torch.randn(8, 16, 4, 4), torch.randn(8, 32, 4, 4)).shape
+        torch.Size([])
     """
 
     layer_decay: NonNegative = 0.5
@@ -59,7 +63,7 @@ class OverhaulFeature(Method, name="ofd"):
     def values(self, seen: Seen) -> Tensor:
         """()."""
         pairs = seen.map_pairs
-        total = seen.student.logits.new_zeros(())
+        total = pairs[0][0].new_zeros(())
         for i, ((s, t), connector) in enumerate(zip(pairs, self.connectors, strict=True)):
             s, t = same_size(connector(s), t)
             aim = torch.maximum(t, self.get_buffer(f"margin{i}"))
@@ -116,6 +120,11 @@ class ReviewKD(Method, name="reviewkd"):
 
     Args:
         max_width: most channels inside the fusion, which otherwise has as many as the student's embedding.
+
+    Example:
+        >>> teacher = student = View(maps=[torch.randn(8, 16, 4, 4)], embedding=torch.randn(8, 64))
+        >>> ReviewKD()(student, teacher).shape
+        torch.Size([])
     """
 
     max_width: Count = 512
@@ -136,7 +145,7 @@ class ReviewKD(Method, name="reviewkd"):
 
     def values(self, seen: Seen) -> Tensor:
         """()."""
-        total, deeper = seen.student.logits.new_zeros(()), None
+        total, deeper = seen.student.maps[0].new_zeros(()), None
         for (s, t), fusion in zip(reversed(self._levels(seen)), reversed(list(self.fusions)), strict=True):
             fused, deeper = fusion(s, deeper, t.shape[-2:])
             total = total + _hierarchical_context(fused, t)
@@ -157,7 +166,7 @@ def _hierarchical_context(a: Tensor, b: Tensor) -> Tensor:
     return total / weights
 
 
-class ReusedClassifier(Method, name="simkd"):
+class SimKD(Method, name="simkd"):
     """Reused teacher classifier: ``mean_nchw (r(s) - t)²`` of the last maps, r a learned bottleneck.
 
     r is a 1x1, a 3x3 and a 1x1 convolution. There is no cross entropy (its presets say so), so the student's own
@@ -177,14 +186,20 @@ class ReusedClassifier(Method, name="simkd"):
 
     Args:
         layer: position of the map whose average the teacher's classifier reads; negative from the deepest.
-        reduction: factor by which r has fewer inner channels than the teacher.
+        factor: by which r has fewer inner channels than the teacher.
+
+    Example:
+        >>> m, w = torch.randn(8, 16, 4, 4), torch.randn(10, 16)
+        >>> SimKD()(v := View(m.mean((2, 3)) @ w.T, [m], weight=w), v).shape
+        torch.Size([])
     """
 
     layer: int = -1
-    reduction: Count = 2
+    factor: Count = 2
 
     needs = frozenset({"teacher", "maps", "weight", "batch"})
     classifies = True
+    renamed = {"reduction": "factor"}
     presets = dict.fromkeys(("cifar100", "imagenet"), {"weight": 1.0, "ce_weight": 0.0})
 
     def make(self, seen: Seen) -> None:
@@ -192,9 +207,11 @@ class ReusedClassifier(Method, name="simkd"):
         s, t = pick(self, seen, self.layer)
         _, teacher = seen.views
         assert teacher.weight is not None
+        has_logits = teacher.logits.shape[-1] == len(teacher.weight)
+        self.require(has_logits, "needs the logits of the teacher, to check that its classifier gives them")
         bias = teacher.logits.new_zeros(len(teacher.weight)) if teacher.bias is None else teacher.bias
         self._check_classifier(t, teacher.logits, teacher.weight, bias)
-        inner = max(1, t.shape[1] // self.reduction)
+        inner = max(1, t.shape[1] // self.factor)
         layers: list[nn.Module] = []
         for a, b, kernel in ((s.shape[1], inner, 1), (inner, inner, 3), (inner, t.shape[1], 1)):
             layers += [nn.Conv2d(a, b, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
@@ -221,6 +238,7 @@ class ReusedClassifier(Method, name="simkd"):
 
     def classify(self, view: View) -> Tensor:
         """The logits (N, K) of student, projector and the teacher's classifier, from the student's view."""
+        self.require_built()
         s = view.maps[self.layer]
         s = F.adaptive_avg_pool2d(s, (min(s.shape[-2], self.size[0]), min(s.shape[-1], self.size[1])))
         weight, bias = self.get_buffer("weight"), self.get_buffer("bias")

@@ -17,7 +17,7 @@ from kd.losses.methods.base import Method, Seen
 from kd.losses.methods.shared import everywhere, unit
 
 
-class ContrastiveRepresentation(Method, name="crd"):
+class CRD(Method, name="crd"):
     """Contrastive representation distillation: ``mean_i [-log h(s_i, t*_i) - sum_j log(1 - h(s_i, t*_j))]``.
 
     The same term with student and teacher exchanged is added. ``h = e^(u·v/temperature) / (e^(u·v/temperature) +
@@ -48,6 +48,11 @@ class ContrastiveRepresentation(Method, name="crd"):
             constant, as in Wu et al. 2018: M times its mean over the first batch of all processes. Its ratio to n/M is
             then typically 1/n instead of about M/n, and the first value is about 2·(1 + log n). That code also adds
             1e-7 to denominators, on CIFAR-100 a relative 3e-7 of n/M; that is not done here.
+
+    Example:
+        >>> s, t, y = torch.randn(8, 64), torch.randn(8, 128), torch.randint(10, (8,))
+        >>> CRD(num_negatives=16)(s, t, y, index=torch.arange(8), num_samples=50).shape
+        torch.Size([])
     """
 
     num_negatives: Count = 16384
@@ -62,7 +67,7 @@ class ContrastiveRepresentation(Method, name="crd"):
     def make(self, seen: Seen) -> None:
         """The layers into the common space, and the memory."""
         size = seen.num_samples
-        self.require(size > 1, f"needs a training set of 2 or more examples, got {size}")
+        self.require(size > 1, f"needs a training set of 2 or more examples, got {size}: pass num_samples")
         s, t = seen.embeddings
         self.embed_student = nn.Linear(s.shape[1], self.embed_dim)
         self.embed_teacher = nn.Linear(t.shape[1], self.embed_dim)
@@ -92,6 +97,7 @@ class ContrastiveRepresentation(Method, name="crd"):
     @torch.no_grad()
     def negatives(self, target: Tensor) -> Tensor:
         """Positions of examples with other labels than each target's, (N, n), drawn evenly and with replacement."""
+        self.require_built()
         by_label, order = self.get_buffer("labels").sort()
         first, last = (torch.searchsorted(by_label, target, right=right) for right in (False, True))
         first, same = rearrange(first, "n -> n 1"), rearrange(last - first, "n -> n 1")

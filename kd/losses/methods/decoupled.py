@@ -36,6 +36,10 @@ class DKD(Method, name="dkd"):
         tckd_weight: weight of TCKD.
         nckd_weight: weight of NCKD.
         temperature: T.
+
+    Example:
+        >>> DKD()(torch.randn(8, 10), torch.randn(8, 10), torch.randint(10, (8,))).shape
+        torch.Size([])
     """
 
     tckd_weight: Weight = 1.0
@@ -72,6 +76,10 @@ class NKD(Method, name="nkd"):
     Args:
         other_weight: weight of the second term.
         temperature: T, of the second term.
+
+    Example:
+        >>> NKD()(torch.randn(8, 10), torch.randn(8, 10), torch.randint(10, (8,))).shape
+        torch.Size([])
     """
 
     other_weight: Weight = 3.5
@@ -109,6 +117,10 @@ class RLD(Method, name="rld"):
         correlation_weight: weight of MC.
         confidence_temperature: Tc.
         temperature: T, of MC.
+
+    Example:
+        >>> RLD()(torch.randn(8, 10), torch.randn(8, 10), torch.randint(10, (8,))).shape
+        torch.Size([])
     """
 
     confidence_weight: Weight = 1.0

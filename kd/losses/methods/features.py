@@ -42,6 +42,10 @@ class Hint(Method, name="hint"):
             is 2 / (C·H·W) times the paper's. r is a 3x3 convolution of stride 2 if the student's map is twice as large,
             a transposed convolution if it is half as large, and the paper's convolution otherwise. Batch normalisation
             and ReLU follow it, so that in training an example's value depends on its batch.
+
+    Example:
+        >>> Hint(layer=0)(torch.randn(8, 16, 4, 4), torch.randn(8, 32, 4, 4)).shape
+        torch.Size([])
     """
 
     layer: int = -2
@@ -73,7 +77,7 @@ class Hint(Method, name="hint"):
         return reduce(squares, "n c h w -> n", "sum") / 2
 
 
-class AttentionTransfer(Method, name="at"):
+class AT(Method, name="at"):
     """Attention transfer: ``sum_j ‖Q_s/‖Q_s‖ - Q_t/‖Q_t‖‖``, ``Q_hw = sum_c |x_chw|^power`` of the maps of pair j.
 
     No unit; between 0 and √2 for each pair, and unchanged where a map is scaled. Zero where the normalised attention
@@ -89,6 +93,10 @@ class AttentionTransfer(Method, name="at"):
         released: compute the authors' attention-transfer and RepDistiller's AT: the mean over h, w of the squared
             difference, which is d²/(H·W) with the paper's distance d. Its weight is 1000, which is what the paper's β
             stands for: 1000 divided by the number of positions and by the batch size.
+
+    Example:
+        >>> AT()(torch.randn(8, 16, 4, 4), torch.randn(8, 32, 4, 4)).shape
+        torch.Size([])
     """
 
     power: Annotated[float, Allowed("a finite number ≥ 1", lambda value: value >= 1)] = 2.0
@@ -115,7 +123,7 @@ class AttentionTransfer(Method, name="at"):
 VARIANCE_FLOOR = 1e-5  # of vid; it is added to every variance
 
 
-class VariationalInformation(Method, name="vid"):
+class VID(Method, name="vid"):
     """Variational information distillation: ``sum_chw ½ (log σ²_c + (t - μ(s))² / σ²_c)``, summed over map pairs.
 
     It is the Gaussian negative log likelihood of the teacher's map, without the constant ½ log 2π, in nats; it grows
@@ -131,6 +139,10 @@ class VariationalInformation(Method, name="vid"):
     Args:
         initial_variance: σ² at the start.
         released: compute RepDistiller's VIDLoss, from the authors' code: the mean over c, h, w instead of the sum.
+
+    Example:
+        >>> VID()(torch.randn(8, 16, 4, 4), torch.randn(8, 32, 4, 4)).shape
+        torch.Size([])
     """
 
     initial_variance: Annotated[float, Allowed("a finite number ≥ 2e-05", lambda v: v >= 2 * VARIANCE_FLOOR)] = 5.0
@@ -161,7 +173,7 @@ class VariationalInformation(Method, name="vid"):
         return total
 
 
-class NeuronSelectivity(Method, name="nst"):
+class NST(Method, name="nst"):
     """Neuron selectivity transfer: ``mean_ij k(t_i, t_j) + mean_ij k(s_i, s_j) - 2 mean_ij k(s_i, t_j)``.
 
     i, j are channels and ``k(x, y) = (x·y)²``: the squared maximum mean discrepancy between the channels of two maps,
@@ -173,6 +185,10 @@ class NeuronSelectivity(Method, name="nst"):
 
     Source: Huang & Wang 2017, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", polynomial
     kernel of degree 2 and offset 0. The paper's weight is λ/2. The released code is the same.
+
+    Example:
+        >>> NST()(torch.randn(8, 16, 4, 4), torch.randn(8, 32, 4, 4)).shape
+        torch.Size([])
     """
 
     needs = frozenset({"teacher", "maps"})
@@ -197,7 +213,7 @@ def _sum_over_pairs(seen: Seen, distance: Callable[[Tensor, Tensor], Tensor]) ->
     return torch.stack([distance(*same_size(s, t)) for s, t in seen.map_pairs]).sum(0)
 
 
-class FlowOfSolution(Method, name="fsp"):
+class FSP(Method, name="fsp"):
     """Flow of solution procedure: ``sum_j ‖G_s,j - G_t,j‖²``, ``G_j = mean_hw x_j[c, h, w] x_(j+1)[d, h, w]``.
 
     j and j + 1 are neighbouring maps. In activations to the fourth power, so that its gradient leaves float16 at
@@ -213,6 +229,10 @@ class FlowOfSolution(Method, name="fsp"):
     Args:
         released: compute RepDistiller's FSP: the mean over c, d instead of the sum. The larger of two neighbouring maps
             is averaged down; the paper max-pools it.
+
+    Example:
+        >>> FSP()([torch.randn(8, 16, 4, 4)] * 2, [torch.randn(8, 16, 4, 4)] * 2).shape
+        torch.Size([])
     """
 
     released: bool = False

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.fields import Allowed, Convention, Mass, NonNegative, Weight, one_of
+from kd.losses.fields import Allowed, Convention, Mass, NonNegative, Weight
 from kd.losses.methods.base import Method, Seen
 from kd.losses.methods.shared import against_others
 from kd.losses.reference import cross_entropy
@@ -38,12 +38,16 @@ class LabelSmoothing(Method, name="label_smoothing"):
     Args:
         label_smoothing: eps.
         smoothing: convention, "uniform" or "others".
+
+    Example:
+        >>> LabelSmoothing()(torch.randn(8, 10), torch.randint(10, (8,))).shape
+        torch.Size([])
     """
 
     label_smoothing: Mass = 0.1
     smoothing: Convention = "uniform"
 
-    needs = frozenset()
+    needs = frozenset({"target"})
     presets = {"cifar100": ALONE, "imagenet": ALONE}
 
     def values(self, seen: Seen) -> Tensor:
@@ -65,11 +69,15 @@ class GeneralizedSmoothing(Method, name="generalized_smoothing"):
 
     Args:
         label_smoothing: eps, negative or at most 1.
+
+    Example:
+        >>> GeneralizedSmoothing()(torch.randn(8, 10), torch.randint(10, (8,))).shape
+        torch.Size([])
     """
 
     label_smoothing: Annotated[float, Allowed("a finite number ≤ 1", lambda value: value <= 1)] = 0.1
 
-    needs = frozenset()
+    needs = frozenset({"target"})
     presets = {"cifar10": ALONE}
 
     def values(self, seen: Seen) -> Tensor:
@@ -91,19 +99,25 @@ class OnlineLabelSmoothing(Method, name="online_label_smoothing"):
     Source: Zhang et al. 2021, "Delving Deep into Label Smoothing".
 
     Args:
-        start: S in the first epoch: "uniform" is 1/K, as in the paper; "zero" reproduces the released CIFAR and
-            ImageNet scripts, whose soft term is 0 in the first epoch.
+        released: compute the authors' CIFAR and ImageNet scripts, whose S is 0 in the first epoch, and so the value;
+            in the paper it is 1/K.
+
+    Example:
+        >>> OnlineLabelSmoothing()(torch.randn(8, 10), torch.randint(10, (8,))).shape
+        torch.Size([])
     """
 
-    start: Annotated[str, one_of("uniform", "zero")] = "uniform"
+    released: bool = False
 
     needs = frozenset({"labels"})
+    learns = False
+    renamed = {"start": "released=true for zero"}
     presets = dict.fromkeys(("cifar100", "imagenet"), {"weight": 0.5, "ce_weight": 0.5})
 
     def make(self, seen: Seen) -> None:
         """The table in use, and the sums and counts of the running epoch."""
         k = seen.student.logits.shape[-1]
-        first = 1 / k if self.start == "uniform" else 0.0
+        first = 0.0 if self.released else 1 / k
         self.register_buffer("table", torch.full((k, k), first, dtype=torch.float64))
         self.register_buffer("gathered", torch.zeros(k, k))
         self.register_buffer("counted", torch.zeros(k))
@@ -131,6 +145,7 @@ class OnlineLabelSmoothing(Method, name="online_label_smoothing"):
 
     def end_epoch(self) -> None:
         """Make the means of the gathered rows the table in use."""
+        self.require_built()
         table, gathered, counted = (self.get_buffer(name) for name in ("table", "gathered", "counted"))
         any_correct = (counted > 0).unsqueeze(-1)
         table.copy_((gathered / counted.clamp(min=1).unsqueeze(-1)).where(any_correct, 1 / len(table)))
@@ -151,25 +166,29 @@ class MaxSup(Method, name="maxsup"):
     Args:
         start_weight: w in the first epoch.
         end_weight: w at the end.
-        ramp: "after_last", as in the released ImageNet code, divides by the number of epochs, so that w would reach
-            end_weight after the last one; "in_last", as in its long-tailed code, divides by epochs - 1 and reaches it
-            in the last one.
+        released: compute the authors' long-tailed code, whose w reaches end_weight in the last epoch, as it divides by
+            epochs - 1. The default is their ImageNet code, which divides by epochs: w would reach it after the last.
+
+    Example:
+        >>> MaxSup()(torch.randn(8, 10)).shape
+        torch.Size([])
     """
 
     start_weight: Weight = 0.1
     end_weight: Weight = 0.2
-    ramp: Annotated[str, one_of("after_last", "in_last")] = "after_last"
+    released: bool = False
 
     needs = frozenset()
+    renamed = {"ramp": "released=true for in_last"}
     presets = {
         "imagenet": {"weight": 1.0, "ce_weight": 1.0},
-        "long_tailed": {"weight": 1.0, "ce_weight": 1.0, "ramp": "in_last"},
+        "long_tailed": {"weight": 1.0, "ce_weight": 1.0, "released": True},
     }
 
     def values(self, seen: Seen) -> Tensor:
         """(N,); equal largest logits share the gradient."""
         logits = seen.student.logits
-        steps = seen.epochs if self.ramp == "after_last" else max(1, seen.epochs - 1)
+        steps = max(1, seen.epochs - 1) if self.released else seen.epochs
         done = min(1.0, math.floor(seen.epoch) / steps)
         weight = self.start_weight + (self.end_weight - self.start_weight) * done
         return weight * (logits.amax(-1) - logits.mean(-1))
@@ -184,6 +203,10 @@ class ConfidencePenalty(Method, name="confidence_penalty"):
     Source: Pereyra et al. 2017, "Regularizing Neural Networks by Penalizing Confident Output Distributions", §3, weight
     0.1 on CIFAR-10. Its annealed and thresholded variants are not here. The authors released no code; netcal's torch
     class adds +weight · H, which has the opposite effect, and divides by K.
+
+    Example:
+        >>> ConfidencePenalty()(torch.randn(8, 10)).shape
+        torch.Size([])
     """
 
     needs = frozenset()
@@ -207,6 +230,10 @@ class Focal(Method, name="focal"):
 
     Args:
         gamma: exponent.
+
+    Example:
+        >>> Focal()(torch.randn(8, 10), torch.randint(10, (8,))).shape
+        torch.Size([])
     """
 
     gamma: NonNegative = 2.0
@@ -235,6 +262,10 @@ class FLSD53(Method, name="flsd53"):
         gamma: g where p_y ≥ threshold.
         low_gamma: g where p_y < threshold.
         threshold: p_y at which g changes.
+
+    Example:
+        >>> FLSD53()(torch.randn(8, 10), torch.randint(10, (8,))).shape
+        torch.Size([])
     """
 
     gamma: NonNegative = 3.0

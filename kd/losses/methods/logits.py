@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses import reference
-from kd.losses.fields import Mass, Share, Temperature, Weight
+from kd.losses.fields import Mass, Share, Temperature
 from kd.losses.methods.base import Method, Seen
 from kd.losses.reference import kl, log_softened
 from kd.smoothing import mix_uniform, unsmooth
@@ -37,6 +37,10 @@ class KD(Method, name="kd"):
 
     Args:
         temperature: T.
+
+    Example:
+        >>> KD()(torch.randn(8, 10), torch.randn(8, 10)).shape
+        torch.Size([])
     """
 
     temperature: Temperature = 4.0
@@ -63,6 +67,10 @@ class ReverseKL(Method, name="reverse_kl"):
 
     Args:
         temperature: T.
+
+    Example:
+        >>> ReverseKL()(torch.randn(8, 10), torch.randn(8, 10)).shape
+        torch.Size([])
     """
 
     temperature: Temperature = 1.0
@@ -73,7 +81,7 @@ class ReverseKL(Method, name="reverse_kl"):
         return reference.distillation(teacher, student, self.temperature, self.temperature)
 
 
-class GeneralisedJSD(Method, name="gjsd"):
+class GeneralizedJSD(Method, name="gjsd"):
     """Generalised Jensen-Shannon divergence: ``T² [a KL(p_T(t) || m) + (1-a) KL(p_T(s) || m)]``.
 
     ``m = a p_T(t) + (1-a) p_T(s)``, a = ``teacher_share``. At most ``T² log 2``. Zero and stationary where both
@@ -86,6 +94,10 @@ class GeneralisedJSD(Method, name="gjsd"):
     Args:
         teacher_share: a, above 0 and below 1: at both ends the value is 0 for every student.
         temperature: T.
+
+    Example:
+        >>> GeneralizedJSD()(torch.randn(8, 10), torch.randn(8, 10)).shape
+        torch.Size([])
     """
 
     teacher_share: Share = 0.5
@@ -109,6 +121,10 @@ class LogitMSE(Method, name="logit_mse"):
 
     Source: Kim et al. 2021, "Comparing Kullback-Leibler Divergence and Mean Squared Error Loss in Knowledge
     Distillation". Ba & Caruana 2014 have half of it. F.mse_loss takes the mean over classes, 1/K of it.
+
+    Example:
+        >>> LogitMSE()(torch.randn(8, 10), torch.randn(8, 10)).shape
+        torch.Size([])
     """
 
     def values(self, seen: Seen) -> Tensor:
@@ -124,6 +140,10 @@ class HardDistillation(Method, name="hard"):
 
     Source: Touvron et al. 2021, "Training data-efficient image transformers" (DeiT), §4 Eq. 3, where this term and the
     labels' cross entropy weigh one half each.
+
+    Example:
+        >>> HardDistillation()(torch.randn(8, 10), torch.randn(8, 10)).shape
+        torch.Size([])
     """
 
     presets = {"imagenet": {"weight": 0.5, "ce_weight": 0.5}}
@@ -154,6 +174,10 @@ class SmoothedTeacher(Method, name="smoothed_teacher"):
         taken_out: mass that `kd.smoothing.unsmooth` takes out afterwards; with ``taken_out == mass`` the value is that
             of KD, up to rounding.
         temperature: T.
+
+    Example:
+        >>> SmoothedTeacher()(torch.randn(8, 10), torch.randn(8, 10)).shape
+        torch.Size([])
     """
 
     mass: Mass = 0.1
@@ -182,6 +206,10 @@ class TTM(Method, name="ttm"):
 
     Args:
         temperature: T, of the teacher.
+
+    Example:
+        >>> TTM()(torch.randn(8, 10), torch.randn(8, 10)).shape
+        torch.Size([])
     """
 
     temperature: Temperature = 10.0
@@ -203,6 +231,10 @@ class WTTM(Method, name="wttm"):
 
     Args:
         temperature: T, of the teacher.
+
+    Example:
+        >>> WTTM()(torch.randn(8, 10), torch.randn(8, 10)).shape
+        torch.Size([])
     """
 
     temperature: Temperature = 5.0
@@ -217,7 +249,7 @@ class WTTM(Method, name="wttm"):
 
 
 class WSL(Method, name="wsl"):
-    """Weighted soft labels: ``w T² H(p_T(t), p_T(s))``, ``w = 1 - exp(-CE(s, y) / (CE(t, y) + epsilon))``.
+    """Weighted soft labels: ``w T² H(p_T(t), p_T(s))``, ``w = 1 - exp(-CE(s, y) / CE(t, y))``.
 
     H is the cross entropy. w carries no gradient; it is near 0 where the student already beats its teacher and near 1
     where the teacher is far better. Stationary, but not zero, at s = t: the value there is (1 - 1/e) T² times the
@@ -227,14 +259,20 @@ class WSL(Method, name="wsl"):
 
     Args:
         temperature: T.
-        epsilon: 1e-7 reproduces the released code, which guards the division that way: it halves the ratio of a teacher
-            with CE = 1e-7 and changes nothing at CE = 0.1. With 0, w is 1 where CE(t, y) is 0, and 1 - 1/e where both
+        released: compute the authors' code, which divides by CE(t, y) + 1e-7: that halves the ratio of a teacher with
+            CE = 1e-7 and changes nothing at CE = 0.1. Without it w is 1 where CE(t, y) is 0, and 1 - 1/e where both
             are 0.
+
+    Example:
+        >>> WSL()(torch.randn(8, 10), torch.randn(8, 10), torch.randint(10, (8,))).shape
+        torch.Size([])
     """
 
     temperature: Temperature = 4.0
-    epsilon: Weight = 0.0
+    released: bool = False
 
+    needs = frozenset({"teacher", "target"})
+    renamed = {"epsilon": "released=true for the authors' 1e-7"}
     presets = {
         "cifar100": {"weight": 2.25, "ce_weight": 1.0},
         "imagenet": {"weight": 2.5, "ce_weight": 1.0, "temperature": 2.0},
@@ -245,7 +283,7 @@ class WSL(Method, name="wsl"):
         student, teacher = seen.logits
         hard = mix_uniform(seen.target, student.shape[-1], 0.0, student.dtype)
         ce_s, ce_t = (reference.cross_entropy(logits.detach(), hard) for logits in seen.logits)
-        ratio = (ce_s / (ce_t + self.epsilon)).abs().nan_to_num(nan=1.0)
+        ratio = (ce_s / (ce_t + 1e-7 * self.released)).abs().nan_to_num(nan=1.0)
         soft = reference.cross_entropy(student / self.temperature, (teacher / self.temperature).softmax(-1))
         return -torch.expm1(-ratio) * self.temperature**2 * soft
 
@@ -265,6 +303,10 @@ class ATS(Method, name="ats"):
         target_temperature: τ at the label.
         other_temperature: τ at the other classes.
         student_temperature: Ts.
+
+    Example:
+        >>> ATS()(torch.randn(8, 10), torch.randn(8, 10), torch.randint(10, (8,))).shape
+        torch.Size([])
     """
 
     target_temperature: Temperature = 4.0

@@ -12,7 +12,6 @@ import re
 import sys
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +103,7 @@ def _settings(typed: str, name: str, preset: str) -> dict[str, Any]:
     known = ", ".join(presets) or "none"
     require(not preset or preset in presets, f"{typed}: {name} has no preset {preset!r}; its presets: {known}")
     usual = next(iter(presets), "")  # the first
-    settings = {**SHARED, **asdict(method()), **presets.get(preset or usual, {})}  # type: ignore[call-overload]
+    settings = {**SHARED, **method.defaults(), **presets.get(preset or usual, {})}
     return json.loads(json.dumps(settings))  # as YAML can hold them: tuples become lists
 
 
@@ -132,8 +131,9 @@ def _build(before: str, name: str, settings: Any) -> Weighted:
     method = _find(name, at)
     is_section = isinstance(settings, Mapping)
     require(is_section, f"{at}={settings}: must be settings such as {{weight: 1.0}}; type loss={name}")
-    known = [*(f.name for f in fields(method)), *SHARED]  # type: ignore[arg-type]
+    known = [*method.defaults(), *SHARED]
     for key in settings:
+        require(key not in method.renamed, f"{at}.{key}: has a new name; type {method.renamed.get(key)}")
         hint = did_you_mean(key, known) or f"; {name} has {', '.join(known)}"
         require(key in known, f"{at}.{key}: no such setting{hint}")
     shared = {key: settings.get(key, default) for key, default in SHARED.items()}

@@ -19,7 +19,7 @@ from kd.losses.methods.base import Method, Seen
 from kd.losses.methods.shared import TINY, pick, unit
 
 
-class SimilarityPreserving(Method, name="sp"):
+class SP(Method, name="sp"):
     """Similarity-preserving distillation: ``(1/N²) ‖G_s - G_t‖²_F``, ``G = F·Fᵀ`` with rows of length 1.
 
     F is the flattened maps (N, C·H·W). No unit; between 0 and 4/N, and unchanged where maps are scaled. Zero and
@@ -32,6 +32,10 @@ class SimilarityPreserving(Method, name="sp"):
 
     Args:
         layer: position among the maps; negative from the deepest.
+
+    Example:
+        >>> SP()(torch.randn(8, 16, 4, 4), torch.randn(8, 32, 4, 4)).shape
+        torch.Size([])
     """
 
     layer: int = -1
@@ -53,7 +57,7 @@ def _similarities(x: Tensor) -> Tensor:
 PKT_FLOOR = 1e-7
 
 
-class ProbabilisticKnowledge(Method, name="pkt"):
+class PKT(Method, name="pkt"):
     """Probabilistic knowledge transfer: ``mean_i sum_(j≠i) q_ij log(q_ij / p_ij)``.
 
     q_i (teacher) and p_i (student) are ``(cos(x_i, x_j) + 1) / 2`` over j ≠ i, made to sum to 1. In nats for each
@@ -69,6 +73,10 @@ class ProbabilisticKnowledge(Method, name="pkt"):
         released: compute the authors' probabilistic_kt and RepDistiller's PKT. q and p include j = i, and the mean is
             over all N² pairs. The value is about 1/N of the paper's, and smaller still because the large diagonal takes
             a share of each row. 1e-7 is added to lengths and probabilities: to 1/N a relative 1e-7·N.
+
+    Example:
+        >>> PKT()(torch.randn(8, 64), torch.randn(8, 128)).shape
+        torch.Size([])
     """
 
     released: bool = False
@@ -92,7 +100,7 @@ class ProbabilisticKnowledge(Method, name="pkt"):
         return similar / total.masked_fill(total <= TINY, 1)
 
 
-class Relational(Method, name="rkd"):
+class RKD(Method, name="rkd"):
     """Relational KD: ``distance_weight · mean_ij h(d_ij/μ_s, d'_ij/μ_t) + angle_weight · mean_ijk h(cos, cos')``.
 
     d_ij = ‖x_i - x_j‖, μ its mean over i ≠ j; cos is the cosine of the angle at x_i between x_j and x_k; primes are the
@@ -112,6 +120,10 @@ class Relational(Method, name="rkd"):
         released: compute the authors' RKD and RepDistiller's RKDLoss. The zeros of equal indices count in the means,
             which multiplies the distance term by (N-1)/N and the angle term by (N-1)(N-2)/N²: by 0.98 and 0.95 at
             N = 64. Equal rows have distance 1e-6 in that code and 0 here.
+
+    Example:
+        >>> RKD()(torch.randn(8, 64), torch.randn(8, 128)).shape
+        torch.Size([])
     """
 
     distance_weight: NonNegative = 25.0
@@ -152,7 +164,7 @@ def _cosines(edges: Tensor) -> Tensor:
     return einsum(direction, direction, "i j d, i k d -> i j k")
 
 
-class CorrelationCongruence(Method, name="cc"):
+class CC(Method, name="cc"):
     """Correlation congruence: ``(1/N²) sum_ij (K(s_i, s_j) - K(t_i, t_j))²``.
 
     ``K(x, y) = sum_(p≤order) e^(-2γ) (2γ)^p / p! · (x·y)^p`` is the Taylor series of the Gaussian kernel e^(-γ‖x-y‖²)
@@ -171,6 +183,10 @@ class CorrelationCongruence(Method, name="cc"):
             learned linear layer of each network. It depends on the order of the batch. Zero, with a kink, where of any
             two neighbours one agrees with its teacher.
         embed_dim: width of the learned layers, which only ``released`` has.
+
+    Example:
+        >>> CC()(torch.randn(8, 64), torch.randn(8, 128)).shape
+        torch.Size([])
     """
 
     gamma: NonNegative = 0.4
@@ -180,6 +196,10 @@ class CorrelationCongruence(Method, name="cc"):
 
     needs = frozenset({"teacher", "embedding", "batch"})
     presets = {"cifar100": {"weight": 0.02, "ce_weight": 1.0, "released": True}}
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.learns = self.released  # type: ignore[read-only]  # of this one, not of the class
 
     def make(self, seen: Seen) -> None:
         """The linear layers of ``released``."""

@@ -24,23 +24,28 @@ class TfSelf(Method, name="tf_self"):
 
     Args:
         temperature: T.
-        released_code: multiplies by T²/K, as the authors' code does: T² as Hinton, and 1/K from nn.KLDivLoss's mean
+        released: compute the authors' code, which multiplies by T²/K: T² as Hinton, and 1/K from nn.KLDivLoss's mean
             over all elements; 0.36 at T = 6 and K = 100. Its multiplier of 1, 10 or 50, which the paper does not have,
             belongs in the weight, as in the preset ``cifar100_released``.
+
+    Example:
+        >>> TfSelf()(torch.randn(8, 10), torch.randn(8, 10)).shape
+        torch.Size([])
     """
 
     temperature: Temperature = 6.0
-    released_code: bool = False
+    released: bool = False
 
+    renamed = {"released_code": "released"}
     presets = {
         "cifar100": {"weight": 0.95, "ce_weight": 0.05},
-        "cifar100_released": {"weight": 47.5, "ce_weight": 0.05, "released_code": True},
+        "cifar100_released": {"weight": 47.5, "ce_weight": 0.05, "released": True},
     }
 
     def values(self, seen: Seen) -> Tensor:
         """(N,)."""
         log_s, log_t = (log_softened(logits, self.temperature) for logits in seen.logits)
-        return kl(log_t, log_s) * (self.temperature**2 / log_s.shape[-1] if self.released_code else 1.0)
+        return kl(log_t, log_s) * (self.temperature**2 / log_s.shape[-1] if self.released else 1.0)
 
 
 class TfReg(Method, name="tf_reg"):
@@ -57,20 +62,25 @@ class TfReg(Method, name="tf_reg"):
     Args:
         correct_probability: a.
         temperature: T.
-        released_code: the authors' code, another function. It takes the softmax of p^d/T, as if probabilities were
+        released: compute the authors' code, another function. It takes the softmax of p^d/T, as if probabilities were
             logits, which is nearly uniform at T = 20: the label gets e^0.05 = 1.05 times the others' share, against
             1.58 times here for K = 100. The student is at T = 1, and the value is divided by K. A multiplier of 100,
             which the paper does not have, belongs in the weight, as in the preset ``cifar100_released``.
+
+    Example:
+        >>> TfReg()(torch.randn(8, 10), torch.randint(10, (8,))).shape
+        torch.Size([])
     """
 
     correct_probability: Share = 0.99
     temperature: Temperature = 20.0
-    released_code: bool = False
+    released: bool = False
 
-    needs = frozenset()
+    needs = frozenset({"target"})
+    renamed = {"released_code": "released"}
     presets = {
         "cifar100": {"weight": 0.1, "ce_weight": 0.9},
-        "cifar100_released": {"weight": 10.0, "ce_weight": 0.9, "released_code": True},
+        "cifar100_released": {"weight": 10.0, "ce_weight": 0.9, "released": True},
     }
 
     def values(self, seen: Seen) -> Tensor:
@@ -78,12 +88,12 @@ class TfReg(Method, name="tf_reg"):
         logits, k = seen.student.logits, seen.student.logits.shape[-1]
         mass = uniform_mass(1 - self.correct_probability, k, "others")
         virtual = mix_uniform(seen.target, k, mass, logits.dtype)
-        if self.released_code:
+        if self.released:
             return kl(log_softened(virtual, self.temperature), F.log_softmax(logits, -1)) / k
         return kl(log_softened(virtual.log(), self.temperature), log_softened(logits, self.temperature))
 
 
-class DeepMutualLearning(Method, name="dml"):
+class DML(Method, name="dml"):
     """Deep mutual learning: ``KL(p² || p) + CE(p², y) + KL(p || p²)``. Two students learn from labels and each other.
 
     p² is the prediction of a peer that sees the same images, starts from other weights and is trained in the same step.
@@ -91,19 +101,24 @@ class DeepMutualLearning(Method, name="dml"):
     stands beside them. The student's term is zero and stationary where p = p². A weight of this method scales the whole
     gradient of the peer as well; the paper's is 1.
 
-    ``build`` takes the peer from ``Seen.peer``, a network from images to (N, K) logits; it is this method's learned
+    The first call, or ``build``, takes the peer, a network from images to (N, K) logits; it is this method's learned
     part.
 
     Source: Zhang et al. 2018, "Deep Mutual Learning", at temperature 1. The paper updates the two in turn and computes
     p anew between them; here both step from the same predictions, which differ by one step's change.
+
+    Example:
+        >>> s, y, x = torch.randn(8, 10), torch.randint(10, (8,)), torch.randn(8, 3)
+        >>> DML()(s, y, images=x, peer=torch.nn.Linear(3, 10)).shape
+        torch.Size([])
     """
 
-    needs = frozenset({"images", "peer"})
+    needs = frozenset({"target", "images", "peer"})
     presets = {"cifar100": {"weight": 1.0, "ce_weight": 1.0}}
 
     def make(self, seen: Seen) -> None:
         """The peer."""
-        self.require(seen.peer is not None, "needs a second network: build(Seen(..., peer=network))")
+        self.require(seen.peer is not None, "needs a second network: pass peer=network")
         self.peer = seen.peer
 
     def values(self, seen: Seen) -> Tensor:

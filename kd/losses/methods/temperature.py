@@ -6,7 +6,7 @@ and p_T(z) = softmax(z / T).
 
 import math
 from collections.abc import Mapping
-from dataclasses import field, fields, replace
+from dataclasses import field, replace
 from typing import Annotated, Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kd.losses.fields import Allowed, NonNegative, Temperature, Weight
 from kd.losses.methods.base import Method, Seen
 from kd.losses.methods.registry import library
+from kd.losses.methods.seen import FEATURES
 from kd.losses.methods.shared import centred
 from kd.losses.reference import kl, log_softened
 
@@ -24,7 +25,7 @@ Positive = Annotated[float, Allowed("a finite number > 0", lambda value: value >
 Settings = Annotated[Mapping[str, Any], Allowed("settings such as {temperature: 2}", lambda v: isinstance(v, Mapping))]
 
 
-class LogitStandardization(Method, name="lskd"):
+class LogitStandardKD(Method, name="lskd"):
     """Logit standardization: another method on ``(z - mean z) / std z`` of each row of student and teacher.
 
     Shapes and units are those of the method inside. Where that is zero at s = t, this is zero where t = a s + b in each
@@ -37,17 +38,20 @@ class LogitStandardization(Method, name="lskd"):
     Args:
         method: name of the method inside.
         settings: its fields. ``temperature`` is the paper's base temperature 2 unless it is set here.
-        correction: divisor of the variance: 0 divides by K, as in the paper. The released code divides by K - 1
-            (``correction=1``), which acts as a temperature larger by sqrt(K/(K-1)): 0.5 % at K = 100, and 1 % less KD
-            at T = 2.
-        epsilon: added to the deviation; the released code has 1e-7.
+        released: compute the authors' code, which divides the variance by K - 1, where the paper divides by K, and adds
+            1e-7 to the deviation. That acts as a temperature larger by sqrt(K/(K-1)): 0.5 % at K = 100, and 1 % less KD
+            at T = 2. The method inside stays as ``settings`` say.
+
+    Example:
+        >>> LogitStandardKD()(torch.randn(8, 10), torch.randn(8, 10)).shape
+        torch.Size([])
     """
 
     method: MethodName = "kd"
     settings: Settings = field(default_factory=dict)
-    correction: Annotated[int, Allowed("0 (divide by K) or 1 (by K - 1)", lambda value: value in (0, 1))] = 0
-    epsilon: Weight = 0.0
+    released: bool = False
 
+    renamed = dict.fromkeys(("correction", "epsilon"), "released=true for the authors' K - 1 and 1e-7")
     presets = {
         "cifar100": {"weight": 9.0, "ce_weight": 0.1},
         "imagenet": {"weight": 9.0, "ce_weight": 1.0},
@@ -56,12 +60,14 @@ class LogitStandardization(Method, name="lskd"):
     def __post_init__(self):
         super().__post_init__()
         known = library()
-        names = [f.name for f in fields(known[self.method])]  # type: ignore[arg-type]
+        names = known[self.method].defaults()
         for name in self.settings:
             self.require(name in names, f"settings.{name}: {self.method} has only {', '.join(names) or 'no settings'}")
-        base = {"temperature": 2.0} if "temperature" in names else {}
-        self.inner = known[self.method](**base | dict(self.settings))
-        self.needs = self.inner.needs
+        given: dict[str, Any] = {"temperature": 2.0} if "temperature" in names else {}
+        self.inner = known[self.method](**given | dict(self.settings))
+        self.needs = self.inner.needs  # type: ignore[read-only]  # of this one, not of the class
+        self.learns = self.inner.learns  # type: ignore[read-only]
+        self.require(not self.needs & FEATURES, f"method={self.method!r}: must be a method of logits")
 
     def make(self, seen: Seen) -> None:
         """What the inner method makes, from standardized logits."""
@@ -72,14 +78,16 @@ class LogitStandardization(Method, name="lskd"):
         return self.inner.values(self._standardized(seen))
 
     def _standardized(self, seen: Seen) -> Seen:
-        student, teacher = (replace(view, logits=self.standardize(view.logits)) for view in seen.views)
+        views = (seen.student, seen.teacher)
+        student, teacher = (view and replace(view, logits=self.standardize(view.logits)) for view in views)
+        assert student is not None
         return replace(seen, student=student, teacher=teacher)
 
     def standardize(self, logits: Tensor) -> Tensor:
         """Each row with mean 0 and standard deviation 1; zeros where it does not vary."""
         deviation, length, flat = centred(logits, -1, logits.detach().abs().amax(-1, keepdim=True))
-        std = length.masked_fill(flat, math.inf) / math.sqrt(logits.shape[-1] - self.correction)
-        return deviation / (std + self.epsilon)
+        std = length.masked_fill(flat, math.inf) / math.sqrt(logits.shape[-1] - self.released)
+        return deviation / (std + 1e-7 * self.released)
 
 
 class CTKD(Method, name="ctkd"):
@@ -101,6 +109,10 @@ class CTKD(Method, name="ctkd"):
         initial_logit: θ at the start; 1 makes T = 15.6.
         final_strength: factor of the reversed gradient after the curriculum.
         curriculum_epochs: epochs over which the factor rises from 0.
+
+    Example:
+        >>> CTKD()(torch.randn(8, 10), torch.randn(8, 10)).shape
+        torch.Size([])
     """
 
     lowest_temperature: Temperature = 1.0
@@ -125,6 +137,7 @@ class CTKD(Method, name="ctkd"):
 
     def temperature(self) -> Tensor:
         """The temperature now, ()."""
+        self.require_built()
         return self.lowest_temperature + self.temperature_range * self.temperature_logit.sigmoid()
 
     def values(self, seen: Seen) -> Tensor:
