@@ -149,6 +149,8 @@ def _check_tensors(path: Path, weights: Any) -> None:
     named = isinstance(weights, dict) and weights and all(isinstance(each, Tensor) for each in weights.values())
     require(named, f"{path}: holds no state_dict of tensors", CheckpointError)
     for name, value in weights.items():
-        dense = value.layout == torch.strided and not value.is_quantized and not value.is_meta
-        kind = f"{value.dtype}, {value.layout}, {value.device}"
-        require(dense, f"{path}: {name} ({kind}) must be a dense tensor of common numbers", CheckpointError)
+        try:
+            value.flatten()[:1].to("cpu", torch.complex64)
+        except Exception as error:  # meta, sparse, nested, quantized or packed; each has an error of its own
+            kind = f"{value.dtype}, {value.layout}, {value.device}"
+            raise CheckpointError(f"{path}: {name} ({kind}) must be a dense tensor of common numbers") from error

@@ -76,7 +76,11 @@ def _images(class_directory: Path) -> Iterator[str]:
     def fail(error: OSError) -> None:  # os.walk would pass over a directory that may not be read
         raise error
 
-    for place, _, files in os.walk(class_directory, onerror=fail, followlinks=True):
+    for place, directories, files in os.walk(class_directory, onerror=fail, followlinks=True):
+        for name in directories:
+            path = os.path.join(place, name)
+            loops = os.path.islink(path) and Path(place).resolve().is_relative_to(Path(path).resolve())
+            require(not loops, f"data.root: {path!r} is a link to a directory above it; remove it")
         for name in files:
             path, suffix = os.path.join(place, name), os.path.splitext(name)[1].lower()
             require(suffix not in NOT_READ, f"data.root: {path!r} is not JPEG, PNG or WEBP; convert or remove it")

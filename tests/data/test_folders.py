@@ -87,6 +87,9 @@ def test_links_to_directories_and_images_are_followed(own, tmp_path):
     (subset / "one" / "more").symlink_to(own / "one")
     (subset / "three").symlink_to(own / "three")
     assert sum(len(s) for s in splits(load_folder(subset))) == 41
+    (subset / "one" / "again").symlink_to(subset / "one")  # its images would come again, dozens of times
+    with pytest.raises(ConfigError, match="again' is a link to a directory above it"):
+        load_folder(subset)
 
 
 def break_folder(root, kind):
