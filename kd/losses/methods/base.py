@@ -11,6 +11,7 @@ N examples, K classes, C channels, D dimensions; logits (N, K), maps (N, C, H, W
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, dataclass_transform
@@ -22,7 +23,7 @@ from kd.losses.fields import Weight, check_fields, one_of
 from kd.losses.methods import call
 from kd.losses.methods.seen import FEATURES, IGNORE, Seen, View
 from kd.losses.reference import wide_dtype
-from kd.smoothing import check_target
+from kd.smoothing import check_target, values_readable
 
 METHODS: dict[str, type[Method]] = {}  # by name; a subclass registers itself
 
@@ -87,7 +88,7 @@ class Method(_Fields):
 
     def __post_init__(self):
         super().__init__()  # after the dataclass has set the fields: a module takes plain attributes before it
-        self._built = False
+        self._built = type(self).make is Method.make
         check_fields(self.name, self)
 
     @classmethod
@@ -218,6 +219,8 @@ class Method(_Fields):
     def evaluate(self, seen: Seen) -> Tensor:
         """`values` of checked inputs in float32 or float64; exactly 0, with zero gradient, where a label is ignored.
 
+        Labels are not read on a GPU, under torch.compile or torch.func; there one outside 0..K-1 gives nan.
+
         Raises:
             ValueError: the batch lacks what the method needs, or has a form that it cannot use.
         """
@@ -233,16 +236,29 @@ class Method(_Fields):
             return x if ignored is None else x.masked_fill(ignored.view(-1, *[1] * (x.ndim - 1)), 0)
 
         def constant(x: Tensor) -> Tensor:
-            # What was made in inference mode is copied, because autograd refuses to keep it.
-            return clean(x.clone() if x.is_inference() else x.detach())
+            # What was made in inference mode is copied, because autograd refuses to keep it. A compiler cannot ask.
+            inferred = not torch.compiler.is_compiling() and x.is_inference()
+            return clean(x.clone() if inferred else x.detach())
 
         teacher = None if seen.teacher is None else seen.teacher.map(constant)
-        target = seen.target if ignored is None else seen.target.masked_fill(ignored, 0)
+        unknown = self._unknown(seen.target, seen.student.logits.shape[-1])
+        target = seen.target
+        for blank in (ignored, unknown):
+            target = target if blank is None else target.masked_fill(blank, 0)
         seen = replace(seen, student=seen.student.map(clean), teacher=teacher, target=target, ignored=ignored)
         # Autocast would run matrix products in half precision again, where those of large features are infinite.
         with torch.autocast(seen.student.logits.device.type, enabled=False):
             values = self.values(seen)
+        if unknown is not None:
+            values = values * torch.where(unknown if values.ndim else unknown.any(), math.nan, 1).to(values.dtype)
         return values if ignored is None else values.masked_fill(ignored, 0)
+
+    def _unknown(self, target: Tensor, classes: int) -> Tensor | None:
+        """Which labels stand for no class, (N,), where `_check_target` has not read them."""
+        if target.is_floating_point() or classes == 0 or _reads(target):
+            return None
+        unknown = (target < 0) | (target >= classes)
+        return unknown if "batch" in self.needs else unknown & (target != IGNORE)
 
     def _check_inputs(self, seen: Seen) -> None:
         """Refuse what is missing, what PyTorch would broadcast in silence, and a target that the method cannot use."""
@@ -272,13 +288,18 @@ class Method(_Fields):
         self.require(usable, "needs class labels, not probabilities; turn mixup and cutmix off")
         shape = tuple(target.shape)
         self.require(len(shape) == 1 + soft, f"target of shape {shape}: must be (N,) labels or (N, K) probabilities")
-        # On a GPU the values are not read, because the host would wait for them. Features alone have no classes.
-        if classes > 0:
-            check_target(target, classes, IGNORE, read_values=target.device.type == "cpu")
+        if classes > 0:  # features alone have none
+            check_target(target, classes, IGNORE, read_values=_reads(target))
         if "batch" in self.needs:
             compares = "compares examples with each other"
             self.require(len(target) > 1, f"{compares}: a batch of {len(target)} is too small, give 2 or more")
-            self.require(soft or not bool((target == IGNORE).any()), f"{compares} and cannot ignore some of them")
+            ignores = not soft and values_readable(target) and bool((target == IGNORE).any())
+            self.require(not ignores, f"{compares} and cannot ignore some of them")
+
+
+def _reads(target: Tensor) -> bool:
+    """Whether labels are read to check them; not on a GPU, where the host would wait for them."""
+    return target.device.type == "cpu" and values_readable(target)
 
 
 @dataclass(frozen=True)
