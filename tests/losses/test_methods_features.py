@@ -1,6 +1,7 @@
 """The learned parts, memories and margins of the feature methods."""
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from kd.losses.methods.base import Seen, View
 from kd.losses.methods.connectors import OFD, SimKD
 from kd.losses.methods.contrastive import CRD
 from kd.losses.methods.features import Hint
+from kd.losses.methods.relations import RKD
 
 
 @pytest.fixture
@@ -90,3 +92,21 @@ def test_simkd_refuses_a_map_that_the_classifier_does_not_read(seen):
     other = View(seen.teacher.logits + 1, seen.teacher.maps, None, seen.teacher.weight, seen.teacher.bias)
     with pytest.raises(ValueError, match="not the average of map -1"):
         built(SimKD(), Seen(seen.student, other, seen.target))
+
+
+def test_rkd_of_a_collapsed_student_counts_every_pair_and_triple_once():
+    """All its distances and cosines are 0, so that the means are those of the teacher's: the zeros of i = j and j = k
+    are not among them."""
+    n, t = 5, randn(5, 3, seed=4)
+    lengths = np.array([np.linalg.norm(numpy(t[i] - t[j])) for i, j in permutations(range(n), 2)])
+
+    def cosine(i, j, k):
+        a, b = numpy(t[j] - t[i]), numpy(t[k] - t[i])
+        return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+    def huber(x):
+        return np.where(abs(x) < 1, x**2 / 2, abs(x) - 0.5)
+
+    cosines = np.array([cosine(*each) for each in permutations(range(n), 3)])
+    expected = 25 * huber(lengths / lengths.mean()).mean() + 50 * huber(cosines).mean()
+    assert RKD()(torch.ones(n, 4, dtype=torch.float64), t).item() == pytest.approx(expected, rel=1e-12)

@@ -142,7 +142,11 @@ class RKD(Method, name="rkd"):
             apart = F.smooth_l1_loss(_distances(s), _distances(t), reduction="sum")
             total = total + self.distance_weight * apart / (n * n if self.released else n * (n - 1))
         if self.angle_weight > 0:
-            turned = F.smooth_l1_loss(_cosines(s), _cosines(t), reduction="sum")
+            ours, theirs = _cosines(s), _cosines(t)
+            if not self.released:  # j = k is no angle: its cosine is 1, but 0 where x_i and x_j are equal
+                same = torch.eye(n, dtype=torch.bool, device=s.device)
+                ours, theirs = ours.masked_fill(same, 0), theirs.masked_fill(same, 0)
+            turned = F.smooth_l1_loss(ours, theirs, reduction="sum")
             total = total + self.angle_weight * turned / (n**3 if self.released else max(1, n * (n - 1) * (n - 2)))
         return total
 
