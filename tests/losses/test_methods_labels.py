@@ -19,6 +19,7 @@ from kd.losses.methods.labels import (
     OnlineLabelSmoothing,
 )
 from kd.losses.methods.teacher_free import TfReg
+from kd.losses.methods.temperature import LogitStandardKD
 
 
 def seen(student, target, **when):
@@ -148,6 +149,13 @@ def test_online_smoothing_gathers_only_while_training_and_only_labels_that_count
     ignoring[:2] = IGNORE  # blanked to logits 0 and label 0, which is no right prediction of class 0
     assert method.evaluate(seen(FIRST, ignoring))[:2].tolist() == [0, 0]
     assert method.counted.tolist() == [0, 1, 0]
+
+
+def test_standardized_online_smoothing_takes_its_table_at_an_epochs_end():
+    method = LogitStandardKD("online_label_smoothing")
+    method(FIRST, TARGET)
+    method.end_epoch()
+    assert not torch.equal(method.inner.table, torch.full((3, 3), 1 / 3, dtype=torch.float64))
 
 
 def _two_processes(rank, directory):

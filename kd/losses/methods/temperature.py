@@ -73,6 +73,10 @@ class LogitStandardKD(Method, name="lskd"):
         """What the inner method makes, from standardized logits."""
         self.inner.build(self._standardized(seen))
 
+    def end_epoch(self) -> None:
+        """Tell the inner method."""
+        self.inner.end_epoch()
+
     def values(self, seen: Seen) -> Tensor:
         """As the inner method."""
         return self.inner.values(self._standardized(seen))
