@@ -12,7 +12,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 SMOOTHINGS = ("uniform", "others")
 MASSES = "a number ≥ 0 and < 1"
@@ -128,10 +128,17 @@ def _check_convention(smoothing: str, num_classes: int) -> None:
 def check_floating(name: str, value: object) -> None:
     """Raise TypeError unless it is a tensor of a real floating dtype."""
     if isinstance(value, Tensor) and value.is_floating_point():
+        check_local(name, value)
         return
     got = value.dtype if isinstance(value, Tensor) else type(value).__name__
     hint = "; pass its .logits" if isinstance(getattr(value, "logits", None), Tensor) else ""
     raise TypeError(f"{name}: must be a floating tensor, got {got}{hint}")
+
+
+def check_local(name: str, value: object) -> None:
+    """Raise TypeError for a DTensor, whose rows or classes may be on several processes."""
+    if hasattr(value, "to_local"):
+        raise TypeError(f"{name} is a {type(value).__name__}: must be a tensor of this process; pass {name}.to_local()")
 
 
 def check_target(target: Tensor, num_classes: int, ignore_index: int | None = None, read_values: bool = True) -> bool:
@@ -140,6 +147,7 @@ def check_target(target: Tensor, num_classes: int, ignore_index: int | None = No
     Returns True where it has read labels and every one is in 0..K-1. ``read_values=False`` checks dtype and shape only,
     because reading values makes the host wait for a GPU.
     """
+    check_local("target", target)
     soft = isinstance(target, Tensor) and target.is_floating_point()
     if not soft and (not isinstance(target, Tensor) or target.dtype != torch.int64):
         got = target.dtype if isinstance(target, Tensor) else type(target).__name__
@@ -181,9 +189,19 @@ def in_torch_func() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_recorded() -> bool:
+    """Whether make_fx or torch.jit.trace is recording operations, for which a value that was read is a constant."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None or torch.jit.is_tracing()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is PyTorch's own tensor, which has memory, and no subclass such as DTensor or a fake tensor."""
+    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+
+
 def values_readable(tensor: Tensor) -> bool:
-    """Whether a check may read values: not under torch.compile, torch.func, CUDA graph capture, or on meta."""
-    if torch.compiler.is_compiling() or in_torch_func() or tensor.is_meta:
+    """Whether a check may read values: of a plain tensor, outside compilers, torch.func and recording."""
+    if torch.compiler.is_compiling() or in_torch_func() or is_recorded() or tensor.is_meta or not is_plain(tensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 

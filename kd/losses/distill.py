@@ -1,10 +1,12 @@
 """DistillLoss: label-smoothed cross entropy plus distillation, from two sets of logits."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from kd.losses.settings import DistillSettings
+from kd.smoothing import check_floating
 
 
 class DistillTerms(NamedTuple):
@@ -23,6 +25,7 @@ class DistillTerms(NamedTuple):
         return cls(loss, ce, kd)
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class DistillLoss(DistillSettings):
     """Label-smoothed cross entropy plus distillation of a teacher's logits (Hinton et al. 2015), in nats::
 
@@ -35,8 +38,10 @@ class DistillLoss(DistillSettings):
 
     Call ``loss(student_logits, teacher_logits, target)``:
 
-    - ``student_logits``, ``teacher_logits``: ``(..., K)``, of any floating dtypes
-    - ``target``: int64 labels ``(...)``, or probabilities ``(..., K)`` such as mixup's
+    - ``student_logits``, ``teacher_logits``: ``(..., K)``, of any floating dtypes. The teacher's may be None with
+      ``kd_weight=0``.
+    - ``target``: int64 labels ``(...)``, or probabilities ``(..., K)`` such as mixup's. It may be None with
+      ``ce_weight=0``; then every position counts.
     - returns a scalar, or ``(...)`` with ``reduction="none"``. It is computed and returned in float32, or in float64
       for a float64 student. Only the student's logits get a gradient.
 
@@ -64,19 +69,24 @@ class DistillLoss(DistillSettings):
         ignore_index: label of positions to leave out; default -100. They add 0 to both terms and get a gradient of
             exactly 0. Not for targets that are probabilities.
         reduction: "mean" over the positions that are not ignored (0 where there are none), "sum" or "none". With
-            class_weight "mean" still divides by their number; F.cross_entropy divides by the sum of their weights.
+            class_weight CE is the weighted mean of F.cross_entropy, divided by the sum of the labels' weights (0 where
+            that is 0); with probabilities as target, and KD always, "mean" divides by the number of positions.
         backend: "reference" is plain PyTorch, on any device, with second and forward-mode derivatives. "cpu" (needs
             numba) and "triton" (CUDA, ROCm) compute loss and gradient in one pass over the logits; a second derivative
             raises RuntimeError there. "auto" takes the fused backend of the logits' device. Where there is none it
             takes the reference, and warns if only a package is missing. Under torch.func every backend is the
             reference. ``backend_used`` names that of the last call.
+        class_dim: the dimension of the K classes in logits and in a target of probabilities, -1; 1 for segmentation's
+            ``(N, K, H, W)``. Labels, and the loss under "none", have no such dimension.
         teacher_smoothing: label smoothing that the teacher was trained with, as a uniform mass in [0, 1); default 0. It
             is removed from softmax(t) first, by kd.smoothing.unsmooth: one more pass over the teacher's logits.
             kd.smoothing.to_uniform converts a mass of the other convention.
 
-    Non-finite logits: a class masked by -inf in both student and teacher adds 0 to KD, as does every class whose
-    teacher probability is 0 in float32. Label smoothing puts mass on masked classes, which makes CE inf, as in
-    F.cross_entropy. nan, +inf, or -inf in all classes make the loss of that position nan.
+    Non-finite logits: a class adds 0 to KD where its teacher probability, divided by the largest of the row, is below
+    the smallest normal number (1.2e-38; 2.2e-308 for a float64 student), such as a class that is masked in the teacher
+    by -inf or -1e9. Elsewhere a class that the student masks by -inf makes KD inf. Label smoothing puts mass on masked
+    classes, which makes CE inf, as in F.cross_entropy. nan, +inf, or -inf in all classes make the loss of that position
+    nan.
 
     Finite logits up to 1e20 in absolute value give a finite loss with all settings. Larger ones give the right loss or,
     where float32 cannot hold it or a part of it, inf. The gradient is right for all; one too large for the student's
@@ -86,17 +96,44 @@ class DistillLoss(DistillSettings):
     dtypes that do not fit (nothing is broadcast); for labels outside 0..K-1 and target rows that are not probabilities;
     for a teacher, target or class_weight that requires a gradient. Warns where teacher_logits look like probabilities.
     Values are not checked under torch.compile, torch.func and on "triton", where the host would have to wait for the
-    GPU; there a label outside 0..K-1 gives nan. torch.compile compiles a fused backend again for every temperature it
-    meets, and the reference only once.
+    GPU; there a label outside 0..K-1 gives nan.
+
+    Modes of PyTorch: torch.compile takes it in one graph and compiles again once when a setting is first seen to
+    change, not for every value. torch.func, forward-mode derivatives, torch.export, make_fx, torch.jit.trace, fake
+    tensors and subclasses of Tensor get the reference, whatever ``backend`` says. A DTensor is a TypeError: pass
+    ``to_local()``. A teacher may come from inference_mode. Logits may be overwritten between forward and backward pass
+    where the latter needs only the gradient that the former computed: on "cpu", unless the upstream gradient is not
+    finite, the logits are of 16 bits and were not the loss's root, or the graph is retained; not on "triton", where
+    whether it needs them is known to the GPU alone.
     """
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> Tensor:
-        """The loss: a scalar, or shape ``(...)`` under reduction "none"."""
-        return self._values(student_logits, teacher_logits, target)[0]
+    class_dim: int = -1
 
-    def terms(self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> DistillTerms:
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor | None = None, target: Tensor | None = None
+    ) -> Tensor:
+        """The loss: a scalar, or shape ``(...)`` under reduction "none"."""
+        return self._classes_last(student_logits, teacher_logits, target)[0]
+
+    def terms(
+        self, student_logits: Tensor, teacher_logits: Tensor | None = None, target: Tensor | None = None
+    ) -> DistillTerms:
         """The loss with its unweighted terms, from one pass and under the same reduction."""
-        return DistillTerms.reduced(*self._values(student_logits, teacher_logits, target))
+        return DistillTerms.reduced(*self._classes_last(student_logits, teacher_logits, target))
+
+    def _classes_last(self, student: Any, teacher: Any, target: Any) -> tuple[Any, ...]:
+        """`_values` of views whose last dimension is the classes; labels have no such dimension."""
+        check_floating("student_logits", student)
+        dim, shape = self.class_dim, student.shape
+        if dim in (-1, student.ndim - 1):
+            return self._values(student, teacher, target)
+        if not -student.ndim <= dim < student.ndim:
+            raise ValueError(f"class_dim={dim}: must be a dimension of student_logits, whose shape is {tuple(shape)}")
+
+        def last(x: Any) -> Any:
+            return x.movedim(dim, -1) if isinstance(x, Tensor) and x.is_floating_point() and x.shape == shape else x
+
+        return self._values(last(student), last(teacher), last(target), dim)
 
 
 def distill_loss(

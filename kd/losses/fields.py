@@ -76,8 +76,15 @@ def check(at: str, value: object, wanted: Sequence[Allowed]) -> None:
             raise ValueError(f"{at}={value!r}: must be {wanted[-1].words}")
 
 
+def plain(value: Any) -> Any:
+    """A scalar of NumPy as the Python number that it is, and any other value as it is."""
+    return value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
+
+
 def check_fields(name: str, owner: Any) -> None:
     """Raise ValueError, ``NAME.FIELD=VALUE: must be ...``, for the first field of a dataclass that is out of range."""
     wanted = ranges(type(owner))
     for field in fields(owner):
-        check(f"{name}.{field.name}", getattr(owner, field.name), wanted[field.name])
+        value = plain(getattr(owner, field.name))
+        object.__setattr__(owner, field.name, value)  # of a frozen dataclass too
+        check(f"{name}.{field.name}", value, wanted[field.name])

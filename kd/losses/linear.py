@@ -14,11 +14,11 @@ from torch import Tensor
 from kd.losses.distill import DistillTerms
 from kd.losses.fields import Allowed, is_number
 from kd.losses.inputs import head_logits
+from kd.losses.kernels.autograd import serves
 from kd.losses.kernels.chunked import HeadInputs, Plan, chunked_loss, linear_dtype
 from kd.losses.ranges import or_nothing
 from kd.losses.reference import wide_dtype
 from kd.losses.settings import DistillSettings
-from kd.smoothing import in_torch_func
 
 # The smallest default of memory_budget: with thinner chunks, most of the time goes into reading the head.
 LEAST_BUDGET = 24 * 2**20
@@ -96,8 +96,9 @@ class LinearDistillLoss(DistillSettings):
             if teacher_features is None or teacher_weight is None or taught is not None:
                 raise ValueError("teacher: must be teacher_logits alone, or teacher_features with teacher_weight")
             taught = head_logits("teacher_", teacher_features, teacher_weight, teacher_bias)
-        if in_torch_func():
-            # It has rules for operations, and none for sums that are kept between two passes: all logits at once.
+        given = (features, weight, bias, teacher_logits, teacher_features, teacher_weight, teacher_bias, target)
+        if not serves(*given):
+            # PyTorch has rules for its operations there, none for sums kept between two passes: all logits at once.
             if teacher_features is not None:
                 taught = F.linear(teacher_features, cast(Tensor, teacher_weight), teacher_bias)
             return DistillTerms.reduced(*self._values(F.linear(features, weight, bias), taught, target))
@@ -117,11 +118,11 @@ class LinearDistillLoss(DistillSettings):
             teacher_weight,
             teacher_bias,
             target.reshape(-1, logits.shape[-1]) if target.is_floating_point() else target.reshape(-1),
-            self.class_weight,
+            self._weights(target, count),
         )
         plan = self._plan(inputs, backend)
         learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:3])
-        guess = self._guess(plan, count, target.device) if learns and count is not None else None
+        guess = self._guess(plan, count, inputs) if learns and count is not None else None
         loss, ce, kd = (value.reshape(logits.shape[:-1]) for value in chunked_loss(inputs, guess, plan))
         return DistillTerms.reduced(
             loss if count is None else loss.sum() / count,
@@ -158,16 +159,16 @@ class LinearDistillLoss(DistillSettings):
             block=max(1, widening // (wide.itemsize * (width + step))) if widening else classes,
         )
 
-    def _guess(self, plan: Plan, count: Tensor | int, device: torch.device) -> Tensor:
+    def _guess(self, plan: Plan, count: Tensor | int, inputs: HeadInputs) -> Tensor:
         """The expected upstream gradient of a row, a scalar: exact where the loss itself is the root.
 
         For float16 it is the power of two that brings the largest gradient near 2^13 instead: in units of 1/N they
         would underflow, and the loss scale that prevents it is not known yet.
         """
         wide = wide_dtype(plan.dtype)
-        one = torch.ones((), dtype=wide, device=device)
+        one = torch.ones((), dtype=wide, device=inputs.target.device)
         if plan.dtype != torch.float16:
             return one / count
-        heaviest = 1 if self.class_weight is None else self.class_weight.max().to(wide)
+        heaviest = 1 if inputs.class_weight is None else inputs.class_weight.max().to(wide)
         bound = one * (self.ce_weight * heaviest + self.kd_weight * plan.numbers.student_temperature)
         return torch.exp2((13 - bound.clamp(min=2**-10).log2()).floor())

@@ -36,11 +36,12 @@ class Numbers(NamedTuple):
     ignore_index: int
 
 
-def terms(inputs: Inputs, numbers: Numbers) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def terms(inputs: Inputs, numbers: Numbers, class_dim: int = -1) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(ce_weight * ce + kd_weight * kd, ce, kd)``, each of shape ``(...)``; a term of weight 0 is None.
 
     At an ignored position every value and every gradient is exactly 0, whatever the logits there. A label outside
     0..K-1 that is not ignored gives a loss and gradients of nan: where values cannot be read it has not been refused.
+    ``class_dim`` is where the classes were before they were moved to the end.
     """
     student, teacher, target, class_weight = inputs
     wide, classes = wide_dtype(student), student.shape[-1]
@@ -58,10 +59,11 @@ def terms(inputs: Inputs, numbers: Numbers) -> tuple[Tensor, Tensor | None, Tens
     loss = student[..., :0].sum(-1)
     ce = kd = None
     if numbers.ce_weight > 0:
-        ce = cross_entropy(student, share)
+        ce = cross_entropy(student, share, class_dim)
         loss = loss + numbers.ce_weight * ce
     if teacher is not None:
-        kd = distillation(student, teacher.to(wide), numbers.temperature, numbers.student_temperature)
+        temperatures = numbers.temperature, numbers.student_temperature
+        kd = distillation(student, teacher.to(wide), *temperatures, class_dim)
         loss = loss + numbers.kd_weight * kd
     if not target.is_floating_point():
         known = (target >= 0) & (target < classes) | (target == numbers.ignore_index)
@@ -96,26 +98,43 @@ def wide_dtype(student: Tensor | torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def cross_entropy(student: Tensor, share: Tensor) -> Tensor:
+def cross_entropy(student: Tensor, share: Tensor, class_dim: int = -1) -> Tensor:
     """``-sum_k share_k log softmax(student)_k``; a class of share 0 adds 0 even where its logit is -inf."""
-    nll = -F.log_softmax(student, -1)
+    nll = -log_softmax(student, class_dim)
     return (share * nll.masked_fill(share == 0, 0)).sum(-1)
 
 
-def distillation(student: Tensor, teacher: Tensor, temperature: float, student_temperature: float) -> Tensor:
-    """``Ts² KL(softmax(teacher / T) || softmax(student / Ts))``; a class of teacher probability 0 adds 0."""
-    return student_temperature**2 * kl(log_softened(teacher, temperature), log_softened(student, student_temperature))
+def distillation(
+    student: Tensor, teacher: Tensor, temperature: float, student_temperature: float, class_dim: int = -1
+) -> Tensor:
+    """``Ts² KL(softmax(teacher / T) || softmax(student / Ts))``; a class that is `nothing` to the teacher adds 0."""
+    log_t = log_softened(teacher, temperature, class_dim)
+    return student_temperature**2 * kl(log_t, log_softened(student, student_temperature, class_dim))
 
 
 def kl(log_t: Tensor, log_s: Tensor) -> Tensor:
-    """``KL(t || s)`` over the last axis, from log probabilities; a class of teacher probability 0 adds 0."""
-    p = log_t.exp()
-    # Where p is 0 in this dtype the student may be masked too, and 0 * inf is nan.
-    return (p * (log_t - log_s).masked_fill(p == 0, 0)).sum(-1)
+    """``KL(t || s)`` over the last axis, from log probabilities; a class that is `nothing` to the teacher adds 0."""
+    return (log_t.exp() * (log_t - log_s).masked_fill(nothing(log_t), 0)).sum(-1)
 
 
-def log_softened(logits: Tensor, temperature: float) -> Tensor:
+def nothing(log_t: Tensor) -> Tensor:
+    """Classes whose probability, divided by the largest of the row, is below the dtype's smallest normal number.
+
+    The same rule in the kernels, so that a class which the student masks by -inf and the teacher by any large number
+    is inf on all of them or 0 on all. Elsewhere such an addend is below all rounding.
+    """
+    return log_t < log_t.detach().amax(-1, keepdim=True) + math.log(torch.finfo(log_t.dtype).tiny)
+
+
+def log_softmax(logits: Tensor, class_dim: int = -1) -> Tensor:
+    """``log softmax(logits)`` over the last axis, taken where the classes lie: else PyTorch would copy them all."""
+    if class_dim in (-1, logits.ndim - 1):
+        return F.log_softmax(logits, -1)
+    return F.log_softmax(logits.movedim(-1, class_dim), class_dim).movedim(class_dim, -1)
+
+
+def log_softened(logits: Tensor, temperature: float, class_dim: int = -1) -> Tensor:
     """``log softmax(logits / T)``."""
     if temperature < 1:  # the largest finite logits divided by T overflow to inf; their differences may be -inf
         logits = logits - logits.detach().amax(-1, keepdim=True)
-    return F.log_softmax(logits / temperature, -1)
+    return log_softmax(logits / temperature, class_dim)

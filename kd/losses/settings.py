@@ -1,5 +1,6 @@
 """What DistillLoss and LinearDistillLoss share: settings and their ranges, the choice of a backend, the loss itself."""
 
+import math
 import os
 import warnings
 from dataclasses import KW_ONLY, dataclass, fields
@@ -10,11 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from kd.losses import reference
-from kd.losses.fields import Allowed, Convention, Mass, OptionalTemperature, Temperature, Weight, check, one_of, ranges
+from kd.losses.fields import (
+    Allowed,
+    Convention,
+    Mass,
+    OptionalTemperature,
+    Temperature,
+    Weight,
+    check,
+    one_of,
+    plain,
+    ranges,
+)
 from kd.losses.inputs import check_inputs
 from kd.losses.kernels import autograd as fused
 from kd.losses.ranges import LARGEST_WEIGHT, or_nothing
-from kd.smoothing import check_floating, in_torch_func, uniform_mass, unsmooth, values_readable
+from kd.smoothing import check_floating, uniform_mass, unsmooth, values_readable
 
 LABEL = Allowed("an int that fits into int64, as labels do", lambda value: -(2**63) <= value < 2**63)
 # The fused backend of a device type, and the package it needs.
@@ -54,7 +66,9 @@ class DistillSettings(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign an attribute. Raises ValueError or TypeError where it is a setting and the value is not allowed."""
-        check(name, value, self._ranges.get(name, ()))
+        if name in self._ranges:
+            value = plain(value)
+            check(name, value, self._ranges[name])
         if name == "class_weight" and value is not None:
             _check_class_weight(value)
         super().__setattr__(name, value)
@@ -75,9 +89,9 @@ class DistillSettings(nn.Module):
             ignore_index=self.ignore_index,
         )
 
-    def _choose(self, student: Tensor) -> str:
-        """The backend for these logits: under torch.func the reference, whose operations all have their rules there."""
-        if in_torch_func():
+    def _choose(self, student: Tensor, *others: Tensor | None) -> str:
+        """The backend for these tensors; the reference, whatever was asked for, where a kernel cannot serve."""
+        if not fused.serves(student, *others):
             return "reference"
         device = student.device.type
         fitting, package = _FUSED.get(device, ("reference", ""))
@@ -86,7 +100,7 @@ class DistillSettings(nn.Module):
             if fitting == "reference" or student.dtype not in fused.DTYPES:
                 return "reference"
             if missing and not torch.compiler.is_compiling():
-                warnings.warn(f"backend='auto' takes 'reference': pip install {package} for {fitting!r}", stacklevel=6)
+                warnings.warn(f"backend='auto' takes 'reference': pip install {package} for {fitting!r}", stacklevel=7)
             return "reference" if missing else fitting
         # Tests run Triton's kernels on the CPU, by its interpreter.
         interpreted = self.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
@@ -110,27 +124,38 @@ class DistillSettings(nn.Module):
             return None if self.reduction == "none" else 1
         if target.is_floating_point() or all_count:
             positions = target.shape[:-1] if target.is_floating_point() else target.shape
-            return max(positions.numel(), 1)
+            return max(math.prod(positions), 1)  # numel() would be a constant in an exported program
         return (target != self.ignore_index).sum().clamp(min=1)
 
+    def _weights(self, target: Tensor, count: Tensor | int | None) -> Tensor | None:
+        """The class weights; under "mean" times N / (sum of the labels' weights), which makes CE the weighted mean."""
+        weight = self.class_weight
+        if weight is None or count is None or self.reduction != "mean" or target.is_floating_point():
+            return weight
+        weight = weight.double()
+        total = (weight[target.clamp(0, len(weight) - 1)] * (target != self.ignore_index)).sum()
+        return weight * torch.where(total > 0, count / total, 0)
+
     def _values(
-        self, student: Tensor, teacher: Tensor | None, target: Tensor
+        self, student: Tensor, teacher: Tensor | None, target: Any, class_dim: int = -1
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | int | None]:
         """The reduced loss of these settings, its unweighted terms of every position, and the divisor of their sums."""
         check_floating("student_logits", student)
         if or_nothing(self.kd_weight) == 0:
             teacher = None
-        backend = self._choose(student)
+        if target is None and or_nothing(self.ce_weight) == 0:  # every position counts
+            target = student.new_zeros(student.shape[:-1], dtype=torch.int64)
+        backend = self._choose(student, teacher, target)
         all_count = self._check_inputs(student, teacher, target, backend)
         if not torch.compiler.is_compiling():
             self.backend_used = backend
         if teacher is not None and self.teacher_smoothing:
             teacher = unsmooth(teacher, self.teacher_smoothing)
         numbers, count = self._numbers(student.shape[-1]), self._count(target, all_count)
-        inputs = reference.Inputs(student, teacher, target, self.class_weight)
+        inputs = reference.Inputs(student, teacher, target, self._weights(target, count))
         if backend != "reference":
             return *fused.terms(backend, inputs, numbers, count), count
-        value, ce, kd = reference.terms(inputs, numbers)
+        value, ce, kd = reference.terms(inputs, numbers, class_dim)
         return value if count is None else value.sum() / count, ce, kd, count
 
 

@@ -179,7 +179,7 @@ def test_adjust_changes_the_rows_whose_upstream_gradient_changed(kernel, dtype):
         gradient = launcher.rows(inputs, held, NUMBERS, with_gradient=True)[3]
         mark = torch.arange(6)[:, None].to(dtype).expand(-1, 21)
         gradient[kept] = mark[kept]  # nothing that the kernel would write
-        launcher.adjust(gradient, held, upstream, inputs, NUMBERS)
+        launcher.adjust(gradient, held, upstream, lambda inputs=inputs: inputs, NUMBERS)
         assert torch.equal(gradient[changed], right[changed])
         assert torch.equal(gradient[kept], mark[kept])
 

@@ -91,9 +91,14 @@ def results(backend, s, t, target, way=torch.sum, **settings):
 def compare(backend, s, t, target, *, upstream=None, reduction="none", **settings):
     """Values and gradient against ``exact``: to 1e-12 in float64, 1e-5 in float32, gradients in halves rounded once."""
     wide = F64 if s.dtype == F64 else F32
-    right = exact(s, t, target, **settings)
+    kept = target != settings.get("ignore_index", -100)
+    count = 1 if target.is_floating_point() else kept.sum().clamp(min=1)
+    weight = settings.get("class_weight")
+    if reduction == "mean" and weight is not None and not target.is_floating_point():
+        total = weight.double()[target[kept]].sum()  # the weighted mean of F.cross_entropy
+        weight = weight.double() * (count / total if total > 0 else 0)
+    right = exact(s, t, target, **settings | {"class_weight": weight})
     up = torch.ones(len(s)) if upstream is None else upstream
-    count = 1 if target.is_floating_point() else (target != settings.get("ignore_index", -100)).sum().clamp(min=1)
     count = {"mean": len(s) if target.is_floating_point() else count}.get(reduction, 1)
     if reduction != "none":
         right[:3] = [value.sum() / count for value in right[:3]]
@@ -102,9 +107,9 @@ def compare(backend, s, t, target, *, upstream=None, reduction="none", **setting
                     reduction=reduction, **settings)  # fmt: skip
     assert [x.dtype for x in found] == [wide, wide, wide, s.dtype]
     ts = settings.get("student_temperature") or settings.get("temperature", 4.0)
-    weight, eps = settings.get("kd_weight", 0.9), torch.finfo(wide).eps
+    kd_weight, eps = settings.get("kd_weight", 0.9), torch.finfo(wide).eps
     relative = 1e-12 if wide == F64 else 1e-5
-    for name, a, b, factor in zip(("loss", "ce", "kd"), found, right, (weight, 0, 1), strict=False):
+    for name, a, b, factor in zip(("loss", "ce", "kd"), found, right, (kd_weight, 0, 1), strict=False):
         scale = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
         lost = 4 * eps * ts**2 * factor * (len(s) if reduction == "sum" else 1)  # what a KL loses at a temperature
         torch.testing.assert_close(
@@ -116,9 +121,9 @@ def compare(backend, s, t, target, *, upstream=None, reduction="none", **setting
             msg=lambda m, n=name: f"{n}: {m}",
         )
     slope = right[3] * up.double()[:, None] / count
-    heaviest = 1.0 if settings.get("class_weight") is None else settings["class_weight"].max().item()
+    heaviest = 1.0 if weight is None else weight.max().item()
     steepness = (
-        (ts * weight + settings.get("ce_weight", 0.1) * heaviest) * up.double().abs().max().item() / float(count)
+        (ts * kd_weight + settings.get("ce_weight", 0.1) * heaviest) * up.double().abs().max().item() / float(count)
     )
     assert_gradient(found[3], slope, steepness, digits_of(backend, s.dtype))
 

@@ -134,7 +134,7 @@ def test_adjust_changes_the_rows_whose_upstream_gradient_changed(dtype):
         held[1] = 0  # its row holds no information
         gradient = rows_of(cpu, inputs, held)[3]
         before, same = gradient.clone(), held == wanted
-        cpu.adjust(gradient, held, wanted, inputs, NUMBERS)
+        cpu.adjust(gradient, held, wanted, lambda inputs=inputs: inputs, NUMBERS)
         right = rows_of(cpu, inputs, wanted)[3]
         assert torch.equal(gradient[same], before[same])
         if dtype in (BF16, F16):

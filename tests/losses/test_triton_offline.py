@@ -125,7 +125,7 @@ def call(case: Case, n=2, shift=0, **settings):
     upstream = torch.ones(shift + 1, dtype=wide)[shift:].expand(n)
     t = None if case.terms == "ce" else t
     if case.call == "adjust":
-        launcher.adjust(torch.empty_like(s), upstream.clone(), upstream, Inputs(s, t, y, w), numbers)
+        launcher.adjust(torch.empty_like(s), upstream.clone(), upstream, lambda: Inputs(s, t, y, w), numbers)
     else:
         launcher.rows(Inputs(s, t, y, w), upstream, numbers, with_gradient=case.call == "rows")
 

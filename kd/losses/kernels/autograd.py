@@ -5,20 +5,22 @@ A backend is a module with two functions over rows, N of them with K classes eac
 - ``rows(inputs, upstream, numbers, with_gradient=...)`` returns loss, ce and kd (N,), and the gradient (N, K) of the
   loss with respect to the student's logits, each row multiplied by its ``upstream`` (N,).
 - ``adjust(gradient, held, upstream, inputs, numbers)`` changes such a gradient in place from the upstream gradient it
-  holds to another.
+  holds to another. ``inputs()`` gives the inputs, for a backend that has to compute rows again.
 
 The upstream gradient is not known yet when the loss is computed. It is guessed: 1, divided by the count under reduction
 "mean". ``loss.backward()`` makes the guess right, and then the backward pass has nothing left to do.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from kd.losses.reference import Inputs, Numbers, wide_dtype
+from kd.smoothing import in_torch_func, is_plain, is_recorded
 
 MODULES = {
     "reference": "kd.losses.reference",
@@ -40,7 +42,10 @@ def terms(
     if inputs.student.ndim != 2:  # for the same reason
         inputs = as_rows(inputs)
     if torch.compiler.is_compiling():
-        loss, ce, kd, _ = fused_rows(*inputs, _guess(inputs.student, None), backend, *numbers, False)
+        # As a tensor, because a compiler makes a constant of a plain number, and compiles again for each one it meets.
+        settings = torch.tensor(numbers[:-1], dtype=torch.float64, device="cpu")
+        guess = _guess(inputs.student, None)
+        loss, ce, kd, _ = fused_rows(*inputs, guess, settings, backend, numbers.ignore_index, False)
         loss = _reduce(loss, count)
     elif torch.is_grad_enabled() and inputs.student.requires_grad:
         loss, ce, kd = _Eager.apply(*inputs, count, backend, numbers)
@@ -74,10 +79,41 @@ def _guess(student: Tensor, count: Tensor | int | None) -> Tensor:
     return (one if count is None else one / count).expand(len(student))
 
 
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether a backend may take the addresses of these tensors: of plain ones alone, while nothing looks on.
+
+    PyTorch's own operations have rules for all else, so the reference serves it: subclasses and fake tensors,
+    torch.func, forward-mode derivatives, and what records operations (torch.export, make_fx, torch.jit.trace).
+    """
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    if in_torch_func() or is_recorded() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return all(tensor is None or is_plain(tensor) for tensor in tensors)
+
+
 @cache
 def module_of(backend: str) -> Any:
     """The module that has ``rows``; it is imported, and compiled, on first use."""
     return import_module(MODULES[backend])
+
+
+def keep(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
+    """Keep tensors for the backward pass; autograd itself refuses those that were made in inference mode."""
+    ctx.inference = [tensor if tensor is not None and tensor.is_inference() else None for tensor in tensors]
+    others = zip(tensors, ctx.inference, strict=True)
+    ctx.save_for_backward(*(tensor if inference is None else None for tensor, inference in others))
+
+
+def kept(ctx: Any) -> list[Any]:
+    """The tensors of `keep`. Autograd refuses them once one was changed in place: ask only where they are needed."""
+    both = zip(ctx.saved_tensors, ctx.inference, strict=True)
+    return [saved if inference is None else inference for saved, inference in both]
+
+
+def is_batched(upstream: Tensor) -> bool:
+    """Whether autograd gives many upstream gradients at once (is_grads_batched), which no kernel can take."""
+    return torch._C._functorch.is_legacy_batchedtensor(upstream)
 
 
 class _Eager(torch.autograd.Function):
@@ -85,26 +121,39 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, target, class_weight, count, backend, numbers):
-        inputs, held = Inputs(student, teacher, target, class_weight), _guess(student, count)
-        loss, ce, kd, ctx.gradient = module_of(backend).rows(inputs, held, numbers, with_gradient=True)
-        ctx.save_for_backward(*inputs, held)
+        inputs, ctx.held = Inputs(student, teacher, target, class_weight), _guess(student, count)
+        loss, ce, kd, ctx.gradient = module_of(backend).rows(inputs, ctx.held, numbers, with_gradient=True)
+        keep(ctx, inputs)
         ctx.count, ctx.backend, ctx.numbers = count, backend, numbers
         ctx.mark_non_differentiable(ce, kd)
         return _reduce(loss, count), ce, kd
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        upstream = grad_outputs[0].detach()
-        *tensors, held = ctx.saved_tensors
-        inputs = Inputs(*tensors)
+        def inputs() -> Inputs:
+            return Inputs(*kept(ctx))
+
+        upstream, module = grad_outputs[0], module_of(ctx.backend)
+        if is_batched(upstream):
+            return _batched(upstream if ctx.count is None else upstream / ctx.count, inputs(), ctx), *[None] * 6
+        upstream = upstream.detach()
         if ctx.count is not None:
-            upstream = (upstream / ctx.count).expand_as(held)
-        module = module_of(ctx.backend)
+            upstream = (upstream / ctx.count).expand_as(ctx.held)
         gradient, ctx.gradient = ctx.gradient, None  # its receiver may change it in place
         if gradient is None:  # a retained graph, once more: the same two steps give the same bits
-            gradient = module.rows(inputs, held, ctx.numbers, with_gradient=True)[-1]
-        module.adjust(gradient, held, upstream, inputs, ctx.numbers)
-        return once(gradient, inputs.student), *[None] * 6
+            gradient = module.rows(inputs(), ctx.held, ctx.numbers, with_gradient=True)[-1]
+        module.adjust(gradient, ctx.held, upstream, inputs, ctx.numbers)
+        if torch.is_grad_enabled():
+            gradient = once(gradient, inputs().student)
+        return gradient, *[None] * 6
+
+
+def _batched(upstream: Tensor, inputs: Inputs, ctx: Any) -> Tensor:
+    """The gradient (N, K) for a batch of upstream gradients, () or (N,), that vmap hides: rows times upstream."""
+    student = inputs.student
+    wide = inputs._replace(student=student.detach().to(wide_dtype(student)))
+    rows = module_of(ctx.backend).rows(wide, _guess(student, None), ctx.numbers, with_gradient=True)[-1]
+    return (rows * upstream.unsqueeze(-1)).to(student.dtype)
 
 
 class _Once(torch.autograd.Function):
@@ -120,8 +169,8 @@ class _Once(torch.autograd.Function):
 
 
 def once(gradient: Tensor, leaf: Tensor) -> Tensor:
-    """The gradient; under create_graph it belongs to a graph, so that a second derivative is refused."""
-    return _Once.apply(gradient, leaf) if torch.is_grad_enabled() else gradient
+    """The gradient as part of a graph, as create_graph asks for, so that a second derivative is refused."""
+    return _Once.apply(gradient, leaf)
 
 
 @torch.library.custom_op("kd::fused_rows", mutates_args=())
@@ -131,39 +180,36 @@ def fused_rows(
     target: Tensor,
     class_weight: Tensor | None,
     upstream: Tensor,
+    settings: Tensor,
     backend: str,
-    temperature: float,
-    student_temperature: float,
-    kd_weight: float,
-    ce_weight: float,
-    uniform_mass: float,
     ignore_index: int,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A backend's ``rows`` as one operator that a compiler does not look into."""
+    """A backend's ``rows`` as one operator that a compiler does not look into; ``settings`` are the Numbers but one."""
     inputs = Inputs(student, teacher, target, class_weight)
-    numbers = Numbers(temperature, student_temperature, kd_weight, ce_weight, uniform_mass, ignore_index)
+    numbers = Numbers(*cast(list[float], settings.tolist()), ignore_index=ignore_index)
     *values, gradient = module_of(backend).rows(inputs, upstream, numbers, with_gradient=with_gradient)
     return *(value.clone() for value in values), gradient  # an operator's results may not share memory
 
 
 @fused_rows.register_fake
-def _(student, teacher, target, class_weight, upstream, backend, *numbers):
+def _(student, teacher, target, class_weight, upstream, settings, backend, ignore_index, with_gradient):
     n, classes = student.shape
     values = (student.new_empty(n, dtype=wide_dtype(student)) for _ in range(3))
-    return *values, student.new_empty(n if numbers[-1] else 0, classes)
+    return *values, student.new_empty(n if with_gradient else 0, classes)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.settings = inputs[5:-1]  # all but the upstream gradient and `with_gradient`
+    ctx.save_for_backward(*inputs[:4], inputs[5])  # all but the upstream gradient
+    ctx.others = inputs[6:-1]
 
 
 @torch.no_grad()
 def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     # A compiler may run this pass much later: nothing is kept between the two, and the rows are computed again.
-    gradient = fused_rows(*ctx.saved_tensors, upstream, *ctx.settings, True)[-1]
-    return gradient, *[None] * 12
+    *tensors, settings = ctx.saved_tensors
+    gradient = fused_rows(*tensors, upstream, settings, *ctx.others, True)[-1]
+    return gradient, *[None] * 8
 
 
 fused_rows.register_autograd(_backward, setup_context=_setup_context)

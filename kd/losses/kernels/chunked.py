@@ -6,14 +6,15 @@ Shapes: N rows, ``D`` features, ``K`` classes. "Wide" is float32, or float64 for
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
 from kd.losses import reference
-from kd.losses.kernels.autograd import module_of, once
+from kd.losses.kernels.autograd import is_batched, keep, kept, module_of, once
 from kd.losses.reference import Numbers, wide_dtype
 from kd.smoothing import unsmooth
 
@@ -59,27 +60,50 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, guess: Tensor | None, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         values, ctx.totals = _sweep(tensors, guess, plan, ctx.needs_input_grad[2:5])
-        ctx.save_for_backward(*tensors)
-        ctx.guess, ctx.plan = guess, plan
+        keep(ctx, tensors)
+        ctx.guess, ctx.plan, ctx.dtypes = guess, plan, [None if x is None else x.dtype for x in tensors[:3]]
         loss, ce, kd = values.unbind()
         ctx.mark_non_differentiable(ce, kd)
         return loss, ce, kd
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        upstream, tensors = grad_outputs[0], ctx.saved_tensors
+        upstream = grad_outputs[0]
+        if is_batched(upstream):
+            return None, None, *_batched(upstream, kept(ctx), ctx), *[None] * 6
         # A returned gradient belongs to the caller, who may write to it: the next backward pass starts afresh.
         totals, ctx.totals = ctx.totals, None
         with torch.no_grad():
             if ctx.guess is None or totals is None:
-                _, totals = _sweep(tensors, upstream, ctx.plan, ctx.needs_input_grad[2:5])
+                _, totals = _sweep(kept(ctx), upstream, ctx.plan, ctx.needs_input_grad[2:5])
             elif len(upstream):
                 _multiply(totals, upstream[0] / ctx.guess)  # under "mean" and "sum" it is equal for all rows
         gradients = [
-            None if total is None else once(total.to(tensor.dtype), tensor)
-            for total, tensor in zip(totals, tensors, strict=False)
+            None if total is None else total.to(dtype) for total, dtype in zip(totals, ctx.dtypes, strict=True)
         ]
+        if torch.is_grad_enabled():
+            leaves = zip(gradients, kept(ctx), strict=False)
+            gradients = [None if gradient is None else once(gradient, leaf) for gradient, leaf in leaves]
         return None, None, *gradients, *[None] * 6
+
+
+def _batched(upstream: Tensor, tensors: Sequence[Any], ctx: Any) -> list[Tensor | None]:
+    """The gradients of the head for a batch of upstream gradients (N,), which vmap hides: by all logits at once."""
+    needs = [bool(need) for need in ctx.needs_input_grad[2:5]]
+    own: list[Any] = [
+        x if x is None else x.detach().requires_grad_(need) for x, need in zip(tensors, needs, strict=False)
+    ]
+    leaves = [x for x, need in zip(own, needs, strict=True) if need]
+    with torch.enable_grad():
+        inputs, plan = HeadInputs(*own, *tensors[3:]), ctx.plan
+        student, teacher = F.linear(inputs.features, inputs.weight, inputs.bias), inputs.teacher_logits
+        if inputs.teacher_features is not None:
+            teacher = F.linear(inputs.teacher_features, cast(Tensor, inputs.teacher_weight), inputs.teacher_bias)
+        teacher = None if teacher is None else unsmooth(teacher, plan.teacher_smoothing)
+        logits = reference.Inputs(student, teacher, inputs.target, inputs.class_weight)
+        loss, _, _ = reference.terms(logits, plan.numbers)
+    gradients = iter(torch.autograd.grad(loss, leaves, upstream))
+    return [next(gradients) if need else None for need in needs]
 
 
 def _add(totals: Sequence[Tensor | None], gradient: Tensor, rows: slice, head: "_Head", block: int) -> None:

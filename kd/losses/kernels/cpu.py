@@ -41,7 +41,7 @@ def rows(
     return loss, ce, kd, gradient
 
 
-def adjust(gradient: Tensor, held: Tensor, upstream: Tensor, inputs: Inputs, numbers: Numbers) -> None:
+def adjust(gradient: Tensor, held: Tensor, upstream: Tensor, inputs: Callable[[], Inputs], numbers: Numbers) -> None:
     """Change a gradient of ``rows`` in place from the upstream gradient ``held`` (N,) to ``upstream`` (N,).
 
     Rows where both are equal are not touched. Wide rows are multiplied by ``upstream / held`` where that is safe. Rows
@@ -57,7 +57,7 @@ def adjust(gradient: Tensor, held: Tensor, upstream: Tensor, inputs: Inputs, num
             gradient.mul_(factor.unsqueeze(1))
         held = torch.where(usable, upstream, held)
     if not torch.equal(held, upstream):
-        _launch(gradient, held, upstream, inputs, numbers)
+        _launch(gradient, held, upstream, inputs(), numbers)
 
 
 def _launch(gradient: Tensor | None, held: Tensor | None, upstream: Tensor, inputs: Inputs, numbers: Numbers) -> Tensor:
@@ -65,7 +65,7 @@ def _launch(gradient: Tensor | None, held: Tensor | None, upstream: Tensor, inpu
     student, teacher, target, class_weight = inputs
     count, classes = student.shape
     wide = wide_dtype(student)
-    values = torch.empty((3, count), dtype=wide)
+    values = torch.empty((3, count), dtype=wide, device=student.device)
     if count == 0:
         return values
     temperature, student_temperature, kd_weight, ce_weight, uniform_mass, ignore_index = numbers
@@ -107,7 +107,7 @@ def _launch(gradient: Tensor | None, held: Tensor | None, upstream: Tensor, inpu
     # s and t; their wide copies; the third exponential and the shares.
     stored = (6 if dense or power < 0 else 4 if narrow else 2) * min(classes, BLOCK) * wide.itemsize
     job.tasks, job.scratch_task = threads, statistics + stored + 63 & ~63
-    scratch = torch.empty(threads * job.scratch_task, dtype=torch.uint8)
+    scratch = torch.empty(threads * job.scratch_task, dtype=torch.uint8, device=student.device)
     job.scratch = scratch.data_ptr()
     _spread(_compiled(wide)[0], job, threads)
     return values

@@ -285,8 +285,8 @@ def _exponentials(s, e, top, scale, lowest):
 
 
 @njit(**SUMS)
-def _exponential_pairs(s, t, s_e, t_e, s_top, t_top, s_scale, t_scale, s_lowest, t_lowest, ratio):
-    """The same for both, and ``sum e_t ((t - t_top) ratio - (s - s_top))``, to which a class with e_t = 0 adds 0."""
+def _exponential_pairs(s, t, s_e, t_e, s_top, t_top, s_scale, t_scale, s_lowest, t_lowest, t_least, ratio):
+    """The same for both, and ``sum e_t ((t - t_top) ratio - (s - s_top))``, to which a class below t_least adds 0."""
     inlined()
     nothing = s.dtype.type(0)
     s_total = t_total = gap = offset = nothing
@@ -300,7 +300,7 @@ def _exponential_pairs(s, t, s_e, t_e, s_top, t_top, s_scale, t_scale, s_lowest,
         t_total += weight
         offset += s_below
         product = weight * (t_below * ratio - s_below)
-        gap += nothing if t_below < t_lowest else product
+        gap += nothing if t_below < t_least else product
     return s_total, t_total, gap, offset
 
 
@@ -394,13 +394,28 @@ def _first_pass(job, row, first, s, t, third, share, s_read, t_read, block, inte
         t_top = _maximum(teacher, integer)
         block.t_top = t_top
         t_scale, ratio = wide(LOG2_E / job.temperature), wide(job.student_temperature / job.temperature)
+        s_lowest, t_lowest, t_least = lowest / scale, lowest / t_scale, (lowest + wide(1)) / t_scale
         block.sum_s, block.sum_t, block.gap, block.offset = _exponential_pairs(
-            student, teacher, s, t, top, t_top, scale, t_scale, lowest / scale, lowest / t_scale, ratio
+            student, teacher, s, t, top, t_top, scale, t_scale, s_lowest, t_lowest, t_least, ratio
         )
     else:
         block.sum_s, block.offset = _exponentials(student, s, top, scale, lowest / scale)
     if job.power >= 0:
         block.sum_1 = _power_sum(s, job.power) if job.power > 0 else block.sum_s
+
+
+@njit(**INNER)
+def _gap_again(job, row, one, s_top, t_top):
+    """The gap of a row, class by class: what is inf beside its block's maximum may be nothing beside the row's."""
+    least = (-126 if job.wide_bytes == 4 else -1022) / LOG2_E
+    gap = 0.0
+    for k in range(job.classes):
+        s = float(_wide(job.student + row * job.student_row + k * job.student_item, job.student_kind, one)[0])
+        t = float(_wide(job.teacher + row * job.teacher_row + k * job.teacher_item, job.teacher_kind, one)[0])
+        below = (t - t_top) / job.temperature
+        if not below < least:  # in this order nan stays nan
+            gap += math.exp(below) * (below - (s - s_top) / job.student_temperature)
+    return gap
 
 
 @njit(**INNER)
@@ -526,6 +541,8 @@ def _row(job, row, last, scratch, wide, integer):
             gap += teacher * (sums[b].gap / student_temperature + part * (t_below - s_below))
             sum_t += teacher * part
             sums[b].sum_t = teacher
+    if blocks > 1 and not abs(gap) < np.inf:
+        gap = _gap_again(job, row, view(s_read, 1, wide), s_top, t_top)
 
     mass = ce = kd = 0.0
     if job.ce_weight > 0:

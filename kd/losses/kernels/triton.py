@@ -5,6 +5,7 @@ values, so a CUDA graph may capture a call after an earlier one with the same dt
 """
 
 import struct
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,12 +34,12 @@ def rows(
     return values[0], values[1], values[2], gradient
 
 
-def adjust(gradient: Tensor, held: Tensor, upstream: Tensor, inputs: Inputs, numbers: Numbers) -> None:
+def adjust(gradient: Tensor, held: Tensor, upstream: Tensor, inputs: Callable[[], Inputs], numbers: Numbers) -> None:
     """Change a gradient of ``rows`` in place from the upstream gradient ``held`` (N,) to ``upstream`` (N,).
 
     Each row compares the two on the GPU. Where they are equal it is left alone, else computed again from the logits.
     """
-    _launch(inputs, upstream, held, [None, None, None], gradient, numbers)
+    _launch(inputs(), upstream, held, [None, None, None], gradient, numbers)
 
 
 class Shape(NamedTuple):

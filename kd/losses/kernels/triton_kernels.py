@@ -95,6 +95,13 @@ def _dot(own, z_own, spread, z_others):
 
 
 @triton.jit
+def _gaps(eb, a, b, WIDE: tl.constexpr):
+    """The addends of the gap; 0 where the teacher gives nothing, as `kd.losses.reference.nothing` says."""
+    least = -1022.0 if tl.float64 == WIDE else -126.0
+    return eb * tl.where(b < least, 0.0, b - a)
+
+
+@triton.jit
 def _store_values(loss, ce, kd, row, ce_row, kd_row, ce_weight, kd_weight, kept, written, WIDE: tl.constexpr):
     ce_row = tl.where(kept, ce_row, 0.0)
     kd_row = tl.where(kept, kd_row, 0.0)
@@ -178,8 +185,7 @@ def resident(
         eb = tl.exp2(b)
         sum_a = tl.sum(ea, 1, keep_dims=True)
         sum_b = tl.sum(eb, 1, keep_dims=True)
-        # Where the teacher gives nothing the gap may be inf - inf.
-        gap = tl.sum(eb * tl.where(eb == 0, 0.0, b - a), 1, keep_dims=True)
+        gap = tl.sum(_gaps(eb, a, b, WIDE), 1, keep_dims=True)
         kd_row = ts * ts * LN2 * (gap / sum_b + tl.log2(sum_a / sum_b))
         slope += to_kd / sum_a * ea
         slope -= to_kd / sum_b * eb
@@ -316,7 +322,7 @@ def sweeps(
             sum_a, sum_b, gap = _step_kd(sum_a, sum_b, gap, step_s * scale_s, step_t * scale_t)
             sum_a += _lane_sum(tl.exp2(a))
             sum_b += _lane_sum(eb)
-            gap += _lane_sum(eb * tl.where(eb == 0, 0.0, b - a))
+            gap += _lane_sum(_gaps(eb, a, b, WIDE))
 
     # Shift the sums of all threads to the maxima of the row and add them.
     high_s, high_t = tl.max(peak_s), tl.max(peak_t)
