@@ -8,6 +8,8 @@ import sys
 import tomllib
 
 import pytest
+import torch
+from torch import nn
 
 from kd.config import types
 from kd.config.schema import PACKAGE
@@ -28,13 +30,22 @@ COMMANDS = [command for command in COMMANDS if command not in STUDIES]
 
 
 def test_the_python_in_the_readme_runs():
-    code = [block for language, block in BLOCKS if language == "python"]
+    code = [block for language, block in BLOCKS if language == "python" and "in loader" not in block]
     assert code
     for block in code:
         scope: dict = {}
         exec(compile(block, "README.md", "exec"), scope)
         leaf = scope["student"].weight if "student" in scope else scope.get("head")
         assert leaf is None or leaf.grad.abs().sum() > 0
+
+
+def test_the_loop_in_the_readme_trains_its_student():
+    (block,) = (block for language, block in BLOCKS if language == "python" and "in loader" in block)
+    teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
+    optimizer, before = torch.optim.SGD(student.parameters(), lr=0.1), student.weight.clone()
+    loader = [(torch.randn(8, 4), torch.randint(3, (8,)))]
+    exec(compile(block, "README.md", "exec"), locals() | {"torch": torch})
+    assert not torch.equal(student.weight, before)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
