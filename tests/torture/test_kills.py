@@ -42,6 +42,11 @@ def newest(folder: Path) -> dict[str, int]:
     return {stage: int(paths[0].name.split("-")[1]) for stage, paths in saved.items() if paths}
 
 
+def updates(folder: Path) -> int:
+    """How many lines the stages of a run have logged: one for an update, one for an epoch."""
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("runs/*/*/metrics.jsonl"))
+
+
 def ends_as(undisturbed: Path, folder: Path) -> None:
     """All that the run leaves is that of the undisturbed one, and nothing it printed is a complaint."""
     assert forked.differences(undisturbed / "runs", folder / "runs") == []
@@ -58,7 +63,11 @@ def test_killed_anywhere_a_run_ends_with_the_same_weights_losses_and_result(
     for kill in range(KILLS + 1):
         before, log = newest(tmp_path), f"log{kill}.txt"
         (process,) = forked.start(*words, folder=tmp_path, log=log)
-        process.join(rng.uniform(0.5, 0.5 + undisturbed[1] / 3) if kill < KILLS else forked.LONGEST)
+        # The run's own updates tell when, not a clock, which says little of a run on a busy machine.
+        last, until = updates(tmp_path) + rng.randint(0, 20), time.monotonic() + forked.LONGEST
+        while process.is_alive() and time.monotonic() < until and (kill == KILLS or updates(tmp_path) < last):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))  # anywhere between two updates, or in a save
         forked.kill(process, signal.SIGKILL)
         (code,) = forked.finish([process])
         said = (tmp_path / log).read_text()
