@@ -2,7 +2,8 @@
 
 NT stands for non-target: the label's class is dropped and the others are renormalised, so that accuracy and confidence
 play no part. `reference` (N, K) holds logits whose softmax is the best known posterior p*, such as the logarithm of the
-true posterior, or of the mean prediction of an ensemble trained on hard labels. The NT metrics need K ≥ 3.
+true posterior, or of the mean prediction of an ensemble trained on hard labels. The NT metrics need K ≥ 3, beside
+classes that both mask by -inf.
 """
 
 import math
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from kd.errors import require
-from kd.metrics.inputs import Undefined, class_means, present_classes
+from kd.metrics.fidelity import divergence
+from kd.metrics.inputs import Undefined, centred, class_means, present_classes
 from kd.metrics.ranking import spearman
 from kd.metrics.registry import SPLITS, metric
-from kd.metrics.temperature import inverse_temperature
+from kd.metrics.temperature import inverse_temperature, sharpened
 
 __all__ = ["class_similarity_correlation", "cmi", "gamma", "mutual_information", "nt_cosine", "nt_kl"]
 __all__ += ["shen_instability", "transfer_efficiency"]
@@ -25,10 +27,12 @@ def nt_cosine(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
     """Cosine of the wrong classes' logits with the reference's, each centred; from -1 to 1.
 
     mean over i of cos(c(logits[i] without class targets[i]), c(log p*[i] without it)), c subtracting the mean. Ours.
-    1 for reference·a + b, a > 0; 0 for a sample whose wrong classes have equal logits.
+    1 for reference·a + b, a > 0; 0 for a sample whose wrong classes have equal logits; nan where one of the two alone
+    masks a wrong class.
     """
     z, r = _non_target(logits, reference, targets)
-    z, r = z - z.mean(dim=1, keepdim=True), r - r.mean(dim=1, keepdim=True)
+    kept = (z > -torch.inf) | (r > -torch.inf)
+    z, r = centred(z, kept), centred(r, kept)
     norm = z.norm(dim=1) * r.norm(dim=1)
     return ((z * r).sum(dim=1) / norm.where(norm > 0, 1)).mean()
 
@@ -39,16 +43,14 @@ def nt_kl(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
 
     min over T of mean over i of KL(nt(p*[i]) ‖ nt(softmax(logits[i] / T))), one T for all samples. Ours. The best T
     removes what smoothing changes in confidence alone. From 0 (at reference·a + b, a > 0) to the divergence from
-    uniform (T = inf).
+    uniform (T = inf); inf where the logits alone mask a wrong class, nan where one of the two masks all of them.
     """
     z, r = _non_target(logits, reference, targets)
     log_p = r.log_softmax(dim=1)
     z = z - z.amax(dim=1, keepdim=True)
-    inverse = inverse_temperature(z, (log_p.exp() * z).sum(dim=1))
-    # Where p* has all its mass on the largest logits the best T is 0: stop short of it, at differences of 1e9.
-    inverse = min(inverse, 1e9 / max(z.abs().mean().item(), 1e-300))
-    log_q = (inverse * z).log_softmax(dim=1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=1).mean().clamp(min=0)
+    p = log_p.exp()
+    inverse = inverse_temperature(z, (p * z).where(p != 0, 0).sum(dim=1))
+    return divergence(log_p, sharpened(z, inverse).log_softmax(dim=1)).mean().clamp(min=0)
 
 
 # It compares three networks, so that only a study's table can compute it.
@@ -70,12 +72,12 @@ def class_similarity_correlation(logits: Tensor, reference: Tensor, targets: Ten
 
     mean over the classes c present of Spearman's ρ between the class means of softmax(logits) and of p* over the
     samples of class c, both without entry c. Ours. Smoothing a prediction exactly, (1-eps) p + eps/K, changes no rank.
-    Equal entries share their mean rank; a row of equal entries counts 0.
+    Equal entries share their mean rank; a row of equal entries counts 0. An entry that is 0 in both is left out.
     """
-    _check_wrong_classes(logits)
+    _check_wrong_classes(logits, reference)
     present, groups = targets.unique(return_inverse=True)
     rows_a, rows_b = (class_means(z.softmax(dim=1), groups) for z in (logits, reference))
-    others = torch.arange(logits.shape[1], device=logits.device) != present[:, None]
+    others = (torch.arange(logits.shape[1], device=logits.device) != present[:, None]) & ((rows_a > 0) | (rows_b > 0))
     return torch.stack([spearman(a[own], b[own]) for a, b, own in zip(rows_a, rows_b, others, strict=True)]).mean()
 
 
@@ -89,7 +91,8 @@ def gamma(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
 
     mean over i of Σ_k (1 - y_k) softmax(logits[i] / T)[k] · K/(K-1), y one-hot, T = temperature > 0; Müller et al.
     2019, "When Does Label Smoothing Help?", section 4, who set a smoothed target's eps equal to a teacher's γ(T) to
-    compare the two. From 0 to K/(K-1); eps for exactly smoothed labels, 1 for constant logits.
+    compare the two. From 0 to K/(K-1); eps for exactly smoothed labels, 1 for constant logits. A masked class counts
+    among the K.
     """
     k = logits.shape[1]
     p = (logits / temperature).softmax(dim=1)
@@ -136,7 +139,7 @@ def mutual_information(views: Tensor) -> Tensor:
 
     Parameters
     ----------
-    views : (N, L) floating point, N ≥ 2 inputs and L ≥ 2 augmentations
+    views : (N, L) floating point, finite, N ≥ 2 inputs and L ≥ 2 augmentations
     """
     n, repeats = views.shape
     noise = n > 1 and (views != views[:, :1]).any()
@@ -150,13 +153,15 @@ def mutual_information(views: Tensor) -> Tensor:
     return total / repeats
 
 
-def _check_wrong_classes(logits: Tensor) -> None:
-    require(logits.shape[1] > 2, "logits have 2 classes: must be 3 or more; one wrong class has no ranking", Undefined)
+def _check_wrong_classes(logits: Tensor, reference: Tensor) -> None:
+    count = ((logits > -torch.inf) | (reference > -torch.inf)).any(dim=0).sum()
+    message = f"logits have {count} classes that are not masked: must be 3 or more; one wrong class has no ranking"
+    require(count > 2, message, Undefined)
 
 
 def _non_target(logits: Tensor, reference: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(N, K-1) logits and reference without the label's class."""
-    _check_wrong_classes(logits)
+    _check_wrong_classes(logits, reference)
     n, k = logits.shape
     others = torch.arange(k, device=logits.device) != targets[:, None]
     return logits[others].view(n, k - 1), reference[others].view(n, k - 1)

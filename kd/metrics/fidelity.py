@@ -16,6 +16,12 @@ __all__ = ["agreement", "predictive_kl"]
 STUDENT = ("student",)
 
 
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL (N,) of log-probabilities (N, K). A class of probability 0 adds 0; one that only q masks gives inf."""
+    p = log_p.exp()
+    return (p * (log_p - log_q)).where(p != 0, 0).sum(dim=1)
+
+
 @metric("agreement", "agreement", "up", percent=True, networks=STUDENT)
 def agreement(logits: Tensor, teacher: Tensor, k: int = 1) -> Tensor:
     """Share of the k most likely classes that two networks have in common, from 0 to 1; k/K is chance.
@@ -39,7 +45,6 @@ def predictive_kl(teacher: Tensor, logits: Tensor) -> Tensor:
     """Divergence of the student's predictions from the teacher's, in nats. Misleading without `agreement`.
 
     mean over i of Σ_k p_t[k] (log p_t[k] - log p_s[k]), p = softmax at T = 1; Stanton et al. 2021. 0 where the logits
-    differ by a constant per sample.
+    differ by a constant per sample, inf where the student masks by -inf what the teacher does not.
     """
-    p, q = teacher.log_softmax(dim=1), logits.log_softmax(dim=1)
-    return (p.exp() * (p - q)).sum(dim=1).mean()
+    return divergence(teacher.log_softmax(dim=1), logits.log_softmax(dim=1)).mean()

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import numbers
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -32,6 +34,8 @@ def checked(function: Function) -> Function:
             given[name] = _matrix(name, given[name])
         shapes = {name: tuple(given[name].shape) for name in LOGITS if name in given}
         _require(len(set(shapes.values())) <= 1, f"{' and '.join(shapes)} have shapes {[*shapes.values()]}: must agree")
+        bins = given.get("bins", 1)
+        _require(isinstance(bins, numbers.Integral) and int(bins) > 0, f"bins={bins!r}: must be an integer ≥ 1")
         if "targets" in given:
             rows = next(given[name] for name in (*LOGITS, *FEATURES) if name in given)
             _check_targets(given["targets"], len(rows), rows.shape[1] if shapes else None)
@@ -47,14 +51,17 @@ def _matrix(name: str, values: Tensor) -> Tensor:
     _require(fits, f"{name} has shape {tuple(values.shape)}: must have 2 dimensions, ≥ 1 row and ≥ {columns} column(s)")
     _require(values.is_floating_point(), f"{name} is {values.dtype}: must be floating point")
     wide = values.detach().double()
-    bad = (~wide.isfinite().all(dim=1)).sum().item()
-    _require(not bad, f"{name} has {bad} rows with nan or inf: the model diverged, or its precision is too low")
+    usable, kinds = wide.isfinite().all(dim=1), "nan or inf"
+    if name in LOGITS:
+        usable, kinds = (wide < torch.inf).all(dim=1) & (wide > -torch.inf).any(dim=1), "nan, inf or nothing but -inf"
+    bad = (~usable).sum().item()
+    _require(not bad, f"{name} has {bad} rows with {kinds}: the model diverged, or its precision is too low")
     tolerance = max(1e-4, 4 * torch.finfo(values.dtype).eps)
-    probabilities = (wide >= 0).all() and ((wide.sum(dim=1) - 1).abs() <= tolerance).all()
-    _require(
-        name not in LOGITS or not probabilities,
-        f"{name} are probabilities, rows ≥ 0 that sum to 1: must be logits; take their logarithm",
-    )
+    sums_to_one = (wide >= 0).all() and ((wide.sum(dim=1) - 1).abs() <= tolerance).all()
+    # Rows of 0 and 1 alone are rather small integers as logits than a softmax, which reaches neither.
+    if name in LOGITS and sums_to_one and (wide.frac() != 0).any():
+        message = f"{name} look like probabilities, rows ≥ 0 that sum to 1: kd.metrics take their logarithm, the logits"
+        warnings.warn(message, stacklevel=3)  # which Python shows once for each calling line
     return wide
 
 
@@ -71,6 +78,12 @@ def present_classes(targets: Tensor) -> Tensor:
     present, groups = targets.unique(return_inverse=True)
     require(len(present) > 1, f"targets hold one class, {present[0]}: must hold at least two", Undefined)
     return groups
+
+
+def centred(values: Tensor, kept: Tensor) -> Tensor:
+    """Rows (N, K) less the mean of their entries that are kept (N, K) bool, and 0 in place of the others."""
+    values = values.where(kept, 0)
+    return (values - values.sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True)).where(kept, 0)
 
 
 def class_means(values: Tensor, groups: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ All raise Undefined unless `targets` hold samples of the class `omitted` and of 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kd.errors import require
@@ -27,13 +28,13 @@ def best_bias(logits: Tensor, targets: Tensor, omitted: int) -> float:
     rest, positive = _rest(logits, targets, omitted)
     best, which = rest.max(dim=1)
     margin = best - logits[:, omitted]
-    order = margin.argsort()
-    # Biases above a sample's margin predict the omitted class for it.
+    # Biases above a sample's margin predict the omitted class for it; none passes a margin that a mask makes infinite.
+    order = margin.argsort()[margin.sort().values.isfinite()]
     change = (positive.long() - (which == targets).long())[order]
     ends = margin[order]
-    right = torch.cat([change.new_zeros(1), change.cumsum(0)])  # gained in the interval after n margins
-    low, high = torch.cat([ends[:1] - torch.inf, ends]), torch.cat([ends, ends[-1:] + torch.inf])
-    middle = torch.cat([ends[:1] - 1, (ends[:-1] + ends[1:]) / 2, ends[-1:] + 1])
+    right = F.pad(change.cumsum(0), (1, 0))  # gained in the interval after n margins
+    low, high = F.pad(ends, (1, 0), value=-torch.inf), F.pad(ends, (0, 1), value=torch.inf)
+    middle = torch.where(low.isinf(), high - 1, torch.where(high.isinf(), low + 1, (low + high) / 2))
     middle = torch.where((low < 0) & (high > 0), 0.0, middle)
     middle = middle[(low < high) & (right == right[low < high].max())]
     return middle[middle.abs().argmin()].item()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kd.metrics.inputs import checked
+from kd.metrics.inputs import centred, checked
 from kd.metrics.registry import metric
 
 __all__ = ["aurc", "aurc_max_probability", "aurc_normalised_logits", "max_probability", "normalised_max_logit"]
@@ -50,7 +50,7 @@ def normalised_max_logit(logits: Tensor, p: float = 4.0) -> Tensor:
     Smoothing Degrades Selective Classification and How to Fix It"; Cattelan & Silva 2024 for the score. They choose
     p ≥ 1 on validation data. At most 1, invariant to the scale of the logits, 0 where v is 0.
     """
-    v = logits - logits.mean(dim=1, keepdim=True)
+    v = centred(logits, logits > -torch.inf)
     # Scaled first, as 1e200 to the power 4 would be inf.
     size = v.abs().amax(dim=1, keepdim=True)
     v = v / size.where(size > 0, 1)

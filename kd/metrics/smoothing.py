@@ -60,18 +60,20 @@ def estimate_smoothing(logits: Tensor, targets: Tensor) -> SmoothingEstimate:
     Whatever else limits the gap looks like smoothing: too few epochs, strong weight decay, mixup, a temperature, an
     ensemble. Call it on training samples without augmentation; held-out samples give larger masses. `doubts` lists what
     the logits can show: few samples, many errors, unequal logits of the other classes, and a mass that networks trained
-    without smoothing have too. The mass is nan, with a doubt, if no sample is classified correctly.
+    without smoothing have too. The mass is nan, with a doubt, if no sample is classified correctly. A class that every
+    sample masks by -inf does not count; one that some samples mask makes their gaps infinite.
     """
     right = logits.argmax(dim=1) == targets
     accuracy = right.double().mean().item()
     if not right.any():
         return SmoothingEstimate(math.nan, math.nan, math.nan, math.nan, 0.0, 0)
-    z, own, classes = logits[right], targets[right], logits.shape[1]
-    is_target = torch.arange(classes, device=z.device) == own.unsqueeze(1)
-    others = z[~is_target].view(len(z), classes - 1)
-    gaps = z[is_target] - others.mean(dim=1)
+    kept = (logits > -torch.inf).any(dim=0)
+    z, classes = logits[right], int(kept.sum())
+    is_target = torch.arange(len(kept), device=z.device) == targets[right].unsqueeze(1)
+    others = z[~is_target & kept].view(len(z), classes - 1)
+    gaps = (z[is_target] - others.mean(dim=1)).clamp(max=700.0)  # beyond it e^gap is no float64
     low, gap, high = gaps.quantile(gaps.new_tensor([0.25, 0.5, 0.75])).tolist()
-    spread = others.std(dim=1, correction=0).median().item()
+    spread = others.std(dim=1, correction=0).nan_to_num(nan=math.inf).median().item()
     mass, unevenness = _mass(gap, classes), spread / max(gap, 1e-9)  # the gap is 0 where all logits are equal
     return SmoothingEstimate(mass, _mass(high, classes), _mass(low, classes), unevenness, accuracy, len(z))
 
@@ -91,4 +93,4 @@ metric("smoothing_high", "estimated ε, high", **OF_TEACHERS)(_part("high"))
 
 
 def _mass(gap: float, classes: int) -> float:
-    return classes / (math.exp(min(gap, 700.0)) - 1 + classes)  # beyond 700 e^gap is no float64
+    return classes / (math.exp(gap) - 1 + classes)

@@ -56,7 +56,7 @@ def log_posterior(split: Split) -> Tensor | None:
 
 
 def measure(role: str, own: Outputs, data: Data, teacher: Outputs | None = None) -> Outcome:
-    """The entries `metrics` and `detail` of a point. Raises ValueError for logits that are not finite."""
+    """The entries `metrics` and `detail` of a point. Raises ValueError for logits with nan or inf."""
     parts = parts_of(data, role)
     evidence = _evidence(own, parts, data.config.omit_class, teacher)
     metrics = {split: m.compute(known, split, role) for split, known in evidence.items()}

@@ -1,5 +1,6 @@
 """Calibration errors, the post-hoc temperature and selective prediction against golden, library and hand values."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -17,9 +18,11 @@ from kd.metrics import (
     classwise_ece,
     ece,
     equal_mass_ece,
+    mce,
     nll,
     normalised_max_logit,
     post_hoc_temperature,
+    reliability_bins,
 )
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "authors_metrics.json").read_text())
@@ -52,17 +55,65 @@ def test_the_authors_errors():
     assert classwise_ece(logits, targets).item() == pytest.approx(case("cwece"), rel=1e-9)
 
 
-def test_the_authors_adaptive_error_has_other_edges_and_loses_a_sample():
-    """Ours puts rank r into bin floor(15 r / N); theirs into ceil(15 r / N) - 1, which is none for r = 0."""
+def adaptive(confidence, right, bins):
+    """The authors' adaptive error, by NumPy: edges at interpolated ranks, bins (lo, hi]."""
+    edges = np.interp(np.linspace(0, len(right), bins + 1), np.arange(len(right)), np.sort(confidence))
+    inside = [(confidence > lo) & (confidence <= hi) for lo, hi in itertools.pairwise(edges)]
+    return sum(abs((right[each] - confidence[each]).sum()) for each in inside) / len(right)
+
+
+@pytest.mark.parametrize("bins", [1, 7, 15, 200, 333])
+@pytest.mark.parametrize("decimals", [1, 16])  # with 1 most confidences are shared
+def test_equal_masses_and_the_authors_edges(bins, decimals):
     logits, targets = golden_inputs()
+    logits = logits.round(decimals=decimals)
     p = logits.softmax(1).numpy()
-    gap = ((p.argmax(1) == targets.numpy()) - p.max(1))[p.max(1).argsort()]
-    rank = np.arange(200)
-    ours = np.abs(np.bincount(rank * 15 // 200, gap)).sum() / 200
-    theirs = np.abs(np.bincount(-(-rank[1:] * 15 // 200) - 1, gap[1:])).sum() / 200
-    assert equal_mass_ece(logits, targets).item() == pytest.approx(ours, rel=1e-12)
-    assert theirs == pytest.approx(case("adaece"), rel=1e-9)
-    assert abs(ours - theirs) < 0.01
+    right, confidence = (p.argmax(1) == targets.numpy()).astype(float), p.max(1)
+    order = confidence.argsort(kind="stable")
+    masses = np.abs(np.bincount(np.arange(200) * bins // 200, (right - confidence)[order])).sum() / 200
+    assert equal_mass_ece(logits, targets, bins=bins).item() == pytest.approx(masses, rel=1e-12)
+    released = equal_mass_ece(logits, targets, bins=bins, released=True).item()
+    assert released == pytest.approx(adaptive(confidence, right, bins), rel=1e-12)
+    if (bins, decimals) == (15, 16):
+        assert released == pytest.approx(case("adaece"), rel=1e-9)
+
+
+@pytest.mark.parametrize("bins", [1, 4, 40])
+def test_any_number_of_bins_against_numpy(bins):
+    logits, targets = draw()
+    p, y = logits.softmax(1).numpy(), targets.numpy()
+    places = np.minimum(p * bins, bins - 1).astype(int)
+    errors = [np.bincount(places[:, k], (y == k) - p[:, k]) for k in range(7)]
+    expected = np.mean([np.abs(each).sum() for each in errors]) / 300
+    assert classwise_ece(logits, targets, bins=bins).item() == pytest.approx(expected, rel=1e-12)
+    own = places.max(1)
+    gaps, counts = np.bincount(own, (p.argmax(1) == y) - p.max(1)), np.bincount(own, minlength=bins)
+    assert ece(logits, targets, bins).item() == pytest.approx(np.abs(gaps).sum() / 300, rel=1e-12)
+    assert mce(logits, targets, bins).item() == pytest.approx(np.max(np.abs(gaps) / counts.clip(1)[: len(gaps)]))
+    assert reliability_bins(logits, targets, bins)["count"] == counts.tolist()
+
+
+def test_classes_that_are_present():
+    """The authors average over the classes 0 to max(targets), so that of 4 classes with labels 0 and 1 two count."""
+    logits, targets = draw(k=4)
+    p, y = logits.softmax(1).numpy(), (targets % 2).numpy()
+    errors = [np.abs(np.bincount((p[:, k] * 15).astype(int), (y == k) - p[:, k])).sum() / 300 for k in (0, 1)]
+    assert classwise_ece(logits, targets % 2, present=True).item() == pytest.approx(np.mean(errors), rel=1e-12)
+    assert classwise_ece(logits, targets, present=True) == classwise_ece(logits, targets)
+    last = classwise_ece(logits[:, [2, 3, 0, 1]], targets % 2 + 2, present=True)
+    assert last.item() == pytest.approx(np.mean(errors), rel=1e-12)
+
+
+def test_five_million_samples_of_two_classes():
+    """Each of 7 confidences is off by 0.00036, up or down in turn: sums in float32 are off by more than that."""
+    confidence = (np.arange(8, 15) + 0.5) / 15
+    count = 714_000
+    right = np.rint(count * (confidence + 0.00036 * (-1.0) ** np.arange(7))).astype(int)
+    margins = torch.tensor(np.log(confidence / (1 - confidence))).repeat_interleave(count)
+    wrong = torch.tensor(np.arange(count) >= right[:, None]).flatten()
+    found = ece(torch.stack([margins, torch.zeros_like(margins)], dim=1), wrong.long()).item()
+    assert found == pytest.approx(np.abs(right / count - confidence).mean(), rel=1e-9)
+    assert found == pytest.approx(0.00036, abs=1e-6)
 
 
 # ---- the temperature

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -18,12 +19,11 @@ EVIDENCE |= {"features": LOGITS, "views": LOGITS, "omitted": 1, "bias": 2.0}
 OF_TENSORS = [name for name, metric in METRICS.items() if name != "transfer_efficiency"]
 TENSORS = ("logits", "teacher", "reference", "scaled", "features", "views")
 BAD_LOGITS = [
-    (LOGITS.softmax(1), "are probabilities, rows ≥ 0 that sum to 1: must be logits"),
-    (LOGITS.softmax(1).bfloat16(), "are probabilities"),
     (LOGITS[:, :1], r"has shape \(12, 1\): must have"),
     (LOGITS[0], r"has shape \(4,\): must have"),
     (LOGITS[:0], r"has shape \(0, 4\): must have"),
-    (LOGITS.where(LOGITS < 3, math.inf), r"has \d+ rows with nan or inf"),
+    (LOGITS.where(LOGITS < 3, math.inf), r"has \d+ rows with nan, inf or nothing but -inf"),
+    (LOGITS.where(LOGITS < 3, math.nan), r"has \d+ rows with nan"),
     (LOGITS.long(), "is torch.int64: must be floating point"),
 ]
 
@@ -53,6 +53,24 @@ def test_what_is_no_logits_and_no_target_is_one_line(logits, said):
         metrics.nll(LOGITS, TARGETS[:11])
     with pytest.raises(ValueError, match=r"^logits and teacher have shapes .*: must agree"):
         metrics.agreement(LOGITS, LOGITS[:, :3])
+
+
+def test_what_looks_like_probabilities_is_a_warning_once():
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for logits in (LOGITS.softmax(1), LOGITS.softmax(1).bfloat16()) * 3:
+            metrics.nll(logits, TARGETS)
+    assert [str(each.message)[:32] for each in said] == ["logits look like probabilities, "]
+    assert said[0].filename == __file__
+    identity = torch.eye(2)  # logits that are small integers
+    assert metrics.nll(identity, torch.tensor([0, 1])).item() == pytest.approx(math.log(1 + math.exp(-1)))
+
+
+@pytest.mark.parametrize("bins", [0, -1, 2.0, "15", None])
+def test_bins_are_a_positive_integer(bins):
+    for function in (metrics.ece, metrics.mce, metrics.equal_mass_ece, metrics.classwise_ece, metrics.reliability_bins):
+        with pytest.raises(ValueError, match=f"^bins={bins!r}: must be an integer ≥ 1"):
+            function(LOGITS, TARGETS, bins=bins)
 
 
 # ---- the registry
