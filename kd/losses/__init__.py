@@ -75,6 +75,8 @@ are read without torch.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from kd.losses.methods.registry import classes
+
 if TYPE_CHECKING:
     from kd.losses.distill import DistillLoss, DistillTerms, distill_loss
     from kd.losses.linear import LinearDistillLoss
@@ -109,77 +111,22 @@ if TYPE_CHECKING:
     from kd.losses.methods.teacher_free import DML, TfReg, TfSelf
     from kd.losses.methods.temperature import CTKD, LogitStandardKD
 
-# The module of every public name, below kd.losses.
-_NAMES = {
-    "distill": "DistillLoss DistillTerms distill_loss",
-    "linear": "LinearDistillLoss",
-    "methods.batch_logits": "DIST MLKD",
-    "methods.connectors": "OFD ReviewKD SimKD",
-    "methods.contrastive": "CRD",
-    "methods.decoupled": "DKD NKD RLD",
-    "methods.features": "AT FSP NST VID Hint",
-    "methods.labels": "ConfidencePenalty FLSD53 Focal GeneralizedSmoothing LabelSmoothing MaxSup OnlineLabelSmoothing",
-    "methods.logits": "ATS KD TTM WSL WTTM GeneralizedJSD HardDistillation LogitMSE ReverseKL SmoothedTeacher",
-    "methods.relations": "CC PKT RKD SP",
-    "methods.seen": "View",
-    "methods.teacher_free": "DML TfReg TfSelf",
-    "methods.temperature": "CTKD LogitStandardKD",
+# The module of every public name.
+_HOME = classes() | {
+    "DistillLoss": "kd.losses.distill",
+    "DistillTerms": "kd.losses.distill",
+    "distill_loss": "kd.losses.distill",
+    "LinearDistillLoss": "kd.losses.linear",
+    "View": "kd.losses.methods.seen",
 }
-_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = [
-    "AT",
-    "ATS",
-    "CC",
-    "CRD",
-    "CTKD",
-    "DIST",
-    "DKD",
-    "DML",
-    "FLSD53",
-    "FSP",
-    "KD",
-    "MLKD",
-    "NKD",
-    "NST",
-    "OFD",
-    "PKT",
-    "RKD",
-    "RLD",
-    "SP",
-    "TTM",
-    "VID",
-    "WSL",
-    "WTTM",
-    "ConfidencePenalty",
-    "DistillLoss",
-    "DistillTerms",
-    "Focal",
-    "GeneralizedJSD",
-    "GeneralizedSmoothing",
-    "HardDistillation",
-    "Hint",
-    "LabelSmoothing",
-    "LinearDistillLoss",
-    "LogitMSE",
-    "LogitStandardKD",
-    "MaxSup",
-    "OnlineLabelSmoothing",
-    "ReverseKL",
-    "ReviewKD",
-    "SimKD",
-    "SmoothedTeacher",
-    "TfReg",
-    "TfSelf",
-    "View",
-    "distill_loss",
-]
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'kd.losses' has no attribute {name!r}")
-    return getattr(import_module(f"kd.losses.{_HOME[name]}"), name)
+    return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__():

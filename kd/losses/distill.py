@@ -3,10 +3,14 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from kd.losses import reference
+from kd.losses.kernels import autograd as fused
+from kd.losses.ranges import or_nothing
 from kd.losses.settings import DistillSettings
-from kd.smoothing import check_floating
+from kd.smoothing import check_floating, unsmooth
 
 
 class DistillTerms(NamedTuple):
@@ -113,27 +117,45 @@ class DistillLoss(DistillSettings):
         self, student_logits: Tensor, teacher_logits: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
         """The loss: a scalar, or shape ``(...)`` under reduction "none"."""
-        return self._classes_last(student_logits, teacher_logits, target)[0]
+        return self._values(student_logits, teacher_logits, target)[0]
 
     def terms(
         self, student_logits: Tensor, teacher_logits: Tensor | None = None, target: Tensor | None = None
     ) -> DistillTerms:
         """The loss with its unweighted terms, from one pass and under the same reduction."""
-        return DistillTerms.reduced(*self._classes_last(student_logits, teacher_logits, target))
+        return DistillTerms.reduced(*self._values(student_logits, teacher_logits, target))
 
-    def _classes_last(self, student: Any, teacher: Any, target: Any) -> tuple[Any, ...]:
-        """`_values` of views whose last dimension is the classes; labels have no such dimension."""
+    def _values(
+        self, student: Tensor, teacher: Tensor | None, target: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | int | None]:
+        """The reduced loss, its unweighted terms of every position, and the divisor of their sums."""
         check_floating("student_logits", student)
-        dim, shape = self.class_dim, student.shape
-        if dim in (-1, student.ndim - 1):
-            return self._values(student, teacher, target)
-        if not -student.ndim <= dim < student.ndim:
+        if self.class_dim not in (-1, student.ndim - 1):
+            student, teacher, target = self._classes_last(student, teacher, target)
+        if or_nothing(self.kd_weight) == 0:
+            teacher = None
+        if target is None and or_nothing(self.ce_weight) == 0:  # every position counts
+            target = student.new_zeros(student.shape[:-1], dtype=torch.int64)
+        backend = self._choose(student, teacher, target)
+        all_count = self._check_inputs(student, teacher, target, backend)
+        if not torch.compiler.is_compiling():
+            self.backend_used = backend
+        if teacher is not None and self.teacher_smoothing:
+            teacher = unsmooth(teacher, self.teacher_smoothing)
+        numbers, count = self._numbers(student.shape[-1]), self._count(target, all_count)
+        inputs = reference.Inputs(student, teacher, target, self._weights(target, count))
+        if backend != "reference":
+            return *fused.terms(backend, inputs, numbers, count), count
+        value, ce, kd = reference.terms(inputs, numbers, self.class_dim)
+        return value if count is None else value.sum() / count, ce, kd, count
+
+    def _classes_last(self, *tensors: Any) -> list[Any]:
+        """Views whose last dimension is the classes; labels have no such dimension."""
+        dim, shape = self.class_dim, tensors[0].shape
+        if not -len(shape) <= dim < len(shape):
             raise ValueError(f"class_dim={dim}: must be a dimension of student_logits, whose shape is {tuple(shape)}")
-
-        def last(x: Any) -> Any:
-            return x.movedim(dim, -1) if isinstance(x, Tensor) and x.is_floating_point() and x.shape == shape else x
-
-        return self._values(last(student), last(teacher), last(target), dim)
+        logits = [isinstance(x, Tensor) and x.is_floating_point() and x.shape == shape for x in tensors]
+        return [x.movedim(dim, -1) if moves else x for x, moves in zip(tensors, logits, strict=True)]
 
 
 def distill_loss(

@@ -6,9 +6,11 @@ finite number, a plain ``int``, ``bool`` or ``str`` any value of that type. Othe
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
-from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
+
+from torch import nn
 
 from kd.losses.ranges import HIGHEST_TEMPERATURE, LARGEST_WEIGHT, LOWEST_TEMPERATURE
 from kd.smoothing import MASSES, SMOOTHINGS, is_mass
@@ -60,7 +62,7 @@ _OF_TYPE: dict[Any, Allowed] = {
 
 
 def ranges(owner: Any) -> dict[str, list[Allowed]]:
-    """What every annotated attribute of a class may be, by name; `check` wants all of it."""
+    """What every annotated attribute of a class may be, by name; `checked` wants all of it."""
     by_name = {}
     for name, hint in get_type_hints(owner, include_extras=True).items():
         kind, *stated = get_args(hint) if get_origin(hint) is Annotated else (hint,)
@@ -69,22 +71,41 @@ def ranges(owner: Any) -> dict[str, list[Allowed]]:
     return by_name
 
 
-def check(at: str, value: object, wanted: Sequence[Allowed]) -> None:
-    """Raise ValueError, ``AT=VALUE: must be ...``, unless the value is all that is wanted."""
+class Checked(nn.Module):
+    """Base of modules whose dataclass fields are settings, checked where they are assigned and never at a call.
+
+    A subclass is a dataclass with ``eq=False`` and ``repr=False``.
+    """
+
+    _ranges: ClassVar[dict[str, list[Allowed]]] = {}
+    _before: ClassVar[str] = ""  # stands before a setting's name in an error
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls._ranges = ranges(cls)  # once, because torch.compile cannot trace how they are read
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign an attribute. Raises ValueError, ``NAME=VALUE: must be ...``, for a setting out of its range."""
+        if name in self._ranges:
+            value = checked(self._before + name, value, self._ranges[name])
+        super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        """The settings that are not at their defaults, for ``print(loss)``."""
+        default = type(self)()
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]  # a subclass is a dataclass
+        changed = [name for name in names if getattr(self, name) != getattr(default, name)]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
+
+
+def checked(at: str, value: Any, wanted: list[Allowed]) -> Any:
+    """The value, a NumPy scalar as the Python number that it is.
+
+    Raises ValueError, ``AT=VALUE: must be ...``, unless it is all that is wanted.
+    """
+    if type(value).__module__ == "numpy" and value.ndim == 0:
+        value = value.item()
     for allowed in wanted:
         if not allowed.accepts(value):
             raise ValueError(f"{at}={value!r}: must be {wanted[-1].words}")
-
-
-def plain(value: Any) -> Any:
-    """A scalar of NumPy as the Python number that it is, and any other value as it is."""
-    return value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
-
-
-def check_fields(name: str, owner: Any) -> None:
-    """Raise ValueError, ``NAME.FIELD=VALUE: must be ...``, for the first field of a dataclass that is out of range."""
-    wanted = ranges(type(owner))
-    for field in fields(owner):
-        value = plain(getattr(owner, field.name))
-        object.__setattr__(owner, field.name, value)  # of a frozen dataclass too
-        check(f"{name}.{field.name}", value, wanted[field.name])
+    return value

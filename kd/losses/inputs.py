@@ -89,4 +89,4 @@ def _warn_of_probabilities(teacher: Tensor) -> None:
         return
     first = teacher[(0,) * (teacher.ndim - 1)]
     if first.min().item() >= 0 and are_probabilities(first) and are_probabilities(teacher).all():
-        warnings.warn("teacher_logits look like probabilities: pass logits, or probabilities.log()", stacklevel=9)
+        warnings.warn("teacher_logits look like probabilities: pass logits, or probabilities.log()", stacklevel=8)

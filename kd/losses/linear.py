@@ -5,19 +5,18 @@ Shapes: ``(...)`` positions, N of them; ``D`` features; ``K`` classes. "Wide" is
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses.distill import DistillTerms
 from kd.losses.fields import Allowed, is_number
 from kd.losses.inputs import head_logits
-from kd.losses.kernels.autograd import serves
-from kd.losses.kernels.chunked import HeadInputs, Plan, chunked_loss, linear_dtype
+from kd.losses.kernels.autograd import as_rows, serves
+from kd.losses.kernels.chunked import HeadInputs, Plan, at_once, chunked_loss, linear_dtype
 from kd.losses.ranges import or_nothing
-from kd.losses.reference import wide_dtype
+from kd.losses.reference import Numbers, wide_dtype
 from kd.losses.settings import DistillSettings
 
 # The smallest default of memory_budget: with thinner chunks, most of the time goes into reading the head.
@@ -96,42 +95,28 @@ class LinearDistillLoss(DistillSettings):
             if teacher_features is None or teacher_weight is None or taught is not None:
                 raise ValueError("teacher: must be teacher_logits alone, or teacher_features with teacher_weight")
             taught = head_logits("teacher_", teacher_features, teacher_weight, teacher_bias)
-        given = (features, weight, bias, teacher_logits, teacher_features, teacher_weight, teacher_bias, target)
-        if not serves(*given):
-            # PyTorch has rules for its operations there, none for sums kept between two passes: all logits at once.
-            if teacher_features is not None:
-                taught = F.linear(teacher_features, cast(Tensor, teacher_weight), teacher_bias)
-            return DistillTerms.reduced(*self._values(F.linear(features, weight, bias), taught, target))
-        backend = self._choose(logits)
+        given = (features, teacher_logits, teacher_features, target)
+        backend = self._choose(logits, *given, weight, bias, teacher_weight, teacher_bias)
         all_count = self._check_inputs(logits, taught, target, backend)
         self.backend_used = backend
         count = self._count(target, all_count)
-        rows, teacher_logits, teacher_rows = (
-            None if x is None else x.reshape(-1, x.shape[-1]) for x in (features, teacher_logits, teacher_features)
-        )
-        inputs = HeadInputs(
-            cast(Tensor, rows),
-            weight,
-            bias,
-            teacher_logits,
-            teacher_rows,
-            teacher_weight,
-            teacher_bias,
-            target.reshape(-1, logits.shape[-1]) if target.is_floating_point() else target.reshape(-1),
-            self._weights(target, count),
-        )
-        plan = self._plan(inputs, backend)
-        learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:3])
-        guess = self._guess(plan, count, inputs) if learns and count is not None else None
-        loss, ce, kd = (value.reshape(logits.shape[:-1]) for value in chunked_loss(inputs, guess, plan))
-        return DistillTerms.reduced(
-            loss if count is None else loss.sum() / count,
-            ce if plan.numbers.ce_weight > 0 else None,
-            None if taught is None else kd,
-            count,
-        )
+        rows, teacher_logits, teacher_rows, target_rows = as_rows(logits.ndim - 1, *given)
+        head, teacher_head = (rows, weight, bias), (teacher_rows, teacher_weight, teacher_bias)
+        inputs = HeadInputs(*head, teacher_logits, *teacher_head, target_rows, self._weights(target, count))
+        numbers = self._numbers(len(weight))
+        if serves(*given, *head, *teacher_head):
+            plan = self._plan(inputs, numbers, backend)
+            learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
+            guess = self._guess(plan, count, inputs) if learns and count is not None else None
+            loss, ce, kd = chunked_loss(inputs, guess, plan)
+        else:
+            # PyTorch has rules for its operations there, and none for sums kept between two passes.
+            loss, ce, kd = at_once(inputs, numbers, self.teacher_smoothing)
+        shape = logits.shape[:-1]
+        ce, kd = (x if x is None else x.reshape(shape) for x in (ce, kd))
+        return DistillTerms.reduced(loss.reshape(shape) if count is None else loss.sum() / count, ce, kd, count)
 
-    def _plan(self, inputs: HeadInputs, backend: str) -> Plan:
+    def _plan(self, inputs: HeadInputs, numbers: Numbers, backend: str) -> Plan:
         """Chunks of equal size, so that the last is not thin and slow, whose logits fit memory_budget."""
         n, width = inputs.features.shape
         classes = len(inputs.weight)
@@ -150,7 +135,7 @@ class LinearDistillLoss(DistillSettings):
         step = max(1, math.ceil(n / chunks))
         return Plan(
             backend=backend,
-            numbers=self._numbers(classes),
+            numbers=numbers,
             teacher_smoothing=self.teacher_smoothing,
             dtype=dtype,
             teacher_dtype=teacher_dtype,

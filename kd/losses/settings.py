@@ -3,30 +3,28 @@
 import math
 import os
 import warnings
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd.losses import reference
 from kd.losses.fields import (
     Allowed,
+    Checked,
     Convention,
     Mass,
     OptionalTemperature,
     Temperature,
     Weight,
-    check,
     one_of,
-    plain,
-    ranges,
 )
 from kd.losses.inputs import check_inputs
 from kd.losses.kernels import autograd as fused
 from kd.losses.ranges import LARGEST_WEIGHT, or_nothing
-from kd.smoothing import check_floating, uniform_mass, unsmooth, values_readable
+from kd.smoothing import check_floating, uniform_mass, values_readable
 
 LABEL = Allowed("an int that fits into int64, as labels do", lambda value: -(2**63) <= value < 2**63)
 # The fused backend of a device type, and the package it needs.
@@ -35,11 +33,8 @@ _INSTALLED = {package: find_spec(package) is not None for _, package in _FUSED.v
 
 
 @dataclass(eq=False, repr=False)
-class DistillSettings(nn.Module):
-    """The settings of a distillation loss. DistillLoss says what each means.
-
-    A setting is checked where it is assigned, in the constructor or later by a schedule, and never at a call.
-    """
+class DistillSettings(Checked):
+    """The settings of a distillation loss. DistillLoss says what each means."""
 
     temperature: Temperature = 4.0
     _: KW_ONLY
@@ -54,10 +49,6 @@ class DistillSettings(nn.Module):
     backend: Annotated[str, one_of("auto", *fused.MODULES)] = "auto"
     teacher_smoothing: Mass = 0.0
 
-    def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
-        cls._ranges = ranges(cls)  # once, because torch.compile cannot trace how they are read
-
     def __post_init__(self):
         class_weight = self.__dict__.pop("class_weight")
         super().__init__()  # after the dataclass has set the settings, which are plain attributes
@@ -66,17 +57,9 @@ class DistillSettings(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign an attribute. Raises ValueError or TypeError where it is a setting and the value is not allowed."""
-        if name in self._ranges:
-            value = plain(value)
-            check(name, value, self._ranges[name])
         if name == "class_weight" and value is not None:
             _check_class_weight(value)
         super().__setattr__(name, value)
-
-    def extra_repr(self) -> str:
-        """The settings that are not at their defaults, for ``print(loss)``."""
-        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
 
     def _numbers(self, num_classes: int) -> reference.Numbers:
         """The settings as a backend takes them."""
@@ -100,7 +83,7 @@ class DistillSettings(nn.Module):
             if fitting == "reference" or student.dtype not in fused.DTYPES:
                 return "reference"
             if missing and not torch.compiler.is_compiling():
-                warnings.warn(f"backend='auto' takes 'reference': pip install {package} for {fitting!r}", stacklevel=7)
+                warnings.warn(f"backend='auto' takes 'reference': pip install {package} for {fitting!r}", stacklevel=6)
             return "reference" if missing else fitting
         # Tests run Triton's kernels on the CPU, by its interpreter.
         interpreted = self.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
@@ -135,28 +118,6 @@ class DistillSettings(nn.Module):
         weight = weight.double()
         total = (weight[target.clamp(0, len(weight) - 1)] * (target != self.ignore_index)).sum()
         return weight * torch.where(total > 0, count / total, 0)
-
-    def _values(
-        self, student: Tensor, teacher: Tensor | None, target: Any, class_dim: int = -1
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | int | None]:
-        """The reduced loss of these settings, its unweighted terms of every position, and the divisor of their sums."""
-        check_floating("student_logits", student)
-        if or_nothing(self.kd_weight) == 0:
-            teacher = None
-        if target is None and or_nothing(self.ce_weight) == 0:  # every position counts
-            target = student.new_zeros(student.shape[:-1], dtype=torch.int64)
-        backend = self._choose(student, teacher, target)
-        all_count = self._check_inputs(student, teacher, target, backend)
-        if not torch.compiler.is_compiling():
-            self.backend_used = backend
-        if teacher is not None and self.teacher_smoothing:
-            teacher = unsmooth(teacher, self.teacher_smoothing)
-        numbers, count = self._numbers(student.shape[-1]), self._count(target, all_count)
-        inputs = reference.Inputs(student, teacher, target, self._weights(target, count))
-        if backend != "reference":
-            return *fused.terms(backend, inputs, numbers, count), count
-        value, ce, kd = reference.terms(inputs, numbers, class_dim)
-        return value if count is None else value.sum() / count, ce, kd, count
 
 
 del DistillSettings.class_weight  # the default as a class attribute would hide the buffer

@@ -159,10 +159,12 @@ def test_modules_are_made_at_the_first_call_wherever_the_default_device_is():
 
 
 def test_parameters_of_what_is_not_built_say_what_to_call():
-    says = r"^hint: is not built yet; call loss\(student_features, teacher_features\) once, or loss.build\(seen\)"
-    for ask in (lambda m: m.parameters(), lambda m: m.named_parameters(), lambda m: torch.optim.SGD(m.parameters())):
+    says = r"^hint: is not built yet .*; call loss\(student_features, teacher_features\) once, or loss.build\(seen\)"
+    for ask in (lambda m: m.regressor, lambda m: m.named_parameters(), lambda m: torch.optim.SGD(m.parameters())):
         with pytest.raises(RuntimeError, match=says):
             ask(Hint())
+    with pytest.raises(AttributeError, match="has no attribute 'regressor'"):
+        _ = KD().regressor
     for unbuilt in (
         lambda: SimKD().classify(View(draw(2, 3))),
         lambda: OnlineLabelSmoothing().end_epoch(),
@@ -174,7 +176,7 @@ def test_parameters_of_what_is_not_built_say_what_to_call():
         assert list(nothing.parameters()) == []
     for learns in (CC(released=True), LogitStandardKD("ctkd")):
         with pytest.raises(RuntimeError, match="is not built yet"):
-            learns.parameters()
+            list(learns.parameters())
 
 
 def test_what_learns_is_trained_by_a_loop_of_ones_own(logits):

@@ -40,7 +40,7 @@ def terms(
     """
     shape = inputs.student.shape[:-1]
     if inputs.student.ndim != 2:  # for the same reason
-        inputs = as_rows(inputs)
+        inputs = Inputs._make([*as_rows(len(shape), *inputs[:3]), inputs.class_weight])
     if torch.compiler.is_compiling():
         # As a tensor, because a compiler makes a constant of a plain number, and compiles again for each one it meets.
         settings = torch.tensor(numbers[:-1], dtype=torch.float64, device="cpu")
@@ -57,16 +57,9 @@ def terms(
     return loss, ce if numbers.ce_weight > 0 else None, None if inputs.teacher is None else kd
 
 
-def as_rows(inputs: Inputs) -> Inputs:
-    """The positions in one dimension of N rows."""
-    student, teacher, target, class_weight = inputs
-    classes = student.shape[-1]
-    return Inputs(
-        student.reshape(-1, classes),
-        None if teacher is None else teacher.reshape(-1, classes),
-        target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1),
-        class_weight,
-    )
+def as_rows(positions: int, *tensors: Tensor | None) -> list[Any]:
+    """These tensors with their first dimensions, as many as the positions have, as one dimension of N rows."""
+    return [None if x is None else x.reshape(-1, *x.shape[positions:]) for x in tensors]
 
 
 def _reduce(loss: Tensor, count: Tensor | int | None) -> Tensor:

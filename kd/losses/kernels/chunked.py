@@ -47,13 +47,27 @@ class Plan:
     block: int  # classes that _add takes at a time
 
 
-def chunked_loss(inputs: HeadInputs, guess: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, ce and kd (N,); the loss carries gradients for features, weight and bias.
+Terms = tuple[Tensor, Tensor | None, Tensor | None]  # loss, ce and kd (N,); a term of weight 0 is None
+
+
+def at_once(inputs: HeadInputs, numbers: Numbers, teacher_smoothing: float) -> Terms:
+    """The terms by operations of PyTorch alone, on all logits."""
+    student, teacher = F.linear(inputs.features, inputs.weight, inputs.bias), inputs.teacher_logits
+    if inputs.teacher_features is not None:
+        teacher = F.linear(inputs.teacher_features, cast(Tensor, inputs.teacher_weight), inputs.teacher_bias)
+    teacher = None if teacher is None else unsmooth(teacher, teacher_smoothing)
+    return reference.terms(reference.Inputs(student, teacher, inputs.target, inputs.class_weight), numbers)
+
+
+def chunked_loss(inputs: HeadInputs, guess: Tensor | None, plan: Plan) -> Terms:
+    """The terms in chunks; the loss carries gradients for features, weight and bias.
 
     ``guess`` is one number, the expected upstream gradient of every row. With it the forward pass computes the
     gradients too, and the backward pass only multiplies them.
     """
-    return _ChunkedLoss.apply(guess, plan, *inputs)
+    loss, ce, kd = _ChunkedLoss.apply(guess, plan, *inputs)
+    taught = inputs.teacher_logits is not None or inputs.teacher_features is not None
+    return loss, ce if plan.numbers.ce_weight > 0 else None, kd if taught else None
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -95,13 +109,7 @@ def _batched(upstream: Tensor, tensors: Sequence[Any], ctx: Any) -> list[Tensor 
     ]
     leaves = [x for x, need in zip(own, needs, strict=True) if need]
     with torch.enable_grad():
-        inputs, plan = HeadInputs(*own, *tensors[3:]), ctx.plan
-        student, teacher = F.linear(inputs.features, inputs.weight, inputs.bias), inputs.teacher_logits
-        if inputs.teacher_features is not None:
-            teacher = F.linear(inputs.teacher_features, cast(Tensor, inputs.teacher_weight), inputs.teacher_bias)
-        teacher = None if teacher is None else unsmooth(teacher, plan.teacher_smoothing)
-        logits = reference.Inputs(student, teacher, inputs.target, inputs.class_weight)
-        loss, _, _ = reference.terms(logits, plan.numbers)
+        loss, _, _ = at_once(HeadInputs(*own, *tensors[3:]), ctx.plan.numbers, ctx.plan.teacher_smoothing)
     gradients = iter(torch.autograd.grad(loss, leaves, upstream))
     return [next(gradients) if need else None for need in needs]
 

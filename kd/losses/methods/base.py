@@ -14,12 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, fields, replace
-from typing import Annotated, Any, ClassVar, dataclass_transform
+from typing import Annotated, Any, ClassVar, NamedTuple, dataclass_transform
 
 import torch
 from torch import Tensor, nn
 
-from kd.losses.fields import Weight, check_fields, one_of
+from kd.losses.fields import Checked, Weight, one_of
 from kd.losses.methods import call
 from kd.losses.methods.seen import FEATURES, IGNORE, Seen, View
 from kd.losses.reference import wide_dtype
@@ -29,7 +29,7 @@ METHODS: dict[str, type[Method]] = {}  # by name; a subclass registers itself
 
 
 @dataclass_transform(eq_default=False)
-class _Fields(nn.Module):
+class _Fields(Checked):
     """Tells type checkers that annotations of the classes below are fields of a dataclass."""
 
 
@@ -74,7 +74,7 @@ class Method(_Fields):
     def __init_subclass__(cls, name: str, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         dataclass(eq=False, repr=False)(cls)  # a module is equal to itself alone
-        cls.name = name
+        cls.name, cls._before = name, f"{name}."
         if "learns" not in cls.__dict__:
             cls.learns = cls.make is not Method.make
         METHODS[name] = cls
@@ -89,19 +89,12 @@ class Method(_Fields):
     def __post_init__(self):
         super().__init__()  # after the dataclass has set the fields: a module takes plain attributes before it
         self._built = type(self).make is Method.make
-        check_fields(self.name, self)
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """What a recipe sets of the method, with the defaults."""
         default = cls()
         return {f.name: getattr(default, f.name) for f in fields(cls) if f.name != "reduction"}
-
-    def extra_repr(self) -> str:
-        """The fields that are not at their defaults, for ``print(loss)``."""
-        default = type(self)()
-        changed = [f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
 
     def require(self, holds: bool, message: str) -> None:
         """Raise ValueError, ``NAME: MESSAGE``, unless the condition holds."""
@@ -120,27 +113,36 @@ class Method(_Fields):
             ValueError: the batch lacks what the method needs, or has a form that it cannot use.
         """
         self._check_inputs(seen)
-        with torch.no_grad(), torch.device("cpu"):  # the same draws on every device, whatever the default device is
-            self.make(seen)
+        self._built = True  # now, because PyTorch asks whether there is such a buffer before it registers one
+        try:
+            with torch.no_grad(), torch.device("cpu"):  # the same draws on every device, whatever the default device is
+                self.make(seen)
+        except BaseException:
+            self._built = False
+            raise
         self.to(seen.student.logits.device, wide_dtype(seen.student.logits))
-        self._built = True
 
-    def require_built(self) -> None:
+    def _require_built(self, name: str) -> None:
         """Raise RuntimeError unless `build` or a call has made what the method learns and keeps."""
         if not self._built:
             typed = f"loss({call.arguments(self.needs)})"
-            raise RuntimeError(f"{self.name}: is not built yet; call {typed} once, or loss.build(seen), before this")
+            raise RuntimeError(
+                f"{self.name}: is not built yet and has no {name}; call {typed} once, or loss.build(seen), before this"
+            )
 
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """As of every module. Raises RuntimeError while a method that learns is not built."""
-        if self.learns:
-            self.require_built()
-        return super().parameters(recurse)
+    def __getattr__(self, name: str) -> Any:
+        """What a module holds. Raises RuntimeError, which says what to call, for what is still to be made."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not name.startswith("_"):  # PyTorch and Python ask for names of their own that need not be there
+                self._require_built(name)
+            raise
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """As `parameters`."""
+        """As of every module, also for `parameters`. Raises RuntimeError while a method that learns is not built."""
         if self.learns:
-            self.require_built()
+            self._require_built("parameters")
         return super().named_parameters(*args, **kwargs)
 
     def make(self, seen: Seen) -> None:
@@ -272,15 +274,10 @@ class Method(_Fields):
                     self.require(given[need] is not None, f"needs the {need} of the {who}")
                 shape, n = tuple(view.logits.shape), len(seen.target)
                 self.require(len(shape) == 2 and shape[0] == n, f"{who}'s logits of shape {shape}: must be ({n}, K)")
-        if seen.teacher is not None:
-            self._check_pair(seen.student, seen.teacher)
-        self._check_target(seen.target, seen.student.logits.shape[-1])
-
-    def _check_pair(self, student: View, teacher: View) -> None:
-        """Refuse logits that cannot be compared where they are all there is."""
-        if "teacher" in self.needs and not self.needs & FEATURES:
-            ours, theirs = student.logits.shape[-1], teacher.logits.shape[-1]
+        if "teacher" in self.needs and not self.needs & FEATURES:  # logits are all there is to compare
+            ours, theirs = (logits.shape[-1] for logits in seen.logits)
             self.require(ours == theirs, f"student has {ours} classes and teacher {theirs}: must be equal")
+        self._check_target(seen.target, seen.student.logits.shape[-1])
 
     def _check_target(self, target: Tensor, classes: int) -> None:
         soft = target.is_floating_point()
@@ -302,13 +299,9 @@ def _reads(target: Tensor) -> bool:
     return target.device.type == "cpu" and values_readable(target)
 
 
-@dataclass(frozen=True)
-class Weighted:
+class Weighted(NamedTuple):
     """A method with what a recipe says of it beside its fields."""
 
     method: Method
     weight: Weight
     warmup_epochs: Weight  # over which the weight rises linearly from 0; 0 for none
-
-    def __post_init__(self):
-        check_fields(self.method.name, self)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kd.losses.inputs import check_fits, check_inputs
+from kd.losses.kernels.autograd import as_rows
 from kd.losses.methods.seen import FEATURES, IGNORE, Seen, View
 from kd.smoothing import check_floating
 
@@ -36,13 +37,12 @@ def views(name: str, needs: frozenset[str], student: Any, teacher: Any) -> tuple
     typed = f"type loss({arguments(needs)})"
     if isinstance(student, Seen):
         raise TypeError(f"{name}: a call takes tensors: {typed}, or loss.evaluate(seen)")
-    if "teacher" not in needs:
-        return _view(name, needs, "student", student, typed), None
-    if teacher is None:
-        raise ValueError(f"{name}: needs the teacher; {typed}")
     if isinstance(teacher, Tensor) and teacher.dtype == torch.int64:
         raise TypeError(f"{name}: the teacher's place has int64 labels; {typed}")
-    ours, theirs = (_view(name, needs, who, x, typed) for who, x in (("student", student), ("teacher", teacher)))
+    ours = _view(name, needs, "student", student, typed)
+    if teacher is None:
+        return ours, None
+    theirs = _view(name, needs, "teacher", teacher, typed)
     if needs & FEATURES:
         _check_features(ours, theirs)
     return ours, theirs
@@ -97,8 +97,7 @@ def rows(
     theirs = None if teacher is None else teacher.logits
     check_inputs(logits, theirs, target, None, IGNORE, read_values=target.device.type == "cpu")
     if len(shape) != 1:
-        classes = logits.shape[-1]
-        student = replace(student, logits=logits.reshape(-1, classes))
-        teacher = None if teacher is None else replace(teacher, logits=teacher.logits.reshape(-1, classes))
-        target = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
+        logits, theirs, target = as_rows(len(shape), logits, theirs, target)
+        student = replace(student, logits=logits)
+        teacher = teacher and replace(teacher, logits=theirs)
     return (student, teacher), target, shape

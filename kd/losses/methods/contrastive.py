@@ -97,7 +97,6 @@ class CRD(Method, name="crd"):
     @torch.no_grad()
     def negatives(self, target: Tensor) -> Tensor:
         """Positions of examples with other labels than each target's, (N, n), drawn evenly and with replacement."""
-        self.require_built()
         by_label, order = self.get_buffer("labels").sort()
         first, last = (torch.searchsorted(by_label, target, right=right) for right in (False, True))
         first, same = rearrange(first, "n -> n 1"), rearrange(last - first, "n -> n 1")

@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,20 +28,29 @@ SHARED = {"weight": 1.0, "warmup_epochs": 0.0}  # what a recipe sets of every me
 # ---- which methods there are
 
 
-def names() -> dict[str, str]:
-    """The module of every method in kd, by the method's name: read from the files, so that torch is not imported."""
-    modules = {}
+def _written() -> Iterator[tuple[str, str, str]]:
+    """Class, name and module of every method in kd: read from the files, so that torch is not imported."""
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        for name in re.findall(r'^class \w+\(Method, name="(\w+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
-            modules[name] = f"kd.losses.methods.{path.stem}"
-    return modules
+        text = path.read_text(encoding="utf-8")
+        for found in re.findall(r'^class (\w+)\(Method, name="(\w+)"', text, re.MULTILINE):
+            yield *found, f"kd.losses.methods.{path.stem}"
+
+
+def classes() -> dict[str, str]:
+    """The module of every method in kd, by the name of its class."""
+    return {cls: module for cls, _, module in _written()}
+
+
+def names() -> list[str]:
+    """The name of every method in kd."""
+    return [name for _, name, _ in _written()]
 
 
 def library() -> dict[str, type[Method]]:
     """Every method by name: kd's, and those of files that were imported."""
     from kd.losses.methods.base import METHODS
 
-    for module in set(names().values()):
+    for module in set(classes().values()):
         importlib.import_module(module)
     return METHODS
 
@@ -124,6 +133,7 @@ def build(values: Mapping[str, Any], section: str = "loss") -> dict[str, Weighte
 
 
 def _build(before: str, name: str, settings: Any) -> Weighted:
+    from kd.losses.fields import checked, ranges
     from kd.losses.methods.base import Weighted
 
     at = f"{before}{name}"
@@ -136,9 +146,10 @@ def _build(before: str, name: str, settings: Any) -> Weighted:
         require(key not in method.renamed, f"{at}.{key}: has a new name; type {method.renamed.get(key)}")
         hint = did_you_mean(key, known) or f"; {name} has {', '.join(known)}"
         require(key in known, f"{at}.{key}: no such setting{hint}")
-    shared = {key: settings.get(key, default) for key, default in SHARED.items()}
+    allowed = ranges(Weighted)
     try:
         made = method(**{key: value for key, value in settings.items() if key not in SHARED})
+        shared = {k: checked(f"{name}.{k}", settings.get(k, usual), allowed[k]) for k, usual in SHARED.items()}
         return Weighted(made, **shared)
     except ValueError as error:  # of a field; it begins with the method's name
         raise ConfigError(f"{before}{error}") from error

@@ -141,7 +141,6 @@ class CTKD(Method, name="ctkd"):
 
     def temperature(self) -> Tensor:
         """The temperature now, ()."""
-        self.require_built()
         return self.lowest_temperature + self.temperature_range * self.temperature_logit.sigmoid()
 
     def values(self, seen: Seen) -> Tensor:
