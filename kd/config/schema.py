@@ -15,6 +15,7 @@ from typing import Any
 
 from kd.errors import ConfigError, require
 from kd.losses.ranges import HIGHEST_TEMPERATURE, LARGEST_WEIGHT, LOWEST_TEMPERATURE
+from kd.text import plain
 
 PACKAGE = Path(__file__).resolve().parent.parent
 TEMPERATURES = {"ge": LOWEST_TEMPERATURE, "le": HIGHEST_TEMPERATURE}
@@ -51,6 +52,22 @@ def _in_range(value: Any, metadata: Any) -> bool:
         return {*value} <= {*metadata["among"]} if isinstance(value, list) else value in metadata["among"]
     bounds = [(compare, metadata[key]) for key, (_, compare) in BOUNDS.items() if metadata[key] is not None]
     return not bounds or (abs(value) < math.inf and all(compare(value, bound) for compare, bound in bounds))
+
+
+def _class_weight(key: str, value: Any) -> Any:
+    """Class weights with their numbers as floats, so that 1 and 1.0 are one recipe. Raises ConfigError.
+
+    How many there must be is known with the data: kd.training.preflight checks that.
+    """
+    if value in (None, "balanced"):
+        return value
+    numbers = value if isinstance(value, list) else [value]
+    require(
+        numbers is value and all(type(x) in (int, float) and 0 <= x <= LARGEST_WEIGHT for x in numbers),
+        f"{key}={plain(str(value), 80)}: must be null, balanced, or a list of numbers from 0 to {LARGEST_WEIGHT} "
+        f"such as [1,2.5], one for each class",
+    )
+    return [float(x) for x in numbers]
 
 
 class Checked:
@@ -117,6 +134,7 @@ class TeacherConfig(Checked, section="teacher."):
     label_smoothing: float = setting(0.0, "label-smoothing mass of its training targets", ge=0, lt=1, common=True)
     smoothing: str = setting("uniform", "convention: eps/K on every class, or eps/(K-1) on the others", **CONVENTIONS)
     ce_weight: float = setting(1.0, "weight of the cross entropy in the teacher's own loss", **WEIGHTS)
+    class_weight: Any = setting(None, "class weights of the teacher's own CE, as loss.class_weight")
     methods: dict[str, Any] = setting({}, "other terms of its own loss, such as {maxsup: {weight: 1}}")
     members: int = setting(1, "networks, trained with different seeds, whose predictions are averaged", ge=1, le=64)
     averaging_temperature: float = setting(1.0, "temperature of the averaged probabilities", **TEMPERATURES)
@@ -125,6 +143,7 @@ class TeacherConfig(Checked, section="teacher."):
 
     def __post_init__(self):
         super().__post_init__()
+        self.class_weight = _class_weight("teacher.class_weight", self.class_weight)
         if self.ce_weight == 0 and not self.methods:
             raise ConfigError("teacher.ce_weight=0 without teacher.methods: nothing to learn; must be > 0")
 
@@ -135,6 +154,7 @@ class TeacherConfig(Checked, section="teacher."):
             ce_weight=self.ce_weight,
             label_smoothing=self.label_smoothing,
             smoothing=self.smoothing,
+            class_weight=self.class_weight,
             methods=self.methods,
         )
 
@@ -154,7 +174,11 @@ class StudentConfig(Checked, section="student."):
 
 @dataclass
 class LossConfig(Checked, section="loss."):
-    """``ce_weight * CE(label_smoothing) + kd_weight * T² * KL(teacher || student)``, and further methods."""
+    """``ce_weight * CE(label_smoothing, class_weight) + kd_weight * T² * KL(teacher || student)``, and further methods.
+
+    Terms are means over the batch of an update, CE a weighted one with class weights. `reduction` is no setting: a sum
+    is the mean times train.batch_size.
+    """
 
     temperature: float = setting(4.0, "divides both logits before the softmax", **TEMPERATURES, common=True)
     student_temperature: float | None = setting(None, "the student's; null: loss.temperature", **TEMPERATURES)
@@ -162,12 +186,16 @@ class LossConfig(Checked, section="loss."):
     ce_weight: float = setting(0.1, "weight of the cross entropy with the labels", **WEIGHTS, common=True)
     label_smoothing: float = setting(0.0, "label-smoothing mass of student and control", ge=0, lt=1, common=True)
     smoothing: str = setting("uniform", "convention: eps/K on every class, or eps/(K-1) on the others", **CONVENTIONS)
+    class_weight: Any = setting(
+        None, "class weights of CE: balanced, n / (K n_k) by training labels, or a list such as [1,2.5]; null: all 1"
+    )
     teacher_smoothing: float = setting(0.0, "uniform mass to remove from the teacher", ge=0, lt=1, common=True)
     backend: str = setting("auto", "implementation of the loss", among=("auto", "reference", "cpu", "triton"))
     methods: dict[str, Any] = setting({}, "further methods with their weights and settings; loss=NAME fills it in")
 
     def __post_init__(self):
         super().__post_init__()
+        self.class_weight = _class_weight("loss.class_weight", self.class_weight)
         # `loss=NAME` sets the methods of a recipe that it replaces to null.
         self.methods = {name: settings for name, settings in self.methods.items() if settings is not None}
         if self.kd_weight == 0 and self.ce_weight == 0 and not self.methods:
@@ -256,6 +284,9 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         del values["teacher"]["members"], values["teacher"]["averaging_temperature"]
     if recipe.teacher.ce_weight == 1 and not recipe.teacher.methods:
         del values["teacher"]["ce_weight"], values["teacher"]["methods"]
+    for section in ("teacher", "loss"):
+        if values[section]["class_weight"] is None:
+            del values[section]["class_weight"]
     values["data"] = {k: v for k, v in values["data"].items() if k not in _NOT_DATA_IDENTITY}
     values["train"] = {k: v for k, v in values["train"].items() if k not in _NOT_TRAIN_IDENTITY}
     return values

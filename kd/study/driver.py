@@ -37,7 +37,7 @@ from kd.study.worker import work
 from kd.text import first_line, shown
 from kd.training.dry_run import duration
 from kd.training.pipeline import network
-from kd.training.preflight import check_batch, check_environment, check_places
+from kd.training.preflight import check_batch, check_class_weights, check_environment, check_places
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -121,6 +121,7 @@ def engines(planned: Plan, asked: str) -> dict[str, str]:
             require(members == 1, f"teacher.members={members}: must be 1 in a study")
             check_environment(point.recipe)
             check_batch(point.recipe, data, 1)
+            check_class_weights(point.recipe, data)
             methods.build(point.recipe.loss.methods)  # a run of its own would fail only when its turn comes
             reasons[kind] = why_not(point, network(point.section, point.recipe.seed, data), data.num_classes)
         reason = reasons[kind] or ("study.engine=runs" if asked == "runs" else None)

@@ -216,7 +216,7 @@ def _canonical(loss: LossConfig) -> LossConfig:
         loss = replace(loss, student_temperature=None)
     if loss.kd_weight == 0:
         loss = replace(loss, temperature=1.0, student_temperature=None, teacher_smoothing=0.0)
-    return replace(loss, label_smoothing=0.0, smoothing="uniform") if loss.ce_weight == 0 else loss
+    return replace(loss, label_smoothing=0.0, smoothing="uniform", class_weight=None) if loss.ce_weight == 0 else loss
 
 
 def _identity(role: str, recipe: Recipe) -> dict[str, Any]:

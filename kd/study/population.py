@@ -238,6 +238,7 @@ def why_not(point: Point, network: nn.Module, num_classes: int) -> str | None:
         f"{own.section}pretrained or checkpoint: starts from weights of its own": (
             own.pretrained or getattr(own, "checkpoint", None)
         ),
+        f"class_weight={point.loss.class_weight}": point.loss.class_weight,
         f"data.mixup={data.mixup}": data.mixup,
         f"data.cutmix={data.cutmix}": data.cutmix,
         f"train.clip_grad={train.clip_grad}": train.clip_grad,

@@ -69,9 +69,10 @@ def load(folder: str | Path) -> DataFrame:
 def _columns(points: Points) -> set[str]:
     """The settings that have several values, and those of ALWAYS."""
     values: dict[str, set[str]] = {}
-    for point in points.values():
-        for key, value in point["settings"].items():
-            values.setdefault(key, set()).add(json.dumps(value, sort_keys=True))
+    for role in ROLES:  # each has settings of its own
+        own = [point["settings"] for point in points.values() if point["role"] == role]
+        for key in {key for settings in own for key in settings}:  # one that is left out is null, as loss.class_weight
+            values.setdefault(key, set()).update(json.dumps(each.get(key), sort_keys=True) for each in own)
     return {key for key, several in values.items() if len(several) > 1 or key in ALWAYS} - {"seed"}
 
 

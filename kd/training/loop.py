@@ -146,6 +146,7 @@ class Trainer:
         self.stage.objective.train()
         # Before the update and from its number alone: the schedule has no state to save.
         self.scheduler.step_update(self.progress.update)
+        self._weigh_classes(batches)
         logged: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
@@ -166,6 +167,16 @@ class Trainer:
         if self.ema and not self.stepper.step_was_skipped:
             self.ema.update(self.deployed)
         return {**logged, "grad_norm": norm}
+
+    def _weigh_classes(self, batches: list[Batch]) -> None:
+        """Divide the cross entropy by the class weights of the global batch's labels, as nn.CrossEntropyLoss."""
+        weight, data = self.stage.objective.class_weight, self.recipe.data
+        # Mixed labels are probabilities, for which nn.CrossEntropyLoss divides by their number.
+        if weight is None or data.mixup or data.cutmix:
+            return
+        own = torch.stack([weight[batch.targets].sum() for batch in batches]).sum()
+        total = cast(Tensor, self.accelerator.reduce(own, reduction="sum"))
+        self.stage.objective.divide_ce(total / self.recipe.train.batch_size)
 
     def _average_gradients(self) -> None:
         """Average the objective's gradients over the processes. DDP would also send its buffers, such as a memory bank,

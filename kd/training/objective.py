@@ -1,6 +1,7 @@
 """The objective of a stage: the fused cross entropy and plain distillation, and any weighted methods beside them.
 
-N examples. Everything is a sum over examples; the training loop divides by their number.
+N examples. Everything is a sum over examples; the training loop divides by their number. With class weights it also
+tells the objective the mean weight of an update's labels: `divide_ce`.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,6 +34,8 @@ class Objective(nn.Module):
         new_peer: makes a second student with other weights, for methods that need "peer".
     """
 
+    class_weight: Tensor | None  # (K,), as the user gave them
+
     def __init__(
         self,
         loss: DistillLoss,
@@ -42,6 +45,8 @@ class Objective(nn.Module):
         super().__init__()
         assert loss.reduction == "sum"
         self.loss = loss
+        weight = loss.class_weight  # the loss's own is divided anew for every update
+        self.register_buffer("class_weight", None if weight is None else weight.clone(), persistent=False)
         self._weighted = dict(methods or {})
         self.methods = nn.ModuleDict({name: each.method for name, each in self._weighted.items()})
         self._new_peer = new_peer
@@ -93,6 +98,18 @@ class Objective(nn.Module):
         """Tell every method that an epoch is over."""
         for each in self._weighted.values():
             each.method.end_epoch()
+
+    @torch.no_grad()
+    def divide_ce(self, mean: Tensor) -> None:
+        """Divide the class weights, and so the cross entropy, by the `mean` () weight of an update's labels.
+
+        The sum over examples, divided by their number, is then the weighted mean of nn.CrossEntropyLoss; it is 0 where
+        all labels have weight 0.
+        """
+        assert self.class_weight is not None
+        assert self.loss.class_weight is not None
+        # Into the buffer: an assigned setting is checked against the range of a user's weights.
+        self.loss.class_weight.copy_(torch.where(mean > 0, self.class_weight / mean, 0))
 
     def evaluate(self, seen: Seen) -> dict[str, Tensor]:
         """The methods' values by name, unweighted: (N,), or () of a method that compares the examples of a batch."""

@@ -34,7 +34,14 @@ from kd.training.logger import Logger
 from kd.training.loop import Trainer
 from kd.training.objective import Objective
 from kd.training.predict import not_finite, predict
-from kd.training.preflight import chance, check_batch, check_environment, check_places, check_validation
+from kd.training.preflight import (
+    chance,
+    check_batch,
+    check_class_weights,
+    check_environment,
+    check_places,
+    check_validation,
+)
 from kd.training.run import (
     WEIGHTS,
     Run,
@@ -71,6 +78,7 @@ def prepare(recipe: Recipe, directory: Path | None = None, teacher: Path | None 
         data = load_data(recipe.data, recipe.seed)
     data = replace(data, **{name: getattr(data, name).to(accelerator.device) for name in ("train", "val", "test")})
     check_batch(recipe, data, accelerator.num_processes)
+    check_class_weights(recipe, data)
     check_validation(recipe, data)
     logger = Logger(directory / "metrics.jsonl", accelerator, terminal())
     try:
@@ -139,7 +147,7 @@ def teacher_stage(run: Run) -> Stage:
     """The teacher, ready to train on labels, with the methods that its own section names."""
     own = run.recipe.teacher
     loss = replace(own.own_loss(), backend=run.recipe.loss.backend)
-    objective = Objective(_distill_loss(loss), methods.build(loss.methods, "teacher"))
+    objective = Objective(_distill_loss(loss, run.data), methods.build(loss.methods, "teacher"))
     return Stage("teacher", Student(teacher_network(run)), objective, own.epochs, run.data)
 
 
@@ -147,7 +155,7 @@ def student_stage(run: Run, teacher: Teacher) -> Stage:
     """The student, ready to be distilled from the teacher."""
     recipe, network = run.recipe, student_network(run)
     new_peer = partial(student_network, run, seed=mixed_seed(recipe.seed, 1))
-    objective = Objective(_distill_loss(recipe.loss), methods.build(recipe.loss.methods), new_peer)
+    objective = Objective(_distill_loss(recipe.loss, run.data.transfer), methods.build(recipe.loss.methods), new_peer)
     taps = needed(objective.needs, network, teacher.model, recipe.student.layers, recipe.teacher.layers)
     if taps:
         teacher = Teacher(teacher.model, features=taps[1].names)
@@ -158,13 +166,25 @@ def student_stage(run: Run, teacher: Teacher) -> Stage:
 def control_stage(run: Run) -> Stage:
     """The student's network, ready to train on labels alone for as many epochs."""
     recipe = run.recipe
-    objective = Objective(_distill_loss(replace(recipe.loss, kd_weight=0.0, ce_weight=1.0)))
+    loss = replace(recipe.loss, kd_weight=0.0, ce_weight=1.0)
+    objective = Objective(_distill_loss(loss, run.data.transfer))
     return Stage("control", Student(student_network(run)), objective, recipe.student.epochs, run.data.transfer)
 
 
-def _distill_loss(loss: LossConfig) -> DistillLoss:
+def _distill_loss(loss: LossConfig, data: Data) -> DistillLoss:
     settings: dict[str, Any] = {key: value for key, value in asdict(loss).items() if key != "methods"}
+    settings["class_weight"] = class_weights(loss.class_weight, data.train.targets, data.num_classes)
     return DistillLoss(**settings, reduction="sum")
+
+
+def class_weights(given: list[float] | str | None, labels: Tensor, num_classes: int) -> Tensor | None:
+    """The class weights (K,) of a recipe. "balanced" is n / (K n_k) for n labels, n_k of them of class k; 0 for a class
+    without any, such as that of data.omit_class.
+    """
+    if given == "balanced":
+        counts = labels.bincount(minlength=num_classes)
+        return torch.where(counts > 0, len(labels) / (num_classes * counts), 0)
+    return None if given is None else torch.tensor(given)
 
 
 def train(run: Run, stage: Stage) -> None:

@@ -12,7 +12,7 @@ from kd.config.schema import Recipe, TeacherConfig
 from kd.data import Data
 from kd.errors import ConfigError, require
 from kd.losses.methods import registry as methods
-from kd.text import did_you_mean
+from kd.text import did_you_mean, plain
 from kd.training.run import run_name, teacher_is_trained
 from kd.training.schedule import optimizer
 
@@ -73,6 +73,17 @@ def check_batch(recipe: Recipe, data: Data, processes: int) -> None:
         f"train.batch_size={batch}: must be ≥ {accumulation * processes}, one image for each of {processes} processes "
         f"x train.accumulation={accumulation}",
     )
+
+
+def check_class_weights(recipe: Recipe, data: Data) -> None:
+    """Raise ConfigError for class weights that are not one for each class."""
+    for section in (recipe.teacher, recipe.loss):
+        weight, classes = section.class_weight, data.num_classes
+        require(
+            not isinstance(weight, list) or len(weight) == classes,
+            f"{section.section}class_weight={plain(str(weight), 80)}: must be {classes} numbers, one for each class of "
+            f"{recipe.data.name}",
+        )
 
 
 def check_validation(recipe: Recipe, data: Data) -> None:

@@ -23,6 +23,7 @@ from kd.text import plain
 from kd.training.pipeline import evaluated_network
 from kd.training.predict import predict
 from kd.training.run import STAGES, WEIGHTS, Run, check_finished, checkpoint_hash
+from kd.training.stage import smoothing_of
 from kd.training.teacher_smoothing import recorded_smoothing
 
 # Below these a difference says nothing of distillation: its standard error is none of a normal distribution, or the
@@ -129,8 +130,7 @@ def _about(run: Run, name: str, network: Teacher) -> dict[str, Any]:
         "seconds": manifest["seconds"],
         "selected_epoch": manifest["selected"]["epoch"],
         "skipped_updates": manifest.get("skipped", 0),  # by fp16's gradient scaler
-        "label_smoothing": smoothed.label_smoothing,
-        "smoothing": smoothed.smoothing,
+        **smoothing_of(smoothed),
     }
 
 

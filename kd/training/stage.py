@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from kd.config.schema import Recipe
+from kd.config.schema import LossConfig, Recipe, TeacherConfig
 from kd.data import Batch, Data, mixer
 from kd.data.mixing import Mixer
 from kd.losses.methods.base import Seen, View
@@ -50,7 +50,7 @@ class Stage:
 def metadata(name: str, recipe: Recipe, data: Data) -> dict[str, Any]:
     """What is saved with the weights of a stage, so that they can be used without the recipe."""
     section, labels = (recipe.teacher, recipe.teacher) if name == "teacher" else (recipe.student, recipe.loss)
-    about: dict[str, Any] = {"label_smoothing": str(labels.label_smoothing), "smoothing": labels.smoothing}
+    about: dict[str, Any] = {key: str(value) for key, value in smoothing_of(labels).items()}
     if name == "teacher" and recipe.teacher.methods:
         # A method that acts on the labels may smooth them too, by a mass that nobody knows.
         about = {"methods": recipe.teacher.methods}
@@ -62,6 +62,13 @@ def metadata(name: str, recipe: Recipe, data: Data) -> dict[str, Any]:
         "mean": list(data.mean),
         "std": list(data.std),
     }
+
+
+def smoothing_of(labels: TeacherConfig | LossConfig) -> dict[str, Any]:
+    """What is recorded of a loss's label smoothing; {} where class weights give each class a smoothing of its own."""
+    if labels.label_smoothing and labels.class_weight:
+        return {}
+    return {"label_smoothing": labels.label_smoothing, "smoothing": labels.smoothing}
 
 
 def _view(taps: Taps | None, network: nn.Module, output: Output) -> View:

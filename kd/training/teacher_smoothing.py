@@ -13,6 +13,7 @@ from kd.models.wrappers import Teacher
 from kd.smoothing import to_uniform
 from kd.training.predict import predict
 from kd.training.run import Run, teacher_is_trained
+from kd.training.stage import smoothing_of
 
 SAMPLES = 2000  # of the training set: enough for a stable median, and seconds for any network
 
@@ -20,10 +21,10 @@ SAMPLES = 2000  # of the training set: enough for a stable median, and seconds f
 def recorded_smoothing(recipe: Recipe) -> tuple[float, str] | None:
     """Smoothing mass and convention that the teacher is or was trained with; None where they are not recorded."""
     if teacher_is_trained(recipe):
-        own = recipe.teacher
         # A method that acts on the labels may smooth them too, by a mass that nobody knows.
-        return None if own.methods else (own.label_smoothing, own.smoothing)
-    record = weights_metadata(recipe.teacher.checkpoint) if recipe.teacher.checkpoint else {}
+        record = {} if recipe.teacher.methods else smoothing_of(recipe.teacher)
+    else:
+        record = weights_metadata(recipe.teacher.checkpoint) if recipe.teacher.checkpoint else {}
     return (float(record["label_smoothing"]), record["smoothing"]) if "label_smoothing" in record else None
 
 

@@ -60,6 +60,9 @@ def test_the_hash_changes_with_what_is_computed_and_not_with_where_it_is_kept():
     base = recipe("seed=0")
     hashes = [content_hash(identity(recipe(*words))) for words in (["output=x", "run=y", "data.workers=9"], ["seed=1"])]
     assert hashes[0] == content_hash(identity(base)) != hashes[1]
+    weighted = {content_hash(identity(recipe(f"loss.class_weight={text}"))) for text in ("[1,2]", "[1.0,2e0]", "null")}
+    assert len(weighted) == 2
+    assert content_hash(identity(recipe())) in weighted
 
 
 def test_a_reference_takes_the_value_of_another_setting():
@@ -117,6 +120,8 @@ WRONG = {
     "loss.temperature=1e999": "loss.temperature=inf: must be ≥ 0.001",
     "teacher.label_smoothing=1": "teacher.label_smoothing=1.0: must be ≥ 0 and < 1",
     "loss.smoothing=both": "loss.smoothing=both: must be one of uniform, others",
+    "loss.class_weight=[1,-2]": "loss.class_weight=[1, -2]: must be null, balanced, or a list of numbers from 0 to",
+    "teacher.class_weight=even": "teacher.class_weight=even: must be null, balanced, or a list of numbers",
     "loss.temprature=2": "loss.temprature: no such setting; did you mean loss.temperature?",
     "lr=0.1": "lr: no such setting; did you mean optimizer.lr?",
     "epochs=3": "epochs: no such setting; did you mean teacher.epochs or student.epochs?",
@@ -152,6 +157,7 @@ def test_a_wrong_setting_is_one_line_that_says_what_is_allowed(line):
 PREPARED = {
     "data=imagenet": "data.root",
     "train.batch_size=5000": "train.batch_size=5000: must be ≤ 1293",
+    "loss.class_weight=[1,2.5]": "loss.class_weight=[1.0, 2.5]: must be 10 numbers, one for each class of digits",
     "run=../elsewhere": "run='../elsewhere': must be a plain",
     "output=": "output=: must be a",
     "teacher.checkpoint=missing.pth": "teacher.checkpoint=missing.pth: no such file",

@@ -67,6 +67,9 @@ def test_the_same_network_by_two_names_is_one_point():
     at = {tuple(cell["axes"].values()): cell["point"] for cell in made.cells}
     assert at[1.0, None] == at[1.0, 1.0]
     assert len({at[1.0, None], at[4.0, None], at[4.0, 1.0]}) == 3
+    # Without a cross entropy its class weights change nothing.
+    made = planned(grid={"loss.class_weight": [None, "balanced"]}, seeds=1, controls=[])
+    assert roles(made) == {"teacher": 1, "student": 1}
     # An omitted class changes the student but not its teacher.
     made = planned(grid={"data.omit_class": [None, 7]}, seeds=1, controls=["hard"])
     assert roles(made) == {"teacher": 1, "student": 2, "control": 2}

@@ -252,6 +252,7 @@ def test_the_stacked_network_is_its_members_forward_and_backward(model, batched)
     ("change", "reason"),
     [
         ({"data": DataConfig(mixup=0.2)}, "data.mixup=0.2"),
+        ({"loss": replace(HARD, class_weight="balanced")}, "class_weight=balanced"),
         ({"loss": replace(HARD, methods={"crd": {}})}, "needs embedding, index"),
         ({"loss": replace(HARD, methods={"ctkd": {}})}, "learns or keeps"),
         ({"loss": replace(HARD, methods={"dist": {}, "dkd": {}})}, None),

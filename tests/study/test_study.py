@@ -225,13 +225,20 @@ def test_both_engines_make_the_same_points(kd_study):
     assert (one["test.top1"] - many["test.top1"]).abs().max() < 0.01
 
 
-def test_what_a_population_cannot_train_runs_alone_with_the_same_teacher(kd_study):
-    words = ["loss=kd,rkd", "loss.temperature=1", "teacher.label_smoothing=0", "study.controls=[]"]
-    done = kd_study(*ONE_SEED, *words)
+@pytest.mark.parametrize(
+    ("axis", "column", "alone"),
+    [("loss=kd,rkd", "loss.methods", "rkd"), ("loss.class_weight=null,balanced", "loss.class_weight", "balanced")],
+)
+def test_what_a_population_cannot_train_runs_alone_with_the_same_teacher(axis, column, alone, kd_study):
+    words = ["loss.temperature=1", "teacher.label_smoothing=0", "loss.ce_weight=.5", "study.controls=[]"]
+    done = kd_study(*ONE_SEED, axis, *words)
     assert done.code == 0, done.err
     assert "(population, runs)" in done.out
-    teacher, *students = [Folder(STUDY).read_point(identifier) for identifier in load(STUDY)["point"]]
-    engines = {"rkd" in p["settings"]["loss.methods"]: p["provenance"]["engine"] for p in students}
+    table = load(STUDY)
+    teacher, *students = [Folder(STUDY).read_point(identifier) for identifier in table["point"]]
+    engines = {
+        alone in str(cell): p["provenance"]["engine"] for cell, p in zip(table[column][1:], students, strict=True)
+    }
     assert (teacher["provenance"]["engine"], engines) == ("population", {False: "population", True: "runs"})
     assert len({p["metrics"]["test"]["nll"] for p in students}) == 2
 
@@ -260,6 +267,7 @@ def test_dry_run_counts_and_writes_nothing(kd_study, tmp_path):
             "cannot train a student, optimizer.name=lamb",
         ),
         (["train.batch_size=5000"], "train.batch_size=5000: must be ≤ 1293"),
+        (["loss.class_weight=[1,2]", "loss.ce_weight=1"], "loss.class_weight=[1.0, 2.0]: must be 10 numbers"),
         (["teacher.members=2"], "teacher.members=2: must be 1 in a study"),
         (["student.model=mlp_tiny,mlp_huge", "study.contrasts=[]"], "student.model=mlp_huge"),
     ],

@@ -251,12 +251,16 @@ def test_a_stop_says_how_to_go_on_where_the_same_command_starts_again(kd_train, 
     assert "teacher  goes on after update 1 of 5" in kd_train(*words, "resume=true").out
 
 
-def test_two_processes_end_with_the_parameters_of_one(finished, tmp_path):
+@pytest.mark.parametrize("words", [[], ["loss.class_weight=[1,2,3,4,5,6,7,8,9,99]"]])
+def test_two_processes_end_with_the_parameters_of_one(words, finished, tmp_path):
     """Five updates, same global batch, uneven shares: equal to 2e-5, rounding that Adam amplifies."""
-    forked.whole(*SMOKE, folder=tmp_path, processes=2)
+    alone = finished[0]
+    if words:
+        forked.whole(*SMOKE, *words, folder=(alone := tmp_path / "alone"))
+    forked.whole(*SMOKE, *words, folder=tmp_path, processes=2)
     assert result_of(tmp_path)["provenance"]["hardware"]["processes"] == 2
     for name in ("student", "control"):
-        a, b = (load_file(d / f"runs/smoke/one/{name}/last.safetensors") for d in (finished[0], tmp_path))
+        a, b = (load_file(d / f"runs/smoke/one/{name}/last.safetensors") for d in (alone, tmp_path))
         assert a.keys() == b.keys()
         for key in a:
             torch.testing.assert_close(a[key], b[key], rtol=0, atol=2e-5)
