@@ -14,8 +14,9 @@ from kd.errors import CheckpointError, require
 def weights_metadata(path: str | Path) -> dict[str, Any]:
     """What kd wrote beside the weights; empty for other files.
 
-    The model's name, num_classes, label_smoothing and smoothing (or the methods of the teacher), class_names,
-    input_shape, and mean and std of pixels from 0 to 1, with which new images are prepared.
+    The model's name, num_classes, label_smoothing and smoothing (or the methods of the teacher; neither where class
+    weights gave each class a smoothing of its own), class_names, input_shape, and mean and std of pixels from 0 to 1,
+    with which new images are prepared.
 
     Raises:
         CheckpointError: a .safetensors file is missing, or is not one.
