@@ -41,6 +41,7 @@ def test_the_python_in_the_readme_runs():
 
 def test_the_loop_in_the_readme_trains_its_student():
     (block,) = (block for language, block in BLOCKS if language == "python" and "in loader" in block)
+    assert len([line for line in block.splitlines() if line]) <= 8
     teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
     optimizer, before = torch.optim.SGD(student.parameters(), lr=0.1), student.weight.clone()
     loader = [(torch.randn(8, 4), torch.randint(3, (8,)))]

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from method_batches import draw, labels
 
 import kd.losses
-from kd.config.schema import PACKAGE
 from kd.losses import (
     AT,
     CC,
@@ -195,18 +194,6 @@ def test_what_learns_is_trained_by_a_loop_of_ones_own(logits):
     assert first.isfinite()
     assert contrast(s, t, y, index=index) != first  # the memory has moved
     assert contrast.memory_student.dtype == torch.float64
-
-
-def test_the_readmes_loop_of_ones_own():
-    text = (PACKAGE.parent / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(from kd\.losses import .*?)```", text, re.DOTALL)
-    assert len([line for line in code.splitlines() if line]) <= 8
-    here = {"torch": torch, "student": torch.nn.Linear(4, 5), "teacher": torch.nn.Linear(4, 5)}
-    here["loader"] = [(torch.randn(8, 4), torch.randint(5, (8,))) for _ in range(2)]
-    here["optimizer"] = torch.optim.SGD(here["student"].parameters(), lr=0.1)
-    before = here["student"].weight.detach().clone()
-    exec(code, here)
-    assert not torch.equal(here["student"].weight, before)
 
 
 def test_a_method_is_pickled_and_printed(logits):

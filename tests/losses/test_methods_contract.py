@@ -335,7 +335,7 @@ WRONG = {
     r"at: target of shape \(5, 1\)": lambda seen: replace(seen, target=seen.target[:, None]),
     "target: must be int64 labels": lambda seen: replace(seen, target=seen.target.int()),
     "target has label 4: must be 0..3": lambda seen: replace(seen, target=seen.target * 0 + 4),
-    r"zip\(\) argument 2 is longer": lambda seen: replace(seen, student=replace(seen.student, maps=[draw(5)])),
+    "student has 1 maps and teacher 2": lambda seen: replace(seen, student=replace(seen.student, maps=[draw(5)])),
     r"at: teacher's logits of shape \(2, 4\)": lambda seen: replace(seen, teacher=take(seen, slice(0, 2)).teacher),
 }
 

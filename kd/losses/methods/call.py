@@ -64,16 +64,11 @@ def _view(name: str, needs: frozenset[str], who: str, given: Any, typed: str) ->
         check_floating(f"{who}_features", tensor)
         if tensor.ndim != dims:
             raise ValueError(f"{name}: {who}_features of shape {tuple(tensor.shape)}: must be {shape}")
-    if not tensors:
-        raise ValueError(f"{name}: {who}_features is an empty list; {typed}")
     return View(maps=tensors) if "maps" in features else View(embedding=tensors[0])
 
 
 def _check_features(student: View, teacher: View) -> None:
-    """Refuse features of other numbers of examples, on other devices, or that require a teacher's gradient."""
-    ours, theirs = len(student.maps), len(teacher.maps)
-    if ours != theirs:
-        raise ValueError(f"student has {ours} maps and teacher {theirs}: must be as many, because they pair up")
+    """Refuse features of other numbers of examples, on other devices, or of a teacher and requiring a gradient."""
     first = next(iter(student.rows().values()))
     for who, view in (("student", student), ("teacher", teacher)):
         for part, tensor in view.rows().items():

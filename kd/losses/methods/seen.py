@@ -79,6 +79,9 @@ class Seen:
     def map_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Student's and teacher's map at every position. Raises ValueError where one has more."""
         student, teacher = self.views
+        ours, theirs = len(student.maps), len(teacher.maps)
+        if ours != theirs:
+            raise ValueError(f"student has {ours} maps and teacher {theirs}: must be as many, because they pair up")
         return list(zip(student.maps, teacher.maps, strict=True))
 
     @property
