@@ -110,6 +110,7 @@ def equal_mass_ece(logits: Tensor, targets: Tensor, bins: int = BINS, released: 
     n = len(gap)
     if not released:
         return _sums(gap[order], torch.arange(n, device=gap.device) * bins // n, bins).abs().sum() / n
+    # Interpolated, an edge between two confidences that differ by rounding alone rounds as theirs does.
     place = (torch.arange(bins + 1, dtype=gap.dtype, device=gap.device) * (n / bins)).clamp(max=n - 1)
     below = place.long()
     edges = torch.lerp(ranked[below], ranked[(below + 1).clamp(max=n - 1)], place - below)

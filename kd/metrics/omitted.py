@@ -28,8 +28,8 @@ def best_bias(logits: Tensor, targets: Tensor, omitted: int) -> float:
     rest, positive = _rest(logits, targets, omitted)
     best, which = rest.max(dim=1)
     margin = best - logits[:, omitted]
-    # Biases above a sample's margin predict the omitted class for it; none passes a margin that a mask makes infinite.
-    order = margin.argsort()[margin.sort().values.isfinite()]
+    order = margin.argsort()
+    # Biases above a sample's margin predict the omitted class for it.
     change = (positive.long() - (which == targets).long())[order]
     ends = margin[order]
     right = F.pad(change.cumsum(0), (1, 0))  # gained in the interval after n margins

@@ -93,6 +93,7 @@ def test_the_best_bias_by_hand():
     assert best_bias(logits - torch.tensor([0.0, 3.2, 3.2]), targets, 0) == 0.0  # already within the best stretch
     assert best_bias(logits + torch.tensor([5.8, 0, 0]), targets, 0) == 0.0  # of -2.3 and 0 that is nearer
     assert best_bias(logits[[0, 3]], targets[[0, 3]], 0) == 6.0  # beyond the last
+    assert best_bias(torch.tensor([[5.0, 0, 0], [0, 9, 0]]), torch.tensor([1, 0]), 0) == -6.0  # below the first, or 10
 
 
 def test_auroc_against_scikit_learn():
