@@ -184,14 +184,13 @@ def _check_labels(target: Tensor, num_classes: int, ignore_index: int | None) ->
     return False
 
 
-def in_torch_func() -> bool:
-    """Whether a transform of torch.func is running (grad, vmap, jvp ...)."""
-    return torch._C._are_functorch_transforms_active()
+def is_transformed() -> bool:
+    """Whether torch.func (grad, vmap, jvp ...) changes operations, or make_fx or torch.jit.trace records them.
 
-
-def is_recorded() -> bool:
-    """Whether make_fx or torch.jit.trace is recording operations, for which a value that was read is a constant."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None or torch.jit.is_tracing()
+    A value that is read is a constant to a record.
+    """
+    recorded = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None or torch.jit.is_tracing()
+    return recorded or torch._C._are_functorch_transforms_active()
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -201,7 +200,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 def values_readable(tensor: Tensor) -> bool:
     """Whether a check may read values: of a plain tensor, outside compilers, torch.func and recording."""
-    if torch.compiler.is_compiling() or in_torch_func() or is_recorded() or tensor.is_meta or not is_plain(tensor):
+    if torch.compiler.is_compiling() or is_transformed() or tensor.is_meta or not is_plain(tensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -136,13 +136,10 @@ class DistillLoss(DistillSettings):
             teacher = None
         if target is None and or_nothing(self.ce_weight) == 0:  # every position counts
             target = student.new_zeros(student.shape[:-1], dtype=torch.int64)
-        backend = self._choose(student, teacher, target)
-        all_count = self._check_inputs(student, teacher, target, backend)
-        if not torch.compiler.is_compiling():
-            self.backend_used = backend
+        backend, count = self._begin(student, teacher, target)
         if teacher is not None and self.teacher_smoothing:
             teacher = unsmooth(teacher, self.teacher_smoothing)
-        numbers, count = self._numbers(student.shape[-1]), self._count(target, all_count)
+        numbers = self._numbers(student.shape[-1])
         inputs = reference.Inputs(student, teacher, target, self._weights(target, count))
         if backend != "reference":
             return *fused.terms(backend, inputs, numbers, count), count

@@ -96,10 +96,7 @@ class LinearDistillLoss(DistillSettings):
                 raise ValueError("teacher: must be teacher_logits alone, or teacher_features with teacher_weight")
             taught = head_logits("teacher_", teacher_features, teacher_weight, teacher_bias)
         given = (features, teacher_logits, teacher_features, target)
-        backend = self._choose(logits, *given, weight, bias, teacher_weight, teacher_bias)
-        all_count = self._check_inputs(logits, taught, target, backend)
-        self.backend_used = backend
-        count = self._count(target, all_count)
+        backend, count = self._begin(logits, taught, target, *given, weight, bias, teacher_weight, teacher_bias)
         rows, teacher_logits, teacher_rows, target_rows = as_rows(logits.ndim - 1, *given)
         head, teacher_head = (rows, weight, bias), (teacher_rows, teacher_weight, teacher_bias)
         inputs = HeadInputs(*head, teacher_logits, *teacher_head, target_rows, self._weights(target, count))

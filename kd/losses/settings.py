@@ -27,8 +27,8 @@ from kd.losses.ranges import LARGEST_WEIGHT, or_nothing
 from kd.smoothing import check_floating, uniform_mass, values_readable
 
 LABEL = Allowed("an int that fits into int64, as labels do", lambda value: -(2**63) <= value < 2**63)
-# The fused backend of a device type, and the package it needs.
-_FUSED = {"cpu": ("cpu", "numba"), "cuda": ("triton", "triton")}
+# The device type and the package that each fused backend needs.
+_FUSED = {"cpu": ("cpu", "numba"), "triton": ("cuda", "triton")}
 _INSTALLED = {package: find_spec(package) is not None for _, package in _FUSED.values()}
 
 
@@ -76,39 +76,46 @@ class DistillSettings(Checked):
         """The backend for these tensors; the reference, whatever was asked for, where a kernel cannot serve."""
         if not fused.serves(student, *others):
             return "reference"
-        device = student.device.type
-        fitting, package = _FUSED.get(device, ("reference", ""))
-        missing = bool(package) and not _INSTALLED[package]
-        if self.backend == "auto":
-            if fitting == "reference" or student.dtype not in fused.DTYPES:
-                return "reference"
-            if missing and not torch.compiler.is_compiling():
-                warnings.warn(f"backend='auto' takes 'reference': pip install {package} for {fitting!r}", stacklevel=6)
-            return "reference" if missing else fitting
+        here = student.device.type
+        fitting = next((backend for backend, (device, _) in _FUSED.items() if device == here), "reference")
+        chosen = self.backend
+        if chosen == "auto":
+            chosen = fitting if student.dtype in fused.DTYPES else "reference"
+        if chosen == "reference":
+            return chosen
+        device, package = _FUSED[chosen]
         # Tests run Triton's kernels on the CPU, by its interpreter.
-        interpreted = self.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-        if self.backend not in ("reference", fitting) and not interpreted:
-            needed = next(name for name, (backend, _) in _FUSED.items() if backend == self.backend)
-            raise ValueError(f"backend={self.backend!r}: needs logits on {needed}, student_logits is on {device}")
-        if self.backend == fitting and missing:
-            raise ModuleNotFoundError(f"backend={self.backend!r}: needs {package}; pip install {package}")
-        return self.backend
+        interpreted = chosen == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        if chosen != fitting and not interpreted:
+            raise ValueError(f"backend={chosen!r}: needs logits on {device}, student_logits is on {here}")
+        if _INSTALLED[package]:
+            return chosen
+        if self.backend != "auto":
+            raise ModuleNotFoundError(f"backend={chosen!r}: needs {package}; pip install {package}")
+        if not torch.compiler.is_compiling():
+            warnings.warn(f"backend='auto' takes 'reference': pip install {package} for {chosen!r}", stacklevel=7)
+        return "reference"
 
-    def _check_inputs(self, student: Tensor, teacher: Tensor | None, target: Tensor, backend: str) -> bool:
-        """Raise for tensors that do not fit; True where it is known that no position is ignored."""
+    def _begin(
+        self, student: Tensor, teacher: Tensor | None, target: Tensor, *others: Tensor | None
+    ) -> tuple[str, Tensor | int | None]:
+        """Backend of a call and divisor of its sums: None under "none", 1 under "sum", and at least 1 under "mean".
+
+        Raises for tensors that do not fit. `others` are what the logits are computed from.
+        """
         if or_nothing(self.kd_weight) > 0 and teacher is None:
             raise ValueError(f"teacher_logits=None: must be given with kd_weight={self.kd_weight} (0 needs no teacher)")
+        backend = self._choose(student, teacher, target, *others)
         read_values = backend != "triton"  # the host would wait for the GPU
-        return check_inputs(student, teacher, target, self.class_weight, self.ignore_index, read_values=read_values)
-
-    def _count(self, target: Tensor, all_count: bool) -> Tensor | int | None:
-        """The divisor of the sum over positions: None under "none", 1 under "sum", and at least 1 under "mean"."""
+        weight, ignored = self.class_weight, self.ignore_index
+        all_count = check_inputs(student, teacher, target, weight, ignored, read_values=read_values)
+        if not torch.compiler.is_compiling():
+            self.backend_used = backend
         if self.reduction != "mean":
-            return None if self.reduction == "none" else 1
+            return backend, None if self.reduction == "none" else 1
         if target.is_floating_point() or all_count:
-            positions = target.shape[:-1] if target.is_floating_point() else target.shape
-            return max(math.prod(positions), 1)  # numel() would be a constant in an exported program
-        return (target != self.ignore_index).sum().clamp(min=1)
+            return backend, max(math.prod(student.shape[:-1]), 1)  # numel() would be a constant in an exported program
+        return backend, (target != ignored).sum().clamp(min=1)
 
     def _weights(self, target: Tensor, count: Tensor | int | None) -> Tensor | None:
         """The class weights; under "mean" times N / (sum of the labels' weights), which makes CE the weighted mean."""

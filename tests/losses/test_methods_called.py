@@ -171,7 +171,7 @@ def test_parameters_of_what_is_not_built_say_what_to_call():
     ):
         with pytest.raises(RuntimeError, match="is not built yet"):
             unbuilt()
-    for nothing in (KD(), CC(), OnlineLabelSmoothing(), LogitStandardKD("dkd")):
+    for nothing in (KD(), CC(), LogitStandardKD("dkd")):
         assert list(nothing.parameters()) == []
     for learns in (CC(released=True), LogitStandardKD("ctkd")):
         with pytest.raises(RuntimeError, match="is not built yet"):

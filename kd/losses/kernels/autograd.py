@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kd.losses.reference import Inputs, Numbers, wide_dtype
-from kd.smoothing import in_torch_func, is_plain, is_recorded
+from kd.smoothing import is_plain, is_transformed
 
 MODULES = {
     "reference": "kd.losses.reference",
@@ -80,7 +80,7 @@ def serves(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    if in_torch_func() or is_recorded() or torch.autograd.forward_ad._current_level >= 0:
+    if is_transformed() or torch.autograd.forward_ad._current_level >= 0:
         return False
     return all(tensor is None or is_plain(tensor) for tensor in tensors)
 

@@ -62,7 +62,6 @@ class Method(_Fields):
     # probabilities, as mixup's are, and "batch" where the value is one of 2 or more examples, (), and not (N,), row i
     # of row i alone.
     needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
-    learns: ClassVar[bool] = False  # whether `make` makes parameters; unless stated, whether there is a `make`
     classifies: ClassVar[bool] = False  # `classify` gives the logits to evaluate, not the student's own classifier
     # Published settings: this method's "weight", the "warmup_epochs" over which it rises linearly from 0, "ce_weight",
     # and the fields that differ from their defaults.
@@ -75,8 +74,6 @@ class Method(_Fields):
         super().__init_subclass__(**kwargs)
         dataclass(eq=False, repr=False)(cls)  # a module is equal to itself alone
         cls.name, cls._before = name, f"{name}."
-        if "learns" not in cls.__dict__:
-            cls.learns = cls.make is not Method.make
         METHODS[name] = cls
 
     def __new__(cls, *args: Any, **kwargs: Any):
@@ -140,9 +137,8 @@ class Method(_Fields):
             raise
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of every module, also for `parameters`. Raises RuntimeError while a method that learns is not built."""
-        if self.learns:
-            self._require_built("parameters")
+        """As of every module, also for `parameters`. Raises RuntimeError while a method is not built."""
+        self._require_built("parameters")
         return super().named_parameters(*args, **kwargs)
 
     def make(self, seen: Seen) -> None:
@@ -243,8 +239,11 @@ class Method(_Fields):
             return clean(x.clone() if inferred else x.detach())
 
         teacher = None if seen.teacher is None else seen.teacher.map(constant)
-        unknown = self._unknown(seen.target, seen.student.logits.shape[-1])
-        target = seen.target
+        target, classes = seen.target, seen.student.logits.shape[-1]
+        unknown = None  # which labels stand for no class, (N,), where `_check_target` has not read them
+        if not (soft or classes == 0 or _reads(target)):
+            unknown = (target < 0) | (target >= classes)
+            unknown = unknown if ignored is None else unknown & ~ignored
         for blank in (ignored, unknown):
             target = target if blank is None else target.masked_fill(blank, 0)
         seen = replace(seen, student=seen.student.map(clean), teacher=teacher, target=target, ignored=ignored)
@@ -254,13 +253,6 @@ class Method(_Fields):
         if unknown is not None:
             values = values * torch.where(unknown if values.ndim else unknown.any(), math.nan, 1).to(values.dtype)
         return values if ignored is None else values.masked_fill(ignored, 0)
-
-    def _unknown(self, target: Tensor, classes: int) -> Tensor | None:
-        """Which labels stand for no class, (N,), where `_check_target` has not read them."""
-        if target.is_floating_point() or classes == 0 or _reads(target):
-            return None
-        unknown = (target < 0) | (target >= classes)
-        return unknown if "batch" in self.needs else unknown & (target != IGNORE)
 
     def _check_inputs(self, seen: Seen) -> None:
         """Refuse what is missing, what PyTorch would broadcast in silence, and a target that the method cannot use."""

@@ -22,11 +22,9 @@ def arguments(needs: Collection[str]) -> str:
     """What to type between the parentheses of a call: ``student_logits, teacher_logits, target``."""
     features = [need for need in ("maps", "embedding", "weight") if need in needs]
     kind = "features" if features else "logits"
-    if len(features) > 1:
-        view = f"View({', '.join(f'{need}=...' for need in features)})"
-        words = [view, view] if "teacher" in needs else [view]
-    else:
-        words = [f"student_{kind}", f"teacher_{kind}"] if "teacher" in needs else [f"student_{kind}"]
+    view = f"View({', '.join(f'{need}=...' for need in features)})"
+    networks = ["student", "teacher"] if "teacher" in needs else ["student"]
+    words = [view if len(features) > 1 else f"{network}_{kind}" for network in networks]
     words += ["target"] if {"target", "labels"} & set(needs) else []
     words += ["index=index", "num_samples=len(dataset)"] if "index" in needs else []
     return ", ".join(words + [f"{need}={need}" for need in ("images", "peer") if need in needs])

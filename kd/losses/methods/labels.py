@@ -115,7 +115,6 @@ class OnlineLabelSmoothing(Method, name="online_label_smoothing"):
     released: bool = False
 
     needs = frozenset({"labels"})
-    learns = False
     renamed = {"start": "released=true for zero"}
     presets = dict.fromkeys(("cifar100", "imagenet"), {"weight": 0.5, "ce_weight": 0.5})
 

@@ -45,13 +45,9 @@ class SP(Method, name="sp"):
 
     def values(self, seen: Seen) -> Tensor:
         """()."""
-        s, t = (_similarities(x) for x in pick(self, seen, self.layer))
+        flat = (rearrange(x, "n c h w -> n (c h w)") for x in pick(self, seen, self.layer))
+        s, t = (unit(x @ x.T) for x in flat)
         return (s - t).square().mean()
-
-
-def _similarities(x: Tensor) -> Tensor:
-    flat = rearrange(x, "n c h w -> n (c h w)")
-    return unit(flat @ flat.T)
 
 
 PKT_FLOOR = 1e-7
@@ -135,7 +131,8 @@ class RKD(Method, name="rkd"):
 
     def values(self, seen: Seen) -> Tensor:
         """()."""
-        s, t = (_edges(x) for x in seen.embeddings)
+        # From each row to each other, (N, N, D): differences, not products, so that close rows keep their digits.
+        s, t = (rearrange(x, "j d -> 1 j d") - rearrange(x, "i d -> i 1 d") for x in seen.embeddings)
         n = len(s)
         total = s[:0].sum()
         if self.distance_weight > 0:
@@ -149,11 +146,6 @@ class RKD(Method, name="rkd"):
             turned = F.smooth_l1_loss(ours, theirs, reduction="sum")
             total = total + self.angle_weight * turned / (n**3 if self.released else max(1, n * (n - 1) * (n - 2)))
         return total
-
-
-def _edges(x: Tensor) -> Tensor:
-    """From each row to each other, (N, N, D): differences, not products, so that close rows keep their digits."""
-    return rearrange(x, "j d -> 1 j d") - rearrange(x, "i d -> i 1 d")
 
 
 def _distances(edges: Tensor) -> Tensor:
@@ -203,7 +195,7 @@ class CC(Method, name="cc"):
 
     def __post_init__(self):
         super().__post_init__()
-        self.learns = self.released  # type: ignore[read-only]  # of this one, not of the class
+        self._built = not self.released
 
     def make(self, seen: Seen) -> None:
         """The linear layers of ``released``."""

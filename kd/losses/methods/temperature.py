@@ -66,7 +66,7 @@ class LogitStandardKD(Method, name="lskd"):
         given: dict[str, Any] = {"temperature": 2.0} if "temperature" in names else {}
         self.inner = known[self.method](**given | dict(self.settings))
         self.needs = self.inner.needs  # type: ignore[read-only]  # of this one, not of the class
-        self.learns = self.inner.learns  # type: ignore[read-only]
+        self._built = self.inner._built
         self.require(not self.needs & FEATURES, f"method={self.method!r}: must be a method of logits")
 
     def make(self, seen: Seen) -> None:
