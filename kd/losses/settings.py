@@ -29,6 +29,7 @@ from kd.smoothing import check_floating, uniform_mass, values_readable
 LABEL = Allowed("an int that fits into int64, as labels do", lambda value: -(2**63) <= value < 2**63)
 # The device type and the package that each fused backend needs.
 _FUSED = {"cpu": ("cpu", "numba"), "triton": ("cuda", "triton")}
+_FITTING = {device: backend for backend, (device, _) in _FUSED.items()}
 _INSTALLED = {package: find_spec(package) is not None for _, package in _FUSED.values()}
 
 
@@ -76,9 +77,8 @@ class DistillSettings(Checked):
         """The backend for these tensors; the reference, whatever was asked for, where a kernel cannot serve."""
         if not fused.serves(student, *others):
             return "reference"
-        here = student.device.type
-        fitting = next((backend for backend, (device, _) in _FUSED.items() if device == here), "reference")
-        chosen = self.backend
+        here, chosen = student.device.type, self.backend
+        fitting = _FITTING.get(here, "reference")
         if chosen == "auto":
             chosen = fitting if student.dtype in fused.DTYPES else "reference"
         if chosen == "reference":
