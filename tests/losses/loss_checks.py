@@ -31,6 +31,18 @@ def batch(n=6, k=5, dtype=F64, seed=0, scale=3.0):
     return draw(n, k, seed=seed, scale=scale, dtype=dtype), draw(n, k, seed=seed + 1, scale=scale, dtype=dtype), y
 
 
+def value_and_grad(loss, logits):
+    logits = logits.detach().clone().requires_grad_()
+    value = loss(logits)
+    return value.detach(), torch.autograd.grad(value.sum(), logits)[0]
+
+
+def assert_same(ours, theirs, logits, tolerance=1e-12):
+    """Value and gradient of two functions of the student's logits."""
+    for a, b in zip(value_and_grad(ours, logits), value_and_grad(theirs, logits), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
 def class_weights(k):
     """One of them is 0."""
     weight = torch.linspace(0.2, 2.0, k)

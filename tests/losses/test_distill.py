@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_checks import draw
+from loss_checks import assert_same, draw, value_and_grad
 
 from kd import DistillLoss, distill_loss
 
@@ -21,17 +21,6 @@ def batch(shape=(6, 5), seed=0, dtype=torch.float64):
     s, t = draw(*shape, seed=seed, dtype=dtype), draw(*shape, seed=seed + 1, dtype=dtype)
     labels = torch.randint(shape[-1], shape[:-1], generator=torch.Generator().manual_seed(seed))
     return s.requires_grad_(), t, labels
-
-
-def value_and_grad(loss, logits):
-    value = loss(logits)
-    return value.detach(), torch.autograd.grad(value.sum(), logits)[0]
-
-
-def assert_same(ours, theirs, logits, tolerance=1e-12):
-    """Value and gradient of two functions of the student's logits."""
-    for a, b in zip(value_and_grad(ours, logits), value_and_grad(theirs, logits), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 # ---- values

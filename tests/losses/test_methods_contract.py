@@ -407,9 +407,6 @@ def test_ranges_end_where_the_docstrings_say(name, field, ends):
 
 
 @pytest.mark.parametrize("name", sorted(names()))
-def test_the_docstring_has_a_formula_and_a_source(name):
-    text = METHODS[name].__doc__ or ""
-    assert "``" in text.splitlines()[0]
-    assert re.search(r"Source: .*\d\d\d\d|Source: ours", text, re.DOTALL)
-    documented = set(re.findall(r"^        (\w+): ", text, re.MULTILINE))
+def test_the_docstring_names_every_field(name):
+    documented = set(re.findall(r"^        (\w+): ", METHODS[name].__doc__ or "", re.MULTILINE))
     assert METHODS[name].defaults().keys() <= documented

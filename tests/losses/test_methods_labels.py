@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from golden_labels import ce, logits
+from loss_checks import assert_same, value_and_grad
 from method_batches import batch, built, labels, take
 
 from kd.losses.methods.base import IGNORE, Seen, View
@@ -24,18 +25,6 @@ from kd.losses.methods.temperature import LogitStandardKD
 
 def seen(student, target, **when):
     return Seen(View(student), None, target, **when)
-
-
-def value_and_grad(function, student):
-    student = student.detach().clone().requires_grad_()
-    value = function(student)
-    return value.detach(), torch.autograd.grad(value.sum(), student)[0]
-
-
-def assert_same(ours, theirs, student, tolerance=1e-12):
-    """Value and gradient of two functions of the student's logits."""
-    for a, b in zip(value_and_grad(ours, student), value_and_grad(theirs, student), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def test_probability_targets_are_smoothed_linearly():
