@@ -77,39 +77,20 @@ from typing import TYPE_CHECKING
 
 from kd.losses.methods.registry import classes
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # where names cannot be read from files
     from kd.losses.distill import DistillLoss, DistillTerms, distill_loss
     from kd.losses.linear import LinearDistillLoss
-    from kd.losses.methods.batch_logits import DIST, MLKD
-    from kd.losses.methods.connectors import OFD, ReviewKD, SimKD
-    from kd.losses.methods.contrastive import CRD
-    from kd.losses.methods.decoupled import DKD, NKD, RLD
-    from kd.losses.methods.features import AT, FSP, NST, VID, Hint
-    from kd.losses.methods.labels import (
-        FLSD53,
-        ConfidencePenalty,
-        Focal,
-        GeneralizedSmoothing,
-        LabelSmoothing,
-        MaxSup,
-        OnlineLabelSmoothing,
-    )
-    from kd.losses.methods.logits import (
-        ATS,
-        KD,
-        TTM,
-        WSL,
-        WTTM,
-        GeneralizedJSD,
-        HardDistillation,
-        LogitMSE,
-        ReverseKL,
-        SmoothedTeacher,
-    )
-    from kd.losses.methods.relations import CC, PKT, RKD, SP
+    from kd.losses.methods.batch_logits import *
+    from kd.losses.methods.connectors import *
+    from kd.losses.methods.contrastive import *
+    from kd.losses.methods.decoupled import *
+    from kd.losses.methods.features import *
+    from kd.losses.methods.labels import *
+    from kd.losses.methods.logits import *
+    from kd.losses.methods.relations import *
     from kd.losses.methods.seen import View
-    from kd.losses.methods.teacher_free import DML, TfReg, TfSelf
-    from kd.losses.methods.temperature import CTKD, LogitStandardKD
+    from kd.losses.methods.teacher_free import *
+    from kd.losses.methods.temperature import *
 
 # The module of every public name.
 _HOME = classes() | {

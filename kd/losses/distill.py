@@ -1,6 +1,6 @@
 """DistillLoss: label-smoothed cross entropy plus distillation, from two sets of logits."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,6 @@ class DistillTerms(NamedTuple):
         return cls(loss, ce, kd)
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
 class DistillLoss(DistillSettings):
     """Label-smoothed cross entropy plus distillation of a teacher's logits (Hinton et al. 2015), in nats::
 
@@ -111,6 +110,7 @@ class DistillLoss(DistillSettings):
     whether it needs them is known to the GPU alone.
     """
 
+    _: KW_ONLY
     class_dim: int = -1
 
     def forward(

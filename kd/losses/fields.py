@@ -7,8 +7,8 @@ finite number, a plain ``int``, ``bool`` or ``str`` any value of that type. Othe
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
-from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar, NamedTuple, dataclass_transform, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -71,10 +71,11 @@ def ranges(owner: Any) -> dict[str, list[Allowed]]:
     return by_name
 
 
+@dataclass_transform(eq_default=False)
 class Checked(nn.Module):
-    """Base of modules whose dataclass fields are settings, checked where they are assigned and never at a call.
+    """Base of modules with settings, which are checked where they are assigned and never at a call.
 
-    A subclass is a dataclass with ``eq=False`` and ``repr=False``.
+    A subclass becomes a dataclass, whose fields are its settings.
     """
 
     _ranges: ClassVar[dict[str, list[Allowed]]] = {}
@@ -82,6 +83,7 @@ class Checked(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
+        dataclass(eq=False, repr=False)(cls)  # a module is equal to itself alone
         cls._ranges = ranges(cls)  # once, because torch.compile cannot trace how they are read
 
     def __setattr__(self, name: str, value: Any) -> None:

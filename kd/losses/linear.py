@@ -4,7 +4,7 @@ Shapes: ``(...)`` positions, N of them; ``D`` features; ``K`` classes. "Wide" is
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY
 from typing import Annotated, Any
 
 import torch
@@ -33,7 +33,6 @@ BYTES = Allowed(
 )
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
 class LinearDistillLoss(DistillSettings):
     """DistillLoss of ``F.linear(features, weight, bias)``, with logits for one chunk of rows at a time.
 
@@ -67,6 +66,7 @@ class LinearDistillLoss(DistillSettings):
         temperature, ...: all settings of DistillLoss.
     """
 
+    _: KW_ONLY
     memory_budget: Annotated[int | None, BYTES] = None
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY
 from importlib.util import find_spec
 from typing import Annotated, Any
 
@@ -33,7 +33,6 @@ _FITTING = {device: backend for backend, (device, _) in _FUSED.items()}
 _INSTALLED = {package: find_spec(package) is not None for _, package in _FUSED.values()}
 
 
-@dataclass(eq=False, repr=False)
 class DistillSettings(Checked):
     """The settings of a distillation loss. DistillLoss says what each means."""
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import KW_ONLY, dataclass, fields, replace
-from typing import Annotated, Any, ClassVar, NamedTuple, dataclass_transform
+from dataclasses import KW_ONLY, fields, replace
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,8 @@ from kd.smoothing import check_target, values_readable
 METHODS: dict[str, type[Method]] = {}  # by name; a subclass registers itself
 
 
-@dataclass_transform(eq_default=False)
-class _Fields(Checked):
-    """Tells type checkers that annotations of the classes below are fields of a dataclass."""
-
-
-@dataclass(eq=False, repr=False)
-class Method(_Fields):
-    """Base of all methods. A subclass is ``class DKD(Method, name="dkd")`` and becomes a dataclass by that.
+class Method(Checked):
+    """Base of all methods. A subclass is ``class DKD(Method, name="dkd")``.
 
     It states what it needs, declares its hyperparameters as fields with the defaults of its paper (CIFAR-100 where
     there are several) and their ranges (`kd.losses.fields`), and defines ``values``. Modules that learn with
@@ -72,7 +66,6 @@ class Method(_Fields):
 
     def __init_subclass__(cls, name: str, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        dataclass(eq=False, repr=False)(cls)  # a module is equal to itself alone
         cls.name, cls._before = name, f"{name}."
         METHODS[name] = cls
 
