@@ -23,10 +23,8 @@ class DistillTerms(NamedTuple):
     @classmethod
     def reduced(cls, loss: Tensor, ce: Tensor | None, kd: Tensor | None, count: Tensor | int | None) -> "DistillTerms":
         """Terms detached, summed over positions and divided by ``count`` as the loss already is; None leaves them."""
-        ce, kd = (None if term is None else term.detach() for term in (ce, kd))
-        if count is not None:
-            ce, kd = (None if term is None else term.sum() / count for term in (ce, kd))
-        return cls(loss, ce, kd)
+        parts = (None if term is None else reference.reduced(term.detach(), count) for term in (ce, kd))
+        return cls(loss, *parts)
 
 
 class DistillLoss(DistillSettings):
@@ -144,7 +142,7 @@ class DistillLoss(DistillSettings):
         if backend != "reference":
             return *fused.terms(backend, inputs, numbers, count), count
         value, ce, kd = reference.terms(inputs, numbers, self.class_dim)
-        return value if count is None else value.sum() / count, ce, kd, count
+        return reference.reduced(value, count), ce, kd, count
 
     def _classes_last(self, *tensors: Any) -> list[Any]:
         """Views whose last dimension is the classes; labels have no such dimension."""

@@ -16,7 +16,7 @@ from kd.losses.inputs import head_logits
 from kd.losses.kernels.autograd import as_rows, serves
 from kd.losses.kernels.chunked import HeadInputs, Plan, at_once, chunked_loss, linear_dtype
 from kd.losses.ranges import or_nothing
-from kd.losses.reference import Numbers, wide_dtype
+from kd.losses.reference import Numbers, reduced, wide_dtype
 from kd.losses.settings import DistillSettings
 
 # The smallest default of memory_budget: with thinner chunks, most of the time goes into reading the head.
@@ -111,7 +111,7 @@ class LinearDistillLoss(DistillSettings):
             loss, ce, kd = at_once(inputs, numbers, self.teacher_smoothing)
         shape = logits.shape[:-1]
         ce, kd = (x if x is None else x.reshape(shape) for x in (ce, kd))
-        return DistillTerms.reduced(loss.reshape(shape) if count is None else loss.sum() / count, ce, kd, count)
+        return DistillTerms.reduced(reduced(loss.reshape(shape), count), ce, kd, count)
 
     def _plan(self, inputs: HeadInputs, numbers: Numbers, backend: str) -> Plan:
         """Chunks of equal size, so that the last is not thin and slow, whose logits fit memory_budget."""

@@ -36,8 +36,11 @@ class Numbers(NamedTuple):
     ignore_index: int
 
 
-def terms(inputs: Inputs, numbers: Numbers, class_dim: int = -1) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``(ce_weight * ce + kd_weight * kd, ce, kd)``, each of shape ``(...)``; a term of weight 0 is None.
+Terms = tuple[Tensor, Tensor | None, Tensor | None]  # loss, ce and kd; a term of weight 0 is None
+
+
+def terms(inputs: Inputs, numbers: Numbers, class_dim: int = -1) -> Terms:
+    """``(ce_weight * ce + kd_weight * kd, ce, kd)`` of every position, each of shape ``(...)``.
 
     At an ignored position every value and every gradient is exactly 0, whatever the logits there. A label outside
     0..K-1 that is not ignored gives a loss and gradients of nan: where values cannot be read it has not been refused.
@@ -90,6 +93,11 @@ def rows(
         (gradient,) = torch.autograd.grad(loss, leaf, upstream.to(wide))
     ce, kd = (torch.zeros_like(loss) if part is None else part.detach() for part in parts)
     return loss.detach(), ce, kd, gradient.detach().to(student.dtype)
+
+
+def reduced(values: Tensor, count: Tensor | int | None) -> Tensor:
+    """The sum over positions divided by ``count``; None leaves the values."""
+    return values if count is None else values.sum() / count
 
 
 def wide_dtype(student: Tensor | torch.dtype) -> torch.dtype:

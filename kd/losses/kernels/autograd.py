@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from kd.losses.reference import Inputs, Numbers, wide_dtype
+from kd.losses.reference import Inputs, Numbers, Terms, reduced, wide_dtype
 from kd.smoothing import is_plain, is_transformed
 
 MODULES = {
@@ -30,9 +30,7 @@ MODULES = {
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def terms(
-    backend: str, inputs: Inputs, numbers: Numbers, count: Tensor | int | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def terms(backend: str, inputs: Inputs, numbers: Numbers, count: Tensor | int | None) -> Terms:
     """``kd.losses.reference.terms`` on a fused backend.
 
     With a ``count`` the loss is a scalar, the sum over positions divided by it. That makes one graph node instead of
@@ -46,12 +44,12 @@ def terms(
         settings = torch.tensor(numbers[:-1], dtype=torch.float64, device="cpu")
         guess = _guess(inputs.student, None)
         loss, ce, kd, _ = fused_rows(*inputs, guess, settings, backend, numbers.ignore_index, False)
-        loss = _reduce(loss, count)
+        loss = reduced(loss, count)
     elif torch.is_grad_enabled() and inputs.student.requires_grad:
         loss, ce, kd = _Eager.apply(*inputs, count, backend, numbers)
     else:
         loss, ce, kd, _ = module_of(backend).rows(inputs, _guess(inputs.student, None), numbers, with_gradient=False)
-        loss = _reduce(loss, count)
+        loss = reduced(loss, count)
     if len(shape) != 1:
         loss, ce, kd = loss if loss.ndim == 0 else loss.view(shape), ce.view(shape), kd.view(shape)
     return loss, ce if numbers.ce_weight > 0 else None, None if inputs.teacher is None else kd
@@ -60,10 +58,6 @@ def terms(
 def as_rows(positions: int, *tensors: Tensor | None) -> list[Any]:
     """These tensors with their first dimensions, as many as the positions have, as one dimension of N rows."""
     return [None if x is None else x.reshape(-1, *x.shape[positions:]) for x in tensors]
-
-
-def _reduce(loss: Tensor, count: Tensor | int | None) -> Tensor:
-    return loss if count is None else loss.sum() / count
 
 
 def _guess(student: Tensor, count: Tensor | int | None) -> Tensor:
@@ -119,7 +113,7 @@ class _Eager(torch.autograd.Function):
         keep(ctx, inputs)
         ctx.count, ctx.backend, ctx.numbers = count, backend, numbers
         ctx.mark_non_differentiable(ce, kd)
-        return _reduce(loss, count), ce, kd
+        return reduced(loss, count), ce, kd
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:

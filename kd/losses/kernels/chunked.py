@@ -15,7 +15,7 @@ from torch.amp.autocast_mode import is_autocast_available
 
 from kd.losses import reference
 from kd.losses.kernels.autograd import is_batched, keep, kept, module_of, once
-from kd.losses.reference import Numbers, wide_dtype
+from kd.losses.reference import Numbers, Terms, wide_dtype
 from kd.smoothing import unsmooth
 
 
@@ -45,9 +45,6 @@ class Plan:
     step: int  # rows in a chunk
     part: int  # rows that the backend takes at a time
     block: int  # classes that _add takes at a time
-
-
-Terms = tuple[Tensor, Tensor | None, Tensor | None]  # loss, ce and kd (N,); a term of weight 0 is None
 
 
 def at_once(inputs: HeadInputs, numbers: Numbers, teacher_smoothing: float) -> Terms:
