@@ -189,7 +189,7 @@ def is_transformed() -> bool:
 
     A value that is read is a constant to a record.
     """
-    recorded = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None or torch.jit.is_tracing()
+    recorded = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None or torch._C._is_tracing()
     return recorded or torch._C._are_functorch_transforms_active()
 
 
@@ -198,11 +198,13 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
 
 
-def values_readable(tensor: Tensor) -> bool:
-    """Whether a check may read values: of a plain tensor, outside compilers, torch.func and recording."""
-    if torch.compiler.is_compiling() or is_transformed() or tensor.is_meta or not is_plain(tensor):
+def values_readable(*tensors: Tensor) -> bool:
+    """Whether a check may read values: of plain tensors, outside compilers, torch.func and recording."""
+    if torch.compiler.is_compiling() or is_transformed():
         return False
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    if not all(is_plain(tensor) and not tensor.is_meta for tensor in tensors):
+        return False
+    return not (any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing())
 
 
 def are_probabilities(rows: Tensor) -> Tensor:

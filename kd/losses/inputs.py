@@ -28,6 +28,8 @@ def check_inputs(
     """
     if student.ndim == 0 or student.shape[-1] == 0:
         raise ValueError(f"student_logits has shape {tuple(student.shape)}: must be (..., K) with K ≥ 1, classes last")
+    # Asked once for all: this runs at every step, and for a small batch it would be seen in the time of one.
+    read_values = read_values and values_readable(target, *(() if teacher is None else (teacher,)))
     all_count = check_target(target, student.shape[-1], ignore_index, read_values) and ignore_index < 0
     soft = target.is_floating_point()
     if soft and ignore_index >= 0:
@@ -85,7 +87,7 @@ def check_fits(
 
 def _warn_of_probabilities(teacher: Tensor) -> None:
     # With one class, probabilities cannot be told from logits. The first row settles nearly every case, at little cost.
-    if teacher.shape[-1] == 1 or teacher.numel() == 0 or teacher.itemsize < 2 or not values_readable(teacher):
+    if teacher.shape[-1] == 1 or teacher.numel() == 0 or teacher.itemsize < 2:
         return
     first = teacher[(0,) * (teacher.ndim - 1)]
     if first.min().item() >= 0 and are_probabilities(first) and are_probabilities(teacher).all():

@@ -108,7 +108,7 @@ class DistillSettings(Checked):
         read_values = backend != "triton"  # the host would wait for the GPU
         weight, ignored = self.class_weight, self.ignore_index
         all_count = check_inputs(student, teacher, target, weight, ignored, read_values=read_values)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.backend_used != backend:  # nn.Module assigns slowly
             self.backend_used = backend
         if self.reduction != "mean":
             return backend, None if self.reduction == "none" else 1

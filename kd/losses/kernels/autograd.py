@@ -61,9 +61,11 @@ def as_rows(positions: int, *tensors: Tensor | None) -> list[Any]:
 
 
 def _guess(student: Tensor, count: Tensor | int | None) -> Tensor:
-    """The upstream gradient of each row (N,) if the root's is 1, by the operations that will compute it."""
-    one = torch.ones((), dtype=wide_dtype(student), device=student.device)
-    return (one if count is None else one / count).expand(len(student))
+    """The upstream gradient of each row (N,) if the root's is 1, to the bit as the backward pass will compute it."""
+    if isinstance(count, Tensor):
+        return (torch.ones((), dtype=wide_dtype(student), device=student.device) / count).expand(len(student))
+    # A quotient of float64 rounded to float32 is the quotient of float32.
+    return student.new_full((), 1.0 if count is None else 1 / count, dtype=wide_dtype(student)).expand(len(student))
 
 
 def serves(*tensors: Tensor | None) -> bool:
@@ -87,15 +89,15 @@ def module_of(backend: str) -> Any:
 
 def keep(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
     """Keep tensors for the backward pass; autograd itself refuses those that were made in inference mode."""
-    ctx.inference = [tensor if tensor is not None and tensor.is_inference() else None for tensor in tensors]
-    others = zip(tensors, ctx.inference, strict=True)
-    ctx.save_for_backward(*(tensor if inference is None else None for tensor, inference in others))
+    ctx.apart = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+    if ctx.apart:
+        tensors = [None if i in ctx.apart else tensor for i, tensor in enumerate(tensors)]
+    ctx.save_for_backward(*tensors)
 
 
 def kept(ctx: Any) -> list[Any]:
     """The tensors of `keep`. Autograd refuses them once one was changed in place: ask only where they are needed."""
-    both = zip(ctx.saved_tensors, ctx.inference, strict=True)
-    return [saved if inference is None else inference for saved, inference in both]
+    return [ctx.apart.get(i, tensor) for i, tensor in enumerate(ctx.saved_tensors)]
 
 
 def is_batched(upstream: Tensor) -> bool:

@@ -65,7 +65,7 @@ def _launch(gradient: Tensor | None, held: Tensor | None, upstream: Tensor, inpu
     student, teacher, target, class_weight = inputs
     count, classes = student.shape
     wide = wide_dtype(student)
-    values = torch.empty((3, count), dtype=wide, device=student.device)
+    values = student.new_empty((3, count), dtype=wide)
     if count == 0:
         return values
     temperature, student_temperature, kd_weight, ce_weight, uniform_mass, ignore_index = numbers
@@ -107,7 +107,7 @@ def _launch(gradient: Tensor | None, held: Tensor | None, upstream: Tensor, inpu
     # s and t; their wide copies; the third exponential and the shares.
     stored = (6 if dense or power < 0 else 4 if narrow else 2) * min(classes, BLOCK) * wide.itemsize
     job.tasks, job.scratch_task = threads, statistics + stored + 63 & ~63
-    scratch = torch.empty(threads * job.scratch_task, dtype=torch.uint8, device=student.device)
+    scratch = values.new_empty(threads * job.scratch_task, dtype=torch.uint8)
     job.scratch = scratch.data_ptr()
     _spread(_compiled(wide)[0], job, threads)
     return values
@@ -115,7 +115,7 @@ def _launch(gradient: Tensor | None, held: Tensor | None, upstream: Tensor, inpu
 
 def _place(job: Job, name: str, matrix: Tensor, wide: torch.dtype) -> Tensor:
     """Enter a matrix into the job; returns it, or the copy whose address was entered."""
-    if matrix.dtype not in KINDS:
+    if matrix.dtype not in KINDS and matrix.dtype != wide:
         matrix = matrix.to(wide)
     if matrix.stride(1) != 1 and matrix.shape[1] > 1:
         matrix = matrix.contiguous()
