@@ -146,7 +146,10 @@ def _batched(upstream: Tensor, inputs: Inputs, ctx: Any) -> Tensor:
 
 
 class _Once(torch.autograd.Function):
-    """The identity in `gradient`. Its own derivative is an error, because a silent zero would be wrong."""
+    """The identity in `gradient`, which becomes part of the graph of `leaf`, as create_graph asks for.
+
+    Its own derivative is an error, because a silent zero would be wrong.
+    """
 
     @staticmethod
     def forward(ctx, gradient, leaf):
@@ -157,9 +160,7 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("the fused loss has no second derivative: use DistillLoss(backend='reference')")
 
 
-def once(gradient: Tensor, leaf: Tensor) -> Tensor:
-    """The gradient as part of a graph, as create_graph asks for, so that a second derivative is refused."""
-    return _Once.apply(gradient, leaf)
+once: Any = _Once.apply
 
 
 @torch.library.custom_op("kd::fused_rows", mutates_args=())

@@ -100,15 +100,11 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def _batched(upstream: Tensor, tensors: Sequence[Any], ctx: Any) -> list[Tensor | None]:
     """The gradients of the head for a batch of upstream gradients (N,), which vmap hides: by all logits at once."""
-    needs = [bool(need) for need in ctx.needs_input_grad[2:5]]
-    own: list[Any] = [
-        x if x is None else x.detach().requires_grad_(need) for x, need in zip(tensors, needs, strict=False)
-    ]
-    leaves = [x for x, need in zip(own, needs, strict=True) if need]
+    own: list[Any] = [None if x is None else x.detach().requires_grad_() for x in tensors[:3]]
     with torch.enable_grad():
         loss, _, _ = at_once(HeadInputs(*own, *tensors[3:]), ctx.plan.numbers, ctx.plan.teacher_smoothing)
-    gradients = iter(torch.autograd.grad(loss, leaves, upstream))
-    return [next(gradients) if need else None for need in needs]
+    gradients = torch.autograd.grad(loss, [x for x in own if x is not None], upstream)
+    return [*gradients, None][:3]  # without a bias there are two
 
 
 def _add(totals: Sequence[Tensor | None], gradient: Tensor, rows: slice, head: "_Head", block: int) -> None:
