@@ -9,6 +9,7 @@ import timm
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from test_wrappers import copied, same
 
 from kd.errors import CheckpointError, ConfigError
 from kd.models import Student, Teacher, weights_metadata
@@ -17,14 +18,6 @@ from kd.models.weights import load_weights
 
 PUBLISHED = "test_resnet.r160_in1k"  # timm's smallest network with weights on the hub
 SMALL = {"num_classes": 10, "input_shape": (3, 32, 32)}
-
-
-def copied(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # --- which networks
@@ -173,7 +166,7 @@ def test_teacher_and_student_by_name_read_a_file_without_its_code(wrap, weights,
     assert same(copied(made.model), weights)
     monkeypatch.setenv("KD_TRAP", str(tmp_path / "sprung"))
     (tmp_path / "code.pth").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(CheckpointError, match="kd runs no code from a file"):
+    with pytest.raises(CheckpointError, match="kd runs no code from a file; save the state_dict"):
         wrap("resnet20_cifar", num_classes=10, checkpoint_path=tmp_path / "code.pth")
     assert not (tmp_path / "sprung").exists()
     with pytest.raises(CheckpointError, match="its head has 10 classes"):
