@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from method_batches import draw, labels
+from torch.export import Dim
 
 import kd.losses
 from kd.losses import (
@@ -240,6 +241,16 @@ def test_a_label_of_no_class_is_nan_where_labels_are_not_read(name, logits):
     spoilt = value.isnan().expand(6).tolist()
     assert spoilt == ([True] * 6 if whole else [False, False, True, True, False, False])
     assert torch.autograd.grad(value.sum(), s)[0].isnan().any(1).tolist() == spoilt
+
+
+@pytest.mark.parametrize("name", OF_LOGITS)
+def test_an_exported_method_takes_any_number_of_rows(name, logits):
+    method, rows = METHODS[name]().eval(), Dim("rows")
+    few = given(method, *(x.detach() for x in logits))
+    many = [torch.cat([x, x.flip(0), x]) for x in few]
+    value = method(*many)  # what it keeps is made
+    program = torch.export.export(method, few, dynamic_shapes=[{0: rows}] * len(few)).module()
+    torch.testing.assert_close(program(*many), value)
 
 
 # ---- wrong calls

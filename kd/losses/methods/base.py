@@ -202,9 +202,9 @@ class Method(Checked):
         if self.reduction == "none":
             return values.reshape(shape)
         if "batch" in self.needs:
-            return values if self.reduction == "mean" else values * len(target)
+            return values if self.reduction == "mean" else values * target.shape[0]
         soft = target.is_floating_point()
-        count = max(len(target), 1) if soft else (target != IGNORE).sum().clamp(min=1)
+        count = max(target.shape[0], 1) if soft else (target != IGNORE).sum().clamp(min=1)
         return values.sum() if self.reduction == "sum" else values.sum() / count
 
     def evaluate(self, seen: Seen) -> Tensor:
@@ -257,7 +257,7 @@ class Method(Checked):
                 given = {"maps": view.maps or None, "embedding": view.embedding, "weight": view.weight}
                 for need in sorted(self.needs & set(given)):
                     self.require(given[need] is not None, f"needs the {need} of the {who}")
-                shape, n = tuple(view.logits.shape), len(seen.target)
+                shape, n = tuple(view.logits.shape), seen.target.shape[0]
                 self.require(len(shape) == 2 and shape[0] == n, f"{who}'s logits of shape {shape}: must be ({n}, K)")
         if "teacher" in self.needs and not self.needs & FEATURES:  # logits are all there is to compare
             ours, theirs = (logits.shape[-1] for logits in seen.logits)
@@ -274,7 +274,7 @@ class Method(Checked):
             check_target(target, classes, IGNORE, read_values=_reads(target))
         if "batch" in self.needs:
             compares = "compares examples with each other"
-            self.require(len(target) > 1, f"{compares}: a batch of {len(target)} is too small, give 2 or more")
+            self.require(target.shape[0] > 1, f"{compares}: a batch of {target.shape[0]} is too small, give 2 or more")
             ignores = not soft and values_readable(target) and bool((target == IGNORE).any())
             self.require(not ignores, f"{compares} and cannot ignore some of them")
 

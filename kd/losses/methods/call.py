@@ -70,7 +70,7 @@ def _check_features(student: View, teacher: View) -> None:
     first = next(iter(student.rows().values()))
     for who, view in (("student", student), ("teacher", teacher)):
         for part, tensor in view.rows().items():
-            shape = (len(first), *tensor.shape[1:])
+            shape = (first.shape[0], *tensor.shape[1:])
             check_fits(f"{who}.{part}", tensor, shape, first, beside="the student's", constant=who == "teacher")
 
 

@@ -68,7 +68,7 @@ class OFD(Method, name="ofd"):
             s, t = same_size(connector(s), t)
             aim = torch.maximum(t, self.get_buffer(f"margin{i}"))
             squares = (s - aim).square() * ((s > aim) | (t > 0))
-            total = total + self.layer_decay ** (len(pairs) - 1 - i) * squares.sum() / len(s)
+            total = total + self.layer_decay ** (len(pairs) - 1 - i) * squares.sum() / s.shape[0]
         return total
 
 

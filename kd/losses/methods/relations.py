@@ -85,13 +85,13 @@ class PKT(Method, name="pkt"):
         p, q = (self._probabilities(x) for x in seen.embeddings)
         if self.released:
             return (q * ((q + PKT_FLOOR) / (p + PKT_FLOOR)).log()).mean()
-        return (q * (q.clamp(min=PKT_FLOOR) / p.clamp(min=PKT_FLOOR)).log()).sum() / len(q)
+        return (q * (q.clamp(min=PKT_FLOOR) / p.clamp(min=PKT_FLOOR)).log()).sum() / q.shape[0]
 
     def _probabilities(self, x: Tensor) -> Tensor:
         x = x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + PKT_FLOOR) if self.released else unit(x)
         similar = (x @ x.T + 1) / 2
         if not self.released:
-            similar = similar * ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+            similar = similar * ~torch.eye(x.shape[0], dtype=torch.bool, device=x.device)
         total = similar.sum(-1, keepdim=True)
         return similar / total.masked_fill(total <= TINY, 1)
 
@@ -133,7 +133,7 @@ class RKD(Method, name="rkd"):
         """()."""
         # From each row to each other, (N, N, D): differences, not products, so that close rows keep their digits.
         s, t = (rearrange(x, "j d -> 1 j d") - rearrange(x, "i d -> i 1 d") for x in seen.embeddings)
-        n = len(s)
+        n = s.shape[0]
         total = s[:0].sum()
         if self.distance_weight > 0:
             apart = F.smooth_l1_loss(_distances(s), _distances(t), reduction="sum")
@@ -150,7 +150,7 @@ class RKD(Method, name="rkd"):
 
 def _distances(edges: Tensor) -> Tensor:
     distance = torch.linalg.vector_norm(edges, dim=-1)
-    n = len(distance)
+    n = distance.shape[0]
     mean = distance.sum() / (n * (n - 1))
     return distance / mean.masked_fill(mean <= TINY, 1)
 

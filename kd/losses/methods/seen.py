@@ -32,7 +32,7 @@ class View:
             rows = next(iter(self.rows().values()), None)
             if rows is None:
                 raise ValueError("View(): must have logits, maps or an embedding")
-            object.__setattr__(self, "logits", rows.detach().new_zeros((len(rows), 0)))
+            object.__setattr__(self, "logits", rows.detach().new_zeros((rows.shape[0], 0)))
 
     def rows(self) -> dict[str, Tensor]:
         """The tensors that have a row per example, by name."""

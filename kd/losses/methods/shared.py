@@ -34,7 +34,7 @@ def centred(values: Tensor, dim: int, largest: Tensor | float) -> tuple[Tensor, 
     """Values minus their mean along `dim`, their length, and whether that is only the rounding error of `largest`."""
     deviation = values - values.mean(dim, keepdim=True)
     length = torch.linalg.vector_norm(deviation, dim=dim, keepdim=True)
-    rounding = 8 * torch.finfo(values.dtype).eps * math.sqrt(values.shape[dim]) * largest
+    rounding = 8 * torch.finfo(values.dtype).eps * values.shape[dim] ** 0.5 * largest
     return deviation, length, length.detach() <= rounding
 
 
