@@ -1,14 +1,20 @@
 """Files of weights: what kd recorded in them, and loading one into a network that it has to fit exactly."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from kd.errors import CheckpointError, require
 
+if TYPE_CHECKING:
+    from kd.config.schema import Recipe, StudentConfig, TeacherConfig
+
 # kd.checkpoint is imported where it is used: Teacher and Student need torch only, it needs safetensors.
+_TIMM_LOOKS_FOR = (".safetensors", ".pth", ".tar", ".bin")  # in a directory
 
 
 def weights_metadata(path: str | Path) -> dict[str, Any]:
@@ -61,6 +67,33 @@ def load_weights(model: nn.Module, path: Path, finetune: bool = False) -> None:
         said.append(f"{first} is {tuple(weights[first].shape)} in the file, {tuple(own[first].shape)} in the network")
     require(not said, f"{path}: does not fit the network: {'; '.join(said)}", CheckpointError)
     model.load_state_dict(weights)
+
+
+def checkpoint_hash(recipe: Recipe) -> str:
+    """The sha256 of teacher.checkpoint, '' without one: another teacher may be saved under the same path."""
+    from kd.checkpoint.files import digest
+
+    return digest(Path(recipe.teacher.checkpoint)) if recipe.teacher.checkpoint else ""
+
+
+def weight_files(*sections: TeacherConfig | StudentConfig) -> dict[str, str]:
+    """The sha256 of the files on this machine that networks start from, by section and name; `checkpoint_hash` has
+    teacher.checkpoint. Runs without such files record nothing, so that older ones keep their hashes.
+    """
+    from kd.checkpoint.files import digest
+    from kd.config.types import leaves
+
+    files: dict[str, Path] = {}
+    for section in sections:
+        paths = []
+        if section.model.startswith("local-dir:"):  # which weights timm takes follows from all that lie there
+            read = (".json", *_TIMM_LOOKS_FOR) if section.pretrained else (".json",)
+            beside = sorted(Path(section.model.removeprefix("local-dir:")).glob("*"))
+            paths = [path for path in beside if path.suffix in read]
+        if section.pretrained:  # timm's pretrained_cfg, or its overlay, may name a file
+            paths += [Path(value) for key, value in leaves(section.model_kwargs) if key.endswith(".file")]
+        files |= {section.section + path.name: path for path in paths if path.is_file()}
+    return {name: digest(path) for name, path in files.items()}
 
 
 def other_classes(classes: int, needed: int) -> str:

@@ -14,6 +14,7 @@ from kd.config.compose import build
 from kd.config.schema import DataConfig, LossConfig, Recipe, StudentConfig, TeacherConfig, content_hash, identity
 from kd.errors import require
 from kd.metrics import METRICS
+from kd.models.weights import checkpoint_hash, weight_files
 from kd.study.axes import NotInGrid, Settings, expand, labelled
 from kd.study.schema import Contrast, Sides, StudyRecipe
 from kd.text import did_you_mean
@@ -82,6 +83,7 @@ class Plan:
         self.seeds = range(study.seed, study.seed + study.study.seeds)
         self._control_smoothing = study.study.control_smoothing
         self._data_sets: dict[str, Data] = {}  # by their settings
+        self._hashes: dict[str, list[Any]] = {}  # of files of weights, by the settings of their networks
         self.points: dict[str, Point] = {}
         self.cells: list[dict[str, Any]] = []
         self.controls: list[dict[str, Any]] = []
@@ -158,8 +160,17 @@ class Plan:
 
     def _point(self, role: str, control: str | None, recipe: Recipe, teacher: str | None) -> Point:
         data_hash = self._data(recipe.data).hash
-        identifier = content_hash([role, control, _identity(role, recipe), data_hash])
+        identifier = content_hash([role, control, _identity(role, recipe), data_hash, *self._files(role, recipe)])
         return Point(identifier, role, control, recipe, teacher, data_hash)
+
+    def _files(self, role: str, recipe: Recipe) -> list[Any]:
+        """Hashes of the files that a network and its teacher start from, [] where there are none; each read once."""
+        sections = [getattr(recipe, name) for name in SECTIONS[role] if name != "loss"]
+        key = json.dumps([asdict(section) for section in sections])
+        if key not in self._hashes:
+            checkpoint = "" if role == "control" else checkpoint_hash(recipe)
+            self._hashes[key] = [each for each in (weight_files(*sections), checkpoint) if each]
+        return self._hashes[key]
 
     def _data(self, config: DataConfig) -> Data:
         """The data set of these settings, loaded once."""

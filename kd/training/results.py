@@ -17,12 +17,13 @@ from kd.checkpoint.store import finished
 from kd.config.schema import content_hash, identity
 from kd.config.types import leaves
 from kd.metrics import compute, reliability_bins
+from kd.models.weights import checkpoint_hash, weight_files
 from kd.models.wrappers import Teacher
 from kd.runtime.provenance import provenance
 from kd.text import plain
 from kd.training.pipeline import evaluated_network
 from kd.training.predict import predict
-from kd.training.run import STAGES, WEIGHTS, Run, check_finished, checkpoint_hash
+from kd.training.run import STAGES, WEIGHTS, Run, check_finished
 from kd.training.stage import smoothing_of
 from kd.training.teacher_smoothing import recorded_smoothing
 
@@ -107,6 +108,7 @@ def origin(run: Run) -> dict[str, Any]:
         "recipe_hash": content_hash(identity(run.recipe)),
         "data_hash": run.data.hash,
         "teacher_file": checkpoint_hash(run.recipe),
+        "weight_files": weight_files(run.recipe.teacher, run.recipe.student),
         "seed": run.recipe.seed,
     }
 

@@ -11,13 +11,14 @@ from typing import Any
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 
-from kd.checkpoint.files import advised, digest, read_json, write_json, write_text
+from kd.checkpoint.files import advised, read_json, write_json, write_text
 from kd.checkpoint.manifest import DONE
 from kd.checkpoint.store import CHECKPOINTS, advice, finished, remove
 from kd.config.schema import Recipe, content_hash, identity
 from kd.config.types import leaves
 from kd.data import Data
 from kd.errors import require
+from kd.models.weights import checkpoint_hash, weight_files
 from kd.runtime.lock import locked
 from kd.runtime.signals import check
 from kd.text import plain
@@ -87,23 +88,20 @@ def teacher_directory(recipe: Recipe, data_hash: str) -> Path:
     # Neither changes the teacher: these layers are what its student looks at, and only the student omits the class.
     del content["teacher"]["layers"]
     del content["data"]["omit_class"]
-    key = content_hash([content, data_hash, checkpoint_hash(recipe)])
+    files = weight_files(recipe.teacher)
+    key = content_hash([content, data_hash, checkpoint_hash(recipe)] + ([files] if files else []))
     model = recipe.teacher.model.replace("/", "-").replace(":", "-")
     return Path(recipe.output) / "teachers" / f"{model}-{key}"
 
 
-def checkpoint_hash(recipe: Recipe) -> str:
-    """The sha256 of teacher.checkpoint, '' without one: another teacher may be saved under the same path."""
-    return digest(Path(recipe.teacher.checkpoint)) if recipe.teacher.checkpoint else ""
-
-
 def card(run: Run) -> dict[str, Any]:
     """The content of run.json: what decides every weight of the run."""
+    files = weight_files(run.recipe.teacher, run.recipe.student)
     return {
         "identity": identity(run.recipe),
         "data_hash": run.data.hash,
         "teacher_checkpoint_hash": checkpoint_hash(run.recipe),
-    }
+    } | ({"weight_files": files} if files else {})
 
 
 def read_card(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from pandas import DataFrame
 
-from kd.config.schema import DataConfig, LossConfig, TeacherConfig
+from kd.config.schema import DataConfig, LossConfig, StudentConfig, TeacherConfig
 from kd.errors import ConfigError
 from kd.study.axes import labelled
 from kd.study.compose import compose
@@ -27,6 +27,9 @@ BASE = StudyRecipe(
 )
 
 
+ROLES = ("teacher", "student", "control")
+
+
 def planned(study=BASE, **changes):
     changed = replace(study, study=replace(study.study, **changes))
     return Plan(changed, lambda data: stub(f"hash of {data.name} {data.label_noise}"))
@@ -40,6 +43,20 @@ def stub(identity: str, posterior=None) -> SimpleNamespace:
 def roles(made) -> dict[str, int]:
     kinds = [point.role for point in made.points.values()]
     return {role: kinds.count(role) for role in sorted(set(kinds))}
+
+
+def test_overwritten_starting_weights_make_other_points(tmp_path):
+    """A finished point is never trained again, so the file is part of its id."""
+    path = tmp_path / "w.pth"
+    teacher = TeacherConfig(model="mlp_tiny", checkpoint=str(path), finetune=True)
+    start = StudentConfig(model=f"local-dir:{tmp_path}", pretrained=True)
+    ids = []
+    for content in (b"one", b"two"):
+        path.write_bytes(content)
+        made = [planned(replace(BASE, **sections)).points for sections in ({"teacher": teacher}, {"student": start})]
+        ids.append([{p.id for p in points.values() if p.role == role} for points in made for role in ROLES])
+    # A control has no teacher, and a teacher no student.
+    assert [a == b for a, b in zip(*ids, strict=True)] == [False, False, True, True, False, False]
 
 
 def test_a_teacher_is_one_for_all_its_students_and_a_control_for_all_teachers():

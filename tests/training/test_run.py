@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from kd import evaluate
 from kd.config.schema import Recipe
+from kd.models.factory import build
 from kd.training.run import run_name, teacher_directory
 
 RUN = ("recipe=smoke", "control=false", "run=one", "output=runs")
@@ -52,6 +53,57 @@ def test_another_teacher_under_the_same_path_is_another_run(one_run, kd_train, t
         done = kd_train(*words)
         assert done.code == code
     assert "run=two holds another recipe (teacher_checkpoint_hash: " in done.err
+
+
+def directory_of(path, model):
+    """A directory of timm's local-dir: with random weights."""
+    network = build(model, num_classes=10, input_shape=(1, 8, 8))
+    path.mkdir()
+    config = {"architecture": model, "num_classes": 10, "pretrained_cfg": {"input_size": [1, 8, 8], "num_classes": 10}}
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(network.state_dict(), path / "model.safetensors")
+
+
+TUNED = ("teacher.finetune=true", "teacher.epochs=4")
+STARTS = {
+    "student in a directory": ("student.model=local-dir:own", "student.pretrained=true"),
+    "teacher in a directory": ("teacher.model=local-dir:own", "teacher.pretrained=true", *TUNED),
+    "file of timm's pretrained_cfg": (
+        "student.model=cnn_tiny",
+        "student.pretrained=true",
+        "student.model_kwargs={pretrained_cfg: {file: own/model.safetensors, num_classes: 10, input_size: [1, 8, 8]}}",
+    ),
+}
+
+
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
+def test_overwritten_starting_weights_are_another_run(start, kd_train, tmp_path):
+    directory_of(tmp_path / "own", "cnn_tiny")
+    words = ("recipe=smoke", "control=false", "run=one", "output=runs", *start)
+    done = kd_train(*words)
+    assert done.code == 0, done.err
+    earlier = files(tmp_path / "runs")
+    assert kd_train(*words).code == 0
+    weights = load_file(tmp_path / "own/model.safetensors")
+    save_file({name: 1.01 * value for name, value in weights.items()}, tmp_path / "own/model.safetensors")
+    done = kd_train(*words)
+    assert (done.code, done.err.count("\n"), files(tmp_path / "runs")) == (2, 1, earlier)
+    assert "run=one holds another recipe (weight_files." in done.err
+    assert "model.safetensors: " in done.err
+    assert kd_train(*words, "run=two").code == 0
+    teachers = len(list((tmp_path / "runs/teachers").glob("[!.]*")))
+    assert teachers == (2 if TUNED[0] in start else 1)
+
+
+def test_weights_that_are_not_read_do_not_count(kd_train, tmp_path):
+    directory_of(tmp_path / "own", "cnn_tiny")
+    words = ("recipe=smoke", "control=false", "run=one", "output=runs", "student.model=local-dir:own")
+    assert kd_train(*words).code == 0
+    (tmp_path / "own/model.safetensors").write_bytes(b"")
+    assert kd_train(*words).code == 0
+    config = tmp_path / "own/config.json"
+    config.write_text(config.read_text().replace("cnn_tiny", "cnn_small"))
+    assert "holds another recipe (weight_files.student.config.json: " in kd_train(*words).err
 
 
 @pytest.mark.parametrize(
@@ -106,6 +158,6 @@ def test_too_few_validation_images_stop_a_run_before_anything_is_trained(kd_trai
         "train.batch_size=2",
         "data.val_fraction=0.2",
     ]
-    done = kd_train(*words, "teacher.model=mlp_wide", "student.model=mlp_tiny", "teacher.pretrained=false")
+    done = kd_train(*words, "teacher.model=mlp_wide", "student.model=cnn_tiny", "teacher.pretrained=false")
     assert done.code == 2
     assert "data.val_fraction=0.2: 2 validation images are too few to tell a teacher from chance" in done.err
