@@ -20,7 +20,7 @@ from kd.cli.errors import run_command
 from kd.config import compose
 from kd.config.arguments import read
 from kd.config.schema import Recipe
-from kd.errors import ConfigError
+from kd.errors import ConfigError, require
 
 SPLITS = ("train", "val", "test")
 ARGUMENTS = {"data": "NAME", "model": "NAME", "checkpoint": "FILE", "split": "SPLIT"}
@@ -29,6 +29,7 @@ ARGUMENTS |= {"data.": "VALUE", "teacher.model_kwargs.": "VALUE"}
 
 def run(given: dict[str, str], words: Sequence[str]) -> int:
     """Load the classifier, estimate its smoothing and print it; returns the exit code."""
+    import timm
     import torch
     from accelerate import Accelerator
 
@@ -42,6 +43,8 @@ def run(given: dict[str, str], words: Sequence[str]) -> int:
     record = weights_metadata(checkpoint) if checkpoint else {}
     recipe = recipe_of(given, record.get("model"), words)
     data, own = load_data(recipe.data, recipe.seed), recipe.teacher
+    unpublished = not checkpoint and timm.is_model(own.model) and not timm.models.is_model_pretrained(own.model)
+    require(not unpublished, f"model={own.model}: timm has no weights of it; type checkpoint=PATH")
     shape = {"num_classes": data.num_classes, "input_shape": data.input_shape}
     weights = {"pretrained": own.pretrained, "checkpoint": checkpoint}
     network = build(own.model, section="", model_kwargs=own.model_kwargs, **weights, **shape)
