@@ -202,5 +202,8 @@ def _structured(schema: type) -> Any:
 
 
 def saved_recipe(path: Path, words: Sequence[str] = ()) -> Recipe:
-    """The checked recipe of a file, such as the one that a run saved, changed by `words`. Raises ConfigError."""
-    return build(read_recipe(path), words=words)
+    """The checked recipe that a run saved, changed by `words`. Raises ConfigError."""
+    values = read_recipe(path)
+    if "train" in values:
+        values["train"].setdefault("ema_warmup", False)  # an older kd averaged without
+    return build(values, words=words)

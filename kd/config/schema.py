@@ -241,6 +241,7 @@ class TrainConfig(Checked, section="train."):
     accumulation: int = setting(1, "forward and backward passes per update", ge=1, common=True)
     clip_grad: float = setting(0.0, "maximum gradient norm; 0: no clipping", ge=0)
     ema_decay: float = setting(0.0, "decay of the moving average of the weights (EMA); 0: no average", ge=0, lt=1)
+    ema_warmup: bool = setting(True, "raise the decay of the average to train.ema_decay over the updates, as timm does")
     precision: str = setting("fp32", "autocast precision", among=("fp32", "bf16", "fp16"), common=True)
     compile: bool = setting(False, "compile the networks with torch.compile")
     channels_last: bool = setting(False, "keep images in channels-last memory format")
@@ -287,6 +288,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     for section in ("teacher", "loss"):
         if values[section]["class_weight"] is None:
             del values[section]["class_weight"]
+    if not (recipe.train.ema_decay and recipe.train.ema_warmup):  # averages were without warm-up
+        del values["train"]["ema_warmup"]
     values["data"] = {k: v for k, v in values["data"].items() if k not in _NOT_DATA_IDENTITY}
     values["train"] = {k: v for k, v in values["train"].items() if k not in _NOT_TRAIN_IDENTITY}
     return values

@@ -16,7 +16,6 @@ from typing import Any, NoReturn, cast
 import torch
 from accelerate.utils import gather_object
 from timm.optim import param_groups_weight_decay
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from kd.checkpoint import store
@@ -32,7 +31,7 @@ from kd.training.nonfinite import bad_rows, describe, first_bad_gradient
 from kd.training.objective import Objective, Terms
 from kd.training.predict import not_finite, predict
 from kd.training.run import Run
-from kd.training.schedule import epoch_order, mixed_seed, optimizer, schedule, share
+from kd.training.schedule import ema, epoch_order, mixed_seed, optimizer, schedule, share
 from kd.training.stage import Stage, as_trained, build, metadata
 
 MOST_SKIPPED = 32  # halvings take fp16's loss scale from 65,536 to 1.5e-5: by then it is not the scale that overflows
@@ -74,7 +73,7 @@ class Trainer:
         for group in param_groups_weight_decay(stage.objective, **rule):
             self.optimizer.add_param_group(group)
         self.scheduler = schedule(self.optimizer, recipe, stage.epochs, self.updates_per_epoch)
-        self.ema = ModelEmaV3(self.deployed, decay=recipe.train.ema_decay) if recipe.train.ema_decay else None
+        self.ema = ema(self.deployed, recipe.train) if recipe.train.ema_decay else None
         for network in stage.networks() if recipe.train.compile else ():
             network.compile()
         self.model, self.stepper = accelerator.prepare(stage.model, self.optimizer)
@@ -165,7 +164,9 @@ class Trainer:
         self._count_skipped(batches)
         self.stepper.zero_grad()
         if self.ema and not self.stepper.step_was_skipped:
-            self.ema.update(self.deployed)
+            # The decay follows from the position, so that the warm-up has no state to save.
+            made = self.progress.update + 1 - self.progress.skipped
+            self.ema.update(self.deployed, made if self.ema.use_warmup else None)
         return {**logged, "grad_norm": norm}
 
     def _weigh_classes(self, batches: list[Batch]) -> None:

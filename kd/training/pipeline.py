@@ -41,6 +41,7 @@ from kd.training.preflight import (
     check_environment,
     check_places,
     check_validation,
+    ema_lines,
 )
 from kd.training.run import (
     WEIGHTS,
@@ -198,7 +199,11 @@ def train(run: Run, stage: Stage) -> None:
 
 
 def rehearse(run: Run) -> None:
-    """Evaluate the student's methods on a first batch, before a teacher is trained for them. Raises ConfigError."""
+    """Say what is known of an average of weights, and evaluate the student's methods on a first batch, before a teacher
+    is trained for them. Raises ConfigError.
+    """
+    for line in ema_lines(run.recipe, run.data):
+        run.logger.say(line)
     if not run.recipe.loss.methods:
         return
     try:

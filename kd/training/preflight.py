@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from kd.losses.methods import registry as methods
 from kd.text import did_you_mean, plain
 from kd.training.run import run_name, teacher_is_trained
 from kd.training.schedule import optimizer
+
+LARGEST_SHARE = 0.1  # of the initial weights in an average of weights
 
 
 def check_environment(recipe: Recipe) -> None:
@@ -94,6 +97,27 @@ def check_validation(recipe: Recipe, data: Data) -> None:
         f"data.val_fraction={recipe.data.val_fraction}: {len(data.val)} validation images are too few to "
         f"tell a teacher from chance ({guessing:.2%}); add images, or raise it where kd holds them out",
     )
+
+
+def ema_lines(recipe: Recipe, data: Data) -> Iterator[str]:
+    """A line for each stage of so few updates that train.ema_decay^updates, the initial weights' share, is large."""
+    decay, train = recipe.train.ema_decay, recipe.train
+    stages = {"student": (recipe.student.epochs, data.transfer.train)}
+    if teacher_is_trained(recipe):
+        stages = {"teacher": (recipe.teacher.epochs, data.train), **stages}
+    for stage, (epochs, split) in stages.items():
+        updates = epochs * (len(split) // train.batch_size)
+        if decay**updates <= LARGEST_SHARE:
+            continue
+        if train.ema_warmup:
+            end = min(decay, 1 - updates ** (-2 / 3))
+            yield f"{stage:8} train.ema_decay={decay} needs more than {updates} updates; its warm-up ends at {end:.3f}"
+        else:
+            yield (
+                f"warning  {stage}: train.ema_decay={decay} leaves {decay**updates:.1%} of the initial weights in the "
+                f"average after {updates} updates; type train.ema_warmup=true, or a decay ≤ "
+                f"{math.floor(1000 * LARGEST_SHARE ** (1 / updates)) / 1000}"
+            )
 
 
 def chance(targets: Tensor) -> tuple[float, float]:

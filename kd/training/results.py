@@ -23,6 +23,7 @@ from kd.runtime.provenance import provenance
 from kd.text import plain
 from kd.training.pipeline import evaluated_network
 from kd.training.predict import predict
+from kd.training.preflight import chance
 from kd.training.run import STAGES, WEIGHTS, Run, check_finished
 from kd.training.stage import smoothing_of
 from kd.training.teacher_smoothing import recorded_smoothing
@@ -79,11 +80,12 @@ def paired_difference(a: Tensor, b: Tensor, targets: Tensor) -> dict[str, float]
     """Top-1 accuracy of logits `a` (n, K) minus that of `b` on the same images, with its paired standard error.
 
     d_i = 1{a right on i} - 1{b right on i};  top1 = mean d;  standard_error = sd(d) / sqrt(n).
-    The error covers the choice of images only, not that of the seed.
+    The error covers the choice of images only, not that of the seed. Accuracies up to `chance` may be guesses.
     """
     d = (a.argmax(-1) == targets).double() - (b.argmax(-1) == targets).double()
     n = len(d)
-    return {"top1": float(d.mean()), "standard_error": float(d.std()) / math.sqrt(n) if n > 1 else 0.0, "n": n}
+    error = float(d.std()) / math.sqrt(n) if n > 1 else 0.0
+    return {"top1": float(d.mean()), "standard_error": error, "n": n, "chance": chance(targets)[1]}
 
 
 # ---- result.json
@@ -175,6 +177,9 @@ def verdict(result: dict[str, Any]) -> tuple[int, str, str]:
     if d["n"] < FEWEST_IMAGES or updates < FEWEST_UPDATES:
         few = f"{d['n']} test images" if d["n"] < FEWEST_IMAGES else f"{updates} updates"
         return 0, words, f"distillation cannot be judged from {few}"
+    if "chance" in d and max(result[name]["last"]["test"]["top1"] for name in ("student", "control")) <= d["chance"]:
+        why = f"student and control are no better than chance (≤ {d['chance']:.1%} on test)"
+        return 0, words, f"distillation cannot be judged: {why}"
     tone = (top1 > 2 * error) - (top1 < -2 * error)
     return tone, words, f"distillation {('made no difference beyond chance', 'helped', 'hurt')[tone]}"
 

@@ -7,9 +7,10 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from kd.config.schema import Recipe
+from kd.config.schema import Recipe, TrainConfig
 
 
 def mixed_seed(*parts: int) -> int:
@@ -48,6 +49,13 @@ def optimizer(parameters: nn.Module | list[Any], recipe: Recipe) -> torch.optim.
         momentum=o.momentum,
         filter_bias_and_bn=not o.decay_norm_and_bias,
     )
+
+
+def ema(network: nn.Module, train: TrainConfig) -> ModelEmaV3:
+    """timm's moving average of the weights. With warm-up its k-th update has the decay min(ema_decay, 1 - k^(-2/3)), so
+    that the first one replaces the initial weights; without, every update has ema_decay.
+    """
+    return ModelEmaV3(network, decay=train.ema_decay, use_warmup=train.ema_warmup)
 
 
 def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, epochs: int, updates_per_epoch: int) -> Scheduler:

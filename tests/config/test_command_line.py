@@ -48,6 +48,7 @@ HASHES = {
     ("recipe=timm_finetune", "+teacher.model_kwargs.drop_rate=0.1"): "8fdbd3505357",
     ("recipe=resnet34_to_18", "scheduler.milestones=[3,4]", "teacher.members=2", "loss.student_temperature=2",
      "seed=3"): "5a7f5fb7534a",
+    ("recipe=smoke", "train.ema_decay=0.9", "train.ema_warmup=false"): "93637fcf2fc3",
 }  # fmt: skip
 
 
@@ -63,6 +64,14 @@ def test_the_hash_changes_with_what_is_computed_and_not_with_where_it_is_kept():
     weighted = {content_hash(identity(recipe(f"loss.class_weight={text}"))) for text in ("[1,2]", "[1.0,2e0]", "null")}
     assert len(weighted) == 2
     assert content_hash(identity(recipe())) in weighted
+    averages = [recipe("train.ema_decay=0.9", f"train.ema_warmup={warmup}") for warmup in ("true", "false")]
+    assert len({content_hash(identity(average)) for average in averages}) == 2
+
+
+def test_the_saved_recipe_of_an_older_kd_has_no_warmup_of_its_average(tmp_path):
+    """It is replayed and evaluated as it was trained."""
+    (tmp_path / "recipe.yaml").write_text("name: t\ntrain: {ema_decay: 0.9}\n")
+    assert compose.saved_recipe(tmp_path / "recipe.yaml").train.ema_warmup is False
 
 
 def test_a_reference_takes_the_value_of_another_setting():

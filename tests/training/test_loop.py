@@ -113,13 +113,29 @@ def test_logged_terms_are_unweighted_means_and_the_ratio_is_of_the_weighted_grad
     assert first["images_per_second"] > 0
 
 
-def test_averaged_weights_follow_their_formula_and_are_the_ones_saved(tmp_path):
-    t = trainer(tmp_path, recipe(ema_decay=0.75, batch_size=1293), epochs=1)
-    start = {n: p.clone() for n, p in t.stage.model.model.state_dict().items()}
+@pytest.mark.parametrize("warmup", [False, True])
+def test_averaged_weights_follow_their_formula_and_are_the_ones_saved(tmp_path, warmup):
+    """timm's warm-up: the k-th update has the decay 1 - k^(-2/3), up to train.ema_decay; the first one has 0."""
+    t = trainer(tmp_path, recipe(ema_decay=0.6, ema_warmup=warmup, batch_size=258), epochs=1)
+    average, k = copied(t), 0
+
+    def follow(*_):
+        nonlocal k, average
+        k += 1
+        decay = min(0.6, 1 - k ** (-2 / 3)) if warmup else 0.6
+        average = {name: decay * average[name] + (1 - decay) * value for name, value in copied(t).items()}
+
+    t.optimizer.register_step_post_hook(follow)
     t.fit()
+    assert k == 5
     saved = load_file(tmp_path / "student" / "last.safetensors")
-    for name, value in t.stage.model.model.state_dict().items():
-        torch.testing.assert_close(saved[name], 0.75 * start[name] + 0.25 * value)
+    assert saved.keys() == average.keys()
+    for name, value in average.items():
+        torch.testing.assert_close(saved[name], value)
+
+
+def copied(t):
+    return {name: value.clone() for name, value in t.stage.model.model.state_dict().items()}
 
 
 def test_clipping_bounds_the_gradient(tmp_path):

@@ -62,6 +62,31 @@ def copied(finished, tmp_path, monkeypatch):
     return tmp_path / "runs/smoke/one"
 
 
+# ---- averaged weights over few updates
+
+EMA = ("recipe=smoke", "output=runs", "train.batch_size=100", "train.ema_decay=0.9999")
+
+
+def test_an_average_over_few_updates_learns_and_the_run_says_what_its_decay_is(kd_train, tmp_path):
+    """48 updates: without warm-up 99.5 % of the averaged weights are the initial ones."""
+    done = kd_train(*EMA, "run=one", "teacher.epochs=4", "student.epochs=4")
+    assert done.code == 0, done.err
+    told = "student  train.ema_decay=0.9999 needs more than 48 updates; its warm-up ends at 0.924"
+    assert told in done.out
+    assert done.out.index(told) < done.out.index("teacher  epoch")
+    result = result_of(tmp_path)
+    assert min(result[name]["last"]["test"]["top1"] for name in ("teacher", "student", "control")) > 0.5
+    assert "cannot be judged from 48 updates" in done.out
+    without = kd_train(*EMA, "train.ema_warmup=false", "teacher.epochs=4", "dry_run=true").out
+    assert "warning  teacher: train.ema_decay=0.9999 leaves 99.5% of the initial weights in the average" in without
+    assert "after 48 updates; type train.ema_warmup=true, or a decay ≤ 0.953" in without
+    assert "warning  student: train.ema_decay=0.9999 leaves 99.9%" in without
+
+
+def test_an_average_over_many_updates_needs_no_line(kd_train):
+    assert "ema_decay" not in kd_train(*EMA[:-1], "train.ema_decay=0.8", "control=false").out
+
+
 # ---- the result
 
 
