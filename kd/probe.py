@@ -34,6 +34,7 @@ def run(given: dict[str, str], words: Sequence[str]) -> int:
     from accelerate import Accelerator
 
     from kd.data import load_data
+    from kd.models.classes import recorded, reordered
     from kd.models.factory import build
     from kd.models.weights import weights_metadata
     from kd.models.wrappers import Teacher
@@ -45,7 +46,7 @@ def run(given: dict[str, str], words: Sequence[str]) -> int:
     data, own = load_data(recipe.data, recipe.seed), recipe.teacher
     unpublished = not checkpoint and timm.is_model(own.model) and not timm.models.is_model_pretrained(own.model)
     require(not unpublished, f"model={own.model}: timm has no weights of it; type checkpoint=PATH")
-    shape = {"num_classes": data.num_classes, "input_shape": data.input_shape}
+    shape = {"num_classes": data.num_classes, "input_shape": data.input_shape, "class_names": data.class_names}
     weights = {"pretrained": own.pretrained, "checkpoint": checkpoint}
     network = build(own.model, section="", model_kwargs=own.model_kwargs, **weights, **shape)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
@@ -55,6 +56,8 @@ def run(given: dict[str, str], words: Sequence[str]) -> int:
     known = f"{record['label_smoothing']} ({record['smoothing']})" if "label_smoothing" in record else "nothing"
     print(f"model     {own.model}, {checkpoint or 'timm'}")
     print(f"recorded  {known}")
+    if said := reordered(recorded(network, checkpoint), data.class_names):
+        print(f"classes   its weights {said}")
     print(f"estimate  {describe(estimate, data.num_classes)}")
     return int(bool(estimate.doubts))
 

@@ -95,6 +95,9 @@ class DataConfig(Checked, section="data."):
     dataset: str = setting("", "torchvision's class, such as CIFAR10, or timm's name (families torchvision and timm)")
     root: str | None = setting(None, "directory that holds the data set", common=True)
     download: bool = setting(False, "download a torchvision set that data.root does not hold")
+    class_order: str = setting(
+        "sorted", "sorted (the data set's own), natural (timm's), or a file with a class name a line"
+    )
     image_size: int = setting(32, "input height and width in pixels", ge=1, le=4096, common=True)
     val_fraction: float = setting(0.1, "fraction of the training images held out for validation", gt=0, lt=0.5)
     test_fraction: float = setting(0.2, "fraction held out for testing, for sets without a test split", gt=0, lt=0.5)
@@ -290,6 +293,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
             del values[section]["class_weight"]
     if not (recipe.train.ema_decay and recipe.train.ema_warmup):  # averages were without warm-up
         del values["train"]["ema_warmup"]
+    if recipe.data.class_order == "sorted":
+        del values["data"]["class_order"]
     values["data"] = {k: v for k, v in values["data"].items() if k not in _NOT_DATA_IDENTITY}
     values["train"] = {k: v for k, v in values["train"].items() if k not in _NOT_TRAIN_IDENTITY}
     return values

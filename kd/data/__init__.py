@@ -8,6 +8,7 @@ from pkgutil import iter_modules
 
 from kd.config.schema import DataConfig
 from kd.data.base import FAMILIES, Batch, Data, Split
+from kd.data.class_order import in_order
 from kd.data.mixing import Mixer, mixer
 from kd.errors import require
 
@@ -25,4 +26,4 @@ def load_data(config: DataConfig, seed: int) -> Data:
     """
     families = ", ".join(sorted(FAMILIES))
     require(config.family in FAMILIES, f"data.family={config.family}: must be one of {families}")
-    return FAMILIES[config.family](config, seed)
+    return in_order(FAMILIES[config.family](config, seed), config)

@@ -11,7 +11,8 @@ from timm.models import resolve_model_input_args
 from torch import Tensor, nn
 
 import kd.models.networks  # noqa: F401 (registers its names)
-from kd.errors import ConfigError, require
+from kd.errors import CheckpointError, ConfigError, require
+from kd.models.classes import align, recorded
 from kd.models.weights import load_weights, other_classes
 from kd.text import did_you_mean
 
@@ -35,6 +36,7 @@ def build(
     *,
     num_classes: int,
     input_shape: Sequence[int],
+    class_names: Sequence[str] = (),
     section: str = "teacher.",
     pretrained: bool = False,
     checkpoint: str | Path | None = None,
@@ -47,6 +49,7 @@ def build(
         name: timm's name, "hf-hub:..." or "local-dir:...", or a name of kd.models.networks.
         num_classes: classes of the data.
         input_shape: (channels, height, width) of an image, or (length,) of a vector.
+        class_names: of the data; the head of weights that record the same names in another order is put into this one.
         section: "teacher." or "student.", the section of the recipe that messages name, or "" for none.
         pretrained: start from timm's weights.
         checkpoint: path of weights (.safetensors, or .pth, .pt, .bin without code), which are taken instead of timm's.
@@ -59,7 +62,7 @@ def build(
 
     Raises:
         ConfigError: the name is unknown, or timm's weights cannot be had or do not fit.
-        CheckpointError: the file cannot be read, or does not fit.
+        CheckpointError: the file cannot be read, does not fit, or records other classes than the data's.
     """
     shape, kwargs = tuple(input_shape), dict(model_kwargs or {})
     setting = f"{section}model={name}" + (f" {section}model_kwargs={kwargs}" if kwargs else "")
@@ -80,6 +83,10 @@ def build(
         require(channels == shape[0], f"{setting}: {differ}; in a recipe teacher.finetune=true adapts it")
     if checkpoint is not None:
         load_weights(model, Path(checkpoint), finetune)
+    if class_names and (download or checkpoint is not None):
+        why_not = align(model, recorded(model, checkpoint), class_names, shape, finetune)
+        where, error = (setting, ConfigError) if download else (checkpoint, CheckpointError)
+        require(not why_not, f"{where}: {why_not}", error)
     return model
 
 

@@ -47,7 +47,7 @@ def load_weights(model: nn.Module, path: Path, finetune: bool = False) -> None:
     """
     from kd.checkpoint.safetensors_io import read_weights
 
-    weights, own, head = read_weights(path), model.state_dict(), _head(model)
+    weights, own, head = read_weights(path), model.state_dict(), head_keys(model)
     if finetune and any(key not in weights or weights[key].shape != own[key].shape for key in head):
         weights |= {key: own[key] for key in head}
     reshaped = [key for key in weights if key in own and weights[key].shape != own[key].shape]
@@ -101,7 +101,7 @@ def other_classes(classes: int, needed: int) -> str:
     return f"its head has {classes} classes, the data has {needed}; in a recipe teacher.finetune=true trains a new head"
 
 
-def _head(model: nn.Module) -> set[str]:
+def head_keys(model: nn.Module) -> set[str]:
     """The state dict's keys of the classifier, or of all classifiers, as timm's networks name them."""
     cfg: Any = getattr(model, "pretrained_cfg", {})
     names = cfg.get("classifier") or ()

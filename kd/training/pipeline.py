@@ -20,10 +20,11 @@ from kd.checkpoint.store import finish
 from kd.cli.console import terminal
 from kd.config.schema import LossConfig, Recipe, StudentConfig, TeacherConfig
 from kd.data import Data, load_data
-from kd.errors import CheckpointError, ConfigError
+from kd.errors import CheckpointError, ConfigError, require
 from kd.losses.distill import DistillLoss
 from kd.losses.methods import registry as methods
 from kd.metrics import top_k_accuracy
+from kd.models.classes import align, recorded, reordered
 from kd.models.ensemble import Ensemble
 from kd.models.factory import build
 from kd.models.layers import needed
@@ -84,11 +85,19 @@ def prepare(recipe: Recipe, directory: Path | None = None, teacher: Path | None 
     logger = Logger(directory / "metrics.jsonl", accelerator, terminal())
     try:
         run = Run(recipe, data, accelerator, directory, teacher or teacher_directory(recipe, data.hash), logger)
-        teacher_network(run)
+        _say_order(run, recipe.teacher, teacher_network(run), recipe.teacher.checkpoint)
     except CheckpointError as error:  # of the only file that a recipe names
         raise ConfigError(f"teacher.checkpoint={error}") from error
-    student_network(run)  # one that cannot be built must not wait for its teacher
+    _say_order(run, recipe.student, student_network(run))  # one that cannot be built must not wait for its teacher
     return run
+
+
+def _say_order(
+    run: Run, section: TeacherConfig | StudentConfig, model: nn.Module, checkpoint: str | None = None
+) -> None:
+    names = recorded(model, checkpoint) if section.pretrained or checkpoint else []
+    if said := reordered(names, run.data.class_names):
+        run.logger.say(f"{section.section.rstrip('.')}  its weights {said}")
 
 
 # ---- networks
@@ -100,7 +109,7 @@ def teacher_network(run: Run, weights: Path | None = None) -> nn.Module:
     if own.members > 1:
         ensemble = Ensemble([teacher_network(_member(run, i)) for i in range(own.members)], own.averaging_temperature)
         if weights:
-            load_weights(ensemble, weights)
+            _load(run, ensemble, weights)
         return ensemble
     start = {"pretrained": own.pretrained, "checkpoint": own.checkpoint, "finetune": own.finetune}
     return network(own, run.recipe.seed, run.data, **({"checkpoint": weights} if weights else start))
@@ -120,7 +129,7 @@ def student_network(run: Run, weights: Path | None = None, seed: int | None = No
 def network(section: TeacherConfig | StudentConfig, seed: int, data: Data, **start: Any) -> nn.Module:
     """The network of a section, with the weights that `start` names or the random ones of this seed."""
     torch.manual_seed(seed)
-    shape = {"num_classes": data.num_classes, "input_shape": data.input_shape}
+    shape = {"num_classes": data.num_classes, "input_shape": data.input_shape, "class_names": data.class_names}
     return build(section.model, section=section.section, model_kwargs=section.model_kwargs, **start, **shape)
 
 
@@ -137,8 +146,15 @@ def evaluated_network(run: Run, name: str, weights: Path | None, teacher: Teache
     assert weights
     assert teacher
     network = build_objective(student_stage(run, teacher), run.recipe, run.accelerator).model
-    load_weights(network, weights)
+    _load(run, network, weights)
     return network
+
+
+def _load(run: Run, made_of_networks: nn.Module, weights: Path) -> None:
+    load_weights(made_of_networks, weights)
+    names = recorded(made_of_networks, weights)
+    why_not = align(made_of_networks, names, run.data.class_names, run.data.input_shape)
+    require(not why_not, f"{weights}: {why_not}", CheckpointError)
 
 
 # ---- stages

@@ -17,6 +17,7 @@ from kd.checkpoint.store import finished
 from kd.config.schema import content_hash, identity
 from kd.config.types import leaves
 from kd.metrics import compute, reliability_bins
+from kd.models.classes import recorded, reordered
 from kd.models.weights import checkpoint_hash, weight_files
 from kd.models.wrappers import Teacher
 from kd.runtime.provenance import provenance
@@ -45,7 +46,10 @@ def load_networks(run: Run) -> Networks:
             check_finished(run, name)
         teacher, networks[name] = networks.get("teacher", {}).get("last"), {}
         for which in WEIGHTS:
-            network = evaluated_network(run, name, run.weights(name, which), teacher)
+            path = run.weights(name, which)
+            network = evaluated_network(run, name, path, teacher)
+            if path and (said := reordered(recorded(network, path), run.data.class_names)):
+                run.logger.say(f"{name}  its {which} weights {said}")
             networks[name][which] = Teacher(network).to(run.accelerator.device)
     return networks
 
