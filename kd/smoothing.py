@@ -88,7 +88,8 @@ def unsmooth(logits: Tensor, label_smoothing: float, smoothing: str = "uniform")
     logits, without gradient. ``label_smoothing=0`` returns the tensor itself.
 
     A network trained with smoothing is not exactly smoothed: some of its q are at most eps/K, where no p > 0 exists.
-    There p is the machine epsilon of the dtype times ``eps/K / (1 - eps)``: what the smallest step of q at eps/K gives.
+    There p is set to ``eps/K / (1 - eps)`` times the machine epsilon of the dtype, as if q were one rounding step above
+    eps/K.
     Such rows sum to more than 1 until the next softmax. A masked class stays -inf.
 
     Raises ValueError or TypeError for arguments that to_uniform rejects, a uniform mass ≥ 1, which cannot be inverted,
@@ -154,8 +155,8 @@ def check_target(target: Tensor, num_classes: int, ignore_index: int | None = No
         raise TypeError(f"target: must be int64 labels (use target.long()) or floating probabilities, got {got}")
     if soft and (target.ndim == 0 or target.shape[-1] != num_classes):
         raise ValueError(
-            f"target of {target.dtype} with shape {tuple(target.shape)}: floating targets are probabilities of "
-            f"shape (..., {num_classes}); for class numbers use target.long()"
+            f"target of {target.dtype} with shape {tuple(target.shape)}: must be probabilities of shape "
+            f"(..., {num_classes}), or class indices by target.long()"
         )
     if not read_values or not values_readable(target):
         return False

@@ -1,23 +1,23 @@
-"""Losses between a student's and a teacher's outputs and labels. All are modules: ``DKD()(student, teacher, target)``.
+"""Losses on a student's outputs, a teacher's outputs and labels. All are modules: ``DKD()(student, teacher, target)``.
 
 - ``DistillLoss``: label-smoothed cross entropy plus distillation (Hinton et al. 2015), fused
 - ``DistillTerms``: what ``DistillLoss.terms`` returns
 - ``LinearDistillLoss``: the same on the logits of a linear head, without holding them
 - ``distill_loss``: ``DistillLoss`` as a function
-- ``View``: what one network gave, for methods that need several things of it
+- ``View``: logits, maps, embedding and classifier of one network, for methods that need several of these
 
 Logits of one example, called on ``(student_logits, teacher_logits)``:
 
 - ``KD``: knowledge distillation (Hinton et al. 2015)
-- ``ReverseKL``: the divergence the other way round (Gu et al. 2024)
+- ``ReverseKL``: KL(student || teacher), where KD has KL(teacher || student) (Gu et al. 2024)
 - ``GeneralizedJSD``: generalised Jensen-Shannon divergence (Agarwal et al. 2024)
 - ``LogitMSE``: regression on logits (Kim et al. 2021)
-- ``HardDistillation``: cross entropy with the teacher's first choice (Touvron et al. 2021)
+- ``HardDistillation``: cross entropy with the teacher's most likely class (Touvron et al. 2021)
 - ``SmoothedTeacher``: KD from a teacher smoothed by formula
 - ``TTM``: transformed teacher matching (Zheng & Yang 2024)
-- ``WTTM``: the same, weighted (Zheng & Yang 2024)
+- ``WTTM``: the same, each example weighted by its teacher's uncertainty (Zheng & Yang 2024)
 - ``TfSelf``: Tf-KD self-training (Yuan et al. 2020)
-- ``LogitStandardKD``: a method on standardized logits (Sun et al. 2024)
+- ``LogitStandardKD``: any method of logits, on standardized logits (Sun et al. 2024)
 - ``CTKD``: KD at a learned temperature (Li et al. 2023)
 
 Logits and the label, called on ``(student_logits, teacher_logits, target)``:
@@ -37,7 +37,7 @@ Without a teacher, called on ``(student_logits, target)``:
 
 - ``LabelSmoothing``: label smoothing, both conventions (Szegedy et al. 2016)
 - ``GeneralizedSmoothing``: smoothing with a mass that may be negative (Wei et al. 2022)
-- ``OnlineLabelSmoothing``: smoothing by what was predicted (Zhang et al. 2021)
+- ``OnlineLabelSmoothing``: soft labels from the last epoch's predictions (Zhang et al. 2021)
 - ``MaxSup``: max suppression (Zhou et al. 2025)
 - ``ConfidencePenalty``: a penalty on confident predictions (Pereyra et al. 2017)
 - ``Focal``: focal loss (Lin et al. 2017)
@@ -45,7 +45,7 @@ Without a teacher, called on ``(student_logits, target)``:
 - ``TfReg``: Tf-KD regularisation (Yuan et al. 2020)
 - ``DML``: deep mutual learning (Zhang et al. 2018)
 
-Maps, called on ``(student_maps, teacher_maps)``:
+Feature maps, called on ``(student_maps, teacher_maps)``:
 
 - ``Hint``: FitNets hint (Romero et al. 2015)
 - ``AT``: attention transfer (Zagoruyko & Komodakis 2017)

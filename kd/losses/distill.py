@@ -14,7 +14,10 @@ from kd.smoothing import check_floating, unsmooth
 
 
 class DistillTerms(NamedTuple):
-    """The loss, and its two terms unweighted and detached for logging. A term whose weight is 0 is None."""
+    """The loss, and its terms CE and KD, unweighted and detached, for logging; in nats.
+
+    Each is a scalar, or ``(...)`` under reduction "none". A term whose weight is 0 is None.
+    """
 
     loss: Tensor
     ce: Tensor | None
@@ -34,8 +37,8 @@ class DistillLoss(DistillSettings):
         CE   = -sum_k w_k q_k log softmax(s)_k
         KD   = Ts² * KL(softmax(t / T) || softmax(s / Ts))
 
-    with student logits s, teacher logits t, smoothed target q, class weights w, temperature T and student temperature
-    Ts (T unless given).
+    with student logits s, teacher logits t, class weights w, temperature T and student temperature Ts (T unless given).
+    q is the smoothed target: ``(1 - eps) * target + eps / K`` under ``smoothing="uniform"``.
 
     Call ``loss(student_logits, teacher_logits, target)``:
 
@@ -49,8 +52,9 @@ class DistillLoss(DistillSettings):
     ``loss.terms(...)`` returns the loss with both terms unweighted, for logging. A setting may be changed between calls
     (``loss.temperature = 2``); it is checked when it is assigned.
 
-    Under reduction "sum" and "none" CE equals F.cross_entropy, label smoothing included (Szegedy et al. 2016 §7). Its
-    minimum is the entropy of q, so it reaches 0 only without smoothing.
+    CE equals F.cross_entropy with the same class weights, ignore_index, reduction and uniform label smoothing (Szegedy
+    et al. 2016 §7); but a "mean" over no position is 0, not nan. Without class weights its minimum is the entropy of q,
+    so it reaches 0 only without smoothing.
 
     KD is 0, with a gradient of 0, where both softened distributions are equal. Its gradient is
     ``Ts * (softmax(s / Ts) - softmax(t / T))``: the factor Ts² keeps its size comparable across temperatures (Hinton et
@@ -58,36 +62,38 @@ class DistillLoss(DistillSettings):
     matching (Zheng & Yang 2024).
 
     Args:
-        temperature: T, from 0.001 to 1000; default 4.0. In float32 KD is off by about 1e-7 T², its gradient by 1e-7 T.
+        temperature: T, from 0.001 to 1000; default 4.0. In float32 rounding errors are about 1e-7 T² in KD and
+            1e-7 T in its gradient.
         kd_weight: weight of KD, from 0 to 1e6; default 0.9. With 0 the teacher's logits are not used and may be None.
         ce_weight: weight of CE, from 0 to 1e6; default 0.1. A term of weight 0 is not computed. Weights and smoothing
             below 1e-30 count as 0.
         label_smoothing: smoothing mass eps of the target, in [0, 1); default 0.
-        smoothing: its convention, "uniform" (eps/K on every class) or "others" (eps/(K-1) on each other class).
+        smoothing: convention of eps, "uniform" (eps/K on every class; default) or "others" (eps/(K-1) on each class
+            but the label).
         student_temperature: Ts, in the range of T; None means T.
         class_weight: floating ``(K,)``, each from 0 to 1e6, for CE only; None means 1. A buffer that moves with the
             module but is not in its state_dict.
         ignore_index: label of positions to leave out; default -100. They add 0 to both terms and get a gradient of
             exactly 0. Not for targets that are probabilities.
-        reduction: "mean" over the positions that are not ignored (0 where there are none), "sum" or "none". With
-            class_weight CE is the weighted mean of F.cross_entropy, divided by the sum of the labels' weights (0 where
-            that is 0); with probabilities as target, and KD always, "mean" divides by the number of positions.
+        reduction: "mean" (default), "sum" or "none". "mean" divides by the number of positions that are not ignored (0
+            where there are none). Only CE with class_weight and int64 labels is divided by the sum of the labels'
+            weights instead, as in F.cross_entropy (0 where that is 0).
         backend: "reference" is plain PyTorch, on any device, with second and forward-mode derivatives. "cpu" (needs
             numba) and "triton" (CUDA, ROCm) compute loss and gradient in one pass over the logits; a second derivative
             raises RuntimeError there. "auto" takes the fused backend of the logits' device. Where there is none it
             takes the reference, and warns if only a package is missing. Under torch.func every backend is the
             reference. ``backend_used`` names that of the last call.
-        class_dim: the dimension of the K classes in logits and in a target of probabilities, -1; 1 for segmentation's
-            ``(N, K, H, W)``. Labels, and the loss under "none", have no such dimension.
+        class_dim: the dimension of the K classes in logits and in a target of probabilities; default -1, and 1 for
+            segmentation's ``(N, K, H, W)``. Labels, and the loss under "none", have no such dimension.
         teacher_smoothing: label smoothing that the teacher was trained with, as a uniform mass in [0, 1); default 0. It
             is removed from softmax(t) first, by kd.smoothing.unsmooth: one more pass over the teacher's logits.
             kd.smoothing.to_uniform converts a mass of the other convention.
 
-    Non-finite logits: a class adds 0 to KD where its teacher probability, divided by the largest of the row, is below
-    the smallest normal number (1.2e-38; 2.2e-308 for a float64 student), such as a class that is masked in the teacher
-    by -inf or -1e9. Elsewhere a class that the student masks by -inf makes KD inf. Label smoothing puts mass on masked
-    classes, which makes CE inf, as in F.cross_entropy. nan, +inf, or -inf in all classes make the loss of that position
-    nan.
+    Non-finite logits: a class that the student masks by -inf makes KD inf, unless the teacher masks it too, by -inf or
+    a number such as -1e9. The exact rule: a class adds 0 to KD where its teacher probability, divided by the largest of
+    the row, is below the smallest normal number (1.2e-38; 2.2e-308 for a float64 student). Label smoothing puts mass on
+    masked classes, which makes CE inf, as in F.cross_entropy. The loss of a position is nan if one of its logits is nan
+    or +inf, or all are -inf.
 
     Finite logits up to 1e20 in absolute value give a finite loss with all settings. Larger ones give the right loss or,
     where float32 cannot hold it or a part of it, inf. The gradient is right for all; one too large for the student's
@@ -99,13 +105,15 @@ class DistillLoss(DistillSettings):
     Values are not checked under torch.compile, torch.func and on "triton", where the host would have to wait for the
     GPU; there a label outside 0..K-1 gives nan.
 
-    Modes of PyTorch: torch.compile takes it in one graph and compiles again once when a setting is first seen to
-    change, not for every value. torch.func, forward-mode derivatives, torch.export, make_fx, torch.jit.trace, fake
+    Modes of PyTorch: torch.compile makes one graph of it, and compiles once more when a setting first changes, but not
+    for each later value. torch.func, forward-mode derivatives, torch.export, make_fx, torch.jit.trace, fake
     tensors and subclasses of Tensor get the reference, whatever ``backend`` says. A DTensor is a TypeError: pass
-    ``to_local()``. A teacher may come from inference_mode. Logits may be overwritten between forward and backward pass
-    where the latter needs only the gradient that the former computed: on "cpu", unless the upstream gradient is not
-    finite, the logits are of 16 bits and were not the loss's root, or the graph is retained; not on "triton", where
-    whether it needs them is known to the GPU alone.
+    ``to_local()``. The teacher's logits may come from torch.inference_mode.
+
+    Do not overwrite logits between the forward and the backward pass on "triton" and "reference". On "cpu" you may,
+    since the forward pass has already computed the gradient. There too the backward pass reads the logits again if the
+    upstream gradient is above 1e12 or not finite, if it is not 1 (a scaled loss) and the logits have 16 bits, or if
+    the graph is retained.
     """
 
     _: KW_ONLY
@@ -156,5 +164,8 @@ class DistillLoss(DistillSettings):
 def distill_loss(
     student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor, temperature: float = 4.0, **settings: Any
 ) -> Tensor:
-    """DistillLoss as a function: ``DistillLoss(temperature, **settings)(student_logits, teacher_logits, target)``."""
+    """DistillLoss as a function: ``DistillLoss(temperature, **settings)(student_logits, teacher_logits, target)``.
+
+    DistillLoss describes the formula, shapes, settings and errors.
+    """
     return DistillLoss(temperature, **settings)(student_logits, teacher_logits, target)

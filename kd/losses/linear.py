@@ -46,13 +46,13 @@ class LinearDistillLoss(DistillSettings):
     - ``target``: int64 labels ``(...)`` or probabilities ``(..., K)``
     - returns a scalar, or ``(...)`` with ``reduction="none"``. Features, weight and bias get gradients.
 
-    Formula, units, settings, dtypes, papers and errors are those of DistillLoss.
+    Formula, units, settings (but class_dim), dtypes, papers and errors are those of DistillLoss.
 
     Under "mean" and "sum" the forward pass computes the gradients too, and the backward pass multiplies them by the
     upstream gradient. Between the two it holds gradients of features (N x D), weight (K x D) and bias in the wide
     dtype, which are rounded once, in the backward pass. Under "none", and in the second backward pass of a retained
-    graph, the chunks are computed again. A second derivative is a RuntimeError; DistillLoss with
-    ``backend="reference"`` on the logits has one.
+    graph, the chunks are computed again. A second derivative raises RuntimeError; for one, compute the logits and call
+    DistillLoss with ``backend="reference"``.
 
     Under torch.func all logits are held at once, as in plain PyTorch.
 
@@ -63,7 +63,7 @@ class LinearDistillLoss(DistillSettings):
             computed here, and the gradient of the student's logits (a quarter of it at a time on a CPU). None means
             one byte for each entry of ``weight``, at least 24 MiB. The head is read once per chunk: give a chunk 100
             rows or more on a CPU, several hundred on a GPU.
-        temperature, ...: all settings of DistillLoss.
+        temperature, ...: all settings of DistillLoss but class_dim.
     """
 
     _: KW_ONLY

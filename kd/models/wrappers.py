@@ -72,9 +72,9 @@ class _Hooks:
 class Teacher(nn.Module):
     """A frozen network to learn from: always in eval mode, and without gradients.
 
-    It is held outside PyTorch's registries: `parameters`, `state_dict`, `train` and `requires_grad_`, of the teacher
-    and of any parent module, do not reach it; `to`, `half` and the like do. The network itself is frozen, not a copy:
-    to train a network further, pass a deep copy of it.
+    The network is not a registered submodule: `parameters`, `state_dict`, `train` and `requires_grad_`, of the teacher
+    and of any parent module, do not reach it; `to`, `half` and the like do. The network that you pass is frozen itself,
+    without a copy: to train it further, pass a deep copy.
 
     Args:
         model: a network, or the name of a timm model.
@@ -93,12 +93,13 @@ class Teacher(nn.Module):
     def __init__(self, model: nn.Module | str, *, features: Sequence[str] = (), **create_kwargs: Any):
         super().__init__()
         if isinstance(model, str) and not {"pretrained", "checkpoint_path"} & create_kwargs.keys():
-            warnings.warn(f"Teacher({model!r}) has random weights: pretrained=True or checkpoint_path=", stacklevel=2)
+            random = f"Teacher({model!r}) has random weights: pass pretrained=True or checkpoint_path=PATH"
+            warnings.warn(random, stacklevel=2)
         model = _network(model, create_kwargs)
         if create_kwargs.get("pretrained"):
             weights: Any = model.pretrained_cfg
             published, classes = weights["num_classes"], model.num_classes
-            differ = f"num_classes={classes}: the pretrained weights have {published}; fine-tune first"
+            differ = f"num_classes={classes}: the pretrained weights have {published} classes; fine-tune first"
             require(published == classes, differ, ValueError)
         self._hooks = _Hooks(model, features)
         self._held = (model.eval().requires_grad_(False),)  # modules in a tuple are not registered
@@ -164,7 +165,7 @@ def _network(model: nn.Module | str, create_kwargs: dict[str, Any]) -> nn.Module
 
 
 def _check_tensor(value: object, what: str) -> None:
-    require(isinstance(value, Tensor), f"{what} a {type(value).__name__}, must be a tensor", ValueError)
+    require(isinstance(value, Tensor), f"{what} a {type(value).__name__}: must be a tensor", ValueError)
 
 
 def _writes(tensor: Tensor) -> int:

@@ -94,7 +94,7 @@ def test_wrong_settings(settings, error, message):
         (S, T, Y.tolist(), {}, TypeError, "target: must be int64 labels .* got list"),
         # probabilities as target
         (S, T, P - 0.1, {}, ValueError, "target has a row that sums to 0.7, with -0.1"),
-        (S, T, P[:, :2], {}, ValueError, r"shape \(4, 2\): floating targets are probabilities of shape \(\.\.\., 3\)"),
+        (S, T, P[:, :2], {}, ValueError, r"shape \(4, 2\): must be probabilities of shape \(\.\.\., 3\)"),
         (S, T, P[:1], {}, ValueError, r"target has shape \(1, 3\): must be \(4, 3\)"),
         (S, T, P, {"ignore_index": 1}, ValueError, r"ignore_index=1: must be < 0 \(off\) with probabilities"),
         (S, T, P.clone().requires_grad_(), {}, ValueError, r"target.requires_grad=True: .*target.detach\(\)"),

@@ -260,7 +260,7 @@ SEEN = Seen(View(S), View(T), Y)
 MAP = draw(4, 3, 2, 2)
 CALL = "type loss(student_logits, teacher_logits, target)"
 WRONG = {
-    f"TypeError: dkd: the teacher's place has int64 labels; {CALL}": lambda: DKD()(S, Y),
+    f"TypeError: dkd: the teacher's place has int64 labels: must be floating; {CALL}": lambda: DKD()(S, Y),
     f"TypeError: dkd: settings go to the constructor and tensors to the call: {CALL.replace('loss', 'DKD(...)')}": (
         lambda: DKD(S, T, Y)
     ),

@@ -180,7 +180,7 @@ def test_features_and_logits_that_would_mislead_are_refused(feature, gives, mess
 
 
 def test_a_teacher_without_weights_is_said_to_be_random():
-    with pytest.warns(UserWarning, match="random weights: pretrained=True"):
+    with pytest.warns(UserWarning, match="random weights: pass pretrained=True"):
         Teacher("mlp_nano")
 
 

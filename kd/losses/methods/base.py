@@ -52,9 +52,9 @@ class Method(Checked):
     _: KW_ONLY
     reduction: Annotated[str, one_of("mean", "sum", "none")] = "mean"
 
-    # Of teacher, target, maps, embedding, weight, index, images, peer. Also "labels", a target that may not be
-    # probabilities, as mixup's are, and "batch" where the value is one of 2 or more examples, (), and not (N,), row i
-    # of row i alone.
+    # What the method reads: some of teacher, target, maps, embedding, weight, index, images, peer. "labels" in place of
+    # "target" refuses probabilities such as mixup's. "batch" marks a method that compares 2 or more examples and has
+    # one value, (); without it the values are (N,), and row i depends on example i alone.
     needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
     classifies: ClassVar[bool] = False  # `classify` gives the logits to evaluate, not the student's own classifier
     # Published settings: this method's "weight", the "warmup_epochs" over which it rises linearly from 0, "ce_weight",
@@ -177,16 +177,16 @@ class Method(Checked):
             target: int64 labels ``(...)``, -100 at positions that do not count, or probabilities ``(..., K)``. It may
                 be None where the formula has none; then every position counts.
             index: (N,) int64, positions of the examples in the training set.
-            num_samples: examples in the training set, for the first call.
-            epoch: epochs done, with the fraction of the running one.
-            epochs: epochs in all.
+            num_samples: number of examples in the training set; read at the first call.
+            epoch: epochs done, with the fraction of the running one, such as 2.5.
+            epochs: number of epochs of the training.
             images: (N, ...), what the networks saw.
-            peer: a second student with other weights, for the first call.
+            peer: a second student with other weights; read at the first call.
 
         Raises:
             ValueError: something that the method needs is missing or has a form that it cannot use, or a tensor of the
                 teacher requires a gradient.
-            TypeError: an argument has a type, or a tensor a dtype, that cannot be meant.
+            TypeError: an argument has the wrong type, or a tensor the wrong dtype.
         """
         if "teacher" not in self.needs:
             teacher, target = None, teacher if target is None else target

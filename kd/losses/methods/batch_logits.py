@@ -23,7 +23,7 @@ class DIST(Method, name="dist"):
     """Distillation by correlation: ``T² [inter_weight (1 - mean_i ρ(row i)) + intra_weight (1 - mean_k ρ(column k))]``.
 
     ρ is Pearson's correlation between p_T(s) and p_T(t): over the classes of an example (inter), and over the examples
-    for a class (intra), so the student may be as certain as it likes. No unit. Zero and stationary where every row and
+    for a class (intra), so the student's confidence is free. No unit. Zero and stationary where every row and
     column of p_T(s) is an increasing linear function of the teacher's, in particular at s = t. A row or column that
     does not vary has no correlation and counts as 0 without a gradient.
 
@@ -35,7 +35,8 @@ class DIST(Method, name="dist"):
         intra_weight: weight of the columns' term.
         temperature: T.
         released: compute the authors' code, which adds 1e-8 to the product of the two norms. Columns of tiny
-            probabilities then count as uncorrelated: 3.4 % of the value for 10 classes and teachers of margin 15.
+            probabilities then count as uncorrelated: 3.4 % of the value for 10 classes and teachers whose largest
+            logit is 15 above the others.
 
     Example:
         >>> DIST()(torch.randn(8, 10), torch.randn(8, 10)).shape
@@ -86,25 +87,25 @@ class MLKD(Method, name="mlkd"):
 
     With P = p_T(s) and Q = p_T(t), both (N, K), and masks m (N,) and c (K,) of 0 and 1:
 
-    - I = ``mean_i m_i T² KL(Q_i || P_i)``, what each example is, in nats;
-    - B = ``mean_i m_i sum_j (Q Qᵀ - P Pᵀ)_ij²``, how examples relate, in squared probabilities;
-    - C = ``mean_k c_k sum_l (Qᵀ Q - Pᵀ P)_kl²``, how classes relate, in squared probabilities.
+    - I = ``mean_i m_i T² KL(Q_i || P_i)``, of single examples, in nats;
+    - B = ``mean_i m_i sum_j (Q Qᵀ - P Pᵀ)_ij²``, of pairs of examples, without unit;
+    - C = ``mean_k c_k sum_l (Qᵀ Q - Pᵀ P)_kl²``, of pairs of classes, without unit.
 
-    m keeps the examples whose teacher is no more confident than the batch's median (largest probability at T = 1); c
-    keeps the classes of no more total probability than the median class. Zero and stationary where student and teacher
-    give equal distributions.
+    m is 1 for examples whose teacher's largest probability, at T = 1, is at most the batch's median; c is 1 for classes
+    whose teacher probability, summed over the batch, is at most the median of the classes. Zero and stationary where
+    student and teacher give equal distributions.
 
     Source: Jin et al. 2023, "Multi-Level Logit Distillation", whose prediction augmentation is the temperatures. The
     masks are in the released code (Jin-Ying/Multi-Level-Logit-Distillation, commit 5ee473f); whether the paper has them
-    was not checked. That code also trains on a strong second view, without B and C, and takes that view's terms at
-    T = 2 and 6 from the weak view; with one view there is nothing of it.
+    was not checked. That code has a second, strongly augmented view too, without B and C, whose terms at T = 2 and 6
+    are computed from the weak view; here there is one view.
 
     Args:
         temperatures: one or more T.
         instance_weight: weight of I.
         batch_weight: weight of B.
         class_weight: weight of C.
-        masks: false leaves m and c out.
+        masks: false sets m and c to 1.
         released: compute the authors' code, which multiplies the masks into values already averaged, so that they act
             as the factors mean(m) and mean(c), about one half.
 

@@ -36,7 +36,7 @@ def views(name: str, needs: frozenset[str], student: Any, teacher: Any) -> tuple
     if isinstance(student, Seen):
         raise TypeError(f"{name}: a call takes tensors: {typed}, or loss.evaluate(seen)")
     if isinstance(teacher, Tensor) and teacher.dtype == torch.int64:
-        raise TypeError(f"{name}: the teacher's place has int64 labels; {typed}")
+        raise TypeError(f"{name}: the teacher's place has int64 labels: must be floating; {typed}")
     ours = _view(name, needs, "student", student, typed)
     if teacher is None:
         return ours, None

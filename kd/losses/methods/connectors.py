@@ -20,15 +20,16 @@ from kd.losses.methods.shared import pick, same_size
 class OFD(Method, name="ofd"):
     """Overhaul of feature distillation: ``sum_j layer_decay^(L-1-j) mean_n sum_chw g (r(s) - t')²``.
 
-    ``t' = max(t, m_c)`` is the teacher's map through a ReLU whose slope ends at the margin m_c < 0. r is a learned 1x1
-    convolution and batch normalisation. g is 0 where t ≤ 0 and r(s) ≤ t', else 1: this partial distance asks a student
-    for values as low as the teacher's, not for equal ones. j counts the L pairs of maps from the shallowest. The margin
-    is the mean of the teacher's negative values in a channel over the first batch; a channel without any takes -3 of
-    its standard deviations. (The released code computes that mean from the batch normalisation in front of the map.)
+    ``t' = max(t, m_c)`` is the teacher's map through a margin ReLU, cut off at the margin m_c < 0 of channel c. r is a
+    learned 1x1 convolution and batch normalisation. g is 0 where t ≤ 0 and r(s) ≤ t', else 1: where the teacher is not
+    positive, the student's value need only be as low as t'. j counts the L pairs of maps from 0, the shallowest. The
+    margin is the mean of the teacher's negative values in a channel over the first batch, or -3 standard deviations of
+    a channel without negative values. (The released code computes that mean from the batch normalisation in front of
+    the map.)
 
     In squared teacher activations, summed over a map: the published weights, 1e-3 and 1e-4, are small for that. Zero
     and stationary where r(s) = t' at every positive t and r(s) ≤ t' elsewhere. Name layers in front of their ReLU:
-    behind one nothing is negative, and the loss is that of m = 0.
+    behind it no value is negative, and the margin has no effect.
 
     Shapes: any number of maps (N, C, H, W); gives (). Sizes are equal in the paper; here the larger is averaged down.
 
@@ -108,8 +109,8 @@ class ReviewKD(Method, name="reviewkd"):
 
     ``hcl(f, t) = sum_l w_l mean (pool_l f - pool_l t)² / sum_l w_l``: the maps at full size (w = 1), then averaged
     to 4x4, 2x2 and 1x1 where smaller than the maps; w halves from each level used to the next. The fusion (ABF)
-    is learned. The embedding is the deepest level, a 1x1 map. In squared teacher activations, means; about 1 for each
-    level. Zero and stationary where every fused map equals the teacher's.
+    is learned. The embedding is the deepest level, a 1x1 map. In squared teacher activations, averaged; about 1 for
+    each level. Zero and stationary where every fused map equals the teacher's.
 
     Shapes: any number of maps (N, C, H, W) and embeddings (N, D), all sizes free; gives (). N must be at least 2, for
     the batch normalisation of the 1x1 map.
@@ -119,7 +120,7 @@ class ReviewKD(Method, name="reviewkd"):
     presets' ``warmup_epochs`` raise the weight linearly at the start.
 
     Args:
-        max_width: most channels inside the fusion, which otherwise has as many as the student's embedding.
+        max_width: upper limit of the channels inside the fusion, which are as many as the student's embedding has.
 
     Example:
         >>> teacher = student = View(maps=[torch.randn(8, 16, 4, 4)], embedding=torch.randn(8, 64))
@@ -186,7 +187,7 @@ class SimKD(Method, name="simkd"):
 
     Args:
         layer: position of the map whose average the teacher's classifier reads; negative from the deepest.
-        factor: by which r has fewer inner channels than the teacher.
+        factor: r has the teacher's number of channels divided by this inside.
 
     Example:
         >>> m, w = torch.randn(8, 16, 4, 4), torch.randn(10, 16)

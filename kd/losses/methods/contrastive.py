@@ -20,21 +20,22 @@ from kd.losses.methods.shared import everywhere, unit
 class CRD(Method, name="crd"):
     """Contrastive representation distillation: ``mean_i [-log h(s_i, t*_i) - sum_j log(1 - h(s_i, t*_j))]``.
 
-    The same term with student and teacher exchanged is added. ``h = e^(u·v/temperature) / (e^(u·v/temperature) +
-    n/M)``; s and t are embeddings through a learned linear layer of each network, made to length 1; t*_j and s*_j are
-    what a memory holds for training example j; j runs over n draws, with replacement, from the examples of other labels
-    than i's. Labels are learned from what was seen: in the first epoch an example that was not seen yet may be drawn
-    although its label is the same.
+    The same term with student and teacher exchanged is added. ``h(u, v) = e^(u·v/temperature) / (e^(u·v/temperature) +
+    n/M)``; s and t are the L2-normalised outputs of a learned linear layer on each network's embedding; t*_j and s*_j
+    are what a memory holds for training example j; j runs over n draws, with replacement, from the examples of other
+    labels than i's. The label of an example is known once it was in a batch: before, in the first epoch, it may be
+    drawn for an example of the same label.
 
-    In nats for each example; the sum over n negatives starts in the ten thousands. Never zero: it is a bound on
-    log n minus mutual information. Stationary where h is the posterior of a true pair.
+    In nats for each example; the sum over n negatives starts in the ten thousands. Never zero: each direction is an
+    upper bound of log n minus the mutual information. Stationary where h is the posterior of a true pair.
 
     Shapes: embeddings (N, D_s), (N, D_t), index (N,) positions in the training set, target (N,) labels; gives ().
 
-    State: ``memory_student``, ``memory_teacher`` (M, D), ``labels`` (M,) and the log constants; all are saved. The
-    memory starts uniform, of expected length 1. In training, after the value is taken, the rows of the batch become
-    ``momentum · old + (1 - momentum) · new``, made to length 1. Draws come from torch's generator, so a seeded step is
-    repeatable. Several processes hold the same memory: each enters the rows of all.
+    State: ``memory_student``, ``memory_teacher`` (M, D), ``labels`` (M,) and ``log_constants`` (2,), the logarithms of
+    the constants of ``released``; all are saved. The memory starts uniform, of expected length 1. In training, after
+    the value is computed, the rows of the batch become ``momentum · old + (1 - momentum) · new``, L2-normalised. Draws
+    come from torch's generator, so a seeded step is repeatable. All processes hold the same memory: each writes the
+    rows of all.
 
     Source: Tian et al. 2020, "Contrastive Representation Distillation", §3.1. n, momentum, temperature and negatives of
     other labels are the defaults of its released code.
@@ -45,9 +46,9 @@ class CRD(Method, name="crd"):
         momentum: share of the old row.
         embed_dim: D.
         released: compute RepDistiller's CRDLoss. In each of the two directions e^(u·v/temperature) is divided by a
-            constant, as in Wu et al. 2018: M times its mean over the first batch of all processes. Its ratio to n/M is
-            then typically 1/n instead of about M/n, and the first value is about 2·(1 + log n). That code also adds
-            1e-7 to denominators, on CIFAR-100 a relative 3e-7 of n/M; that is not done here.
+            constant, as in Wu et al. 2018: M times its mean over the first batch of all processes. The quotient is then
+            typically 1/M, so its ratio to n/M is 1/n (about M/n by default), and the first value is about
+            2·(1 + log n). That code also adds 1e-7 to denominators, 3e-7 of n/M on CIFAR-100; kd does not.
 
     Example:
         >>> s, t, y = torch.randn(8, 64), torch.randn(8, 128), torch.randint(10, (8,))

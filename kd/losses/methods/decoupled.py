@@ -65,7 +65,7 @@ class NKD(Method, name="nkd"):
     """Normalised distillation: ``-softmax(t)_y log softmax(s)_y + other_weight T² H(n_T(t), n_T(s))``.
 
     n_T is the softmax at T over the classes other than the label, and H the cross entropy. The label's term is always
-    at temperature 1. Neither zero nor stationary at s = t, because the label's term always asks for more.
+    at temperature 1. Neither zero nor stationary at s = t, because the label's term always raises softmax(s)_y.
 
     Source: Yang et al. 2023, "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
     Normalized Loss and Customized Soft Labels"; their γ is ``other_weight`` and their λ is T. Defaults and presets are
@@ -100,13 +100,13 @@ class NKD(Method, name="nkd"):
 
 
 class RLD(Method, name="rld"):
-    """Refined logits: ``confidence_weight SC + correlation_weight MC``, into which a teacher's errors do not enter.
+    """Refined logits: ``confidence_weight SC + correlation_weight MC``; both leave out the teacher's errors.
 
     SC, sample confidence, is ``Tc² KL`` between two binary distributions: (largest probability, rest) of the teacher
     and (label's probability, rest) of the student, at Tc = ``confidence_temperature``. The student is to be as sure of
     the label as the teacher is of its first choice. MC, masked correlation, is ``T² KL`` between the softmaxes at T
     over the classes whose teacher logit is below the label's; 0 where there is none. Zero and stationary at s = t where
-    the teacher's first choice is the label; elsewhere SC is neither.
+    the teacher's first choice is the label; where it is another class, SC is neither.
 
     Source: Sun et al. 2024, "Knowledge Distillation with Refined Logits" (arXiv 2408.07703). Formula, defaults and
     presets are those of the authors' code (zju-SWJ/RLD, commit d54578f, mdistiller/distillers/RLD.py); the equations of

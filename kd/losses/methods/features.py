@@ -91,8 +91,8 @@ class AT(Method, name="at"):
     Args:
         power: exponent of the attention, at least 1: lower powers have no gradient at 0.
         released: compute the authors' attention-transfer and RepDistiller's AT: the mean over h, w of the squared
-            difference, which is d²/(H·W) with the paper's distance d. Its weight is 1000, which is what the paper's β
-            stands for: 1000 divided by the number of positions and by the batch size.
+            difference, which is d²/(H·W) with the paper's distance d. Its weight is 1000: the paper's β is 1000 divided
+            by H·W and by the batch size, and both divisions are in the means.
 
     Example:
         >>> AT()(torch.randn(8, 16, 4, 4), torch.randn(8, 32, 4, 4)).shape
@@ -128,8 +128,8 @@ class VID(Method, name="vid"):
 
     It is the Gaussian negative log likelihood of the teacher's map, without the constant ½ log 2π, in nats; it grows
     with C·H·W. μ is three learned 1x1 convolutions with ReLU between them; σ² is softplus of a learned number for each
-    channel, plus 1e-5. The minimum for given σ is at μ(s) = t, where it is stationary in s. It falls with σ² and may be
-    negative; the floor is -5.76 for each element.
+    channel, plus 1e-5. For given σ the minimum is at μ(s) = t, stationary in s. That minimum falls with σ² and may be
+    negative, down to -5.76 for each element.
 
     Shapes: any number of maps (N, C, H, W); gives (N,).
 
@@ -216,8 +216,8 @@ def _sum_over_pairs(seen: Seen, distance: Callable[[Tensor, Tensor], Tensor]) ->
 class FSP(Method, name="fsp"):
     """Flow of solution procedure: ``sum_j ‖G_s,j - G_t,j‖²``, ``G_j = mean_hw x_j[c, h, w] x_(j+1)[d, h, w]``.
 
-    j and j + 1 are neighbouring maps. In activations to the fourth power, so that its gradient leaves float16 at
-    activations of about 100; grows with C_j·C_(j+1). Zero and stationary where all G are equal, so for equal maps and
+    j and j + 1 are neighbouring maps. In activations to the fourth power, so that its gradient overflows float16 at
+    activations of about 100; grows with C_j·C_(j+1). Zero and stationary where all G are equal, as for equal maps and
     for maps whose positions are permuted alike.
 
     Shapes: two or more maps (N, C, H, W), as many channels in the student's as in the teacher's; gives (N,).

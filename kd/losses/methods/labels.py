@@ -1,8 +1,8 @@
 """Label smoothing and its alternatives: losses on the labels, without a teacher.
 
-N examples, K classes; p = softmax(s) of the student's logits s (N, K), y the label. Values are (N,), in nats unless the
-docstring says otherwise, at temperature 1. Each is either what a paper puts in place of the cross entropy, or the term
-that it adds to it: the presets' ``ce_weight`` (0, or the paper's) says which.
+N examples, K classes; p = softmax(s) of the student's logits s (N, K), y the label, CE = -log p_y, u = 1/K the uniform
+distribution, H the entropy. Values are (N,), in nats unless the docstring says otherwise, at temperature 1. A method
+either replaces the cross entropy (its presets have ``ce_weight`` 0) or is added to it.
 """
 
 import math
@@ -92,20 +92,20 @@ class GeneralizedSmoothing(Method, name="generalized_smoothing"):
 
 
 class OnlineLabelSmoothing(Method, name="online_label_smoothing"):
-    """Online label smoothing: ``-sum_k S[y, k] log p_k``, beside the cross entropy, half and half.
+    """Online label smoothing: ``-sum_k S[y, k] log p_k``, added to the cross entropy with equal weight.
 
     S[y] is the mean prediction over last epoch's correctly classified examples of class y. The minimum is the entropy
-    of S[y], at p = S[y]. Labels only.
+    of S[y], at p = S[y]. The target must be class labels.
 
-    In training every correctly classified example adds its p, before the step and without gradient, to its class's row;
-    ``end_epoch`` makes the means the next epoch's S. A class without a correct example gets 1/K. Rows are summed over
-    processes batch by batch, so that all processes hold the same table.
+    In training every correctly classified example adds its p, without gradient, to the sum of its class;
+    ``end_epoch`` makes the means of these sums the S of the next epoch. A class without a correct example gets 1/K. The
+    sums run over the batches of all processes, so that all have the same S.
 
     Source: Zhang et al. 2021, "Delving Deep into Label Smoothing".
 
     Args:
-        released: compute the authors' CIFAR and ImageNet scripts, whose S is 0 in the first epoch, and so the value;
-            in the paper it is 1/K.
+        released: compute the authors' CIFAR and ImageNet scripts, in which S, and so the value, is 0 in the first
+            epoch; in the paper S is 1/K there.
 
     Example:
         >>> OnlineLabelSmoothing()(torch.randn(8, 10), torch.randint(10, (8,))).shape
@@ -157,7 +157,7 @@ class OnlineLabelSmoothing(Method, name="online_label_smoothing"):
 
 
 class MaxSup(Method, name="maxsup"):
-    """Max suppression: ``w (max_k s_k - mean_k s_k)``, beside the cross entropy, in logits.
+    """Max suppression: ``w (max_k s_k - mean_k s_k)``, added to the cross entropy; in units of logits.
 
     It lowers the largest logit, where label smoothing lowers the label's: on a correct prediction it is label smoothing
     with eps = w, as ``LS = CE + eps (s_y - mean_k s_k)`` shows. The label plays no part. Non-negative; zero, where it
@@ -170,7 +170,7 @@ class MaxSup(Method, name="maxsup"):
         start_weight: w in the first epoch.
         end_weight: w at the end.
         released: compute the authors' long-tailed code, whose w reaches end_weight in the last epoch, as it divides by
-            epochs - 1. The default is their ImageNet code, which divides by epochs: w would reach it after the last.
+            epochs - 1. The default is their ImageNet code, which divides by epochs, so that w stays below it.
 
     Example:
         >>> MaxSup()(torch.randn(8, 10)).shape
@@ -198,9 +198,9 @@ class MaxSup(Method, name="maxsup"):
 
 
 class ConfidencePenalty(Method, name="confidence_penalty"):
-    """Confidence penalty: ``-H(p) = sum_k p_k log p_k``, beside the cross entropy; its weight is the paper's beta.
+    """Confidence penalty: ``-H(p) = sum_k p_k log p_k``, added to the cross entropy; its weight is the paper's β.
 
-    It equals ``KL(p || u) - log K``; label smoothing has the divergence the other way round. The label plays no part.
+    It equals ``KL(p || u) - log K``; label smoothing has KL(u || p). The label plays no part.
     The minimum is -log K, stationary at p uniform; it is 0 at p one-hot, where the gradient vanishes too.
 
     Source: Pereyra et al. 2017, "Regularizing Neural Networks by Penalizing Confident Output Distributions", §3, weight
@@ -225,7 +225,7 @@ class Focal(Method, name="focal"):
     """Focal loss: ``-(1 - p_y)^gamma log p_y``, in place of the cross entropy.
 
     1 - p_y carries gradient and is taken in log space, exact where p_y is near 1. Non-negative; zero and stationary in
-    the limit p_y = 1. gamma = 0 is CE. Labels only.
+    the limit p_y = 1. gamma = 0 is CE. The target must be class labels.
 
     Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", §3, gamma 2 (without its class weights); the
     preset is gamma 3 of Mukhoti et al. 2020 on CIFAR. The latter's released code sums over the batch by default, so
@@ -255,11 +255,11 @@ class FLSD53(Method, name="flsd53"):
 
     g is ``low_gamma`` where p_y is below ``threshold`` and ``gamma`` elsewhere. g is chosen without gradient, so the
     loss jumps down where p_y falls through 0.2, by 0.8³·0.36·log 5 = 0.30. Non-negative; zero and stationary in the
-    limit p_y = 1. Labels only.
+    limit p_y = 1. The target must be class labels.
 
     Source: Mukhoti et al. 2020, "Calibrating Deep Neural Networks using Focal Loss". In the released code the gamma
-    argument moves only p_y ≥ 0.5, and [0.2, 0.5) stays at 3; at gamma 3, the published method, both agree. The code
-    sums over the batch by default, so that its gradient is N times that of this mean.
+    argument applies only where p_y ≥ 0.5, and on [0.2, 0.5) g is 3; at gamma 3, the published method, both agree. The
+    code sums over the batch by default, so that its gradient is N times that of this mean.
 
     Args:
         gamma: g where p_y ≥ threshold.

@@ -23,7 +23,7 @@ from kd.smoothing import mix_uniform, unsmooth
 
 
 class KD(Method, name="kd"):
-    """Knowledge distillation: ``T² KL(p_T(t) || p_T(s))``.
+    """Knowledge distillation: ``T² KL(p_T(t) || p_T(s))``, p_T(z) = softmax(z / T), s student and t teacher logits.
 
     Zero and stationary where both softened distributions are equal. The gradient is ``T (p_T(s) - p_T(t))``.
 
@@ -85,8 +85,8 @@ class GeneralizedJSD(Method, name="gjsd"):
     """Generalised Jensen-Shannon divergence: ``T² [a KL(p_T(t) || m) + (1-a) KL(p_T(s) || m)]``.
 
     ``m = a p_T(t) + (1-a) p_T(s)``, a = ``teacher_share``. At most ``T² log 2``. Zero and stationary where both
-    softened distributions are equal. Divided by a it tends to KL(t || s) as a -> 0; divided by 1-a it tends to
-    KL(s || t) as a -> 1.
+    softened distributions are equal. Divided by a it tends to ``T² KL(p_T(t) || p_T(s))`` as a -> 0; divided by 1-a it
+    tends to ``T² KL(p_T(s) || p_T(t))`` as a -> 1.
 
     Source: Agarwal et al. 2024, "On-Policy Distillation of Language Models" (GKD), at T = 1. The factor T² is ours.
     TRL's GKDTrainer has none, so its value is 1/T² of this one; at a = 0 and 1 it returns the two limits.
@@ -162,17 +162,18 @@ class HardDistillation(Method, name="hard"):
 class SmoothedTeacher(Method, name="smoothed_teacher"):
     """Plain KD from a smoothed teacher: ``T² KL(p_T(t') || p_T(s))``, ``t' = log[(1 - mass) softmax(t) + mass / K]``.
 
-    Values (N,) in nats. Zero and stationary where p_T(s) = p_T(t'), so at s = t only for equal masses. A network that
-    is trained with label smoothing learns other things too; t' is the same teacher with only the uniform mass mixed in.
-    At T = 1 that is KD from t plus label smoothing of the student, so nothing is lost; at T > 1 the small probabilities
-    meet a floor.
+    Values (N,) in nats. Zero and stationary where p_T(s) = p_T(t'), so at s = t only if ``taken_out`` equals ``mass``.
+    Training a teacher with label smoothing changes more than its confidence; t' is the same teacher with only the
+    uniform mass mixed in. At T = 1 the gradient is that of KD from t, weighted by 1 - mass, plus the mass times the
+    student's cross entropy with the uniform distribution: nothing about t is lost. At T > 1, which raises small
+    probabilities, those well below mass / K have become nearly equal.
 
     Source: ours, to separate smoothing from what comes with it (after Müller et al. 2019, §4).
 
     Args:
         mass: uniform smoothing mass to mix in.
-        taken_out: mass that `kd.smoothing.unsmooth` takes out afterwards; with ``taken_out == mass`` the value is that
-            of KD, up to rounding.
+        taken_out: mass that `kd.smoothing.unsmooth` removes from t' afterwards; with ``taken_out == mass`` the value is
+            that of KD, up to rounding.
         temperature: T.
 
     Example:
@@ -224,8 +225,9 @@ class TTM(Method, name="ttm"):
 class WTTM(Method, name="wttm"):
     """Weighted transformed teacher matching: ``U KL(p_T(t) || softmax(s))``, ``U = sum_k softmax(t)_k^(1/T)``.
 
-    It is `TTM` with more weight on smooth teachers: U lies between 1 (a certain teacher) and K^(1 - 1/T) (a uniform
-    one) and is not normalised over the batch. Zero and stationary where TTM is. At T = 1 it equals `KD` at T = 1.
+    It is `TTM` with more weight where the teacher is uncertain: U is between 1 (teacher one-hot) and K^(1 - 1/T)
+    (teacher uniform) and is not normalised over the batch. Zero and stationary where TTM is. At T = 1 it equals `KD` at
+    T = 1.
 
     Source: Zheng & Yang 2024, as TTM. The preset is the released code's example, which combines it with CRD.
 
@@ -259,9 +261,8 @@ class WSL(Method, name="wsl"):
 
     Args:
         temperature: T.
-        released: compute the authors' code, which divides by CE(t, y) + 1e-7: that halves the ratio of a teacher with
-            CE = 1e-7 and changes nothing at CE = 0.1. Without it w is 1 where CE(t, y) is 0, and 1 - 1/e where both
-            are 0.
+        released: compute the authors' code, which divides by CE(t, y) + 1e-7: that halves the ratio where CE(t, y) is
+            1e-7 and hardly changes it at 0.1. By default w is 1 where CE(t, y) is 0, and 1 - 1/e where both are 0.
 
     Example:
         >>> WSL()(torch.randn(8, 10), torch.randn(8, 10), torch.randint(10, (8,))).shape
@@ -294,7 +295,7 @@ class ATS(Method, name="ats"):
     τ is ``target_temperature`` at the label and ``other_temperature`` at all other classes; H is the cross entropy.
     With τ larger at the label, the other classes of a large teacher keep their differences. Stationary where
     softmax(s / Ts) = q, which is not s = t. Both temperatures divide the raw logits, so a constant c added to a row of
-    t multiplies the label's odds by exp(c/τ_label - c/τ_other). Labels only.
+    t multiplies the label's odds by exp(c/τ_label - c/τ_other). The target must be class labels.
 
     Source: Li et al. 2022, "Asymmetric Temperature Scaling Makes Larger Networks Teach Well Again". They search τ in
     1..6 at the label and 1..5 elsewhere, with Ts = 1 and one half of each loss; 4 and 2 are our choice from that grid.

@@ -20,10 +20,10 @@ from kd.losses.methods.shared import TINY, pick, unit
 
 
 class SP(Method, name="sp"):
-    """Similarity-preserving distillation: ``(1/N²) ‖G_s - G_t‖²_F``, ``G = F·Fᵀ`` with rows of length 1.
+    """Similarity-preserving distillation: ``(1/N²) ‖G_s - G_t‖²_F``, ``G = F·Fᵀ`` with L2-normalised rows.
 
     F is the flattened maps (N, C·H·W). No unit; between 0 and 4/N, and unchanged where maps are scaled. Zero and
-    stationary where the rows of G agree, so for features that differ by an orthogonal map and a factor.
+    stationary where the rows of G agree, as for features that are equal up to an orthogonal map and a scale.
 
     Shapes: one map of each (N, C, H, W), all sizes free; gives ().
 
@@ -56,10 +56,10 @@ PKT_FLOOR = 1e-7
 class PKT(Method, name="pkt"):
     """Probabilistic knowledge transfer: ``mean_i sum_(j≠i) q_ij log(q_ij / p_ij)``.
 
-    q_i (teacher) and p_i (student) are ``(cos(x_i, x_j) + 1) / 2`` over j ≠ i, made to sum to 1. In nats for each
+    q_i (teacher) and p_i (student) are ``(cos(x_i, x_j) + 1) / 2`` over j ≠ i, divided by their sum. In nats for each
     example (the paper sums over i). Probabilities below 1e-7 count as 1e-7, so that opposite vectors stay finite. Zero
-    and stationary where q = p (up to 1e-7 for ``released``), so for embeddings that differ by an orthogonal map and
-    factors of their rows.
+    and stationary where q = p (up to 1e-7 for ``released``), as for embeddings that are equal up to an orthogonal map
+    and the lengths of their rows.
 
     Shapes: embeddings (N, D); gives ().
 
@@ -68,7 +68,7 @@ class PKT(Method, name="pkt"):
     Args:
         released: compute the authors' probabilistic_kt and RepDistiller's PKT. q and p include j = i, and the mean is
             over all N² pairs. The value is about 1/N of the paper's, and smaller still because the large diagonal takes
-            a share of each row. 1e-7 is added to lengths and probabilities: to 1/N a relative 1e-7·N.
+            a share of each row. 1e-7 is added to lengths and probabilities.
 
     Example:
         >>> PKT()(torch.randn(8, 64), torch.randn(8, 128)).shape
@@ -101,14 +101,14 @@ class RKD(Method, name="rkd"):
 
     d_ij = ‖x_i - x_j‖, μ its mean over i ≠ j; cos is the cosine of the angle at x_i between x_j and x_k; primes are the
     teacher's; h is the Huber loss of threshold 1. The means are over i ≠ j, and over i, j, k all different. No unit.
-    Zero and stationary where all distance ratios and angles agree, so for embeddings that differ by a shift, an
-    orthogonal map and a factor. Equal rows have no direction: their cosines are 0. With N = 2 there is no angle, and
+    Zero and stationary where all distance ratios and angles agree, as for embeddings that are equal up to a shift, an
+    orthogonal map and a scale. Equal rows have no direction: their cosines are 0. With N = 2 there is no angle, and
     its term is 0.
 
     Shapes: embeddings (N, D); gives ().
 
     Source: Park et al. 2019, "Relational Knowledge Distillation", §3.2, weights of its CIFAR-100 experiments. The paper
-    writes sums; its weights are for means.
+    writes sums, but its weights are for means.
 
     Args:
         distance_weight: weight of the distances.
@@ -163,9 +163,9 @@ def _cosines(edges: Tensor) -> Tensor:
 class CC(Method, name="cc"):
     """Correlation congruence: ``(1/N²) sum_ij (K(s_i, s_j) - K(t_i, t_j))²``.
 
-    ``K(x, y) = sum_(p≤order) e^(-2γ) (2γ)^p / p! · (x·y)^p`` is the Taylor series of the Gaussian kernel e^(-γ‖x-y‖²)
-    of vectors of length 1, to which embeddings are brought. No unit; between 0 and 1. Zero and stationary where all
-    kernel values agree, so for embeddings that differ by an orthogonal map and factors of their rows.
+    ``K(x, y) = sum_(p≤order) e^(-2γ) (2γ)^p / p! · (x·y)^p`` of L2-normalised embeddings is the Taylor series of the
+    Gaussian kernel e^(-γ‖x-y‖²). No unit; between 0 and 1. Zero and stationary where all kernel values agree, as for
+    embeddings that are equal up to an orthogonal map and the lengths of their rows.
 
     Shapes: embeddings (N, D); gives ().
 
@@ -174,10 +174,10 @@ class CC(Method, name="cc"):
     Args:
         gamma: γ of the Gaussian kernel.
         order: last power of the series.
-        released: RepDistiller's Correlation, from the paper's authors, another loss:
+        released: compute RepDistiller's Correlation, by the paper's authors, which is another loss:
             ``mean_(i<N) sum_d |s_i - t_i| |s_(i+1) - t_(i+1)|`` over neighbours in the batch, of embeddings through a
-            learned linear layer of each network. It depends on the order of the batch. Zero, with a kink, where of any
-            two neighbours one agrees with its teacher.
+            learned linear layer of each network. It depends on the order of the batch. Zero, with a kink, where in
+            every product one of the two factors is 0.
         embed_dim: width of the learned layers, which only ``released`` has.
 
     Example:

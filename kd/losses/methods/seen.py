@@ -16,7 +16,7 @@ FEATURES = frozenset({"maps", "embedding", "weight"})  # what a method may need 
 
 @dataclass(frozen=True)
 class View:
-    """What one network gave for a batch; what a method does not need may be left out.
+    """Outputs of one network for a batch, and its classifier; leave out what the method does not need.
 
     Logits that are left out become (N, 0), on the device and in the dtype of the maps or the embedding.
     """
@@ -81,7 +81,7 @@ class Seen:
         student, teacher = self.views
         ours, theirs = len(student.maps), len(teacher.maps)
         if ours != theirs:
-            raise ValueError(f"student has {ours} maps and teacher {theirs}: must be as many, because they pair up")
+            raise ValueError(f"student has {ours} maps and teacher {theirs}: must be equal, because maps pair up")
         return list(zip(student.maps, teacher.maps, strict=True))
 
     @property

@@ -1,7 +1,7 @@
 """Methods that need no larger teacher: a trained copy of the student, a virtual teacher, or a second student.
 
-N examples, K classes; s the student's logits (N, K), y the label, p_T = softmax(s / T), and p = p_1. Values are (N,),
-in nats, and stand beside the cross entropy. Born-again networks are the preset ``kd:born_again``.
+N examples, K classes; s the student's logits (N, K), y the label, p_T = softmax(s / T), and p = softmax(s). Values are
+(N,), in nats, and are added to the cross entropy. Born-again networks are the preset ``kd:born_again``.
 """
 
 import torch.nn.functional as F
@@ -16,8 +16,8 @@ from kd.smoothing import mix_uniform, uniform_mass
 class TfSelf(Method, name="tf_self"):
     """Tf-KD self-training: ``KL(p^t_T || p_T)``, the teacher a trained copy of the student's own architecture.
 
-    There is no factor T²: the gradient is (p_T - p^t_T)/T. Zero and stationary where both softened distributions are
-    equal.
+    p^t_T = softmax(t / T) of the teacher's logits t. There is no factor T²: the gradient is (p_T - p^t_T)/T. Zero and
+    stationary where both softened distributions are equal.
 
     Source: Yuan et al. 2020, "Revisiting Knowledge Distillation via Label Smoothing Regularization", Eq. 7. Its plain
     KD (Re-KD, De-KD) is the same with another teacher.
@@ -94,12 +94,12 @@ class TfReg(Method, name="tf_reg"):
 
 
 class DML(Method, name="dml"):
-    """Deep mutual learning: ``KL(p² || p) + CE(p², y) + KL(p || p²)``. Two students learn from labels and each other.
+    """Deep mutual learning: ``KL(p' || p) + CE(p', y) + KL(p || p')``. Two students learn from labels and each other.
 
-    p² is the prediction of a peer that sees the same images, starts from other weights and is trained in the same step.
-    The first term trains the student (p² detached), the other two train the peer (p detached); the student's own CE
-    stands beside them. The student's term is zero and stationary where p = p². A weight of this method scales the whole
-    gradient of the peer as well; the paper's is 1.
+    p' is the prediction of a peer that sees the same images, starts from other weights and is trained in the same step;
+    CE(p', y) = -log p'_y. The first term trains the student (p' detached), the other two train the peer (p detached);
+    the student's own CE is added outside. The student's term is zero and stationary where p = p'. The weight of this
+    method scales the whole gradient of the peer too; the paper's is 1.
 
     The first call, or ``build``, takes the peer, a network from images to (N, K) logits; it is this method's learned
     part.

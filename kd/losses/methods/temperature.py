@@ -28,9 +28,9 @@ Settings = Annotated[Mapping[str, Any], Allowed("settings such as {temperature: 
 class LogitStandardKD(Method, name="lskd"):
     """Logit standardization: another method on ``(z - mean z) / std z`` of each row of student and teacher.
 
-    Shapes and units are those of the method inside. Where that is zero at s = t, this is zero where t = a s + b in each
-    row with a > 0, so the student may be as certain as it likes. A row that does not vary becomes zeros without a
-    gradient.
+    Shapes and units are those of the method inside. If that method is zero at s = t, this one is zero wherever
+    t = a s + b in each row with a > 0: the scale of the student's logits is free. A row of equal logits becomes zeros
+    without a gradient.
 
     Source: Sun et al. 2024, "Logit Standardization in Knowledge Distillation": weight 9 for KD on CIFAR-100; for DKD
     both of its weights times 9. The released code wraps KD, DKD, MLKD and CTKD.
@@ -97,10 +97,10 @@ class LogitStandardKD(Method, name="lskd"):
 class CTKD(Method, name="ctkd"):
     """Curriculum temperature: ``T² KL(p_T(t) || p_T(s))`` at a learned ``T = lowest_temperature + range · sigmoid(θ)``.
 
-    θ is one number that is learned with the student but against it: its gradient, which includes that of T², is
-    reversed and multiplied by ``½ final_strength (1 - cos(π min(E, curriculum_epochs) / curriculum_epochs))`` in the
-    E-th epoch, counted from 1, so that the task becomes harder. Values (N,) in nats. Zero and stationary where both
-    softened distributions are equal, for any θ.
+    θ is one number, learned adversarially: its gradient, which includes that of T², is reversed and multiplied by
+    ``½ final_strength (1 - cos(π min(E, curriculum_epochs) / curriculum_epochs))`` in epoch E, counted from 1, so that
+    the task becomes harder. Values (N,) in nats. Zero and stationary where both softened distributions are equal, for
+    any θ.
 
     Source: Li et al. 2023, "Curriculum Temperature for Knowledge Distillation", the global version; the version that
     predicts a temperature for each example is not here. Formula and defaults are those of the authors' code
