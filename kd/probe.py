@@ -8,6 +8,7 @@ the estimate, the range that the middle half of the images gives, and any reason
   checkpoint=PATH  weights file; without it, timm's weights
   split=SPLIT      train (the default, and what the estimate is for), val or test
   teacher.model_kwargs.KEY=VALUE   a further argument of timm.create_model
+  teacher.preprocess=data          images as the data set's, not as its weights were trained; teacher.image_size=N too
 
 Exit code 1 when the estimate is not to be trusted, 2 when the command line cannot work.
 
@@ -24,7 +25,12 @@ from kd.errors import ConfigError, require
 
 SPLITS = ("train", "val", "test")
 ARGUMENTS = {"data": "NAME", "model": "NAME", "checkpoint": "FILE", "split": "SPLIT"}
-ARGUMENTS |= {"data.": "VALUE", "teacher.model_kwargs.": "VALUE"}
+ARGUMENTS |= {
+    "data.": "VALUE",
+    "teacher.model_kwargs.": "VALUE",
+    "teacher.preprocess": "data",
+    "teacher.image_size": "N",
+}
 
 
 def run(given: dict[str, str], words: Sequence[str]) -> int:
@@ -36,6 +42,7 @@ def run(given: dict[str, str], words: Sequence[str]) -> int:
     from kd.data import load_data
     from kd.models.classes import recorded, reordered
     from kd.models.factory import build
+    from kd.models.preprocess import teacher_preprocess
     from kd.models.weights import weights_metadata
     from kd.models.wrappers import Teacher
     from kd.training.teacher_smoothing import describe, estimate_teacher_smoothing
@@ -46,6 +53,7 @@ def run(given: dict[str, str], words: Sequence[str]) -> int:
     data, own = load_data(recipe.data, recipe.seed), recipe.teacher
     unpublished = not checkpoint and timm.is_model(own.model) and not timm.models.is_model_pretrained(own.model)
     require(not unpublished, f"model={own.model}: timm has no weights of it; type checkpoint=PATH")
+    data = data.rendered(teacher_preprocess(own, data.preprocess))
     shape = {"num_classes": data.num_classes, "input_shape": data.input_shape, "class_names": data.class_names}
     weights = {"pretrained": own.pretrained, "checkpoint": checkpoint}
     network = build(own.model, section="", model_kwargs=own.model_kwargs, **weights, **shape)

@@ -206,4 +206,6 @@ def saved_recipe(path: Path, words: Sequence[str] = ()) -> Recipe:
     values = read_recipe(path)
     if "train" in values:
         values["train"].setdefault("ema_warmup", False)  # an older kd averaged without
+    if "teacher" in values:
+        values["teacher"].setdefault("preprocess", "data")  # an older kd gave the teacher the student's images
     return build(values, words=words)

@@ -22,6 +22,8 @@ TEMPERATURES = {"ge": LOWEST_TEMPERATURE, "le": HIGHEST_TEMPERATURE}
 WEIGHTS = {"ge": 0, "le": LARGEST_WEIGHT}
 MOST_EPOCHS = 1_000_000
 CONVENTIONS = {"among": ("uniform", "others")}  # of label smoothing with mass eps over K classes
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
+CROP_MODES = ("center", "squash", "border")
 SCHEDULES = ("cosine", "step", "multistep", "poly", "tanh", "constant")
 RATES = {"le": 1_000_000}  # far beyond any that trains; optimizers square it, and float32 holds 1e38
 
@@ -43,7 +45,7 @@ BOUNDS = {"ge": ("≥", operator.ge), "gt": (">", operator.gt), "le": ("≤", op
 def allowed(metadata: Any) -> str:
     """The allowed values of a setting in words; "" where every value of its type is allowed."""
     if metadata["among"]:
-        return "one of " + ", ".join(metadata["among"])
+        return "one of " + ", ".join(map(str, metadata["among"]))
     return " and ".join(f"{sign} {metadata[key]}" for key, (sign, _) in BOUNDS.items() if metadata[key] is not None)
 
 
@@ -109,6 +111,11 @@ class DataConfig(Checked, section="data."):
     hflip: float = setting(0.0, "probability of a horizontal flip", ge=0, le=1)
     noise: float = setting(0.0, "standard deviation of added Gaussian noise, in normalised pixel units", ge=0)
     crop_scale: float = setting(0.08, "minimum area of a random resized crop (streamed sets)", gt=0, le=1)
+    channels: int | None = setting(None, "1: grey images; null: 3, colour (streamed sets)", among=(1, 3))
+    mean: list[float] = setting([], "pixel mean of each channel, from 0 to 1; empty: ImageNet's, or in memory its own")
+    std: list[float] = setting([], "pixel standard deviation of each channel, like data.mean")
+    interpolation: str = setting("bilinear", "how images are resized", among=INTERPOLATIONS)
+    crop_mode: str = setting("center", "evaluation crop, as timm names them (streamed sets)", among=CROP_MODES)
     crop_pct: float = setting(0.875, "centre crop: image_size over the size resized to (streamed sets)", gt=0, le=1)
     color_jitter: float = setting(0.0, "strength of the colour jitter (streamed sets)", ge=0)
     auto_augment: str = setting("", "timm policy such as rand-m9-mstd0.5 (streamed sets); empty: none")
@@ -121,6 +128,12 @@ class DataConfig(Checked, section="data."):
     def __post_init__(self):
         super().__post_init__()
         both = f"data.omit_class={self.omit_class} with data.label_noise={self.label_noise}: only one of them works"
+        for name in ("mean", "std"):
+            value, lowest = getattr(self, name), "> 0" if name == "std" else "finite"
+            require(
+                all(math.isfinite(x) and (name == "mean" or x > 0) for x in value),
+                f"data.{name}={value}: must be {lowest}, of pixels from 0 to 1",
+            )
         # a wrong label would show the omitted class
         require(self.omit_class is None or not self.label_noise, f"{both}; type omit_class=null or label_noise=0")
 
@@ -141,6 +154,13 @@ class TeacherConfig(Checked, section="teacher."):
     methods: dict[str, Any] = setting({}, "other terms of its own loss, such as {maxsup: {weight: 1}}")
     members: int = setting(1, "networks, trained with different seeds, whose predictions are averaged", ge=1, le=64)
     averaging_temperature: float = setting(1.0, "temperature of the averaged probabilities", **TEMPERATURES)
+    preprocess: str = setting(
+        "auto", "auto: images as its weights were trained (kd's record, or pretrained_cfg); data: as the student's",
+        among=("auto", "data"),
+    )  # fmt: skip
+    image_size: int | None = setting(
+        None, "its input size; null: that of its weights, or data.image_size", ge=1, le=4096
+    )
     model_kwargs: dict[str, Any] = setting({}, "further arguments of timm.create_model")
     layers: list[str] = setting([], "teacher layers for feature losses, shallow to deep; empty: timm's stages")
 
@@ -280,6 +300,20 @@ _NOT_TRAIN_IDENTITY = {"log_every", "save_every"}
 _NOT_DATA_IDENTITY = {"root", "download", "workers", "verify"}
 
 
+_ADDED_LATER = (
+    ("teacher", "class_weight", None),
+    ("loss", "class_weight", None),
+    ("teacher", "preprocess", "auto"),
+    ("teacher", "image_size", None),
+    ("data", "class_order", "sorted"),
+    ("data", "channels", None),
+    ("data", "mean", []),
+    ("data", "std", []),
+    ("data", "interpolation", "bilinear"),
+    ("data", "crop_mode", "center"),
+)  # section, setting, default
+
+
 def identity(recipe: Recipe) -> dict[str, Any]:
     """The settings that determine what a run computes, as plain values."""
     values: dict[str, Any] = {k: v for k, v in asdict(recipe).items() if k not in _NOT_IDENTITY}
@@ -288,13 +322,11 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         del values["teacher"]["members"], values["teacher"]["averaging_temperature"]
     if recipe.teacher.ce_weight == 1 and not recipe.teacher.methods:
         del values["teacher"]["ce_weight"], values["teacher"]["methods"]
-    for section in ("teacher", "loss"):
-        if values[section]["class_weight"] is None:
-            del values[section]["class_weight"]
     if not (recipe.train.ema_decay and recipe.train.ema_warmup):  # averages were without warm-up
         del values["train"]["ema_warmup"]
-    if recipe.data.class_order == "sorted":
-        del values["data"]["class_order"]
+    for section, name, default in _ADDED_LATER:
+        if values[section][name] == default:
+            del values[section][name]
     values["data"] = {k: v for k, v in values["data"].items() if k not in _NOT_DATA_IDENTITY}
     values["train"] = {k: v for k, v in values["train"].items() if k not in _NOT_TRAIN_IDENTITY}
     return values

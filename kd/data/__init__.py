@@ -7,12 +7,12 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from kd.config.schema import DataConfig
-from kd.data.base import FAMILIES, Batch, Data, Split
+from kd.data.base import FAMILIES, Batch, Data, Preprocess, Split
 from kd.data.class_order import in_order
-from kd.data.mixing import Mixer, mixer
+from kd.data.mixing import Mixer, mixed_alike, mixer
 from kd.errors import require
 
-__all__ = ["FAMILIES", "Batch", "Data", "Mixer", "Split", "load_data", "mixer"]
+__all__ = ["FAMILIES", "Batch", "Data", "Mixer", "Preprocess", "Split", "load_data", "mixed_alike", "mixer"]
 
 for _module in iter_modules(__path__):  # each registers the families that it defines
     import_module(f"{__name__}.{_module.name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,22 @@ class Batch(NamedTuple):
     index: Tensor  # (B,) int64, position in the split
     images: Tensor  # (B, C, H, W) or (B, L) float32, normalised
     targets: Tensor  # (B,) int64
+    teacher: Tensor | None = None  # the same images for a second network, where the split has its Preprocess
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What a network takes, and how an image becomes it. The names are those of timm's pretrained_cfg.
+
+    crop_mode "whole" is that of sets held in memory: the whole image is resized, crop_pct does nothing.
+    """
+
+    shape: tuple[int, ...]  # (C, H, W) or (L,)
+    mean: tuple[float, ...]  # (C,), of pixels between 0 and 1; (1,) of signals
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +54,7 @@ class Split(ABC):
     targets: Tensor  # (N,) int64 on the CPU: the class of each sample, as it is trained on or scored
     config: DataConfig
     seed: int  # the run's, for augmentation
+    networks: tuple[Preprocess, ...]  # batch.images is for the first; batch.teacher for the second, where there is one
     augments: bool  # whether training views are drawn at random, and so differ between epochs
     posterior: Tensor | None = None  # (N, K) float64 on the CPU: the true p(class | sample), where the task knows it
 
@@ -47,6 +65,12 @@ class Split(ABC):
         """The samples at these positions, int64 (M,), as a split of their own: they are now at 0 to M - 1."""
         posterior = None if self.posterior is None else self.posterior[index]
         return replace(self, images=self.images[index], targets=self.targets[index], posterior=posterior)
+
+    def rendered(self, *networks: Preprocess) -> Split:
+        """The same samples for other networks, one or two. Both see one augmentation: geometry and colours are drawn
+        once, and only then resized and normalised for each.
+        """
+        return replace(self, networks=networks)
 
     @abstractmethod
     def to(self, device: torch.device | str) -> Split:
@@ -64,7 +88,6 @@ class Split(ABC):
 class Data:
     """A data set, ready to train, select and test on.
 
-    `mean` and `std` hold one value per channel, of pixels between 0 and 1 (of the values themselves for signals).
     `hash` identifies which samples with which labels are in which split: by the values of tensors, by the sorted
     (relative path, size) of files, whose content is not read.
     """
@@ -74,15 +97,39 @@ class Data:
     val: Split
     test: Split
     class_names: list[str]
-    input_shape: tuple[int, ...]  # (C, H, W) or (L,), what a model sees
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     hash: str
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """What the network takes that these batches are for: the student's, unless `rendered` for another."""
+        return self.train.networks[0]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(C, H, W) or (L,), what a model sees."""
+        return self.preprocess.shape
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """One value per channel, of pixels between 0 and 1 (of the values themselves for signals)."""
+        return self.preprocess.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviations, like `mean`."""
+        return self.preprocess.std
 
     @property
     def num_classes(self) -> int:
         """Number of classes, K."""
         return len(self.class_names)
+
+    def rendered(self, network: Preprocess) -> Data:
+        """The same data for another network."""
+        if network == self.preprocess:
+            return self
+        splits = {name: getattr(self, name).rendered(network) for name in ("train", "val", "test")}
+        return replace(self, **splits)
 
     @cached_property
     def transfer(self) -> Data:
@@ -117,6 +164,21 @@ def refuse_settings(config: DataConfig, names: Sequence[str], why: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(not value, f"data.{name}={value}: {why}; leave it out")
+
+
+def statistics(config: DataConfig, channels: int, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """Mean and std of a Preprocess: data.mean and data.std, else those of the data set. Raises ConfigError."""
+    for name in ("mean", "std"):
+        given = getattr(config, name)
+        wrong = f"data.{name}={given}: must be one number, or {channels}, the channels of {config.name}"
+        require(len(given) in (0, 1, channels), wrong)
+    return {"mean": for_channels(config.mean or mean, channels), "std": for_channels(config.std or std, channels)}
+
+
+def for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """One value for each channel. Where there are others, as of a colour network made grey, each is their mean."""
+    same = len(values) == channels
+    return tuple(map(float, values)) if same else (math.fsum(values) / len(values),) * channels
 
 
 def digest(parts: Iterable[bytes | np.ndarray]) -> str:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from kd.config.schema import DataConfig
-from kd.data.base import Batch, Data, Given, Split, digest, refuse_settings
+from kd.data.base import Batch, Data, Given, Preprocess, Split, digest, for_channels, refuse_settings, statistics
 from kd.data.image_files import Source
 from kd.data.sample_rng import global_rng, sample_keys
 from kd.data.subsets import draw
@@ -31,21 +34,31 @@ class StreamSplit(Split):
     """Some images of a source, decoded when they are asked for."""
 
     images: Source
-    augmentation: Transform
-    evaluation: Transform
     device: torch.device
 
-    def __getitem__(self, at: tuple[int, int | None]) -> tuple[int, Tensor, int] | ImageError:
-        """A sample (index, image, target) in its view of an epoch: what a worker process is asked for."""
+    @cached_property
+    def transforms(self) -> list[tuple[Transform, Transform]]:
+        """For training and for evaluation, of each network."""
+        return [transforms(self.config, network, self.networks[0]) for network in self.networks]
+
+    def __getitem__(self, at: tuple[int, int | None]) -> tuple[Any, ...] | ImageError:
+        """A sample (index, image, target, and the teacher's image where networks are two) in its view of an epoch: what
+        a worker process is asked for.
+        """
         index, epoch = at
         image, target = self.images.read(index), int(self.targets[index])
         if isinstance(image, ImageError):
             return image
-        if epoch is None:
-            return index, self.evaluation(image), target
-        # transforms draw from all three global generators; with workers=0 those are the training process's own
-        with global_rng(int(sample_keys(self.seed, epoch, torch.tensor(index)))):
-            return index, self.augmentation(image), target
+        views = []
+        for augmentation, evaluation in self.transforms:
+            if epoch is None:
+                views.append(evaluation(image))
+                continue
+            # Transforms draw from all three global generators; with workers=0 those are the training process's own.
+            # What they draw does not depend on the network's size: all see the same crop, flip and policy.
+            with global_rng(int(sample_keys(self.seed, epoch, torch.tensor(index)))):
+                views.append(augmentation(image))
+        return index, views[0], target, *views[1:]
 
     def to(self, device: torch.device | str) -> StreamSplit:
         """The same split with its batches on `device`."""
@@ -56,11 +69,12 @@ class StreamSplit(Split):
         for batch in self.load(plan, epoch):
             if isinstance(batch, list):
                 raise batch[0]
-            index, images, targets = batch
-            yield Batch(index, images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
+            index, *moved = filter(torch.is_tensor, batch)
+            yield Batch(index, *(each.to(self.device, non_blocking=True) for each in moved))
 
     def load(self, plan: Sequence[Tensor], epoch: int | None) -> Iterable[Any]:
         """A batch on the CPU for each index tensor of `plan`, or the list of its ImageErrors."""
+        assert self.transforms  # made once here, and not by every worker
         return DataLoader(
             self,  # type: ignore[arg-type]
             batch_sampler=([(i, epoch) for i in index.tolist()] for index in plan),  # type: ignore[arg-type]
@@ -71,29 +85,52 @@ class StreamSplit(Split):
         )
 
 
-def transforms(config: DataConfig) -> tuple[Transform, Transform]:
-    """timm's transforms for training and for evaluation, with the statistics of ImageNet and bilinear resizing."""
-    from timm.data.transforms_factory import create_transform
+class Erasing(RandomErasing):
+    """timm's, drawn at one network's height and width for every network."""
 
-    size = (3, config.image_size, config.image_size)
+    def __init__(self, probability: float, size: Sequence[int]):
+        super().__init__(probability, mode="pixel", device="cpu")
+        self.size = size
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """The image (C, H, W) with the box of this draw, if there is one."""
+        drawn = super().__call__(torch.full((3, *self.size), torch.nan))[: len(image)]
+        drawn = F.interpolate(drawn[None], size=image.shape[1:])[0]
+        return torch.where(drawn.isnan(), image, drawn)
+
+
+def transforms(config: DataConfig, network: Preprocess, first: Preprocess) -> tuple[Transform, Transform]:
+    """timm's transforms of a network for training and for evaluation. What policies fill in is the mean of the `first`
+    network of a split, at whose size random erasing is drawn.
+    """
+    from timm.data.transforms import MaybeToTensor
+    from timm.data.transforms_factory import create_transform
+    from torchvision.transforms import Compose, Grayscale, Normalize
+
+    grey = [Grayscale()] if network.shape[0] == 1 else []
+    shared: dict[str, Any] = {"input_size": network.shape, "interpolation": network.interpolation}
     try:
-        augmentation: Any = create_transform(
-            size,
+        drawn: Any = create_transform(
+            **shared,
             is_training=True,
             scale=(config.crop_scale, 1.0),
             hflip=config.hflip,
             color_jitter=config.color_jitter,
             auto_augment=config.auto_augment or None,
-            re_prob=config.random_erase,
-            re_mode="pixel",
-            interpolation="bilinear",
+            mean=for_channels(first.mean, 3),
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise ConfigError(
             f"data.auto_augment={config.auto_augment}: timm has no such policy; try rand-m9-mstd0.5, original or empty"
         ) from error
-    evaluation: Any = create_transform(size, crop_pct=config.crop_pct, interpolation="bilinear")
-    return augmentation, evaluation
+    # Policies are drawn and applied in colour, so that a grey network's images are those of a colour network.
+    mean, std = torch.tensor(network.mean), torch.tensor(network.std)
+    steps = [*drawn.transforms[:-2], *grey, MaybeToTensor(), Normalize(mean, std)]
+    if config.random_erase:
+        steps.append(Erasing(config.random_erase, first.shape[1:]))
+    values = {name: getattr(network, name) for name in ("mean", "std", "crop_pct", "crop_mode")}
+    evaluation: Any = create_transform(**shared, **values)
+    return Compose(steps), Compose([*grey, *evaluation.transforms])
 
 
 def verify(splits: Iterable[StreamSplit]) -> None:
@@ -124,17 +161,24 @@ def stream_data(config: DataConfig, seed: int, given: Given, class_names: list[s
     """
     from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+    channels = config.channels or 3
+    network = Preprocess(
+        shape=(channels, config.image_size, config.image_size),
+        **statistics(config, channels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        interpolation=config.interpolation,
+        crop_pct=config.crop_pct,
+        crop_mode=config.crop_mode,
+    )
     refuse_settings(config, ("shift", "noise"), f"only for small sets, {config.name} is streamed")
-    augmentation, evaluation = transforms(config)
+    transforms(config, network, network)  # a policy that timm does not know is an error before any work
     splits = {
         name: StreamSplit(
             images=part.images,
             targets=torch.from_numpy(part.targets),
             config=config,
             seed=seed,
+            networks=(network,),
             augments=True,  # every training view is a random crop at least
-            augmentation=augmentation,
-            evaluation=evaluation,
             device=torch.device("cpu"),
         )
         for name, part in draw(config, given, class_names).items()
@@ -150,8 +194,5 @@ def stream_data(config: DataConfig, seed: int, given: Given, class_names: list[s
         config=config,
         **splits,
         class_names=class_names,
-        input_shape=(3, config.image_size, config.image_size),
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
         hash=digest(lines),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,12 @@ from einops import rearrange
 from torch import Tensor
 
 from kd.config.schema import DataConfig
-from kd.data.base import Batch, Data, Given, Split, digest, refuse_settings
+from kd.data.base import Batch, Data, Given, Preprocess, Split, digest, refuse_settings, statistics
 from kd.data.sample_rng import mix, normals, sample_keys, uniforms
 from kd.data.subsets import draw
 from kd.errors import require
+
+MODES = ("bilinear", "bicubic")  # of interpolation with antialiasing, as torch has them
 
 
 def unit(images: Tensor) -> Tensor:
@@ -39,31 +42,45 @@ class TensorSplit(Split):
     """A split that fits in memory."""
 
     images: Tensor  # (N, C, H, W) or (N, L), uint8 or float32, as stored
-    mean: Tensor  # (C, 1, 1), or (1,) for signals
-    std: Tensor
+
+    def __post_init__(self):
+        for network in self.networks:
+            setting = f"data.interpolation={network.interpolation}"
+            require(network.interpolation in MODES, f"{setting}: sets held in memory take {' or '.join(MODES)}")
+
+    @cached_property
+    def _statistics(self) -> list[tuple[Tensor, Tensor]]:
+        """Mean and standard deviation for each network, (C, 1, 1), or (1,) for signals."""
+        shape = (-1, 1, 1) if self.images.ndim == 4 else (-1,)
+        made = [torch.tensor([each.mean, each.std], dtype=torch.float32) for each in self.networks]
+        return [(mean.view(shape), std.view(shape)) for mean, std in (each.to(self.images.device) for each in made)]
 
     def to(self, device: torch.device | str) -> TensorSplit:
         """The same split with its images on `device`."""
-        return replace(self, images=self.images.to(device), mean=self.mean.to(device), std=self.std.to(device))
+        return replace(self, images=self.images.to(device))
 
     def batches(self, plan: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
         """One batch for each index tensor of `plan`."""
         device = self.images.device
         for index in plan:
-            images = self._view(index.to(device), epoch)
-            yield Batch(index, images, self.targets[index.cpu()].to(device))
+            images, *teacher = self._views(index.to(device), epoch)
+            yield Batch(index, images, self.targets[index.cpu()].to(device), *teacher)
 
-    def _view(self, index: Tensor, epoch: int | None) -> Tensor:
+    def _views(self, index: Tensor, epoch: int | None) -> list[Tensor]:
+        """The samples as each network takes them."""
         images = self.images[index]
         if epoch is None:
-            return self._model_input(images)
+            return self._model_inputs(images)
         keys = sample_keys(self.seed, epoch, index)
-        images = self._model_input(self._move(images, keys))
+        views = self._model_inputs(self._move(images, keys))
         if self.config.noise == 0:
-            return images
+            return views
         # mix(keys) is no element of the streams that _move reads: shifts stay the same with and without noise
-        noise = normals(mix(keys), images[0].numel()).view_as(images)
-        return images + self.config.noise * noise
+        noise = self.config.noise * normals(mix(keys), views[0][0].numel()).view_as(views[0])
+        # in units of the first network: the others see the same noise in the pixels
+        scales = [self._statistics[0][1] / std for _, std in self._statistics]
+        resized = [noise if view.shape == noise.shape else F.interpolate(noise, view.shape[2:]) for view in views]
+        return [view + scale * own for view, scale, own in zip(views, scales, resized, strict=True)]
 
     def _move(self, images: Tensor, keys: Tensor) -> Tensor:
         """Shift and flip, on the stored pixels."""
@@ -77,14 +94,16 @@ class TensorSplit(Split):
             images = torch.where(flipped, images.flip(-1), images)
         return images
 
-    def _model_input(self, images: Tensor) -> Tensor:
+    def _model_inputs(self, images: Tensor) -> list[Tensor]:
         """Normalise and resize. Normalised first, as a small image is cheaper; both are linear, the order is free."""
-        images = (unit(images) - self.mean) / self.std
-        size = (self.config.image_size, self.config.image_size)
-        if images.ndim == 2 or images.shape[-2:] == size:
-            return images
-        # antialias: otherwise most pixels are ignored where the image shrinks; it changes nothing where it grows
-        return F.interpolate(images, size=size, mode="bilinear", antialias=True)
+        inputs = []
+        for network, (mean, std) in zip(self.networks, self._statistics, strict=True):
+            own = (unit(images) - mean) / std
+            if own.shape[1:] != network.shape:
+                # antialias: otherwise most pixels are ignored where the image shrinks; nothing changes where it grows
+                own = F.interpolate(own, size=network.shape[1:], mode=network.interpolation, antialias=True)
+            inputs.append(own)
+        return inputs
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,15 +129,22 @@ def tensor_data(config: DataConfig, seed: int, given: Given, class_names: list[s
         class_names: names of the K classes.
     """
     shape = tuple(given["train"][0].shape[1:])
-    streamed = "color_jitter", "random_erase", "auto_augment"
+    streamed = "color_jitter", "random_erase", "auto_augment", "channels"
     refuse_settings(config, streamed, f"only for streamed sets, {config.name} is held in memory")
     if len(shape) == 1:
         refuse_settings(config, ("hflip", "mixup", "cutmix"), f"only for images, {config.name} holds signals")
+    require(config.crop_mode == "center", f"data.crop_mode={config.crop_mode}: only for streamed sets; leave it out")
     stored_size = f"must be < {shape[-1]}, the stored size of {config.name}"
     require(config.shift < shape[-1], f"data.shift={config.shift}: {stored_size}")
     parts = draw(config, given, class_names)
     mean, std = channel_statistics(parts["train"].images)
-    per_image = "c -> c 1 1" if len(shape) == 3 else "c -> c"
+    network = Preprocess(
+        shape=(shape[0], config.image_size, config.image_size) if len(shape) == 3 else shape,
+        **statistics(config, shape[0] if len(shape) == 3 else 1, mean.tolist(), std.tolist()),
+        interpolation=config.interpolation,
+        crop_pct=1.0,
+        crop_mode="whole",
+    )
     splits = {
         name: TensorSplit(
             images=part.images,
@@ -126,8 +152,7 @@ def tensor_data(config: DataConfig, seed: int, given: Given, class_names: list[s
             config=config,
             seed=seed,
             augments=bool(config.shift or config.hflip or config.noise),
-            mean=rearrange(mean.float(), per_image),
-            std=rearrange(std.float(), per_image),
+            networks=(network,),
         )
         for name, part in parts.items()
     }
@@ -135,8 +160,5 @@ def tensor_data(config: DataConfig, seed: int, given: Given, class_names: list[s
         config=config,
         **splits,
         class_names=class_names,
-        input_shape=(shape[0], config.image_size, config.image_size) if len(shape) == 3 else shape,
-        mean=tuple(mean.tolist()),
-        std=tuple(std.tolist()),
         hash=digest(values.numpy() for split in splits.values() for values in (split.images, split.targets)),
     )

@@ -90,6 +90,16 @@ def build(
     return model
 
 
+def published(name: str, section: str, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A network's pretrained_cfg, as timm, the hub or a directory has it. Raises ConfigError."""
+    setting = f"{section}model={name}"
+    _check_name(name, setting)
+    try:
+        return dict(resolve_model_input_args(name, **model_kwargs)["pretrained_cfg"])
+    except Exception as error:  # the hub and timm have errors of their own
+        raise ConfigError(f"{setting}: {_what_failed(error, (), section)}") from error
+
+
 def _check_name(name: str, setting: str) -> None:
     """Raise ConfigError when timm does not know the network. A name with a colon is on the hub or in a directory."""
     if ":" not in name and not timm.is_model(name):

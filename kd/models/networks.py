@@ -172,9 +172,14 @@ NETWORKS: dict[str, tuple[type[_Network], dict[str, Any]]] = {
     "cnn_small": (SmallCnn, {"widths": (32, 64, 128), "groups": 8}),  # 0.09 M
 }
 
+# timm's defaults would say that weights of these networks were trained with ImageNet's values.
+_NOT_SAID = dict.fromkeys(("mean", "std", "interpolation", "crop_pct", "crop_mode"))
 # register_model reads this name; timm gives img_size to networks of a fixed input size.
 default_cfgs = generate_default_cfgs(
-    {name: {"input_size": (3, 32, 32), "classifier": "fc", **network.cfg} for name, (network, _) in NETWORKS.items()}
+    {
+        name: {"input_size": (3, 32, 32), "classifier": "fc", **_NOT_SAID, **network.cfg}
+        for name, (network, _) in NETWORKS.items()
+    }
 )
 
 

@@ -24,6 +24,7 @@ from kd.config import types
 from kd.errors import require
 from kd.losses.methods import registry as methods
 from kd.metrics import METRICS
+from kd.models.preprocess import teacher_preprocess
 from kd.runtime.provenance import provenance
 from kd.study.estimate import seconds_of
 from kd.study.folder import SCHEMA, Folder
@@ -123,7 +124,10 @@ def engines(planned: Plan, asked: str) -> dict[str, str]:
             check_batch(point.recipe, data, 1)
             check_class_weights(point.recipe, data)
             methods.build(point.recipe.loss.methods)  # a run of its own would fail only when its turn comes
-            reasons[kind] = why_not(point, network(point.section, point.recipe.seed, data), data.num_classes)
+            shown = data.rendered(teacher_preprocess(point.recipe.teacher, data.preprocess))
+            own = shown if point.role == "teacher" else data
+            reason = why_not(point, network(point.section, point.recipe.seed, own), data.num_classes)
+            reasons[kind] = "its teacher takes images of its own" if shown is not data else reason
         reason = reasons[kind] or ("study.engine=runs" if asked == "runs" else None)
         must = asked == "population" or point.control == "bayes"
         require(

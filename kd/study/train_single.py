@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 
 from kd.checkpoint.safetensors_io import read_weights, weights_header
 from kd.checkpoint.store import read_sealed, save_sealed
+from kd.data import Data
 from kd.models.wrappers import Teacher
 from kd.study.folder import Folder, train_again
 from kd.study.grid import Point
@@ -51,13 +52,14 @@ def _train(folder: Folder, point: Point) -> Outcome:
     weights = run.stage_directory(stage.name) / "last.safetensors"
     check_finished(run, stage.name)
     own = Teacher(pipeline.evaluated_network(run, stage.name, weights, teacher)).to(run.accelerator.device)
-    taught = _outputs(run, teacher, point.role) if teacher else None
-    outcome = measure(point.role, _outputs(run, own, point.role), run.data, taught)
+    taught = _outputs(run, teacher, run.teacher_data, point.role) if teacher else None
+    data = run.teacher_data if point.role == "teacher" else run.data
+    outcome = measure(point.role, _outputs(run, own, data, point.role), run.data, taught)
     if point.role == "teacher":  # measured before, so that nothing learns from one that diverged
         save_sealed(folder.weights(point.id), read_weights(weights), weights_header(weights))
     return outcome | {"seconds": time.perf_counter() - started}
 
 
-def _outputs(run: Run, model: Teacher, role: str) -> Outputs:
-    size, parts = run.recipe.train.batch_size, parts_of(run.data, role)
+def _outputs(run: Run, model: Teacher, data: Data, role: str) -> Outputs:
+    size, parts = run.recipe.train.batch_size, parts_of(data, role)
     return Outputs({name: predict(model, part, size, run.accelerator) for name, part in parts.items()})

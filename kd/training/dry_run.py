@@ -47,9 +47,10 @@ def print_plan(run: Run) -> None:
 
 def print_layers(run: Run) -> None:
     """Print every layer of both networks with the shape of its output."""
-    for role, network in (("teacher", teacher_network(run)), ("student", student_network(run))):
+    networks = (("teacher", teacher_network(run), run.teacher_data), ("student", student_network(run), run.data))
+    for role, network, data in networks:
         table = Table("layer", "kind", "shape", title=f"{role}.layers", title_justify="left", box=SIMPLE_HEAD)
-        for name, (kind, shape) in list_layers(network, run.data.input_shape).items():
+        for name, (kind, shape) in list_layers(network, data.input_shape).items():
             table.add_row(escape(shown(name)), escape(kind), " x ".join(map(str, shape[1:])))
         run.logger.show(table)
 

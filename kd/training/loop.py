@@ -55,7 +55,7 @@ class Trainer:
         self.stage, self.data = stage, stage.data
         self.recipe, self.accelerator = recipe, accelerator = run.recipe, run.accelerator
         self.directory, self.owner = run.stage_directory(stage.name), run.owner(stage.name)
-        self.metadata = metadata(stage.name, recipe, run.data)
+        self.metadata = metadata(stage.name, recipe, stage.data)
         # A trained teacher serves many runs, so its curve is kept beside its weights.
         curve = (self.directory if stage.name == "teacher" else run.directory) / "metrics.jsonl"
         self.logger = Logger(curve, accelerator, run.logger.console)

@@ -28,6 +28,7 @@ from kd.models.classes import align, recorded, reordered
 from kd.models.ensemble import Ensemble
 from kd.models.factory import build
 from kd.models.layers import needed
+from kd.models.preprocess import describe
 from kd.models.weights import load_weights
 from kd.models.wrappers import Student, Teacher
 from kd.runtime.signals import held
@@ -50,7 +51,7 @@ from kd.training.run import (
     alone_on_teacher,
     check_finished,
     run_directory,
-    teacher_directory,
+    shared_teacher_directory,
     teacher_is_trained,
 )
 from kd.training.schedule import mixed_seed
@@ -84,7 +85,9 @@ def prepare(recipe: Recipe, directory: Path | None = None, teacher: Path | None 
     check_validation(recipe, data)
     logger = Logger(directory / "metrics.jsonl", accelerator, terminal())
     try:
-        run = Run(recipe, data, accelerator, directory, teacher or teacher_directory(recipe, data.hash), logger)
+        run = Run(recipe, data, accelerator, directory, teacher or directory, logger)
+        if teacher is None:
+            run = replace(run, teacher_directory=shared_teacher_directory(run))
         _say_order(run, recipe.teacher, teacher_network(run), recipe.teacher.checkpoint)
     except CheckpointError as error:  # of the only file that a recipe names
         raise ConfigError(f"teacher.checkpoint={error}") from error
@@ -112,7 +115,7 @@ def teacher_network(run: Run, weights: Path | None = None) -> nn.Module:
             _load(run, ensemble, weights)
         return ensemble
     start = {"pretrained": own.pretrained, "checkpoint": own.checkpoint, "finetune": own.finetune}
-    return network(own, run.recipe.seed, run.data, **({"checkpoint": weights} if weights else start))
+    return network(own, run.recipe.seed, run.teacher_data, **({"checkpoint": weights} if weights else start))
 
 
 def student_network(run: Run, weights: Path | None = None, seed: int | None = None) -> nn.Module:
@@ -165,7 +168,7 @@ def teacher_stage(run: Run) -> Stage:
     own = run.recipe.teacher
     loss = replace(own.own_loss(), backend=run.recipe.loss.backend)
     objective = Objective(_distill_loss(loss, run.data), methods.build(loss.methods, "teacher"))
-    return Stage("teacher", Student(teacher_network(run)), objective, own.epochs, run.data)
+    return Stage("teacher", Student(teacher_network(run)), objective, own.epochs, run.teacher_data)
 
 
 def student_stage(run: Run, teacher: Teacher) -> Stage:
@@ -177,7 +180,10 @@ def student_stage(run: Run, teacher: Teacher) -> Stage:
     if taps:
         teacher = Teacher(teacher.model, features=taps[1].names)
     model = Student(network, features=taps[0].names if taps else ())
-    return Stage("student", model, objective, recipe.student.epochs, run.data.transfer, teacher, taps)
+    data = run.data.transfer
+    if run.teacher_data is not run.data:
+        data = replace(data, train=data.train.rendered(data.preprocess, run.teacher_data.preprocess))
+    return Stage("student", model, objective, recipe.student.epochs, data, teacher, taps)
 
 
 def control_stage(run: Run) -> Stage:
@@ -265,7 +271,8 @@ def _member(run: Run, i: int) -> Run:
     # The first seed is the run's own, so that a teacher trained before, alone, is found again.
     seed = run.recipe.seed if i == 0 else mixed_seed(run.recipe.seed, i) % 2**31
     recipe = replace(run.recipe, seed=seed, teacher=replace(run.recipe.teacher, members=1))
-    return replace(run, recipe=recipe, teacher_directory=teacher_directory(recipe, run.data.hash))
+    member = replace(run, recipe=recipe)
+    return replace(member, teacher_directory=shared_teacher_directory(member))
 
 
 def _train_members(run: Run) -> None:
@@ -283,14 +290,20 @@ def _train_members(run: Run) -> None:
         manifests = [read_manifest(directory / DONE) for directory in directories]
         about: dict[str, Any] = {key: sum(each[key] for each in manifests) for key in ("updates", "seconds", "skipped")}
         about["selected"] = {"epoch": [each["selected"]["epoch"] for each in manifests]}
-        finish(run.teacher_directory, weights, metadata("teacher", run.recipe, run.data), about, run.owner("teacher"))
+        finish(
+            run.teacher_directory,
+            weights,
+            metadata("teacher", run.recipe, run.teacher_data),
+            about,
+            run.owner("teacher"),
+        )
     run.accelerator.wait_for_everyone()
 
 
 def check_teacher(run: Run, teacher: Teacher) -> None:
     """Print the teacher's validation accuracy. Raises ConfigError where it is not better than chance."""
     targets = run.data.val.targets
-    logits = predict(teacher, run.data.val, run.recipe.train.batch_size, run.accelerator)
+    logits = predict(teacher, run.teacher_data.val, run.recipe.train.batch_size, run.accelerator)
     if wrong := not_finite(logits):
         key = "model" if run.recipe.teacher.checkpoint is None else "checkpoint"
         raise ConfigError(
@@ -298,6 +311,9 @@ def check_teacher(run: Run, teacher: Teacher) -> None:
         )
     top1 = top_k_accuracy(logits, targets, 1).item()
     guessing, bound = chance(targets)
+    if run.teacher_data is not run.data:
+        run.logger.say(f"teacher  takes images of its own: {describe(run.teacher_data.preprocess)}")
+        run.logger.say(f"student  {describe(run.data.preprocess)}")
     run.logger.say(f"teacher  validation top-1 {top1:.2%}   (chance {guessing:.2%}, {len(targets)} images)")
     if top1 <= bound:
         raise ConfigError(

@@ -64,11 +64,15 @@ def score(run: Run, networks: Networks) -> dict[str, Any]:
     teacher's last logits; "reliability" has the bins of a reliability diagram of the last weights on test.
     """
     size, splits = run.recipe.train.batch_size, {"val": run.data.val, "test": run.data.test}
+    shown = {name: run.teacher_data if name == "teacher" else run.data for name in networks}
     scores: dict[str, Any] = {name: {which: {} for which in WEIGHTS} for name in networks}
     difference: dict[str, Any] = {which: {} for which in WEIGHTS}
     teacher: dict[str, Tensor] = {}
     for which, (s, split) in itertools.product(WEIGHTS, splits.items()):
-        logits = {name: predict(each[which], split, size, run.accelerator) for name, each in networks.items()}
+        logits = {
+            name: predict(each[which], getattr(shown[name], s), size, run.accelerator)
+            for name, each in networks.items()
+        }
         teacher.setdefault(s, logits["teacher"])  # the last weights, which also taught the selected ones
         for name, own in logits.items():
             known = {"logits": own, "targets": split.targets, "teacher": teacher[s]}

@@ -3,8 +3,8 @@
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from kd.config.schema import Recipe, content_hash, identity
 from kd.config.types import leaves
 from kd.data import Data
 from kd.errors import require
+from kd.models.preprocess import teacher_preprocess
 from kd.models.weights import checkpoint_hash, weight_files
 from kd.runtime.lock import locked
 from kd.runtime.signals import check
@@ -38,6 +39,11 @@ class Run:
     directory: Path
     teacher_directory: Path
     logger: Logger
+
+    @cached_property
+    def teacher_data(self) -> Data:
+        """The data as the teacher takes them. Raises ConfigError and CheckpointError."""
+        return self.data.rendered(teacher_preprocess(self.recipe.teacher, self.data.preprocess))
 
     def owner(self, stage: str) -> dict[str, str]:
         """The stage and run that a manifest names as the owner of its files.
@@ -81,27 +87,46 @@ def teacher_is_trained(recipe: Recipe) -> bool:
     return teacher.finetune or not (teacher.pretrained or teacher.checkpoint is not None)
 
 
-def teacher_directory(recipe: Recipe, data_hash: str) -> Path:
-    """Where a trained teacher lives: named after everything that decides its weights, and shared by all recipes."""
+def teacher_directory(recipe: Recipe, data_hash: str, preprocess: Mapping[str, Any] | None = None) -> Path:
+    """Where a trained teacher lives: named after everything that decides its weights, and shared by all recipes.
+
+    `preprocess` is that of a teacher whose images are not the student's.
+    """
     values = identity(recipe)
     content = {key: values[key] for key in ("seed", "teacher", "data", "optimizer", "scheduler", "train")}
     # Neither changes the teacher: these layers are what its student looks at, and only the student omits the class.
     del content["teacher"]["layers"]
     del content["data"]["omit_class"]
-    files = weight_files(recipe.teacher)
-    key = content_hash([content, data_hash, checkpoint_hash(recipe)] + ([files] if files else []))
+    for name in ("preprocess", "image_size"):  # what they come to counts
+        content["teacher"].pop(name, None)
+    more = filter(None, [weight_files(recipe.teacher), preprocess])
+    key = content_hash([content, data_hash, checkpoint_hash(recipe), *more])
     model = recipe.teacher.model.replace("/", "-").replace(":", "-")
     return Path(recipe.output) / "teachers" / f"{model}-{key}"
+
+
+def shared_teacher_directory(run: Run) -> Path:
+    """The `teacher_directory` of a run."""
+    return teacher_directory(run.recipe, run.data.hash, own_preprocess(run.data, run.teacher_data))
+
+
+def own_preprocess(data: Data, teacher_data: Data) -> dict[str, Any]:
+    """The teacher's preprocessing by name where it is not the student's, else {}."""
+    network = asdict(teacher_data.preprocess)
+    return {} if teacher_data is data else {k: [*v] if isinstance(v, tuple) else v for k, v in network.items()}
 
 
 def card(run: Run) -> dict[str, Any]:
     """The content of run.json: what decides every weight of the run."""
     files = weight_files(run.recipe.teacher, run.recipe.student)
+    preprocess = own_preprocess(run.data, run.teacher_data)
     return {
         "identity": identity(run.recipe),
         "data_hash": run.data.hash,
         "teacher_checkpoint_hash": checkpoint_hash(run.recipe),
-    } | ({"weight_files": files} if files else {})
+        **({"weight_files": files} if files else {}),
+        **({"teacher_preprocess": preprocess} if preprocess else {}),
+    }
 
 
 def read_card(path: Path) -> dict[str, Any]:

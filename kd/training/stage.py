@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from kd.config.schema import LossConfig, Recipe, TeacherConfig
-from kd.data import Batch, Data, mixer
+from kd.data import Batch, Data, Preprocess, mixed_alike, mixer
 from kd.data.mixing import Mixer
 from kd.losses.methods.base import Seen, View
 from kd.models.ensemble import Reclassified
@@ -17,6 +17,8 @@ from kd.models.wrappers import Output, Student, Teacher
 from kd.training.objective import Objective
 from kd.training.schedule import epoch_order, mixed_seed, share
 
+# Recorded with the weights only where it is another: all weights of an older kd were trained so.
+USUAL = {"interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"}
 FIRST_BATCH = 256  # images from which an objective is built, at most: enough for statistics
 
 
@@ -39,9 +41,10 @@ class Stage:
     def see(self, batch: Batch, epoch: float, model: nn.Module, accelerator: Accelerator) -> Seen:
         """The outputs of both networks for a batch, after `epoch` epochs; `model` is the student as it is trained."""
         images = batch.images
+        shown = images if batch.teacher is None else batch.teacher
         student_taps, teacher_taps = self.taps or (None, None)
         with accelerator.autocast():
-            teacher = _view(teacher_taps, self.teacher.model, self.teacher(images)) if self.teacher else None
+            teacher = _view(teacher_taps, self.teacher.model, self.teacher(shown)) if self.teacher else None
             student = _view(student_taps, self.model.model, model(images))
         index = batch.index.to(images.device, non_blocking=True)
         return Seen(student, teacher, batch.targets, index, epoch, self.epochs, images, len(self.data.train))
@@ -61,7 +64,14 @@ def metadata(name: str, recipe: Recipe, data: Data) -> dict[str, Any]:
         "input_shape": list(data.input_shape),
         "mean": list(data.mean),
         "std": list(data.std),
+        **{name: value for name, value in _resizing(data.preprocess).items() if value != USUAL[name]},
     }
+
+
+def _resizing(network: Preprocess) -> dict[str, Any]:
+    """How a network's images are resized and cropped; sets held in memory know no crop."""
+    names = ["interpolation"] if network.crop_mode == "whole" else list(USUAL)
+    return {name: getattr(network, name) for name in names}
 
 
 def smoothing_of(labels: TeacherConfig | LossConfig) -> dict[str, Any]:
@@ -78,9 +88,10 @@ def _view(taps: Taps | None, network: nn.Module, output: Output) -> View:
 def as_trained(batch: Batch, mix: Mixer, seed: int, channels_last: bool) -> Batch:
     """The batch mixed, and laid out in memory, as the recipe says."""
     images, targets = mix(batch.images, batch.targets, seed)
+    views = [images] if batch.teacher is None else [images, mixed_alike(mix, batch.images, batch.teacher, seed)]
     if channels_last and images.ndim == 4:
-        images = images.contiguous(memory_format=torch.channels_last)
-    return batch._replace(images=images, targets=targets)
+        views = [view.contiguous(memory_format=torch.channels_last) for view in views]
+    return Batch(batch.index, views[0], targets, *views[1:])
 
 
 def build(stage: Stage, recipe: Recipe, accelerator: Accelerator, rehearse: bool = False) -> Student:

@@ -55,7 +55,9 @@ def report_smoothing(run: Run, teacher: Teacher) -> None:
         if not teacher_is_trained(run.recipe):
             say(f"teacher  its weights record label_smoothing={record[0]:g} ({record[1]})")
     else:
-        estimate = estimate_teacher_smoothing(teacher, run.data.train, run.recipe.train.batch_size, run.accelerator)
+        estimate = estimate_teacher_smoothing(
+            teacher, run.teacher_data.train, run.recipe.train.batch_size, run.accelerator
+        )
         mass = 0.0 if estimate.doubts else estimate.label_smoothing
         say(f"teacher  its weights record no smoothing; estimate: {describe(estimate, classes)}")
     if warning := smoothing_warning(mass, run.recipe.loss, exact=record is not None):
