@@ -95,10 +95,15 @@ def _dot(own, z_own, spread, z_others):
 
 
 @triton.jit
+def _is_nothing(b, WIDE: tl.constexpr):
+    """Whether the teacher's probability beside the largest, 2^b, is below the smallest normal number."""
+    return b < (-1022.0 if tl.float64 == WIDE else -126.0)
+
+
+@triton.jit
 def _gaps(eb, a, b, WIDE: tl.constexpr):
     """The addends of the gap; 0 where the teacher gives nothing, as `kd.losses.reference.nothing` says."""
-    least = -1022.0 if tl.float64 == WIDE else -126.0
-    return eb * tl.where(b < least, 0.0, b - a)
+    return eb * tl.where(_is_nothing(b, WIDE), 0.0, b - a)
 
 
 @triton.jit
@@ -287,7 +292,7 @@ def sweeps(
 
     # First sweep. Each thread keeps its own maxima and sums, so that none waits for another before the end.
     nothing = tl.zeros([BLOCK // LANE], WIDE)
-    peak_s, peak_t = nothing - float("inf"), nothing - float("inf")
+    peak_s, peak_t, peak_masked = nothing - float("inf"), nothing - float("inf"), nothing - float("inf")
     total, sum_a, sum_b, gap, weight, dot = nothing, nothing, nothing, nothing, nothing, nothing
     for start in range(0, classes, BLOCK):
         col = start + tile
@@ -322,7 +327,10 @@ def sweeps(
             sum_a, sum_b, gap = _step_kd(sum_a, sum_b, gap, step_s * scale_s, step_t * scale_t)
             sum_a += _lane_sum(tl.exp2(a))
             sum_b += _lane_sum(eb)
-            gap += _lane_sum(_gaps(eb, a, b, WIDE))
+            # A class that only the student masks makes the gap inf, unless it is nothing beside the row's maximum.
+            masked = s == -float("inf")
+            peak_masked = tl.maximum(peak_masked, _lane_max(tl.where(masked, t, -float("inf"))))
+            gap += _lane_sum(tl.where(masked, 0.0, _gaps(eb, a, b, WIDE)))
 
     # Shift the sums of all threads to the maxima of the row and add them.
     high_s, high_t = tl.max(peak_s), tl.max(peak_t)
@@ -344,6 +352,7 @@ def sweeps(
     if teacher is not None:
         sum_a, sum_b, gap = _step_kd(sum_a, sum_b, gap, step_s * scale_s, step_t * scale_t)
         sum_a, sum_b, gap = tl.sum(sum_a), tl.sum(sum_b), tl.sum(gap)
+        gap = tl.where(_is_nothing((tl.max(peak_masked) - zero_t) * scale_t, WIDE), gap, float("inf"))
         kd_row = ts * ts * LN2 * (gap / sum_b + tl.log2(sum_a / sum_b))
     if loss is not None:
         if not SOFT:
