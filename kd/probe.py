@@ -52,7 +52,7 @@ def run(given: dict[str, str], words: Sequence[str]) -> int:
     recipe = recipe_of(given, record.get("model"), words)
     data, own = load_data(recipe.data, recipe.seed), recipe.teacher
     unpublished = not checkpoint and timm.is_model(own.model) and not timm.models.is_model_pretrained(own.model)
-    require(not unpublished, f"model={own.model}: timm has no weights of it; type checkpoint=PATH")
+    require(not unpublished, f"model={own.model}: timm has no weights for it; type checkpoint=PATH")
     data = data.rendered(teacher_preprocess(own, data.preprocess))
     shape = {"num_classes": data.num_classes, "input_shape": data.input_shape, "class_names": data.class_names}
     weights = {"pretrained": own.pretrained, "checkpoint": checkpoint}
@@ -74,9 +74,11 @@ def recipe_of(given: dict[str, str], recorded_model: str | None, words: Sequence
     """The recipe of a data set with this classifier as the teacher. Raises ConfigError."""
     data, model = given.get("data", ""), given.get("model", recorded_model)
     if not model:
-        raise ConfigError("model: not given, nor recorded with the weights; type model=NAME")
+        raise ConfigError("model: not given and not recorded with the weights; type model=NAME")
     if "model" not in given and ":" in model:  # a file must not choose what is fetched, or read from where
-        raise ConfigError(f"checkpoint={given['checkpoint']}: records model={model!r}; type it if you trust it")
+        raise ConfigError(
+            f"checkpoint={given['checkpoint']}: records model={model!r}; type it as model=NAME if you trust it"
+        )
     teacher = {"model": model, "checkpoint": given.get("checkpoint"), "pretrained": "checkpoint" not in given}
     values = compose.read_recipe(compose.recipe_file("data", data))
     return compose.build(values, {"teacher": teacher}, words=words)

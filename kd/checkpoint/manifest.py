@@ -61,7 +61,7 @@ def check_file(path: Path, manifest: Mapping[str, Any], name: str) -> None:
     if listed is None:
         raise CheckpointError(f"{file}: is not listed in {path.name}")
     if (sha256 := digest(file)) != listed["sha256"]:
-        raise CheckpointError(f"{file}: is damaged, has sha256 {sha256[:12]}…, {listed['sha256'][:12]}… was written")
+        raise CheckpointError(f"{file}: is damaged, has sha256 {sha256[:12]}…, must be {listed['sha256'][:12]}…")
 
 
 def verified(path: Path, owner: Mapping[str, str] = ANYONE) -> dict[str, Any]:

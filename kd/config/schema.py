@@ -127,15 +127,16 @@ class DataConfig(Checked, section="data."):
 
     def __post_init__(self):
         super().__post_init__()
-        both = f"data.omit_class={self.omit_class} with data.label_noise={self.label_noise}: only one of them works"
         for name in ("mean", "std"):
             value, lowest = getattr(self, name), "> 0" if name == "std" else "finite"
             require(
                 all(math.isfinite(x) and (name == "mean" or x > 0) for x in value),
                 f"data.{name}={value}: must be {lowest}, of pixels from 0 to 1",
             )
+        both = f"data.omit_class={self.omit_class} with data.label_noise={self.label_noise}: cannot be combined"
+        instead = "type data.omit_class=null or data.label_noise=0"
         # a wrong label would show the omitted class
-        require(self.omit_class is None or not self.label_noise, f"{both}; type omit_class=null or label_noise=0")
+        require(self.omit_class is None or not self.label_noise, f"{both}; {instead}")
 
 
 @dataclass

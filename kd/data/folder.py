@@ -39,7 +39,7 @@ def folder(config: DataConfig, seed: int) -> Data:
     misnamed = sorted(set(alike) - set(SPLITS))
     require(
         len(alike) < 2 or not misnamed,
-        f"data.root={root}: {', '.join(misnamed)}: directories of splits are called train, val and test; rename",
+        f"data.root={root}: has {', '.join(misnamed)}; directories of splits must be named train, val and test",
     )
     require("train" in given or not given, f"data.root={root}: has {', '.join(given)} but no train")
     places = {name: root / name for name in given} or {"train": root}

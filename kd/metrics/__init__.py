@@ -2,11 +2,11 @@
 
 One legend for all files of this folder. N is the number of samples, K of classes, D of features.
 
-- logits, reference, teacher (N, K): floating point, any precision. -inf masks a class, whose probability is 0: a metric
-  then has the value of the logits without that class, unless its docstring says otherwise. nan, inf and a row of
-  nothing but -inf are refused; what looks like probabilities draws a warning, once
+- logits, reference, teacher (N, K): floating point, any precision. -inf masks a class, whose probability is 0: the
+  metric is then that of the other classes, unless its docstring says otherwise. A nan, an inf and a row of only -inf
+  are errors; logits that look like probabilities draw one warning
 - targets (N,): int64, from 0 to K - 1
-- bins: how many, an integer ≥ 1, by default 15
+- bins: number of bins, an integer ≥ 1; default 15
 - features (N, D), weight (K, D), views (N, L): floating point, finite
 - a metric is a tensor () in float64 without gradient unless its docstring says otherwise; softmax is at T = 1
 

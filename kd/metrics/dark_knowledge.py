@@ -2,7 +2,7 @@
 
 NT stands for non-target: the label's class is dropped and the others are renormalised, so that accuracy and confidence
 play no part. `reference` (N, K) holds logits whose softmax is the best known posterior p*, such as the logarithm of the
-true posterior, or of the mean prediction of an ensemble trained on hard labels. The NT metrics need K ≥ 3, beside
+true posterior, or of the mean prediction of an ensemble trained on hard labels. The NT metrics need K ≥ 3, not counting
 classes that both mask by -inf.
 """
 
@@ -26,9 +26,9 @@ __all__ += ["shen_instability", "transfer_efficiency"]
 def nt_cosine(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
     """Cosine of the wrong classes' logits with the reference's, each centred; from -1 to 1.
 
-    mean over i of cos(c(logits[i] without class targets[i]), c(log p*[i] without it)), c subtracting the mean. Ours.
-    1 for reference·a + b, a > 0; 0 for a sample whose wrong classes have equal logits; nan where one of the two alone
-    masks a wrong class.
+    mean over i of cos(c(logits[i] without class targets[i]), c(log p*[i] without it)), c(z) = z - mean z. Ours. 1 for
+    reference·a + b, a > 0; 0 for a sample whose wrong classes have equal logits; nan where one of the two alone masks a
+    wrong class.
     """
     z, r = _non_target(logits, reference, targets)
     kept = (z > -torch.inf) | (r > -torch.inf)

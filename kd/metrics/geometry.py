@@ -31,12 +31,13 @@ def within_total_variance(features: Tensor, targets: Tensor) -> Tensor:
 
 @metric("class_separation", "class separation R²")
 def class_separation(features: Tensor, targets: Tensor) -> Tensor:
-    """Class separation R² in cosine distance; higher with label smoothing, and with it worse transfer.
+    """Class separation R² in cosine distance. Label smoothing raises it, and features transfer worse where it is high.
 
-    1 - d_within / d_total, d the mean of 1 - cos over all pairs of a class (a sample with itself too), averaged over
-    the classes, and over all pairs of all classes, each class of equal weight; Kornblith et al. 2021, "Why Do Better
-    Loss Functions Lead to Less Transferable Features?", section 4. From 0 (equal mean directions) to 1 (each class has
-    one direction). Rows of zeros, where every ReLU is off, have no direction and are left out.
+    1 - d_within / d_total. d_within is the mean of 1 - cos over the pairs of a class (a sample with itself too),
+    averaged over the classes; d_total is the mean over the pairs of all classes, each class of equal weight; Kornblith
+    et al. 2021, "Why Do Better Loss Functions Lead to Less Transferable Features?", section 4. From 0 (equal mean
+    directions) to 1 (each class has one direction). Rows of zeros, where every ReLU is off, have no direction and are
+    left out.
     """
     alive = (features != 0).any(dim=1)
     require(alive.any(), "features are all 0: they have no direction", Undefined)

@@ -60,7 +60,7 @@ def _matrix(name: str, values: Tensor) -> Tensor:
     sums_to_one = (wide >= 0).all() and ((wide.sum(dim=1) - 1).abs() <= tolerance).all()
     # Rows of 0 and 1 alone are rather small integers as logits than a softmax, which reaches neither.
     if name in LOGITS and sums_to_one and (wide.frac() != 0).any():
-        message = f"{name} look like probabilities, rows ≥ 0 that sum to 1: kd.metrics take their logarithm, the logits"
+        message = f"{name} look like probabilities, rows ≥ 0 that sum to 1: pass logits, or probabilities.log()"
         warnings.warn(message, stacklevel=3)  # which Python shows once for each calling line
     return wide
 

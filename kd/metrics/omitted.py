@@ -22,8 +22,8 @@ def best_bias(logits: Tensor, targets: Tensor, omitted: int) -> float:
     """The addition to the omitted class's logit that gives the highest accuracy over all classes; exact search.
 
     The accuracy changes only where the bias passes a sample's margin: the largest logit of the other classes less the
-    omitted one's. Among the intervals of highest accuracy between two margins it is 0 if one holds 0, else the middle
-    nearest to 0; of an interval without an end, the point at distance 1 from its margin.
+    omitted one's. Of the intervals between margins, those of highest accuracy count. The bias is 0 if one of them
+    contains 0, else the midpoint nearest to 0; an unbounded interval counts with the point 1 away from its margin.
     """
     rest, positive = _rest(logits, targets, omitted)
     best, which = rest.max(dim=1)

@@ -30,7 +30,7 @@ class Metric:
     Attributes
     ----------
     name : the metric's name in result.json, in a study's table, and in a contrast
-    label : the name for people, as a table's header has it
+    label : the name in tables and reports
     better : "up" where a higher value is better, "down" where a lower one is, None where neither is
     function : takes what `needs` names, in that order, and returns a number
     needs : keys of the evidence that `compute` is given; by default the function's parameters without a default.

@@ -24,7 +24,8 @@ def aurc(scores: Tensor, correct: Tensor) -> Tensor:
     """
     fits = scores.shape == correct.shape == (len(scores),) and len(scores) > 0 and correct.dtype == torch.bool
     if not fits or not scores.isfinite().all():
-        raise ValueError("scores and correct must be (N,) finite numbers and (N,) bool, N ≥ 1")
+        got = f"scores of shape {tuple(scores.shape)}, correct of shape {tuple(correct.shape)} and {correct.dtype}"
+        raise ValueError(f"{got}: must be (N,) finite numbers and (N,) bool, N ≥ 1")
     _, group, counts = (-scores.detach().double()).unique(return_inverse=True, return_counts=True)
     wrong = torch.zeros(len(counts), dtype=torch.float64, device=scores.device)
     wrong = wrong.index_add_(0, group, (~correct).double()) / counts

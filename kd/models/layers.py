@@ -89,7 +89,7 @@ def _of_equal_reduction(student: dict[str, int], teacher: dict[str, int]) -> tup
     ours, theirs = ({factor: name for name, factor in each.items()} for each in (student, teacher))  # the last stays
     common = [factor for factor in ours if factor in theirs]
     reductions = f"student stages reduce by {list(ours)}, teacher stages by {list(theirs)}"
-    require(common, f"{reductions}: name layers", ValueError)
+    require(common, f"{reductions}: none in common; name layers", ValueError)
     return [ours[factor] for factor in common], [theirs[factor] for factor in common]
 
 
@@ -128,7 +128,7 @@ def as_map(name: str, feature: Tensor, model: nn.Module) -> Tensor:
     if feature.ndim == 2:
         return rearrange(feature, "n d -> n d 1 1")
     gives = f"layer {name}: gives shape {tuple(feature.shape)}"
-    require(feature.ndim == 3, f"{gives}, not a map, tokens or a vector; name another", ValueError)
+    require(feature.ndim == 3, f"{gives}: must be a map, tokens or a vector; name another layer", ValueError)
     tokens = feature[:, getattr(model, "num_prefix_tokens", 0) :]
     count, side = tokens.shape[1], math.isqrt(tokens.shape[1])
     height, width = getattr(getattr(model, "patch_embed", None), "grid_size", (side, side))
@@ -140,5 +140,5 @@ def _embedding(name: str, feature: Tensor) -> Tensor:
     if feature.ndim == 4 and feature.shape[2:] == (1, 1):
         return rearrange(feature, "n d 1 1 -> n d")
     reads = f"classifier {name}: reads shape {tuple(feature.shape)}"
-    require(feature.ndim == 2, f"{reads}, not one embedding (n, d) an image", ValueError)
+    require(feature.ndim == 2, f"{reads}: must be (n, d), one embedding for each image", ValueError)
     return feature

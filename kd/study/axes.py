@@ -29,13 +29,14 @@ def labelled(grid: Mapping[str, Any]) -> dict[str, dict[Any, Settings]]:
             require(free, f"{at}: must be a name of letters, digits and _, and none of {', '.join(sorted(TAKEN))}")
             distinct = len({str(label) for label in values}) == len(values) > 0  # JSON has labels as text
             nested = all(isinstance(each, Mapping) for each in values.values())
-            require(distinct and nested, f"{at}={values}: must be {{label: {{setting: value}}}}, of different labels")
+            require(distinct and nested, f"{at}={values}: must be {{label: {{setting: value}}}} with different labels")
             axes[axis] = {label: _spelled(at, settings) for label, settings in values.items()}
         else:
             values = values if isinstance(values, list) else [values]
             plain = not any(isinstance(value, list | Mapping) for value in values)
             different = plain and len(set(values)) == len(values) > 0
-            require(different, f"{at}={values}: must be different plain values; give a list or a section a label")
+            labels = "a value that is a list or a section needs a label"
+            require(different, f"{at}={values}: must be different plain values; {labels}")
             axes[axis] = {value: _spelled(at, {axis: value}) for value in values}
     return axes
 

@@ -84,7 +84,7 @@ def _set_grid(config: Any, axes: dict[str, list[Any]], fixed: set[str]) -> None:
             grid[key] = values
         else:
             require(key in types.settings(StudyRecipe), types.no_such_setting(key, StudyRecipe))
-            raise ConfigError(f"{key}: is no axis; type one value, a list as [A,B]")
+            raise ConfigError(f"{key}: is no axis of a study; type one value, or a list as [A,B]")
     for key in fixed & grid.keys() - axes.keys():  # one value of an axis of the recipe's
         grid[key] = [OmegaConf.select(config, key)]
     for key, value in types.leaves(OmegaConf.to_container(config)):

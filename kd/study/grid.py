@@ -148,7 +148,7 @@ class Plan:
         """The point of a recipe's student. Raises ConfigError where its loss does not involve the teacher."""
         loss = recipe.loss
         taught = loss.kd_weight > 0 or bool(loss.methods)
-        require(taught, "loss.kd_weight=0: is the control `hard`, not a point of the grid; must be > 0 in it")
+        require(taught, "loss.kd_weight=0: is the control `hard`, not a point of the grid; there it must be > 0")
         recipe = replace(recipe, loss=_canonical(loss))
         return self._point("student", None, recipe, self._teacher(recipe).id)
 

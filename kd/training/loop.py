@@ -233,7 +233,7 @@ class Trainer:
             rows.append(bad_rows(seen, self.stage.objective))
         parameter = first_bad_gradient(self.stage.model.model, self.stage.objective)
         raise TrainingError(
-            f"{self.stage.name}: {what} in update {self.progress.update + 1} of {self.updates}, which was not made; "
+            f"{self.stage.name}: {what} in update {self.progress.update + 1} of {self.updates}, which was not applied; "
             f"the last saved state is kept. {describe(gather_object(rows), gather_object([parameter]))}"
         )
 
@@ -329,8 +329,8 @@ class Trainer:
         names = gather_object([newest.path.name if newest else "none"])
         if len(set(names)) > 1:  # they would train from different weights, and average their gradients
             raise CheckpointError(
-                f"{self.directory}: not all processes find the same checkpoint ({', '.join(names)}): a file system "
-                f"may lag behind; {GO_ON}"
+                f"{self.directory}: not all processes find the same checkpoint ({', '.join(names)}); a shared file "
+                f"system may lag behind; {GO_ON}"
             )
         if newest is None:
             return

@@ -63,7 +63,7 @@ def check_places(recipe: Recipe) -> None:
     for key, part in (("name", recipe.name), ("run", run_name(recipe))):
         plain = part.isprintable() and Path(part).name == part and not part.startswith(".")
         require(plain, f"{key}={part!r}: must be a plain directory name (printable, no /, not starting with a dot)")
-    require(recipe.name != "teachers", "name=teachers: is the directory of trained teachers; choose another name")
+    require(recipe.name != "teachers", "name=teachers: is reserved for trained teachers; choose another name")
     require(recipe.output != "", "output=: must be a directory; output=. is the working directory")
 
 

@@ -25,15 +25,15 @@ def main(words: list[str], run: Callable[..., Run]) -> int:
     old_output = directory.parents[1]
     output = given.get("output", str(old_output / "replays" / f"{recipe.name}-{directory.name}"))
     if Path(output).resolve() == old_output:
-        raise ConfigError(f"output={output}: is the old run's, whose teacher would be found there; name another")
+        raise ConfigError(f"output={output}: is the old run's, whose teacher would be reused; must be another")
 
     def check(run: Run) -> None:
         records = (old["provenance"], origin(run))
         differing = changes(*({key: each[key] for key in each.keys() - NOT_COMPARED} for each in records))
         if differing and given.get("allow_differences") != "true":
             raise ConfigError(
-                f"replay={given['replay']}: differs in {'; '.join(differing)}; allow_differences=true trains all the "
-                f"same"
+                f"replay={given['replay']}: differs in {'; '.join(differing)}; type allow_differences=true to train "
+                f"anyway"
             )
         for line in differing:
             run.logger.say(f"differs  {line}")

@@ -78,7 +78,7 @@ def test_two_processes_that_find_different_checkpoints_do_not_train(tmp_path):
     codes = forked.finish(forked.start(*SMALL, folder=tmp_path, hook=lag, processes=2))
     said = (tmp_path / "log.txt").read_text()
     assert codes == [2, 2], said
-    assert "not all processes find the same checkpoint (update-00000003, none): a file system may lag" in said
+    assert "not all processes find the same checkpoint (update-00000003, none); a shared file system may lag" in said
 
 
 @pytest.mark.torture

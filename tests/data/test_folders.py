@@ -120,7 +120,7 @@ def break_folder(root, kind):
         ("other classes", "data.root={root}: train and val differ in the classes ['two words', 'zwei']"),
         ("empty class", "data.root: class directory '{root}/train/four' holds no JPEG, PNG or WEBP image"),
         ("one class", "data.root: {root}/train holds 1 class directories, needs at least 2"),
-        ("misnamed", "data.root={root}: validation: directories of splits are called train, val and test"),
+        ("misnamed", "data.root={root}: has validation; directories of splits must be named train, val and test"),
         ("gif", "data.root: '{root}/train/one/a.gif' is not JPEG, PNG or WEBP; convert or remove it"),
         ("missing", "data.root={root}: no such directory"),
     ],

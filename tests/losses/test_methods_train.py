@@ -259,7 +259,7 @@ WRONG_SETTINGS = [
     ({"dkd": {"reduction": "sum"}}, "loss.methods.dkd.reduction: no such setting"),
     ({"dkd": {"temprature": 1}}, "loss.methods.dkd.temprature: no such setting; did you mean temperature?"),
     ({"dkd": 1}, "loss.methods.dkd=1: must be settings such as {weight: 1.0}; type loss=dkd"),
-    ({"kd": {"weight": 1}}, "loss.methods.kd: is there already; type loss.kd_weight=... and loss.temperature=..."),
+    ({"kd": {"weight": 1}}, "loss.methods.kd: is in every loss; type loss.kd_weight=... and loss.temperature=..."),
     ({"dkd": {"temperature": 0}}, "loss.methods.dkd.temperature=0: must be a number from 0.001 to 1000"),
     ({"mlkd": {"temperatures": ["a"]}}, "loss.methods.mlkd.temperatures=['a']: must be a list"),
     ({"lskd": {"settings": {"nckd_weight": 1}}}, "loss.methods.lskd: settings.nckd_weight: kd has only temperature"),
@@ -280,7 +280,7 @@ def test_a_wrong_setting_says_what_to_type(settings, says):
 
 def test_a_teacher_cannot_be_trained_by_a_method_that_needs_one():
     assert list(methods.build({"maxsup": {}}, "teacher")) == ["maxsup"]
-    with pytest.raises(ConfigError, match=r"^teacher.methods.dkd: needs a teacher of its own; must be of "):
+    with pytest.raises(ConfigError, match=r"^teacher.methods.dkd: needs its own teacher; must be one of "):
         methods.build({"dkd": {}}, "teacher")
 
 

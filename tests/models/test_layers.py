@@ -95,7 +95,7 @@ def test_stages_pair_by_position_or_by_reduction():
     assert theirs.layers == ("stages.0", "stages.1", "stages.2", "stages.3")
     ours, theirs = pair(made("test_resnet"), made("test_vit"))
     assert (ours.layers, theirs.layers) == (("layer3",), ("blocks.5",))
-    with pytest.raises(ValueError, match=r"by \[1\], teacher stages by \[2, 4, 8, 16, 32\]: name layers"):
+    with pytest.raises(ValueError, match=r"teacher stages by \[2, 4, 8, 16, 32\]: none in common; name layers"):
         pair(made("mlp_small"), made("test_resnet"))
     with pytest.raises(ValueError, match="1 student layers and 5 teacher layers"):
         pair(made("test_resnet"), made("resnet10t"), ["layer1"])

@@ -166,7 +166,7 @@ def test_a_contrast_outside_the_grid_is_left_out_and_said():
         ({"contrasts": [Contrast(metric="test.top2")]}, "metric=test.top2: no such metric; did you mean test.top"),
         ({"grid": {"loss.temperature": [1, 1.0]}}, "different plain values"),
         ({"grid": {"loss.temperature": {"hot": {}}}}, "must be a name of letters"),
-        ({"grid": {"how": {1: {}, "1": {}}}}, "of different labels"),
+        ({"grid": {"how": {1: {}, "1": {}}}}, "with different labels"),
         ({"grid": {"how": {"x": 3}}}, "must be {label: {setting: value}}"),
         ({"grid": {"how": {"x": {"seed": 3}}}}, "seed is no axis; leave it out, and type study.seeds=N"),
         ({"grid": {"loss": ["dsit"]}}, "did you mean dist?"),

@@ -55,7 +55,7 @@ def test_a_bad_image_is_named_in_the_piece_that_has_it(tmp_path):
     second.images[[3, 7]] = math.inf
     said = refused(t, [first, second])
     rows = ", ".join(map(str, sorted(second.index[[3, 7]].tolist())))
-    assert said.startswith("student: gradient norm nan in update 1 of 20, which was not made; the last saved state is")
+    assert said.startswith("student: gradient norm nan in update 1 of 20, which was not applied; the last saved state")
     assert f"ce, kd not finite for training images {rows}; look at these images, or try a smaller" in said
 
 

@@ -116,9 +116,9 @@ def test_a_doubted_estimate_is_said_to_be_and_exits_with_1(kd_probe, weights):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data=mixture"], "model: not given, nor recorded with the weights; type model=NAME"),
+        (["data=mixture"], "model: not given and not recorded with the weights; type model=NAME"),
         (["data=digits", "checkpoint=FILE"], "FILE: does not fit the network"),
-        (["data=digits", "model=mlp_tiny"], "model=mlp_tiny: timm has no weights of it; type checkpoint=PATH"),
+        (["data=digits", "model=mlp_tiny"], "model=mlp_tiny: timm has no weights for it; type checkpoint=PATH"),
         (["data=mixture", "split=all", "model=x"], "split=all: must be one of train, val, test"),
     ],
 )

@@ -128,7 +128,7 @@ def build(values: Mapping[str, Any], section: str = "loss") -> dict[str, Weighte
     if section == "teacher":
         alone = [name for name, method in library().items() if method.needs.isdisjoint({"teacher", "peer"})]
         for name in made:
-            require(name in alone, f"teacher.methods.{name}: needs a teacher of its own; must be of {', '.join(alone)}")
+            require(name in alone, f"teacher.methods.{name}: needs its own teacher; must be one of {', '.join(alone)}")
     return made
 
 
@@ -137,7 +137,7 @@ def _build(before: str, name: str, settings: Any) -> Weighted:
     from kd.losses.methods.base import Weighted
 
     at = f"{before}{name}"
-    require(name != PLAIN, f"{at}: is there already; type loss.kd_weight=... and loss.temperature=...")
+    require(name != PLAIN, f"{at}: is in every loss; type loss.kd_weight=... and loss.temperature=...")
     method = _find(name, at)
     is_section = isinstance(settings, Mapping)
     require(is_section, f"{at}={settings}: must be settings such as {{weight: 1.0}}; type loss={name}")
