@@ -32,6 +32,7 @@ from kd.models.preprocess import describe
 from kd.models.weights import load_weights
 from kd.models.wrappers import Student, Teacher
 from kd.runtime.signals import held
+from kd.training.class_order import other_order
 from kd.training.logger import Logger
 from kd.training.loop import Trainer
 from kd.training.objective import Objective
@@ -301,20 +302,24 @@ def _train_members(run: Run) -> None:
 
 
 def check_teacher(run: Run, teacher: Teacher) -> None:
-    """Print the teacher's validation accuracy. Raises ConfigError where it is not better than chance."""
-    targets = run.data.val.targets
+    """Print the teacher's validation accuracy. Raises ConfigError where it is not better than chance, or far better
+    with the classes in another order.
+    """
+    own, targets, names = run.recipe.teacher, run.data.val.targets, run.data.class_names
+    key = "model" if own.checkpoint is None else "checkpoint"
+    setting = f"teacher.{key}={getattr(own, key)}"
     logits = predict(teacher, run.teacher_data.val, run.recipe.train.batch_size, run.accelerator)
     if wrong := not_finite(logits):
-        key = "model" if run.recipe.teacher.checkpoint is None else "checkpoint"
-        raise ConfigError(
-            f"teacher.{key}={getattr(run.recipe.teacher, key)}: {wrong}: take other weights, or train.precision=fp32"
-        )
+        raise ConfigError(f"{setting}: {wrong}: take other weights, or train.precision=fp32")
     top1 = top_k_accuracy(logits, targets, 1).item()
     guessing, bound = chance(targets)
     if run.teacher_data is not run.data:
         run.logger.say(f"teacher  takes images of its own: {describe(run.teacher_data.preprocess)}")
         run.logger.say(f"student  {describe(run.data.preprocess)}")
     run.logger.say(f"teacher  validation top-1 {top1:.2%}   (chance {guessing:.2%}, {len(targets)} images)")
+    known = teacher_is_trained(run.recipe) or recorded(teacher.model, own.checkpoint)
+    other = "" if known else other_order(logits.argmax(-1), targets, names)
+    require(not other, f"{setting}: its classes are in another order: validation top-1 is {top1:.2%}, {other}")
     if top1 <= bound:
         raise ConfigError(
             f"teacher.model={run.recipe.teacher.model}: validation top-1 {top1:.2%} is no better than chance "
