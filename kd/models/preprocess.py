@@ -29,6 +29,8 @@ def teacher_preprocess(own: TeacherConfig, data: Preprocess) -> Preprocess:
         require(own.image_size is None, f"teacher.image_size={own.image_size}: only for images")
         return replace(data, mean=tuple(said.get("mean", data.mean)), std=tuple(said.get("std", data.std)))
     size = said.pop("input_size", data.shape)
+    if len(size) != 3:  # weights for vectors: loading them says that they do not fit
+        return data
     said.setdefault("crop_mode", "center")
     if data.crop_mode == "whole":  # sets held in memory have no crop, and their number of channels
         size = (data.shape[0], *size[1:])
