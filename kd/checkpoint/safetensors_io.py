@@ -3,6 +3,7 @@
 A training state is one safetensors file: tensors by their path in the tree, everything else as JSON in the header.
 """
 
+import argparse
 import json
 import warnings
 import zipfile
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kd.checkpoint.files import reading, write_atomically
+from kd.checkpoint.files import read_json, reading, write_atomically
 from kd.errors import CheckpointError, require
 from kd.text import plain
 
@@ -119,35 +120,59 @@ def weights_header(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors or .pth file, without the wrappings of training scripts, as timm removes them.
+    """Every tensor in a .safetensors or .pth file, or in the files of an index, by its dotted name.
 
-    A .pth is read with ``weights_only=True``, so that no code runs, and its zip's checksums are checked, which
-    ``torch.load`` does not do. Raises CheckpointError.
+    Of nested dicts, as training scripts save them, the keys of all levels make the name; lists and numbered entries,
+    such as an optimizer's state, are left out. A .pth is read with ``weights_only=True``, so that no code runs, and its
+    zip's checksums are checked, which ``torch.load`` does not do. Raises CheckpointError.
     """
-    if path.suffix == ".safetensors":
+    if (files := parts(path)) != [path]:
+        weights = {name: tensor for file in files for name, tensor in read_weights(file).items()}
+    elif path.suffix == ".safetensors":
         with _opened(path) as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     else:
-        weights = _read_pickled(path)
+        weights = dict(_named_tensors(_read_pickled(path)))
     _check_tensors(path, weights)
     return weights
 
 
-def _read_pickled(path: Path) -> Any:
-    from timm.models import load_state_dict
+def parts(path: Path) -> list[Path]:
+    """The files of weights that a path stands for: itself, or those that an index (.index.json) lists beside it.
 
+    Raises CheckpointError.
+    """
+    if not path.name.endswith(".index.json"):
+        return [path]
+    listed = read_json(path, ["weight_map"])["weight_map"]
+    names = sorted(set(listed.values())) if isinstance(listed, dict) else []
+    plain_names = all(isinstance(name, str) and Path(name).name == name for name in names)
+    require(names and plain_names, f"{path}: lists no files beside it in weight_map", CheckpointError)
+    return [path.with_name(name) for name in names]
+
+
+def _read_pickled(path: Path) -> Any:
     with _readable(path, _PICKLED), warnings.catch_warnings(action="ignore"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise CheckpointError(f"{path}: is damaged, the checksum of its part {damaged!r} differs")
-        return load_state_dict(str(path), weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's scripts save their arguments as one
+            return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _check_tensors(path: Path, weights: Any) -> None:
+def _named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            if isinstance(key, str):
+                yield from _named_tensors(value, f"{name}.{key}" if name else key)
+
+
+def _check_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless this is a state dict of dense tensors that torch can compute with."""
-    named = isinstance(weights, dict) and weights and all(isinstance(each, Tensor) for each in weights.values())
-    require(named, f"{path}: holds no state_dict of tensors", CheckpointError)
+    require(weights, f"{path}: holds no state_dict of tensors", CheckpointError)
     for name, value in weights.items():
         try:
             value.flatten()[:1].to("cpu", torch.complex64)

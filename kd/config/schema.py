@@ -146,6 +146,7 @@ class TeacherConfig(Checked, section="teacher."):
     model: str = setting("resnet50.tv_in1k", "timm model name, hf-hub:NAME or local-dir:PATH", common=True)
     pretrained: bool = setting(False, "start from timm's pretrained weights", common=True)
     checkpoint: str | None = setting(None, "weights file, .safetensors or .pth", common=True)
+    checkpoint_key: str | None = setting(None, "entry of that file with the network, where several fit")
     finetune: bool = setting(False, "train loaded weights further, with a new head if needed", common=True)
     epochs: int = setting(10, "epochs of the teacher", ge=1, le=MOST_EPOCHS, common=True)
     label_smoothing: float = setting(0.0, "label-smoothing mass of its training targets", ge=0, lt=1, common=True)
@@ -189,6 +190,8 @@ class StudentConfig(Checked, section="student."):
 
     model: str = setting("resnet18.tv_in1k", "timm model name", common=True)
     pretrained: bool = setting(False, "start from timm's pretrained weights", common=True)
+    checkpoint: str | None = setting(None, "weights file to start from, as teacher.checkpoint; a head may be replaced")
+    checkpoint_key: str | None = setting(None, "entry of that file with the network, where several fit")
     epochs: int = setting(10, "epochs of student and control", ge=1, le=MOST_EPOCHS, common=True)
     model_kwargs: dict[str, Any] = setting({}, "further arguments of timm.create_model")
     layers: list[str] = setting(
@@ -306,6 +309,9 @@ _ADDED_LATER = (
     ("loss", "class_weight", None),
     ("teacher", "preprocess", "auto"),
     ("teacher", "image_size", None),
+    ("teacher", "checkpoint_key", None),
+    ("student", "checkpoint", None),
+    ("student", "checkpoint_key", None),
     ("data", "class_order", "sorted"),
     ("data", "channels", None),
     ("data", "mean", []),

@@ -1,6 +1,7 @@
 """Networks by name: `build` makes or loads one for a data set, or says in one line why it cannot."""
 
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 import kd.models.networks  # noqa: F401 (registers its names)
 from kd.errors import CheckpointError, ConfigError, require
 from kd.models.classes import align, recorded
-from kd.models.weights import load_weights, other_classes
+from kd.models.weights import Say, load_weights, other_classes, unsaid
 from kd.text import did_you_mean
 
 
-def create(name: str, *, checkpoint_path: str | Path | None = None, **kwargs: Any) -> nn.Module:
-    """timm.create_model, with a file of weights that kd reads, without running code.
+def create(
+    name: str, *, checkpoint_path: str | Path | None = None, checkpoint_key: str | None = None, **kwargs: Any
+) -> nn.Module:
+    """timm.create_model, with a file of weights that kd reads, without running code, as `load_weights` does.
 
     Raises:
         ConfigError: timm and kd know no such network.
@@ -27,7 +30,7 @@ def create(name: str, *, checkpoint_path: str | Path | None = None, **kwargs: An
     _check_name(name, f"model={name!r}")
     network = timm.create_model(name, **kwargs)
     if checkpoint_path is not None:
-        load_weights(network, Path(checkpoint_path))
+        load_weights(network, Path(checkpoint_path), key=checkpoint_key, say=warnings.warn)
     return network
 
 
@@ -40,8 +43,10 @@ def build(
     section: str = "teacher.",
     pretrained: bool = False,
     checkpoint: str | Path | None = None,
+    checkpoint_key: str | None = None,
     finetune: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
+    say: Say = unsaid,
 ) -> nn.Module:
     """A network of timm or of kd for a data set, checked with one image; never with a silent random head.
 
@@ -52,10 +57,13 @@ def build(
         class_names: of the data; the head of weights that record the same names in another order is put into this one.
         section: "teacher." or "student.", the section of the recipe that messages name, or "" for none.
         pretrained: start from timm's weights.
-        checkpoint: path of weights (.safetensors, or .pth, .pt, .bin without code), which are taken instead of timm's.
+        checkpoint: path of weights (.safetensors, .pth, .pt or .bin, without code, or the .index.json of several),
+            which are taken instead of timm's.
+        checkpoint_key: the entry of that file with the network, where several fit.
         finetune: the weights will be trained further, so that a head of other classes is replaced by a fresh one and
             a first layer for other channels is adapted by timm.
         model_kwargs: further arguments of timm.create_model.
+        say: is told in one line what was chosen or resampled in a checkpoint.
 
     Returns:
         The network in train mode, on the CPU.
@@ -82,7 +90,7 @@ def build(
         differ = f"its weights are for {channels} channels, the data has {shape[0]}"
         require(channels == shape[0], f"{setting}: {differ}; in a recipe teacher.finetune=true adapts it")
     if checkpoint is not None:
-        load_weights(model, Path(checkpoint), finetune)
+        load_weights(model, Path(checkpoint), finetune, key=checkpoint_key, say=say)
     if class_names and (download or checkpoint is not None):
         why_not = align(model, recorded(model, checkpoint), class_names, shape, finetune)
         where, error = (setting, ConfigError) if download else (checkpoint, CheckpointError)

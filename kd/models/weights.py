@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +15,14 @@ from kd.errors import CheckpointError, require
 if TYPE_CHECKING:
     from kd.config.schema import Recipe, StudentConfig, TeacherConfig
 
+Say = Callable[[str], object]
 # kd.checkpoint is imported where it is used: Teacher and Student need torch only, it needs safetensors.
+_PREFERRED = ("state_dict_ema", "model_ema", "state_dict", "model")  # by timm, of several networks in a file
 _TIMM_LOOKS_FOR = (".safetensors", ".pth", ".tar", ".bin")  # in a directory
+
+
+def unsaid(line: str) -> None:
+    """The listener of those who need no line of what was chosen in a file."""
 
 
 def weights_metadata(path: str | Path) -> dict[str, Any]:
@@ -33,54 +41,129 @@ def weights_metadata(path: str | Path) -> dict[str, Any]:
     return weights_header(path) if path.suffix == ".safetensors" else {}
 
 
-def load_weights(model: nn.Module, path: Path, finetune: bool = False) -> None:
+def load_weights(
+    model: nn.Module, path: Path, finetune: bool = False, *, key: str | None = None, say: Say = unsaid
+) -> None:
     """Load a file into a network that it fits exactly: the same names, shapes and nothing else, all finite.
+
+    Names may be those of the network behind one prefix, such as "model." or "state_dict.module.": the prefix is found.
+    Position embeddings for another image size are resampled by timm.
 
     Args:
         model: the network.
-        path: .safetensors, or .pth and its like, which is read without code.
+        path: .safetensors, or .pth and its like, which is read without code, or the .index.json of several of them.
         finetune: the network will be trained further, so that a head that is missing or of other classes stays the
             fresh one of the network.
+        key: the entry of the file that holds the network, where several fit.
+        say: is told in one line what was chosen or resampled.
 
     Raises:
         CheckpointError: the file cannot be read, or does not fit; names the first tensor of each kind of misfit.
     """
     from kd.checkpoint.safetensors_io import read_weights
 
-    weights, own, head = read_weights(path), model.state_dict(), head_keys(model)
-    if finetune and any(key not in weights or weights[key].shape != own[key].shape for key in head):
-        weights |= {key: own[key] for key in head}
-    reshaped = [key for key in weights if key in own and weights[key].shape != own[key].shape]
-    if reshaped and head.issuperset(reshaped):
-        classes, needed = (tensors[reshaped[0]].shape[:1] for tensors in (weights, own))
-        if classes != needed and classes:  # not another width in front of the head, nor a single number
-            raise CheckpointError(f"{path}: {other_classes(classes[0], needed[0])}")
+    own, head = model.state_dict(), head_keys(model)
+    weights = _behind_prefix(read_weights(path), own, path, key, say)
+    for name, held in own.items():  # a count of batches that overflowed when the file was halved
+        if name in weights and not held.is_floating_point() and not bool(weights[name].float().isfinite().all()):
+            weights[name] = held
+    if finetune and any(name not in weights or weights[name].shape != own[name].shape for name in head):
+        weights |= {name: own[name] for name in head}
+    weights = _resampled(model, weights, path, say)
+    _check_fit(model, weights, path)
+    model.load_state_dict(weights)
+
+
+def _behind_prefix(
+    tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path, key: str | None, say: Say
+) -> dict[str, Tensor]:
+    """The tensors of one network, named as its own. Raises CheckpointError where several in the file fit."""
+    if key is not None:
+        entries = ", ".join(sorted({name.partition(".")[0] for name in tensors})[:8])
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{key}.")}
+        require(tensors, f"{path}: has no entry checkpoint_key={key}; has {entries}", CheckpointError)
+    alike: Counter[str] = Counter()  # tensors of a name and shape of the network's, by what stands before the name
+    named: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        words = name.split(".")
+        for i in range(len(words)):
+            if (held := own.get(".".join(words[i:]))) is not None:
+                prefix = "".join(f"{word}." for word in words[:i])
+                named[prefix] += 1
+                alike[prefix] += held.shape == tensor.shape
+    if not named:
+        return dict(tensors)
+    inside = {prefix: [name for name in tensors if name.startswith(prefix)] for prefix in named}
+    fit = {prefix: (alike[prefix] + named[prefix] - len(inside[prefix])) for prefix in named}
+    best = [prefix for prefix in named if fit[prefix] == max(fit.values())]
+    if len(best) > 1:
+        entries = [prefix.rstrip(".") for prefix in best]
+        tops = [entry.partition(".")[0] for entry in entries]
+        taken = next((top for top in _PREFERRED if top in tops), "")
+        several = f"{path}: holds several networks that fit ({', '.join(entries)})"
+        require(tops.count(taken) == 1, f"{several}; type checkpoint_key={entries[0]}", CheckpointError)
+        say(f"{several}, {taken} is taken; checkpoint_key chooses another")
+        best = [best[tops.index(taken)]]
+    return {name.removeprefix(best[0]): tensors[name] for name in inside[best[0]]}
+
+
+def _resampled(model: nn.Module, weights: dict[str, Tensor], path: Path, say: Say) -> dict[str, Tensor]:
+    """The weights, with position embeddings of another image size resampled as timm does for its own weights."""
+    own = model.state_dict()
+    other = [name for name in weights if name in own and weights[name].shape != own[name].shape]
+    # The function by which a file of timm's networks adapts weights to a network; its module alone knows it.
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if not other or adapt is None or not all("pos" in name for name in other):
+        return weights
+    try:
+        adapted = adapt(dict(weights), model)
+        shapes = f"{tuple(weights[other[0]].shape)} to {tuple(adapted[other[0]].shape)}"
+    except Exception:  # timm knows no way: then they do not fit
+        return weights
+    say(f"{path}: {len(other)} position embeddings are resampled to this image size, first {other[0]}, {shapes}")
+    return adapted
+
+
+def _check_fit(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError unless the weights are the network's, tensor for tensor."""
+    own = model.state_dict()
+    reshaped = [name for name in weights if name in own and weights[name].shape != own[name].shape]
     misfits = {
-        "missing tensors": [key for key in own if key not in weights],
-        "unexpected tensors": [key for key in weights if key not in own],
+        "missing tensors": [name for name in own if name not in weights],
+        "unexpected tensors": [name for name in weights if name not in own],
         "tensors of another shape": reshaped,
         "tensors with NaN or infinite values": _not_finite(model, weights),
     }
-    said = [f"{what}: {len(keys)}, first {keys[0]}" for what, keys in misfits.items() if keys]
+    said = [f"{what}: {len(names)}, first {names[0]}" for what, names in misfits.items() if names]
     if reshaped:
         first = reshaped[0]
+        classes, needed = (tensors[first].shape[:1] for tensors in (weights, own))
+        # Not another width in front of the head, nor a single number, nor another network.
+        if head_keys(model).issuperset(reshaped) and weights.keys() == own.keys() and classes != needed and classes:
+            raise CheckpointError(f"{path}: {other_classes(classes[0], needed[0])}")
         said.append(f"{first} is {tuple(weights[first].shape)} in the file, {tuple(own[first].shape)} in the network")
     require(not said, f"{path}: does not fit the network: {'; '.join(said)}", CheckpointError)
-    model.load_state_dict(weights)
 
 
 def checkpoint_hash(recipe: Recipe) -> str:
     """The sha256 of teacher.checkpoint, '' without one: another teacher may be saved under the same path."""
-    from kd.checkpoint.files import digest
+    return _hash(Path(recipe.teacher.checkpoint)) if recipe.teacher.checkpoint else ""
 
-    return digest(Path(recipe.teacher.checkpoint)) if recipe.teacher.checkpoint else ""
+
+def _hash(path: Path) -> str:
+    """The sha256 of a file, or of all that an index lists."""
+    from kd.checkpoint.files import digest
+    from kd.checkpoint.safetensors_io import parts
+    from kd.config.schema import content_hash
+
+    files = parts(path)
+    return digest(path) if files == [path] else content_hash([digest(file) for file in (path, *files)])
 
 
 def weight_files(*sections: TeacherConfig | StudentConfig) -> dict[str, str]:
     """The sha256 of the files on this machine that networks start from, by section and name; `checkpoint_hash` has
     teacher.checkpoint. Runs without such files record nothing, so that older ones keep their hashes.
     """
-    from kd.checkpoint.files import digest
     from kd.config.types import leaves
 
     files: dict[str, Path] = {}
@@ -92,8 +175,10 @@ def weight_files(*sections: TeacherConfig | StudentConfig) -> dict[str, str]:
             paths = [path for path in beside if path.suffix in read]
         if section.pretrained:  # timm's pretrained_cfg, or its overlay, may name a file
             paths += [Path(value) for key, value in leaves(section.model_kwargs) if key.endswith(".file")]
+        if section.section == "student." and section.checkpoint:
+            paths.append(Path(section.checkpoint))
         files |= {section.section + path.name: path for path in paths if path.is_file()}
-    return {name: digest(path) for name, path in files.items()}
+    return {name: _hash(path) for name, path in files.items()}
 
 
 def other_classes(classes: int, needed: int) -> str:

@@ -235,9 +235,7 @@ def why_not(point: Point, network: nn.Module, num_classes: int) -> str | None:
     own, data, train, optimizer = point.section, point.recipe.data, point.recipe.train, point.recipe.optimizer.name
     size = sum(p.numel() for p in network.parameters())
     reasons = {
-        f"{own.section}pretrained or checkpoint: starts from weights of its own": (
-            own.pretrained or getattr(own, "checkpoint", None)
-        ),
+        f"{own.section}pretrained or checkpoint: starts from weights of its own": (own.pretrained or own.checkpoint),
         f"class_weight={point.loss.class_weight}": point.loss.class_weight,
         f"data.mixup={data.mixup}": data.mixup,
         f"data.cutmix={data.cutmix}": data.cutmix,

@@ -29,7 +29,7 @@ from kd.models.ensemble import Ensemble
 from kd.models.factory import build
 from kd.models.layers import needed
 from kd.models.preprocess import describe
-from kd.models.weights import load_weights
+from kd.models.weights import Say, load_weights, unsaid
 from kd.models.wrappers import Student, Teacher
 from kd.runtime.signals import held
 from kd.training.class_order import other_order
@@ -89,17 +89,19 @@ def prepare(recipe: Recipe, directory: Path | None = None, teacher: Path | None 
         run = Run(recipe, data, accelerator, directory, teacher or directory, logger)
         if teacher is None:
             run = replace(run, teacher_directory=shared_teacher_directory(run))
-        _say_order(run, recipe.teacher, teacher_network(run), recipe.teacher.checkpoint)
-    except CheckpointError as error:  # of the only file that a recipe names
+        _say_order(run, recipe.teacher, teacher_network(run, say=logger.say))
+    except CheckpointError as error:  # of the only file that the section names
         raise ConfigError(f"teacher.checkpoint={error}") from error
-    _say_order(run, recipe.student, student_network(run))  # one that cannot be built must not wait for its teacher
+    try:
+        student = student_network(run, say=logger.say)  # one that cannot be built must not wait for its teacher
+        _say_order(run, recipe.student, student)
+    except CheckpointError as error:
+        raise ConfigError(f"student.checkpoint={error}") from error
     return run
 
 
-def _say_order(
-    run: Run, section: TeacherConfig | StudentConfig, model: nn.Module, checkpoint: str | None = None
-) -> None:
-    names = recorded(model, checkpoint) if section.pretrained or checkpoint else []
+def _say_order(run: Run, section: TeacherConfig | StudentConfig, model: nn.Module) -> None:
+    names = recorded(model, section.checkpoint) if section.pretrained or section.checkpoint else []
     if said := reordered(names, run.data.class_names):
         run.logger.say(f"{section.section.rstrip('.')}  its weights {said}")
 
@@ -107,7 +109,7 @@ def _say_order(
 # ---- networks
 
 
-def teacher_network(run: Run, weights: Path | None = None) -> nn.Module:
+def teacher_network(run: Run, weights: Path | None = None, say: Say = unsaid) -> nn.Module:
     """The teacher's network, with trained `weights` or as its section of the recipe starts it."""
     own = run.recipe.teacher
     if own.members > 1:
@@ -115,19 +117,25 @@ def teacher_network(run: Run, weights: Path | None = None) -> nn.Module:
         if weights:
             _load(run, ensemble, weights)
         return ensemble
-    start = {"pretrained": own.pretrained, "checkpoint": own.checkpoint, "finetune": own.finetune}
-    return network(own, run.recipe.seed, run.teacher_data, **({"checkpoint": weights} if weights else start))
+    return network(own, run.recipe.seed, run.teacher_data, **_start(own, own.finetune, weights), say=say)
 
 
-def student_network(run: Run, weights: Path | None = None, seed: int | None = None) -> nn.Module:
+def student_network(run: Run, weights: Path | None = None, seed: int | None = None, say: Say = unsaid) -> nn.Module:
     """The student's network, with trained `weights` or as its section of the recipe starts it with the run's seed.
 
     The student and its control start from the same weights; another `seed` gives other ones.
     """
     own = run.recipe.student
-    start = {"pretrained": own.pretrained, "finetune": True}
     seed = run.recipe.seed if seed is None else seed
-    return network(own, seed, run.data, **({"checkpoint": weights} if weights else start))
+    return network(own, seed, run.data, **_start(own, True, weights), say=say)
+
+
+def _start(own: TeacherConfig | StudentConfig, finetune: bool, trained: Path | None) -> dict[str, Any]:
+    """What a network starts from: weights that were trained here, or those that its section names."""
+    if trained:
+        return {"checkpoint": trained}
+    names = ("pretrained", "checkpoint", "checkpoint_key")
+    return {name: getattr(own, name) for name in names} | {"finetune": finetune}
 
 
 def network(section: TeacherConfig | StudentConfig, seed: int, data: Data, **start: Any) -> nn.Module:

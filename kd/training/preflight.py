@@ -32,6 +32,12 @@ def check_environment(recipe: Recipe) -> None:
         require(warmup < section.epochs, f"scheduler.warmup_epochs={warmup}: must be < {limit}")
     _check_optimizer(recipe)
     _check_teacher(recipe.teacher, teacher_is_trained(recipe))
+    for section in (recipe.teacher, recipe.student):
+        # Whether it fits the network is seen when that is built; a wrong path must not wait for the data.
+        path, key = section.checkpoint, section.checkpoint_key
+        require(not path or Path(path).is_file(), f"{section.section}checkpoint={path}: no such file")
+        unused = f"{section.section}checkpoint_key={key}: chooses in a file, and {section.section}checkpoint is null"
+        require(path or key is None, unused)
 
 
 def _check_optimizer(recipe: Recipe) -> None:
@@ -53,9 +59,6 @@ def _check_teacher(teacher: TeacherConfig, trained: bool) -> None:
         f"teacher.members={teacher.members}: needs teachers that are trained here, each from its own seed; with "
         f"weights of teacher.checkpoint or timm type teacher.members=1, or teacher.finetune=true",
     )
-    # Whether it fits the network is seen when that is built; a wrong path must not wait for the data.
-    path = teacher.checkpoint
-    require(not path or Path(path).is_file(), f"teacher.checkpoint={path}: no such file")
 
 
 def check_places(recipe: Recipe) -> None:

@@ -53,11 +53,11 @@ def test_a_flipped_bit_of_a_tensor_in_a_pth_is_seen(tmp_path):
         read_weights(path)
 
 
-@pytest.mark.parametrize("wrapped", [lambda w: w, lambda w: {"state_dict": w}, lambda w: {"model": w, "epoch": 3}])
 @pytest.mark.parametrize("new", [True, False])
-def test_a_pth_of_either_format_is_read(tmp_path, wrapped, new):
-    weights = {"a": torch.randn(3), "b": torch.arange(4)}
-    read = read_weights(saved(tmp_path, wrapped(weights), _use_new_zipfile_serialization=new))
+def test_a_pth_of_either_format_is_read_with_the_dotted_names_of_nested_dicts(tmp_path, new):
+    a, b = torch.randn(3), torch.arange(4)
+    content = {"a": a, "model": {"b": b}, "epoch": 3, "optimizer": {"state": {0: {"step": b}}, "params": [a]}}
+    read, weights = read_weights(saved(tmp_path, content, _use_new_zipfile_serialization=new)), {"a": a, "model.b": b}
     assert read.keys() == weights.keys()
     assert all(torch.equal(read[key], weights[key]) for key in weights)
 

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -66,6 +67,7 @@ def directory_of(path, model):
 
 TUNED = ("teacher.finetune=true", "teacher.epochs=4")
 STARTS = {
+    "student.checkpoint": ("student.model=cnn_tiny", "student.checkpoint=own/model.safetensors"),
     "student in a directory": ("student.model=local-dir:own", "student.pretrained=true"),
     "teacher in a directory": ("teacher.model=local-dir:own", "teacher.pretrained=true", *TUNED),
     "file of timm's pretrained_cfg": (
@@ -93,6 +95,27 @@ def test_overwritten_starting_weights_are_another_run(start, kd_train, tmp_path)
     assert kd_train(*words, "run=two").code == 0
     teachers = len(list((tmp_path / "runs/teachers").glob("[!.]*")))
     assert teachers == (2 if TUNED[0] in start else 1)
+
+
+def test_a_checkpoint_of_the_student_is_as_one_of_the_teacher(kd_train, tmp_path):
+    """Found behind its prefix, chosen by its entry, its head replaced; a misfit is one line that names the setting."""
+    directory_of(tmp_path / "own", "cnn_tiny")
+    weights = load_file(tmp_path / "own/model.safetensors")
+    weights["fc.weight"] = weights["fc.weight"][:7]
+    weights["fc.bias"] = weights["fc.bias"][:7]
+    torch.save({"net": {f"module.{name}": tensor for name, tensor in weights.items()}, "ema": weights}, "w.pth")
+    words = ("recipe=smoke", "control=false", "output=runs", "student.model=cnn_tiny", "student.checkpoint=w.pth")
+    done = kd_train(*words, "dry_run=true")
+    assert done.err.startswith(
+        "error: student.checkpoint=w.pth: holds several networks that fit (net.module, ema); type"
+    )
+    assert kd_train(*words, "dry_run=true", "student.checkpoint_key=net").code == 0
+    done = kd_train(*words, "student.checkpoint_key=ema", "student.model=cnn_small")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "error: student.checkpoint=w.pth: does not fit the network: " in done.err
+    done = kd_train(*words[:-1], "student.checkpoint_key=ema")
+    assert "student.checkpoint_key=ema: chooses in a file, and student.checkpoint is null" in done.err
+    assert "student.checkpoint=none.pth: no such file" in kd_train(*words, "student.checkpoint=none.pth").err
 
 
 def test_weights_that_are_not_read_do_not_count(kd_train, tmp_path):
