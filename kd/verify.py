@@ -72,7 +72,8 @@ def main(words: list[str]) -> int:
     (path,) = map(Path, values.values())
     seen = rows(path) if path.exists() else []
     if not seen:
-        raise ConfigError(f"{words[0]}: {'holds nothing of kd' if path.exists() else 'no such file or directory'}")
+        why = "holds no checkpoint or weights of kd" if path.exists() else "no such file or directory"
+        raise ConfigError(f"{words[0]}: {why}")
     for _, line in seen:
         print(line)
     return 0 if all(whole for whole, _ in seen) else DAMAGED

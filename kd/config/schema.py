@@ -131,7 +131,7 @@ class DataConfig(Checked, section="data."):
             value, lowest = getattr(self, name), "> 0" if name == "std" else "finite"
             require(
                 all(math.isfinite(x) and (name == "mean" or x > 0) for x in value),
-                f"data.{name}={value}: must be {lowest}, of pixels from 0 to 1",
+                f"data.{name}={value}: must be {lowest}, for pixels scaled to 0..1",
             )
         both = f"data.omit_class={self.omit_class} with data.label_noise={self.label_noise}: cannot be combined"
         instead = "type data.omit_class=null or data.label_noise=0"

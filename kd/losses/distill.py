@@ -106,14 +106,13 @@ class DistillLoss(DistillSettings):
     GPU; there a label outside 0..K-1 gives nan.
 
     Modes of PyTorch: torch.compile makes one graph of it, and compiles once more when a setting first changes, but not
-    for each later value. torch.func, forward-mode derivatives, torch.export, make_fx, torch.jit.trace, fake
-    tensors and subclasses of Tensor get the reference, whatever ``backend`` says. A DTensor is a TypeError: pass
-    ``to_local()``. The teacher's logits may come from torch.inference_mode.
+    for each later value. torch.func, forward-mode derivatives, torch.export, make_fx, torch.jit.trace, fake tensors and
+    subclasses of Tensor get the reference, whatever ``backend`` says. A DTensor is a TypeError: pass ``to_local()``.
+    The teacher's logits may come from torch.inference_mode.
 
     Do not overwrite logits between the forward and the backward pass on "triton" and "reference". On "cpu" you may,
-    since the forward pass has already computed the gradient. There too the backward pass reads the logits again if the
-    upstream gradient is above 1e12 or not finite, if it is not 1 (a scaled loss) and the logits have 16 bits, or if
-    the graph is retained.
+    because the forward pass computes the gradient, with three exceptions, where the backward pass reads them again: an
+    upstream gradient above 1e12 or not finite; a scaled loss of 16-bit logits; a retained graph or create_graph=True.
     """
 
     _: KW_ONLY

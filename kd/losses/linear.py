@@ -60,9 +60,9 @@ class LinearDistillLoss(DistillSettings):
 
     Args:
         memory_budget: bytes of one chunk of rows, which holds the student's logits, the teacher's logits if they are
-            computed here, and the gradient of the student's logits (a quarter of it at a time on a CPU). None means
-            one byte for each entry of ``weight``, at least 24 MiB. The head is read once per chunk: give a chunk 100
-            rows or more on a CPU, several hundred on a GPU.
+            computed here, and the gradient of the student's logits (a quarter of it at a time on a CPU). None, the
+            default, means one byte for each entry of ``weight``, at least 24 MiB. The head is read once per chunk: give
+            a chunk 100 rows or more on a CPU, several hundred on a GPU.
         temperature, ...: all settings of DistillLoss but class_dim.
     """
 

@@ -72,6 +72,8 @@ class _Hooks:
 class Teacher(nn.Module):
     """A frozen network to learn from: always in eval mode, and without gradients.
 
+    Called with the network's inputs it returns an ``Output``: logits (n, k), and the requested features by name.
+
     The network is not a registered submodule: `parameters`, `state_dict`, `train` and `requires_grad_`, of the teacher
     and of any parent module, do not reach it; `to`, `half` and the like do. The network that you pass is frozen itself,
     without a copy: to train it further, pass a deep copy.

@@ -37,12 +37,12 @@ class Method(Checked):
 
     ``forward`` says how to call it. What it learns is made at the first call, on the device of its inputs, as
     nn.LazyLinear makes its weight: call the method once, or call ``build``, before you give its ``parameters()`` to the
-    optimizer. In eval mode it gathers nothing.
+    optimizer. In eval mode its buffers do not change.
 
     Args:
-        reduction: of the call, not of `evaluate`: "mean" over the examples or positions whose label is not -100 (0
-            where there are none), "sum", or "none" for a value each. A method that compares the examples of a batch has
-            one value; "sum" is N times that, and "none" an error.
+        reduction: "mean" (default) over the examples or positions whose label is not -100 (0 where there are none),
+            "sum", or "none" for a value each. For a method that compares examples, which has one value for the batch,
+            "mean" is that value, "sum" is N times it, and "none" is an error. `evaluate` does not use it.
 
     Raises:
         ValueError: a field is out of its range.
@@ -82,7 +82,7 @@ class Method(Checked):
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """What a recipe sets of the method, with the defaults."""
+        """The fields that a recipe may set, and their defaults."""
         default = cls()
         return {f.name: getattr(default, f.name) for f in fields(cls) if f.name != "reduction"}
 
@@ -96,8 +96,8 @@ class Method(Checked):
 
         `seen` is a first batch, the same on every process.
 
-        Gradients are averaged over processes. What `values` gathers in training is each process's own unless the method
-        exchanges it, as `kd.losses.methods.shared.everywhere` does.
+        Gradients are averaged over processes. Statistics that `values` collects are each process's own unless the
+        method exchanges them, as by `kd.losses.methods.shared.everywhere`.
 
         Raises:
             ValueError: the batch lacks what the method needs, or has a form that it cannot use.

@@ -22,9 +22,9 @@ class CRD(Method, name="crd"):
 
     The same term with student and teacher exchanged is added. ``h(u, v) = e^(u·v/temperature) / (e^(u·v/temperature) +
     n/M)``; s and t are the L2-normalised outputs of a learned linear layer on each network's embedding; t*_j and s*_j
-    are what a memory holds for training example j; j runs over n draws, with replacement, from the examples of other
-    labels than i's. The label of an example is known once it was in a batch: before, in the first epoch, it may be
-    drawn for an example of the same label.
+    are what a memory holds for training example j of M; j runs over n draws, with replacement, from the examples of
+    other labels than i's. The label of an example is known once it was in a batch: before, in the first epoch, it may
+    be drawn for an example of the same label.
 
     In nats for each example; the sum over n negatives starts in the ten thousands. Never zero: each direction is an
     upper bound of log n minus the mutual information. Stationary where h is the posterior of a true pair.

@@ -73,7 +73,7 @@ class GeneralizedSmoothing(Method, name="generalized_smoothing"):
     CIFAR-10 with noisy labels. The released ``loss_gls`` agrees with the paper and has the default 0.1.
 
     Args:
-        label_smoothing: eps, negative or at most 1.
+        label_smoothing: eps, at most 1; it may be negative.
 
     Example:
         >>> GeneralizedSmoothing()(torch.randn(8, 10), torch.randint(10, (8,))).shape
@@ -94,8 +94,8 @@ class GeneralizedSmoothing(Method, name="generalized_smoothing"):
 class OnlineLabelSmoothing(Method, name="online_label_smoothing"):
     """Online label smoothing: ``-sum_k S[y, k] log p_k``, added to the cross entropy with equal weight.
 
-    S[y] is the mean prediction over last epoch's correctly classified examples of class y. The minimum is the entropy
-    of S[y], at p = S[y]. The target must be class labels.
+    S[y] is the mean prediction over the last epoch's correctly classified examples of class y. The minimum is the
+    entropy of S[y], at p = S[y]. The target must be class labels.
 
     In training every correctly classified example adds its p, without gradient, to the sum of its class;
     ``end_epoch`` makes the means of these sums the S of the next epoch. A class without a correct example gets 1/K. The

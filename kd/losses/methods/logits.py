@@ -164,9 +164,9 @@ class SmoothedTeacher(Method, name="smoothed_teacher"):
 
     Values (N,) in nats. Zero and stationary where p_T(s) = p_T(t'), so at s = t only if ``taken_out`` equals ``mass``.
     Training a teacher with label smoothing changes more than its confidence; t' is the same teacher with only the
-    uniform mass mixed in. At T = 1 the gradient is that of KD from t, weighted by 1 - mass, plus the mass times the
-    student's cross entropy with the uniform distribution: nothing about t is lost. At T > 1, which raises small
-    probabilities, those well below mass / K have become nearly equal.
+    uniform mass mixed in. At T = 1 the gradient is 1 - mass times that of KD from t, plus mass times that of the
+    student's cross entropy with the uniform distribution: nothing about t is lost. At T > 1 the small probabilities
+    count more, and those well below mass / K have become nearly equal.
 
     Source: ours, to separate smoothing from what comes with it (after Müller et al. 2019, §4).
 

@@ -18,14 +18,22 @@ FEATURES = frozenset({"maps", "embedding", "weight"})  # what a method may need 
 class View:
     """Outputs of one network for a batch, and its classifier; leave out what the method does not need.
 
-    Logits that are left out become (N, 0), on the device and in the dtype of the maps or the embedding.
+    Args:
+        logits: (N, K). If left out they become (N, 0), on the device and in the dtype of the maps or the embedding.
+        maps: each (N, C, H, W), from shallow to deep; student's and teacher's pair up by position.
+        embedding: (N, D), what the classifier reads.
+        weight: (K, D), the classifier's weight; its rows are the class templates.
+        bias: (K,), the classifier's bias.
+
+    Raises:
+        ValueError: logits, maps and embedding are all left out.
     """
 
-    logits: Tensor = None  # type: ignore[assignment]  # (N, K)
-    maps: Sequence[Tensor] = ()  # each (N, C, H, W), from shallow to deep; student's and teacher's pair up by position
-    embedding: Tensor | None = None  # (N, D), what the classifier reads
-    weight: Tensor | None = None  # (K, D), the classifier's rows, the class templates
-    bias: Tensor | None = None  # (K,)
+    logits: Tensor = None  # type: ignore[assignment]
+    maps: Sequence[Tensor] = ()
+    embedding: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
 
     def __post_init__(self):
         if self.logits is None:
