@@ -1,5 +1,9 @@
 """Losses on a student's outputs, a teacher's outputs and labels. All are modules: ``DKD()(student, teacher, target)``.
 
+Symbols in the methods' docstrings: N examples, K classes, C channels, H and W height and width, D features; s and t the
+student's and the teacher's logits or features, y the label, T the temperature, p_T(z) = softmax(z / T), p = softmax(s).
+A method has one value for each example unless its docstring says one for the batch; ``reduction`` is as in DistillLoss.
+
 - ``DistillLoss``: label-smoothed cross entropy plus distillation (Hinton et al. 2015), fused
 - ``DistillTerms``: what ``DistillLoss.terms`` returns
 - ``LinearDistillLoss``: the same on the logits of a linear head, without holding them
