@@ -127,12 +127,10 @@ class DataConfig(Checked, section="data."):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("mean", "std"):
-            value, lowest = getattr(self, name), "> 0" if name == "std" else "finite"
-            require(
-                all(math.isfinite(x) and (name == "mean" or x > 0) for x in value),
-                f"data.{name}={value}: must be {lowest}, for pixels scaled to 0..1",
-            )
+        for name, lowest in (("mean", -math.inf), ("std", 0)):
+            value = getattr(self, name)
+            finite = all(lowest < x < math.inf for x in value)
+            require(finite, f"data.{name}={value}: must be > {lowest} and < inf, for pixels scaled to 0..1")
         both = f"data.omit_class={self.omit_class} with data.label_noise={self.label_noise}: cannot be combined"
         instead = "type data.omit_class=null or data.label_noise=0"
         # a wrong label would show the omitted class

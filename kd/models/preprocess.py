@@ -1,9 +1,10 @@
 """What a teacher takes: the preprocessing that its weights were trained with, or the student's."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from typing import Any
 
-from kd.config.schema import TeacherConfig
+from kd.config.schema import CROP_MODES, INTERPOLATIONS, TeacherConfig
 from kd.data.base import Preprocess, for_channels
 from kd.errors import require
 from kd.models.factory import published
@@ -21,7 +22,8 @@ def teacher_preprocess(own: TeacherConfig, data: Preprocess) -> Preprocess:
     data.image_size: of other files nobody knows it, and what is trained here is trained at data.image_size.
 
     Raises:
-        ConfigError: the network is unknown, or teacher.image_size is given for vectors.
+        ConfigError: the network is unknown, its pretrained_cfg names what timm does not have, or teacher.image_size is
+            given for vectors.
         CheckpointError: the file cannot be read.
     """
     said = _said(own) if own.preprocess == "auto" else {}
@@ -31,14 +33,22 @@ def teacher_preprocess(own: TeacherConfig, data: Preprocess) -> Preprocess:
     size = said.pop("input_size", data.shape)
     if len(size) != 3:  # weights for vectors: loading them says that they do not fit
         return data
-    said.setdefault("crop_mode", "center")
-    if data.crop_mode == "whole":  # sets held in memory have no crop, and their number of channels
-        size = (data.shape[0], *size[1:])
-        said |= {"crop_mode": data.crop_mode, "crop_pct": data.crop_pct}
     channels = own.model_kwargs.get("in_chans", size[0])
+    if data.crop_mode == "whole":  # sets held in memory have no crop, and their own number of channels
+        channels, said = data.shape[0], said | {"crop_mode": data.crop_mode, "crop_pct": data.crop_pct}
     height, width = (own.image_size,) * 2 if own.image_size else size[1:]
     said |= {name: for_channels(said.get(name, getattr(data, name)), channels) for name in ("mean", "std")}
-    return replace(data, **said, shape=(channels, height, width))
+    made = replace(data, **said, shape=(channels, height, width))
+    known = made.interpolation in INTERPOLATIONS and made.crop_mode in (*CROP_MODES, "whole")
+    advice = "type teacher.preprocess=data, and data.interpolation and data.crop_mode as it was trained"
+    require(known, f"teacher.model={own.model}: takes {describe(made)}, which timm does not have; {advice}")
+    return made
+
+
+def own_preprocess(own: TeacherConfig, data: Preprocess) -> dict[str, Any]:
+    """The teacher's preprocessing as plain values where it is not the student's, else {}."""
+    made = teacher_preprocess(own, data)
+    return {} if made == data else json.loads(json.dumps(asdict(made)))
 
 
 def describe(network: Preprocess) -> str:

@@ -30,7 +30,7 @@ def weights_metadata(path: str | Path) -> dict[str, Any]:
 
     The model's name, num_classes, label_smoothing and smoothing (or the methods of the teacher; neither where class
     weights gave each class a smoothing of its own), class_names, input_shape, and mean and std of pixels from 0 to 1,
-    with which new images are prepared.
+    with which new images are prepared; interpolation, crop_pct, crop_mode where not bilinear, .875, center.
 
     Raises:
         CheckpointError: a .safetensors file is missing, or is not one.

@@ -127,7 +127,8 @@ def engines(planned: Plan, asked: str) -> dict[str, str]:
             shown = data.rendered(teacher_preprocess(point.recipe.teacher, data.preprocess))
             own = shown if point.role == "teacher" else data
             reason = why_not(point, network(point.section, point.recipe.seed, own), data.num_classes)
-            reasons[kind] = "its teacher takes images of its own" if shown is not data else reason
+            apart = point.role != "control" and shown is not data
+            reasons[kind] = "whose teacher takes images of its own" if apart else reason
         reason = reasons[kind] or ("study.engine=runs" if asked == "runs" else None)
         must = asked == "population" or point.control == "bayes"
         require(

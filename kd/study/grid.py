@@ -14,13 +14,14 @@ from kd.config.compose import build
 from kd.config.schema import DataConfig, LossConfig, Recipe, StudentConfig, TeacherConfig, content_hash, identity
 from kd.errors import require
 from kd.metrics import METRICS
+from kd.models.preprocess import own_preprocess
 from kd.models.weights import checkpoint_hash, weight_files
 from kd.study.axes import NotInGrid, Settings, expand, labelled
 from kd.study.schema import Contrast, Sides, StudyRecipe
 from kd.text import did_you_mean
 
 if TYPE_CHECKING:
-    from kd.data import Data
+    from kd.data import Data, Preprocess
 
 SECTIONS = {"teacher": ("teacher",), "student": ("teacher", "student", "loss"), "control": ("student", "loss")}
 
@@ -159,17 +160,20 @@ class Plan:
         return self._point("control", name, replace(recipe, loss=loss), None)
 
     def _point(self, role: str, control: str | None, recipe: Recipe, teacher: str | None) -> Point:
-        data_hash = self._data(recipe.data).hash
-        identifier = content_hash([role, control, _identity(role, recipe), data_hash, *self._files(role, recipe)])
-        return Point(identifier, role, control, recipe, teacher, data_hash)
+        data = self._data(recipe.data)
+        files = self._files(role, recipe, data.preprocess)
+        identifier = content_hash([role, control, _identity(role, recipe), data.hash, *files])
+        return Point(identifier, role, control, recipe, teacher, data.hash)
 
-    def _files(self, role: str, recipe: Recipe) -> list[Any]:
-        """Hashes of the files that a network and its teacher start from, [] where there are none; each read once."""
+    def _files(self, role: str, recipe: Recipe, data: Preprocess) -> list[Any]:
+        """Hashes of the files that a network and its teacher start from, and the preprocessing of a teacher that takes
+        images of its own; [] where there are none. Each file is read once.
+        """
         sections = [getattr(recipe, name) for name in SECTIONS[role] if name != "loss"]
-        key = json.dumps([asdict(section) for section in sections])
+        key = json.dumps([asdict(each) for each in (*sections, data)])
         if key not in self._hashes:
-            checkpoint = "" if role == "control" else checkpoint_hash(recipe)
-            self._hashes[key] = [each for each in (weight_files(*sections), checkpoint) if each]
+            teacher = [] if role == "control" else [checkpoint_hash(recipe), own_preprocess(recipe.teacher, data)]
+            self._hashes[key] = [each for each in (weight_files(*sections), *teacher) if each]
         return self._hashes[key]
 
     def _data(self, config: DataConfig) -> Data:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from kd.config.schema import Recipe, content_hash, identity
 from kd.config.types import leaves
 from kd.data import Data
 from kd.errors import require
-from kd.models.preprocess import teacher_preprocess
+from kd.models.preprocess import own_preprocess, teacher_preprocess
 from kd.models.weights import checkpoint_hash, weight_files
 from kd.runtime.lock import locked
 from kd.runtime.signals import check
@@ -107,21 +107,17 @@ def teacher_directory(recipe: Recipe, data_hash: str, preprocess: Mapping[str, A
 
 def shared_teacher_directory(run: Run) -> Path:
     """The `teacher_directory` of a run."""
-    return teacher_directory(run.recipe, run.data.hash, own_preprocess(run.data, run.teacher_data))
-
-
-def own_preprocess(data: Data, teacher_data: Data) -> dict[str, Any]:
-    """The teacher's preprocessing by name where it is not the student's, else {}."""
-    network = asdict(teacher_data.preprocess)
-    return {} if teacher_data is data else {k: [*v] if isinstance(v, tuple) else v for k, v in network.items()}
+    return teacher_directory(run.recipe, run.data.hash, own_preprocess(run.recipe.teacher, run.data.preprocess))
 
 
 def card(run: Run) -> dict[str, Any]:
     """The content of run.json: what decides every weight of the run."""
     files = weight_files(run.recipe.teacher, run.recipe.student)
-    preprocess = own_preprocess(run.data, run.teacher_data)
+    preprocess = own_preprocess(run.recipe.teacher, run.data.preprocess)
+    settings = identity(run.recipe)
+    settings["teacher"].pop("preprocess", None)  # what it comes to counts: an older kd's runs have no such setting
     return {
-        "identity": identity(run.recipe),
+        "identity": settings,
         "data_hash": run.data.hash,
         "teacher_checkpoint_hash": checkpoint_hash(run.recipe),
         **({"weight_files": files} if files else {}),

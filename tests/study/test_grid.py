@@ -8,6 +8,7 @@ import pytest
 from pandas import DataFrame
 
 from kd.config.schema import DataConfig, LossConfig, StudentConfig, TeacherConfig
+from kd.data import Preprocess
 from kd.errors import ConfigError
 from kd.study.axes import labelled
 from kd.study.compose import compose
@@ -37,7 +38,10 @@ def planned(study=BASE, **changes):
 
 def stub(identity: str, posterior=None) -> SimpleNamespace:
     """As much of a data set as a plan needs."""
-    return SimpleNamespace(hash=identity, train=SimpleNamespace(posterior=posterior, augments=False))
+    network = Preprocess((1, 8, 8), (0.5,), (0.3,), "bilinear", 1.0, "whole")
+    return SimpleNamespace(
+        hash=identity, preprocess=network, train=SimpleNamespace(posterior=posterior, augments=False)
+    )
 
 
 def roles(made) -> dict[str, int]:
@@ -57,6 +61,18 @@ def test_overwritten_starting_weights_make_other_points(tmp_path):
         ids.append([{p.id for p in points.values() if p.role == role} for points in made for role in ROLES])
     # A control has no teacher, and a teacher no student.
     assert [a == b for a, b in zip(*ids, strict=True)] == [False, False, True, True, False, False]
+
+
+def test_a_teacher_with_images_of_its_own_makes_other_points_than_in_an_older_kd(monkeypatch):
+    """There it took the student's images, and a finished point is never trained again."""
+    study = replace(BASE, teacher=TeacherConfig(model="test_vit.r160_in1k", pretrained=True))
+    ids = []
+    for known in (True, False):
+        if not known:
+            monkeypatch.setattr("kd.study.grid.own_preprocess", lambda own, data: {})
+        points = planned(study).points.values()
+        ids.append([{point.id for point in points if point.role == role} for role in ROLES])
+    assert [a == b for a, b in zip(*ids, strict=True)] == [False, False, True]
 
 
 def test_a_teacher_is_one_for_all_its_students_and_a_control_for_all_teachers():

@@ -143,7 +143,7 @@ def test_a_teacher_of_mean_0_and_std_1_has_timms_scores(root, trained, kd_train,
     assert called("kd.evaluate", evaluate.main, f"run={directory}").code == 1
     refused = kd_train(*words, "teacher.preprocess=data")
     assert refused.code == 2
-    assert "run=one holds another recipe (teacher.preprocess: None, now data" in refused.err
+    assert "run=one holds another recipe (teacher_preprocess.crop_mode: center, now None" in refused.err
 
 
 # ---- one augmentation for both
@@ -263,13 +263,24 @@ def test_a_finetuned_teacher_learns_from_images_of_its_own(root, tmp_path):
     )
     assert plain.teacher_data is plain.data
     assert run.teacher_directory != plain.teacher_directory
+    # as in the run.json of an older kd
     assert "teacher_preprocess" not in card(plain)
+    assert card(plain)["identity"] == card(run)["identity"]
+    assert "preprocess" not in card(run)["identity"]["teacher"]
     trains = pipeline.teacher_stage(run).data
     assert (trains.mean, trains.input_shape) == ((0.0,) * 3, (3, 32, 32))
-    student = pipeline.student_stage(run, pipeline.Teacher(pipeline.teacher_network(run)))
+    larger = pipeline.prepare(recipe(root, tmp_path, {**own, "image_size": 48}, mixup=0.3))
+    assert pipeline.teacher_stage(larger).data.input_shape == (3, 48, 48)
+    student = pipeline.student_stage(larger, pipeline.Teacher(pipeline.teacher_network(larger)))
     (batch,) = student.data.train.batches([torch.arange(8)], 0)
-    assert (batch.teacher.min(), batch.teacher.max()) >= (0, 0)
-    assert batch.images.min() < 0
+    assert (batch.images.shape, batch.teacher.shape) == ((8, 3, 32, 32), (8, 3, 48, 48))
+    assert batch.images.min() < 0 <= batch.teacher.min()
+    shown = []
+    student.teacher.model.register_forward_pre_hook(lambda network, inputs: shown.append(inputs[0]))
+    mixed = stage.as_trained(batch, mixer(larger.recipe.data, 2), 0, channels_last=False)
+    student.see(mixed, 0.0, student.model, larger.accelerator)
+    assert torch.equal(shown[0], mixed.teacher)
+    assert not torch.equal(shown[0], batch.teacher)
     assert everything(student.data.val)[0].teacher is None
 
 
