@@ -5,7 +5,7 @@ the estimate, the range that the middle half of the images gives, and any reason
 
   data=NAME        a data set of kd.train with the classifier's classes; data.root=PATH and other settings may follow
   model=NAME       a network of timm or kd; not needed if the checkpoint records it
-  checkpoint=PATH  weights file; without it, timm's weights
+  checkpoint=PATH  weights file; without it, timm's weights. checkpoint_key=ENTRY where several networks in it fit
   split=SPLIT      train (the default, and what the estimate is for), val or test
   teacher.model_kwargs.KEY=VALUE   a further argument of timm.create_model
   teacher.preprocess=data          images as the data set's, not as its weights were trained; teacher.image_size=N too
@@ -24,7 +24,7 @@ from kd.config.schema import Recipe
 from kd.errors import ConfigError, require
 
 SPLITS = ("train", "val", "test")
-ARGUMENTS = {"data": "NAME", "model": "NAME", "checkpoint": "FILE", "split": "SPLIT"}
+ARGUMENTS = {"data": "NAME", "model": "NAME", "checkpoint": "FILE", "checkpoint_key": "ENTRY", "split": "SPLIT"}
 ARGUMENTS |= {
     "data.": "VALUE",
     "teacher.model_kwargs.": "VALUE",
@@ -55,7 +55,7 @@ def run(given: dict[str, str], words: Sequence[str]) -> int:
     require(not unpublished, f"model={own.model}: timm has no weights for it; type checkpoint=PATH")
     data = data.rendered(teacher_preprocess(own, data.preprocess))
     shape = {"num_classes": data.num_classes, "input_shape": data.input_shape, "class_names": data.class_names}
-    weights = {"pretrained": own.pretrained, "checkpoint": checkpoint}
+    weights = {"pretrained": own.pretrained, "checkpoint": checkpoint, "checkpoint_key": given.get("checkpoint_key")}
     network = build(own.model, section="", model_kwargs=own.model_kwargs, **weights, **shape)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     teacher = Teacher(network).to(accelerator.device)

@@ -28,7 +28,8 @@ def rows(path: Path) -> list[tuple[bool, str]]:
 
     if path.is_file():
         beside = (path.with_name(DONE), path.with_name(MANIFEST), path.with_suffix(".json"))  # .json: a study's teacher
-        listed = [_row(manifest, partial(_listed, name=path.name)) for manifest in beside if manifest.exists()]
+        manifests = [manifest for manifest in beside if manifest.exists() and manifest != path]  # nor an index of parts
+        listed = [_row(manifest, partial(_listed, name=path.name)) for manifest in manifests]
         return listed or [_row(path, _readable)]
     checkpoints = path.rglob(f"{CHECKPOINTS}/update-*")  # one may have lost its manifest
     manifests = {*path.rglob(DONE), *path.rglob(MANIFEST), *(checkpoint / MANIFEST for checkpoint in checkpoints)}

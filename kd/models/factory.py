@@ -1,5 +1,6 @@
 """Networks by name: `build` makes or loads one for a data set, or says in one line why it cannot."""
 
+import re
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,12 @@ from kd.errors import CheckpointError, ConfigError, require
 from kd.models.classes import align, recorded
 from kd.models.weights import Say, load_weights, other_classes, unsaid
 from kd.text import did_you_mean
+
+_MISFITS = {  # as torch's load_state_dict words them
+    "missing tensor": r'Missing key\(s\) in state_dict: "(.+?)"',
+    "unexpected tensor": r'Unexpected key\(s\) in state_dict: "(.+?)"',
+    "tensor of another shape": r"size mismatch for (.+?): ",
+}
 
 
 def create(
@@ -78,19 +85,20 @@ def build(
     _check_name(name, setting)
     try:
         arguments = _arguments(name, shape, kwargs, num_classes)
+        if download and not finetune:  # timm then loads the first layer as it is, or raises; it would adapt it else
+            cfg = arguments["pretrained_cfg"]
+            size = (arguments.get("in_chans", shape[0]), *cfg["input_size"][1:])
+            arguments["pretrained_cfg"] = {**cfg, "input_size": size}
         model = timm.create_model(**arguments, pretrained=download, checkpoint_path=None)
         _try_out(model, shape, num_classes)
     except Exception as error:  # every network has errors of its own for a wrong size or argument, the hub and timm too
         raise ConfigError(f"{setting}: {_what_failed(error, shape, section)}") from error
     # After loading: a download is not lost, finetune=true takes it from the hub's cache.
-    if download and not finetune:  # timm would have altered the weights without a word
-        published = arguments["pretrained_cfg"]
-        classes, channels = published["num_classes"], published["input_size"][0]
+    if download and not finetune:  # timm would have made a fresh head without a word
+        classes = arguments["pretrained_cfg"]["num_classes"]
         require(classes == num_classes, f"{setting}: {other_classes(classes, num_classes)}")
-        differ = f"its weights are for {channels} channels, the data has {shape[0]}"
-        require(channels == shape[0], f"{setting}: {differ}; in a recipe teacher.finetune=true adapts it")
     if checkpoint is not None:
-        load_weights(model, Path(checkpoint), finetune, key=checkpoint_key, say=say)
+        load_weights(model, Path(checkpoint), finetune, key=checkpoint_key, section=section, say=say)
     if class_names and (download or checkpoint is not None):
         why_not = align(model, recorded(model, checkpoint), class_names, shape, finetune)
         where, error = (setting, ConfigError) if download else (checkpoint, CheckpointError)
@@ -136,7 +144,13 @@ def _what_failed(error: Exception, shape: tuple[int, ...], section: str) -> str:
     """One line of what timm, the hub or the network raised, and what helps."""
     said = textwrap.shorten(str(error), 160) or type(error).__name__
     if isinstance(error, OSError):  # the hub's errors too
-        file = "" if section == "student." else f"{section}checkpoint=FILE, or "  # a student has no such setting
-        return f"cannot be loaded ({said}); without network give {file}{section}model=local-dir:DIRECTORY"
+        file = f"{section}checkpoint=FILE, or {section}model=local-dir:DIRECTORY"
+        return f"cannot be loaded ({said}); without network give {file}"
+    if channels := re.search(r"weight shape \(\d+, (\d+)\D.* is inconsistent with input_size", str(error)):
+        differ = f"its weights are for {channels[1]} channels, the data has {shape[0]}"
+        return f"{differ}; in a recipe teacher.finetune=true adapts it"
+    misfits = {kind: re.search(pattern, str(error)) for kind, pattern in _MISFITS.items()}
+    if firsts := [f"first {kind}: {first[1]}" for kind, first in misfits.items() if first]:
+        return f"its weights do not fit the network: {'; '.join(firsts)}"
     vectors = "; mlp_nano, mlp_tiny, mlp_mini, mlp_small and mlp_wide take vectors" if len(shape) == 1 else ""
     return f"fails for inputs of shape {shape} ({said}){vectors}"

@@ -42,7 +42,13 @@ def weights_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def load_weights(
-    model: nn.Module, path: Path, finetune: bool = False, *, key: str | None = None, say: Say = unsaid
+    model: nn.Module,
+    path: Path,
+    finetune: bool = False,
+    *,
+    key: str | None = None,
+    section: str = "",
+    say: Say = unsaid,
 ) -> None:
     """Load a file into a network that it fits exactly: the same names, shapes and nothing else, all finite.
 
@@ -55,6 +61,7 @@ def load_weights(
         finetune: the network will be trained further, so that a head that is missing or of other classes stays the
             fresh one of the network.
         key: the entry of the file that holds the network, where several fit.
+        section: of the recipe, which messages name.
         say: is told in one line what was chosen or resampled.
 
     Raises:
@@ -63,7 +70,13 @@ def load_weights(
     from kd.checkpoint.safetensors_io import read_weights
 
     own, head = model.state_dict(), head_keys(model)
-    weights = _behind_prefix(read_weights(path), own, path, key, say)
+    tensors, setting = read_weights(path), f"{section}checkpoint_key"
+    if key is not None:
+        entries = ", ".join(sorted({name.partition(".")[0] for name in tensors})[:8])
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{key}.")}
+        require(tensors, f"{path}: has no entry {setting}={key}; has {entries}", CheckpointError)
+    prefix = _prefix(tensors, own, path, setting, say)
+    weights = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
     for name, held in own.items():  # a count of batches that overflowed when the file was halved
         if name in weights and not held.is_floating_point() and not bool(weights[name].float().isfinite().all()):
             weights[name] = held
@@ -74,16 +87,10 @@ def load_weights(
     model.load_state_dict(weights)
 
 
-def _behind_prefix(
-    tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path, key: str | None, say: Say
-) -> dict[str, Tensor]:
-    """The tensors of one network, named as its own. Raises CheckpointError where several in the file fit."""
-    if key is not None:
-        entries = ", ".join(sorted({name.partition(".")[0] for name in tensors})[:8])
-        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{key}.")}
-        require(tensors, f"{path}: has no entry checkpoint_key={key}; has {entries}", CheckpointError)
-    alike: Counter[str] = Counter()  # tensors of a name and shape of the network's, by what stands before the name
-    named: Counter[str] = Counter()
+def _prefix(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path, setting: str, say: Say) -> str:
+    """What stands before a network's own names in a file. Raises CheckpointError where several networks fit."""
+    named: Counter[str] = Counter()  # tensors of a name of the network's, by what stands before it
+    alike: Counter[str] = Counter()  # those of its shape too
     for name, tensor in tensors.items():
         words = name.split(".")
         for i in range(len(words)):
@@ -91,20 +98,20 @@ def _behind_prefix(
                 prefix = "".join(f"{word}." for word in words[:i])
                 named[prefix] += 1
                 alike[prefix] += held.shape == tensor.shape
-    if not named:
-        return dict(tensors)
-    inside = {prefix: [name for name in tensors if name.startswith(prefix)] for prefix in named}
-    fit = {prefix: (alike[prefix] + named[prefix] - len(inside[prefix])) for prefix in named}
-    best = [prefix for prefix in named if fit[prefix] == max(fit.values())]
-    if len(best) > 1:
-        entries = [prefix.rstrip(".") for prefix in best]
-        tops = [entry.partition(".")[0] for entry in entries]
-        taken = next((top for top in _PREFERRED if top in tops), "")
-        several = f"{path}: holds several networks that fit ({', '.join(entries)})"
-        require(tops.count(taken) == 1, f"{several}; type checkpoint_key={entries[0]}", CheckpointError)
-        say(f"{several}, {taken} is taken; checkpoint_key chooses another")
-        best = [best[tops.index(taken)]]
-    return {name.removeprefix(best[0]): tensors[name] for name in inside[best[0]]}
+    most = [p for p in named if 2 * named[p] >= len(own)]  # a few names that are alike are no network
+    # A copy inside a whole network, such as its own average, is no second one: the whole has to fit.
+    outer = [p for p in most if not any(p != q and p.startswith(q) and named[q] >= named[p] for q in most)]
+    fit = {p: alike[p] + named[p] - sum(name.startswith(p) for name in tensors) for p in outer}
+    best = [p for p in outer if fit[p] == max(fit.values())]
+    if len(best) < 2:
+        return best[0] if best else ""
+    entries = [p.rstrip(".") for p in best]
+    tops = [entry.partition(".")[0] for entry in entries]
+    taken = next((top for top in _PREFERRED if top in tops), "")
+    several = f"{path}: holds several networks that fit ({', '.join(entries)})"
+    require(tops.count(taken) == 1, f"{several}; type {setting}={entries[0]}", CheckpointError)
+    say(f"{several}, {taken} is taken; {setting} chooses another")
+    return best[tops.index(taken)]
 
 
 def _resampled(model: nn.Module, weights: dict[str, Tensor], path: Path, say: Say) -> dict[str, Tensor]:

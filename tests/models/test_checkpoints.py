@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.utils import ModelEmaV3
 
-from kd.errors import CheckpointError
+from kd import verify
+from kd.errors import CheckpointError, ConfigError
 from kd.models import Teacher
 from kd.models.factory import build
 
@@ -110,27 +111,61 @@ def test_files_of_timm_and_torchvision_themselves(tmp_path):
     assert same(loaded, average.module.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore")  # of its own use of torch
+def test_a_file_that_lightning_itself_saved(tmp_path):
+    lightning = pytest.importorskip("lightning", reason="a second training framework: pip install lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self, lr=0.1):
+            super().__init__()
+            self.save_hyperparameters()
+            self.model = timm.create_model(NAME, num_classes=10)
+            self.criterion = torch.nn.CrossEntropyLoss(weight=torch.ones(10))
+
+        def training_step(self, batch, _):
+            return self.criterion(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+
+    module, images = Module(), [(torch.randn(3, 32, 32), k) for k in range(8)]
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    trainer.fit(module, torch.utils.data.DataLoader(images, batch_size=4))
+    trainer.save_checkpoint(tmp_path / "w.ckpt")
+    assert same(load(tmp_path / "w.ckpt")[0], module.model.state_dict())
+
+
 def test_of_several_networks_that_fit_one_is_chosen_by_its_entry(weights, other, tmp_path):
     path = saved(tmp_path, {"net": behind("module.", weights), "net_ema": behind("module.", other)})
     with pytest.raises(CheckpointError) as error:
         load(path)
     several = f"{path}: holds several networks that fit (net.module, net_ema.module)"
-    assert str(error.value) == f"{several}; type checkpoint_key=net.module"
+    assert str(error.value) == f"{several}; type teacher.checkpoint_key=net.module"
     for key, wanted in (("net", weights), ("net_ema", other), ("net_ema.module", other)):
         assert same(load(path, checkpoint_key=key)[0], wanted)
-    with pytest.raises(CheckpointError, match="has no entry checkpoint_key=ema; has net, net_ema"):
+    with pytest.raises(CheckpointError, match=r"has no entry teacher\.checkpoint_key=ema; has net, net_ema"):
         load(path, checkpoint_key="ema")
     path = saved(tmp_path, {"state_dict": behind("teacher.", weights) | behind("student.", other)})
-    with pytest.raises(CheckpointError, match=r"type checkpoint_key=state_dict\.teacher$"):
+    with pytest.raises(CheckpointError, match=r"type teacher\.checkpoint_key=state_dict\.teacher$"):
         load(path)
     assert same(load(path, checkpoint_key="state_dict.student")[0], other)
+
+
+def test_a_copy_inside_a_network_is_not_taken_for_it(weights, other, tmp_path):
+    path = saved(tmp_path, {"model": weights | behind("momentum_encoder.", other)})
+    with pytest.raises(CheckpointError, match=r"unexpected tensors: 128, first momentum_encoder\.conv1\.weight"):
+        load(path)
+    assert same(load(path, checkpoint_key="model.momentum_encoder")[0], other)
 
 
 def test_timms_average_is_taken_before_the_trained_weights_as_timm_does_and_said(weights, other, tmp_path):
     path = saved(tmp_path, {"state_dict": weights, "state_dict_ema": other, "args": argparse.Namespace(lr=0.1)})
     loaded, (line,) = load(path)
     assert same(loaded, other)
-    assert line.endswith("(state_dict, state_dict_ema), state_dict_ema is taken; checkpoint_key chooses another")
+    assert line.endswith(
+        "(state_dict, state_dict_ema), state_dict_ema is taken; teacher.checkpoint_key chooses another"
+    )
     assert same(load(path, checkpoint_key="state_dict")[0], weights)
 
 
@@ -182,6 +217,43 @@ def test_sharded_safetensors_with_their_index(weights, tmp_path):
         load(index)
 
 
+def test_verify_reads_the_parts_of_an_index(weights, tmp_path, capsys):
+    index = tmp_path / "model.safetensors.index.json"
+    save_file(weights, tmp_path / "a.safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "a.safetensors")}))
+    assert verify.main([f"path={index}"]) == 0
+    assert "128 tensors, no manifest beside it" in capsys.readouterr().out
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    assert verify.main([f"path={index}"]) == 1
+
+
+# ---- directories of timm
+
+
+def directory(tmp_path, weights, architecture=NAME, **cfg):
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture, "pretrained_cfg": cfg}))
+    return f"local-dir:{tmp_path}"
+
+
+def test_grey_weights_whose_config_says_nothing_of_channels_are_loaded_as_they_are(tmp_path):
+    grey = build("resnet10t", num_classes=10, input_shape=(1, 32, 32)).state_dict()
+    where = directory(tmp_path, grey, "resnet10t", num_classes=10, first_conv="conv1.0", classifier="fc")
+    assert same(build(where, num_classes=10, input_shape=(1, 32, 32), pretrained=True).state_dict(), grey)
+    with pytest.raises(ConfigError, match=r"its weights are for 1 channels, the data has 3; .*finetune=true adapts it"):
+        build(where, pretrained=True, **SHAPE)
+
+
+def test_weights_of_another_network_in_a_directory_are_no_matter_of_inputs(weights, tmp_path):
+    renamed = {name.replace("bn1", "norm1"): tensor for name, tensor in weights.items()}
+    where = directory(tmp_path, renamed, num_classes=10, input_size=[3, 32, 32])
+    with pytest.raises(ConfigError) as error:
+        build(where, pretrained=True, **SHAPE)
+    said = f"teacher.model={where}: its weights do not fit the network: first missing tensor: bn1.weight; "
+    assert str(error.value).startswith(said + "first unexpected tensor: ")
+    assert "norm1." in str(error.value).removeprefix(said)  # torch lists these in any order
+
+
 # ---- what does not fit
 
 
@@ -192,6 +264,15 @@ def test_a_misfit_names_an_unexpected_tensor_beside_a_missing_one(weights, tmp_p
     missing = next(name for name in weights if "bn1" in name)
     said = f"first {missing}; unexpected tensors: {sum('bn1' in name for name in weights)}, first "
     assert said + missing.replace("bn1", "norm1") in str(error.value)
+
+
+def test_a_wholly_other_network_is_named_as_it_is_in_the_file(weights, tmp_path):
+    """Names that happen to be alike, here norm.weight and norm.bias, are no network behind a prefix."""
+    file = {"a": weights, "b": {"norm.weight": torch.ones(96), "norm.bias": torch.ones(96)}}
+    with pytest.raises(CheckpointError) as error:
+        load(saved(tmp_path, file), "test_vit3")
+    assert "does not fit the network: missing tensors: " in str(error.value)
+    assert f"; unexpected tensors: {len(weights) + 2}, first a.conv1.weight" in str(error.value)
 
 
 def test_another_network_of_other_classes_is_no_matter_of_classes(tmp_path):
