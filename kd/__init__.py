@@ -7,18 +7,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kd import smoothing
+    from kd import losses, smoothing
     from kd.losses import DistillLoss, DistillTerms, LinearDistillLoss, distill_loss
     from kd.models.wrappers import Student, Teacher
 
 __version__ = "0.1.0"
 
-__all__ = ["DistillLoss", "DistillTerms", "LinearDistillLoss", "Student", "Teacher", "distill_loss", "smoothing"]
+__all__ = [
+    "DistillLoss",
+    "DistillTerms",
+    "LinearDistillLoss",
+    "Student",
+    "Teacher",
+    "distill_loss",
+    "losses",
+    "smoothing",
+]
 
 
 def __getattr__(name: str):
-    if name == "smoothing":
-        return import_module("kd.smoothing")
+    if name in ("losses", "smoothing"):
+        return import_module(f"kd.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'kd' has no attribute {name!r}")
     home = "kd.models.wrappers" if name in ("Student", "Teacher") else "kd.losses"

@@ -3,7 +3,6 @@
 from dataclasses import KW_ONLY
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from kd.losses import reference
@@ -139,8 +138,7 @@ class DistillLoss(DistillSettings):
             student, teacher, target = self._classes_last(student, teacher, target)
         if or_nothing(self.kd_weight) == 0:
             teacher = None
-        if target is None and or_nothing(self.ce_weight) == 0:  # every position counts
-            target = student.new_zeros(student.shape[:-1], dtype=torch.int64)
+        target = self._target(target, student)
         backend, count = self._begin(student, teacher, target)
         if teacher is not None and self.teacher_smoothing:
             teacher = unsmooth(teacher, self.teacher_smoothing)

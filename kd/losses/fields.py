@@ -22,6 +22,10 @@ class Allowed(NamedTuple):
     words: str
     accepts: Callable[[Any], bool]
 
+    def __repr__(self) -> str:
+        """For ``help(loss)``, which shows the type of every setting."""
+        return f"Allowed({self.words!r})"
+
 
 def is_number(value: object) -> bool:
     """Whether it is a finite int or float; a bool is not a number."""

@@ -5,7 +5,7 @@ Shapes: ``(...)`` positions, N of them; ``D`` features; ``K`` classes. "Wide" is
 
 import math
 from dataclasses import KW_ONLY
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class LinearDistillLoss(DistillSettings):
 
     - ``features`` ``(..., D)``, ``weight`` ``(K, D)``, ``bias`` ``(K,)`` or None, all of one floating dtype
     - the teacher's likewise, with a D and a dtype of its own, or ``teacher_logits`` ``(..., K)``
-    - ``target``: int64 labels ``(...)`` or probabilities ``(..., K)``
+    - ``target``: int64 labels ``(...)`` or probabilities ``(..., K)``; it may be None with ``ce_weight=0``
     - returns a scalar, or ``(...)`` with ``reduction="none"``. Features, weight and bias get gradients.
 
     Formula, units, settings (but class_dim), dtypes, papers and errors are those of DistillLoss.
@@ -69,6 +69,8 @@ class LinearDistillLoss(DistillSettings):
     _: KW_ONLY
     memory_budget: Annotated[int | None, BYTES] = None
 
+    _call: ClassVar[str] = "features, weight, target, teacher_features=..., teacher_weight=..."
+
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """The loss: a scalar, or shape ``(...)`` under reduction "none". Arguments as in ``terms``."""
         return self.terms(*inputs, **named).loss
@@ -78,7 +80,7 @@ class LinearDistillLoss(DistillSettings):
         self,
         features: Tensor,
         weight: Tensor,
-        target: Tensor,
+        target: Tensor | None = None,
         *,
         bias: Tensor | None = None,
         teacher_logits: Tensor | None = None,
@@ -95,6 +97,7 @@ class LinearDistillLoss(DistillSettings):
             if teacher_features is None or teacher_weight is None or taught is not None:
                 raise ValueError("teacher: must be teacher_logits alone, or teacher_features with teacher_weight")
             taught = head_logits("teacher_", teacher_features, teacher_weight, teacher_bias)
+        target = self._target(target, logits)
         given = (features, teacher_logits, teacher_features, target)
         backend, count = self._begin(logits, taught, target, *given, weight, bias, teacher_weight, teacher_bias)
         rows, teacher_logits, teacher_rows, target_rows = as_rows(logits.ndim - 1, *given)

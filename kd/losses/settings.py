@@ -5,7 +5,7 @@ import os
 import warnings
 from dataclasses import KW_ONLY
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,17 @@ class DistillSettings(Checked):
     backend: Annotated[str, one_of("auto", *fused.MODULES)] = "auto"
     teacher_smoothing: Mass = 0.0
 
+    _call: ClassVar[str] = "student_logits, teacher_logits, target"  # what to type between the parentheses of a call
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        """Refuse tensors: ``DistillLoss(s, t, y)`` would else fail with a message about the number of arguments."""
+        if any(isinstance(value, Tensor) and value.ndim > 0 for value in args):
+            name = cls.__name__
+            raise TypeError(
+                f"{name}: settings go to the constructor and tensors to the call: type {name}(...)({cls._call})"
+            )
+        return super().__new__(cls)
+
     def __post_init__(self):
         class_weight = self.__dict__.pop("class_weight")
         super().__init__()  # after the dataclass has set the settings, which are plain attributes
@@ -60,6 +71,16 @@ class DistillSettings(Checked):
         if name == "class_weight" and value is not None:
             _check_class_weight(value)
         super().__setattr__(name, value)
+
+    def _target(self, target: Tensor | None, student: Tensor) -> Tensor:
+        """The target; labels by which every position counts where there is none and the loss needs none."""
+        if target is not None:
+            return target
+        if or_nothing(self.ce_weight) > 0:
+            needed = f"must be given with ce_weight={self.ce_weight} (0 needs no target)"
+            raise ValueError(f"target=None: {needed}; type loss({self._call})")
+        counts = int(self.ignore_index == 0 and student.shape[-1] > 1)  # with one class KD is 0 for any label
+        return student.new_full(student.shape[:-1], counts, dtype=torch.int64)
 
     def _numbers(self, num_classes: int) -> reference.Numbers:
         """The settings as a backend takes them."""

@@ -106,6 +106,7 @@ def test_wrong_settings(settings, error, message):
         (S, T[:1], Y, {}, ValueError, r"teacher_logits has shape \(1, 3\): must be \(4, 3\)"),
         (S, T.to("meta"), Y, {}, ValueError, r"teacher_logits is on meta: must be on cpu"),
         (S, T.clone().requires_grad_(), Y, {}, ValueError, r"teacher_logits.requires_grad=True: .*torch.no_grad\(\)"),
+        (S, Y, None, {}, ValueError, r"target=None: must be given with ce_weight=0.1 .*; type loss\((stud|feat)"),
         # student
         (S.long(), T, Y, {}, TypeError, "student_logits: must be a floating tensor, got torch.int64"),
         (S[:, :0], T[:, :0], Y, {}, ValueError, r"student_logits has shape \(4, 0\): .* K ≥ 1"),
@@ -121,6 +122,17 @@ def test_wrong_tensors(student, teacher, target, settings, error, message, backe
     if not message.startswith("student"):  # a head that is the identity makes the same logits
         with pytest.raises(error, match=message):
             LinearDistillLoss(backend=backend, **settings)(student, torch.eye(3), target, teacher_logits=teacher)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 0, 1])
+def test_without_cross_entropy_or_target_every_position_counts(ignore_index, backend):
+    if backend == "triton":
+        pytest.skip("runs the kernel")
+    settings = {"ce_weight": 0, "ignore_index": ignore_index, "backend": backend}
+    softened = (S / 4).log_softmax(-1), (T / 4).log_softmax(-1)
+    expected = 0.9 * 16 * F.kl_div(*softened, reduction="batchmean", log_target=True)
+    torch.testing.assert_close(DistillLoss(**settings)(S, T), expected)
+    torch.testing.assert_close(LinearDistillLoss(**settings)(S, torch.eye(3), teacher_logits=T), expected)
 
 
 def test_without_a_teacher_its_logits_are_not_used():

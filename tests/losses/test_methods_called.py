@@ -25,12 +25,14 @@ from kd.losses import (
     KD,
     MLKD,
     NKD,
+    OFD,
     RKD,
     WSL,
     DistillLoss,
     Focal,
     Hint,
     LabelSmoothing,
+    LinearDistillLoss,
     LogitStandardKD,
     MaxSup,
     OnlineLabelSmoothing,
@@ -60,6 +62,14 @@ def test_every_method_is_a_public_name_with_a_line_of_its_own():
     assert sorted(lines) == sorted(kd.losses.__all__)
     assert set(kd.losses.__all__) == METHODS.keys() | others
     assert all(getattr(kd.losses, name) is method for name, method in METHODS.items())
+
+
+def test_help_of_the_package_shows_settings_in_words():
+    assert kd.losses is sys.modules["kd.losses"]
+    run = [sys.executable, "-c", "import kd; kd.losses.DKD; help(kd.losses.DKD)"]
+    shown = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    assert "a number from 0.001 to 1000" in shown
+    assert "<function" not in shown
 
 
 def test_names_load_without_torch_until_one_is_asked_for():
@@ -179,6 +189,43 @@ def test_parameters_of_what_is_not_built_say_what_to_call():
             list(learns.parameters())
 
 
+def test_what_is_not_built_has_no_attribute_for_hasattr_which_initialisers_ask():
+    parent = torch.nn.ModuleList([Hint(layer=0)])
+    asked = []
+    parent.apply(lambda module: asked.append(hasattr(module, "weight")))
+    assert asked == [False, False]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_loaded_before_the_first_call_says_what_to_call(strict):
+    saved = torch.nn.ModuleDict({"hint": Hint(layer=0)})
+    saved["hint"](MAP, MAP)
+    loaded = torch.nn.ModuleDict({"hint": Hint(layer=0)})
+    loaded.load_state_dict({}, strict=strict)
+    says = r"hint: is not built yet .*; call loss\(student_features, teacher_features\) once"
+    with pytest.raises(RuntimeError, match=says):
+        loaded.load_state_dict(saved.state_dict(), strict=strict)
+    loaded["hint"](MAP, MAP)
+    loaded.load_state_dict(saved.state_dict(), strict=strict)
+    assert torch.equal(loaded["hint"](MAP, MAP), saved["hint"](MAP, MAP))
+
+
+def test_what_a_first_call_in_inference_mode_made_can_be_trained():
+    method = OFD()
+    with torch.inference_mode():
+        method(MAP * 1, MAP * 1)
+    method(MAP, MAP).backward()
+    assert all(parameter.grad is not None for parameter in method.parameters())
+
+
+def test_a_reused_classifier_is_the_teachers_alone():
+    weight = draw(5, 3)
+    teacher = View(MAP.mean((2, 3)) @ weight.T, [MAP], weight=weight)
+    assert SimKD()(View(maps=[MAP]), teacher).isfinite()
+    with pytest.raises(ValueError, match="simkd: needs the weight of the teacher"):
+        SimKD()(teacher, View(maps=[MAP]))
+
+
 def test_what_learns_is_trained_by_a_loop_of_ones_own(logits):
     s, t, y = logits
     method = DML()
@@ -277,6 +324,9 @@ WRONG = {
     "ValueError: target has shape (5,): must be (6,)": lambda: DKD()(S, T, Y[:5]),
     "ValueError: student has 1 maps and teacher 2": lambda: AT()(MAP, [MAP, MAP]),
     "ValueError: teacher.maps[0] has shape (2, 3, 2, 2): must be (4, 3, 2, 2)": lambda: AT()(MAP, MAP[:2]),
+    "TypeError: student_features: must be a floating tensor (N, C, H, W) or a list of them, got dict_values": (
+        lambda: AT()({"layer4": MAP}.values(), MAP)
+    ),
     "ValueError: at: student_features of shape (6, 5): must be (N, C, H, W)": lambda: AT()(S, T),
     "TypeError: reviewkd: needs embedding and maps of each network; type loss(View(maps=..., embedding=...), View(": (
         lambda: ReviewKD()(MAP, MAP)
@@ -285,6 +335,12 @@ WRONG = {
         lambda: CRD()(S, T, Y)
     ),
     "ValueError: kd.reduction='batchmean': must be one of mean, sum, none": lambda: KD(reduction="batchmean"),
+    "TypeError: DistillLoss: settings go to the constructor and tensors to the call: type DistillLoss(...)(student_": (
+        lambda: DistillLoss(S, T, Y)
+    ),
+    "TypeError: LinearDistillLoss: settings go to the constructor and tensors to the call: type LinearDistillLoss(": (
+        lambda: LinearDistillLoss(S, T, Y)
+    ),
     "ValueError: lskd: method='at': must be a method of logits": lambda: LogitStandardKD("at"),
 }  # fmt: skip
 

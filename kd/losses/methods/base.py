@@ -25,6 +25,11 @@ from kd.losses.methods.seen import FEATURES, IGNORE, Seen, View
 from kd.losses.reference import wide_dtype
 from kd.smoothing import check_target, values_readable
 
+
+class NotBuiltError(RuntimeError, AttributeError):
+    """What a method learns was asked for before it was made. An AttributeError too, so that hasattr says False."""
+
+
 METHODS: dict[str, type[Method]] = {}  # by name; a subclass registers itself
 
 
@@ -36,8 +41,9 @@ class Method(Checked):
     the student, and buffers that last from batch to batch, are made in ``make``; they are trained, saved and resumed.
 
     ``forward`` says how to call it. What it learns is made at the first call, on the device of its inputs, as
-    nn.LazyLinear makes its weight: call the method once, or call ``build``, before you give its ``parameters()`` to the
-    optimizer. In eval mode its buffers do not change.
+    nn.LazyLinear makes its weight: call the method once, or call ``build``, before you give its ``parameters()``, or
+    those of a module that holds it, to the optimizer, and before you load a state_dict. In eval mode its buffers do not
+    change.
 
     Args:
         reduction: "mean" (default) over the examples or positions whose label is not -100 (0 where there are none),
@@ -105,20 +111,32 @@ class Method(Checked):
         self._check_inputs(seen)
         self._built = True  # now, because PyTorch asks whether there is such a buffer before it registers one
         try:
-            with torch.no_grad(), torch.device("cpu"):  # the same draws on every device, whatever the default device is
-                self.make(seen)
+            # What is made in inference mode could never be trained.
+            with torch.inference_mode(False), torch.no_grad():
+                with torch.device("cpu"):  # the same draws on every device, whatever the default device is
+                    self.make(seen)
+                self.to(seen.student.logits.device, wide_dtype(seen.student.logits))
         except BaseException:
             self._built = False
             raise
-        self.to(seen.student.logits.device, wide_dtype(seen.student.logits))
+
+    def _unbuilt(self, name: str) -> str:
+        """What to say where something is asked for that `build`, or the first call, makes."""
+        typed = f"loss({call.arguments(self.needs)})"
+        return f"{self.name}: is not built yet and has no {name}; call {typed} once, or loss.build(seen), before this"
 
     def _require_built(self, name: str) -> None:
-        """Raise RuntimeError unless `build` or a call has made what the method learns and keeps."""
+        """Raise NotBuiltError unless `build` or a call has made what the method learns and keeps."""
         if not self._built:
-            typed = f"loss({call.arguments(self.needs)})"
-            raise RuntimeError(
-                f"{self.name}: is not built yet and has no {name}; call {typed} once, or loss.build(seen), before this"
-            )
+            raise NotBuiltError(self._unbuilt(name))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """As of every module. An error where what the state is of is still to be made, also under strict=False."""
+        if self._built or not any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        else:
+            *_, messages = args
+            messages.append(self._unbuilt("parameters or buffers to load into"))
 
     def __getattr__(self, name: str) -> Any:
         """What a module holds. Raises RuntimeError, which says what to call, for what is still to be made."""
@@ -163,7 +181,8 @@ class Method(Checked):
     ) -> Tensor:
         """The loss of tensors: a scalar, or a value for every position under reduction "none".
 
-        - ``loss(student_logits, teacher_logits, target)``, logits ``(..., K)``
+        - ``loss(student_logits, teacher_logits, target)``, logits ``(..., K)``, classes last: give those of
+          segmentation, ``(N, K, H, W)``, as ``logits.movedim(1, -1)``
         - ``loss(student_logits, target)`` for a method without a teacher; it ignores a teacher given as above
         - ``loss(student_features, teacher_features)`` for a method that needs maps, one ``(N, C, H, W)`` or a list of
           them from shallow to deep, or that needs embeddings ``(N, D)``
@@ -255,6 +274,8 @@ class Method(Checked):
         for who, view in (("student", seen.student), ("teacher", seen.teacher)):
             if view is not None:
                 given = {"maps": view.maps or None, "embedding": view.embedding, "weight": view.weight}
+                if who == "student" and self.classifies:
+                    del given["weight"]  # the student's own classifier is not used
                 for need in sorted(self.needs & set(given)):
                     self.require(given[need] is not None, f"needs the {need} of the {who}")
                 shape, n = tuple(view.logits.shape), seen.target.shape[0]

@@ -56,6 +56,9 @@ def _view(name: str, needs: frozenset[str], who: str, given: Any, typed: str) ->
     if len(features) > 1:
         raise TypeError(f"{name}: needs {' and '.join(sorted(features))} of each network; {typed}")
     many = "maps" in features and isinstance(given, list | tuple)
+    if "maps" in features and not (many or isinstance(given, Tensor)):
+        got = type(given).__name__
+        raise TypeError(f"{who}_features: must be a floating tensor (N, C, H, W) or a list of them, got {got}")
     tensors = list(given) if many else [given]
     dims, shape = (4, "(N, C, H, W)") if "maps" in features else (2, "(N, D)")
     for tensor in tensors:

@@ -239,6 +239,7 @@ class SimKD(Method, name="simkd"):
 
     def classify(self, view: View) -> Tensor:
         """The logits (N, K) of student, projector and the teacher's classifier, from the student's view."""
+        self._require_built("classifier")
         weight, bias = self.get_buffer("weight"), self.get_buffer("bias")
         s = view.maps[self.layer]
         s = F.adaptive_avg_pool2d(s, (min(s.shape[-2], self.size[0]), min(s.shape[-1], self.size[1])))

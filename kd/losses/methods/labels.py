@@ -149,6 +149,7 @@ class OnlineLabelSmoothing(Method, name="online_label_smoothing"):
 
     def end_epoch(self) -> None:
         """Make the means of the gathered rows the table in use."""
+        self._require_built("table")
         table, gathered, counted = (self.get_buffer(name) for name in ("table", "gathered", "counted"))
         any_correct = (counted > 0).unsqueeze(-1)
         table.copy_((gathered / counted.clamp(min=1).unsqueeze(-1)).where(any_correct, 1 / len(table)))
