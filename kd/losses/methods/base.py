@@ -130,13 +130,12 @@ class Method(Checked):
         if not self._built:
             raise NotBuiltError(self._unbuilt(name))
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:  # type: ignore[bad-override]
         """As of every module. An error where what the state is of is still to be made, also under strict=False."""
         if self._built or not any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, *args)
+            super()._load_from_state_dict(state_dict, prefix, *others)
         else:
-            *_, messages = args
-            messages.append(self._unbuilt("parameters or buffers to load into"))
+            others[-1].append(self._unbuilt("parameters or buffers to load into"))
 
     def __getattr__(self, name: str) -> Any:
         """What a module holds. Raises RuntimeError, which says what to call, for what is still to be made."""
