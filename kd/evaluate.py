@@ -1,4 +1,5 @@
 """usage: python -m kd.evaluate run=DIR [picture=FILE.svg] [data.root=PATH] [data.workers=N]
+                                 [data.class_order=FILE]
 
 Loads the networks of a finished run from their files, scores them on validation and test, prints the table, and
 compares every figure with DIR/result.json. Exit code 1 when one differs by more than 1e-6, 2 when a file is wrong.
@@ -13,7 +14,7 @@ from kd.cli.errors import run_command
 from kd.config.arguments import read
 from kd.config.compose import saved_recipe
 
-HERE = ("data.root", "data.workers")  # may differ from where the run was trained
+HERE = ("data.root", "data.workers", "data.class_order")  # may differ from where the run was trained
 TOLERANCE = 1e-6  # scores are float64 sums over float32 logits, which vary with the number of threads
 
 

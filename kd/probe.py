@@ -40,7 +40,6 @@ def run(given: dict[str, str], words: Sequence[str]) -> int:
     from accelerate import Accelerator
 
     from kd.data import load_data
-    from kd.models.classes import recorded, reordered
     from kd.models.factory import build
     from kd.models.preprocess import teacher_preprocess
     from kd.models.weights import weights_metadata
@@ -56,7 +55,7 @@ def run(given: dict[str, str], words: Sequence[str]) -> int:
     data = data.rendered(teacher_preprocess(own, data.preprocess))
     shape = {"num_classes": data.num_classes, "input_shape": data.input_shape, "class_names": data.class_names}
     weights = {"pretrained": own.pretrained, "checkpoint": checkpoint, "checkpoint_key": given.get("checkpoint_key")}
-    network = build(own.model, section="", model_kwargs=own.model_kwargs, **weights, **shape)
+    network = build(own.model, section="", model_kwargs=own.model_kwargs, **weights, **shape, say=print)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     teacher = Teacher(network).to(accelerator.device)
     split = getattr(data, given.get("split", "train")).to(accelerator.device)
@@ -64,8 +63,6 @@ def run(given: dict[str, str], words: Sequence[str]) -> int:
     known = f"{record['label_smoothing']} ({record['smoothing']})" if "label_smoothing" in record else "nothing"
     print(f"model     {own.model}, {checkpoint or 'timm'}")
     print(f"recorded  {known}")
-    if said := reordered(recorded(network, checkpoint), data.class_names):
-        print(f"classes   its weights {said}")
     print(f"estimate  {describe(estimate, data.num_classes)}")
     return int(bool(estimate.doubts))
 

@@ -161,6 +161,7 @@ class TeacherConfig(Checked, section="teacher."):
     image_size: int | None = setting(
         None, "its input size; null: that of its weights, or data.image_size", ge=1, le=4096
     )
+    classes: str | None = setting(None, "file that names the classes of loaded weights, in their order, one a line")
     model_kwargs: dict[str, Any] = setting({}, "further arguments of timm.create_model")
     layers: list[str] = setting([], "teacher layers for feature losses, shallow to deep; empty: timm's stages")
 
@@ -311,6 +312,7 @@ _ADDED_LATER = (
     ("student", "checkpoint", None),
     ("student", "checkpoint_key", None),
     ("data", "class_order", "sorted"),
+    ("teacher", "classes", None),
     ("data", "channels", None),
     ("data", "mean", []),
     ("data", "std", []),

@@ -49,20 +49,20 @@ def _from_file(config: DataConfig, names: Sequence[str]) -> list[int]:
     near = did_you_mean(name, ("sorted", "natural"))
     require(path, f"{setting}: must be sorted, natural, or a file of class names, one on a line{near}")
     assert path is not None
-    listed = read_names(path, setting)
-    fits, differs = sorted(listed) == sorted(names), difference(listed, names)
-    require(fits, f"{setting}: must name the classes of the data; {differs}")
-    return [names.index(name) for name in listed]
+    return [names.index(name) for name in read_names(path, names, setting)]
 
 
-def read_names(path: Path, setting: str) -> list[str]:
-    """The class names of a text file, one on a line, as in timm's class maps. Raises ConfigError."""
+def read_names(path: Path, wanted: Sequence[str], setting: str) -> list[str]:
+    """The class names of a text file, one on a line, as in timm's class maps. Raises ConfigError unless each of the
+    data's, `wanted`, is there once.
+    """
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").strip().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{setting}: cannot be read as UTF-8 text, one class name on a line ({error})") from error
-    twice = [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []
-    require(not twice, f"{setting}: names {twice and twice[0]!r} twice")
+    fits, differs = set(names) == set(wanted), difference(names, wanted)
+    require(fits, f"{setting}: must name the classes of the data; {differs}")
+    require(len(names) == len(wanted), f"{setting}: must name each class of the data once")
     return names
 
 

@@ -13,7 +13,7 @@ from timm.models import resolve_model_input_args
 from torch import Tensor, nn
 
 import kd.models.networks  # noqa: F401 (registers its names)
-from kd.errors import CheckpointError, ConfigError, require
+from kd.errors import ConfigError, require
 from kd.models.classes import align, recorded
 from kd.models.weights import Say, load_weights, other_classes, unsaid
 from kd.text import did_you_mean
@@ -52,6 +52,7 @@ def build(
     checkpoint: str | Path | None = None,
     checkpoint_key: str | None = None,
     finetune: bool = False,
+    weights_classes: Sequence[str] = (),
     model_kwargs: Mapping[str, Any] | None = None,
     say: Say = unsaid,
 ) -> nn.Module:
@@ -69,26 +70,23 @@ def build(
         checkpoint_key: the entry of that file with the network, where several fit.
         finetune: the weights will be trained further, so that a head of other classes is replaced by a fresh one and
             a first layer for other channels is adapted by timm.
+        weights_classes: class names of the weights, in their order, in place of those that they record.
         model_kwargs: further arguments of timm.create_model.
-        say: is told in one line what was chosen or resampled in a checkpoint.
+        say: is told in one line what was chosen, resampled or reordered in weights.
 
     Returns:
         The network in train mode, on the CPU.
 
     Raises:
-        ConfigError: the name is unknown, or timm's weights cannot be had or do not fit.
-        CheckpointError: the file cannot be read, does not fit, or records other classes than the data's.
+        ConfigError: the name is unknown, timm's weights cannot be had or do not fit, or record other classes.
+        CheckpointError: the file cannot be read, or does not fit.
     """
     shape, kwargs = tuple(input_shape), dict(model_kwargs or {})
     setting = f"{section}model={name}" + (f" {section}model_kwargs={kwargs}" if kwargs else "")
     download = pretrained and checkpoint is None
     _check_name(name, setting)
     try:
-        arguments = _arguments(name, shape, kwargs, num_classes)
-        if download and not finetune:  # timm then loads the first layer as it is, or raises; it would adapt it else
-            cfg = arguments["pretrained_cfg"]
-            size = (arguments.get("in_chans", shape[0]), *cfg["input_size"][1:])
-            arguments["pretrained_cfg"] = {**cfg, "input_size": size}
+        arguments = _arguments(name, shape, kwargs, num_classes, as_they_are=download and not finetune)
         model = timm.create_model(**arguments, pretrained=download, checkpoint_path=None)
         _try_out(model, shape, num_classes)
     except Exception as error:  # every network has errors of its own for a wrong size or argument, the hub and timm too
@@ -100,9 +98,8 @@ def build(
     if checkpoint is not None:
         load_weights(model, Path(checkpoint), finetune, key=checkpoint_key, section=section, say=say)
     if class_names and (download or checkpoint is not None):
-        why_not = align(model, recorded(model, checkpoint), class_names, shape, finetune)
-        where, error = (setting, ConfigError) if download else (checkpoint, CheckpointError)
-        require(not why_not, f"{where}: {why_not}", error)
+        where = setting if download else f"{section}checkpoint={checkpoint}"
+        align(model, weights_classes or recorded(model, checkpoint), class_names, shape, where, finetune, say)
     return model
 
 
@@ -123,12 +120,23 @@ def _check_name(name: str, setting: str) -> None:
         raise ConfigError(f"{setting}: timm and kd know no such network{near}")
 
 
-def _arguments(name: str, shape: tuple[int, ...], kwargs: dict[str, Any], num_classes: int) -> dict[str, Any]:
-    """What timm.create_model needs for such inputs; timm's rule says which networks take an img_size."""
+def _arguments(
+    name: str, shape: tuple[int, ...], kwargs: dict[str, Any], num_classes: int, as_they_are: bool
+) -> dict[str, Any]:
+    """What timm.create_model needs for such inputs; timm's rule says which networks take an img_size.
+
+    With weights taken `as_they_are` timm loads the first layer so, or raises; else it adapts that to the channels.
+    """
     if len(shape) == 3:
-        return resolve_model_input_args(name, {"input_size": shape}, num_classes=num_classes, **kwargs)
-    # timm knows heights and widths only: a vector is an image one pixel high
-    return resolve_model_input_args(name, {"in_chans": 1}, num_classes=num_classes, img_size=(1, *shape), **kwargs)
+        arguments = resolve_model_input_args(name, {"input_size": shape}, num_classes=num_classes, **kwargs)
+    else:  # timm knows heights and widths only: a vector is an image one pixel high
+        size = (1, *shape)
+        arguments = resolve_model_input_args(name, {"in_chans": 1}, num_classes=num_classes, img_size=size, **kwargs)
+    if as_they_are:
+        cfg = arguments["pretrained_cfg"]
+        size = (arguments.get("in_chans", shape[0]), *cfg["input_size"][1:])
+        arguments["pretrained_cfg"] = {**cfg, "input_size": size}
+    return arguments
 
 
 def _try_out(model: nn.Module, shape: tuple[int, ...], num_classes: int) -> None:

@@ -168,8 +168,9 @@ def _hash(path: Path) -> str:
 
 
 def weight_files(*sections: TeacherConfig | StudentConfig) -> dict[str, str]:
-    """The sha256 of the files on this machine that networks start from, by section and name; `checkpoint_hash` has
-    teacher.checkpoint. Runs without such files record nothing, so that older ones keep their hashes.
+    """The sha256 of the files on this machine that networks start from, and of teacher.classes, by section and name;
+    `checkpoint_hash` has teacher.checkpoint. Runs without such files record nothing, so that older ones keep their
+    hashes.
     """
     from kd.config.types import leaves
 
@@ -180,6 +181,8 @@ def weight_files(*sections: TeacherConfig | StudentConfig) -> dict[str, str]:
             read = (".json", *_TIMM_LOOKS_FOR) if section.pretrained else (".json",)
             beside = sorted(Path(section.model.removeprefix("local-dir:")).glob("*"))
             paths = [path for path in beside if path.suffix in read]
+        if classes := getattr(section, "classes", None):  # a student has no such setting
+            paths.append(Path(classes))
         if section.pretrained:  # timm's pretrained_cfg, or its overlay, may name a file
             paths += [Path(value) for key, value in leaves(section.model_kwargs) if key.endswith(".file")]
         if section.section == "student." and section.checkpoint:

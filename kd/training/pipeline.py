@@ -24,7 +24,7 @@ from kd.errors import CheckpointError, ConfigError, require
 from kd.losses.distill import DistillLoss
 from kd.losses.methods import registry as methods
 from kd.metrics import top_k_accuracy
-from kd.models.classes import align, recorded, reordered
+from kd.models.classes import align, own_names, recorded
 from kd.models.ensemble import Ensemble
 from kd.models.factory import build
 from kd.models.layers import needed
@@ -89,21 +89,14 @@ def prepare(recipe: Recipe, directory: Path | None = None, teacher: Path | None 
         run = Run(recipe, data, accelerator, directory, teacher or directory, logger)
         if teacher is None:
             run = replace(run, teacher_directory=shared_teacher_directory(run))
-        _say_order(run, recipe.teacher, teacher_network(run, say=logger.say))
+        teacher_network(run, say=logger.say)
     except CheckpointError as error:  # of the only file that the section names
         raise ConfigError(f"teacher.checkpoint={error}") from error
     try:
-        student = student_network(run, say=logger.say)  # one that cannot be built must not wait for its teacher
-        _say_order(run, recipe.student, student)
+        student_network(run, say=logger.say)  # one that cannot be built must not wait for its teacher
     except CheckpointError as error:
         raise ConfigError(f"student.checkpoint={error}") from error
     return run
-
-
-def _say_order(run: Run, section: TeacherConfig | StudentConfig, model: nn.Module) -> None:
-    names = recorded(model, section.checkpoint) if section.pretrained or section.checkpoint else []
-    if said := reordered(names, run.data.class_names):
-        run.logger.say(f"{section.section.rstrip('.')}  its weights {said}")
 
 
 # ---- networks
@@ -117,7 +110,10 @@ def teacher_network(run: Run, weights: Path | None = None, say: Say = unsaid) ->
         if weights:
             _load(run, ensemble, weights)
         return ensemble
-    return network(own, run.recipe.seed, run.teacher_data, **_start(own, own.finetune, weights), say=say)
+    start = _start(own, own.finetune, weights)
+    if not weights:
+        start["weights_classes"] = own_names(own, run.data.class_names)
+    return network(own, run.recipe.seed, run.teacher_data, **start, say=say)
 
 
 def student_network(run: Run, weights: Path | None = None, seed: int | None = None, say: Say = unsaid) -> nn.Module:
@@ -165,8 +161,7 @@ def evaluated_network(run: Run, name: str, weights: Path | None, teacher: Teache
 def _load(run: Run, made_of_networks: nn.Module, weights: Path) -> None:
     load_weights(made_of_networks, weights)
     names = recorded(made_of_networks, weights)
-    why_not = align(made_of_networks, names, run.data.class_names, run.data.input_shape)
-    require(not why_not, f"{weights}: {why_not}", CheckpointError)
+    align(made_of_networks, names, run.data.class_names, run.data.input_shape, str(weights))
 
 
 # ---- stages
@@ -325,7 +320,7 @@ def check_teacher(run: Run, teacher: Teacher) -> None:
         run.logger.say(f"teacher  takes images of its own: {describe(run.teacher_data.preprocess)}")
         run.logger.say(f"student  {describe(run.data.preprocess)}")
     run.logger.say(f"teacher  validation top-1 {top1:.2%}   (chance {guessing:.2%}, {len(targets)} images)")
-    known = teacher_is_trained(run.recipe) or recorded(teacher.model, own.checkpoint)
+    known = teacher_is_trained(run.recipe) or own.classes or recorded(teacher.model, own.checkpoint)
     other = "" if known else other_order(logits.argmax(-1), targets, names)
     require(not other, f"{setting}: its classes are in another order: validation top-1 is {top1:.2%}, {other}")
     if top1 <= bound:

@@ -49,7 +49,7 @@ def load_networks(run: Run) -> Networks:
             path = run.weights(name, which)
             network = evaluated_network(run, name, path, teacher)
             if path and (said := reordered(recorded(network, path), run.data.class_names)):
-                run.logger.say(f"{name}  its {which} weights {said}")
+                run.logger.say(f"{path}: {said}")
             networks[name][which] = Teacher(network).to(run.accelerator.device)
     return networks
 

@@ -57,7 +57,7 @@ def test_the_true_probabilities_follow_their_classes(tmp_path):
     [
         ("one\nthree\ndog", "it has 'dog', which the data lacks; the data has 'two words', which it lacks"),
         ("one\nthree", "must name the classes of the data; the data has 'two words', which it lacks"),
-        ("one\nthree\ntwo words\none", "names 'one' twice"),
+        ("one\nthree\ntwo words\none", "must name each class of the data once"),
         ("\udcff", "cannot be read as UTF-8 text"),
         (None, "must be sorted, natural, or a file of class names, one on a line"),
     ],

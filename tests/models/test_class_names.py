@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from kd.checkpoint.safetensors_io import save_weights
-from kd.errors import CheckpointError, ConfigError
+from kd.errors import ConfigError
 from kd.models.classes import recorded, reordered
 from kd.models.factory import build
 
@@ -41,7 +41,7 @@ def test_outputs_follow_the_datas_order_by_name(saved, name):
     for k, label in enumerate(NAMES):
         torch.testing.assert_close(moved[:, k], logits[:, OTHER_ORDER.index(label)])
     said = reordered(recorded(network, path), NAMES)
-    assert said.startswith("record the data's classes in another order, first 'ant' for 'Bird'")
+    assert said.startswith("has the data's classes in another order, first 'ant' for 'Bird'")
 
 
 def test_equal_names_and_none_change_nothing(saved):
@@ -53,10 +53,11 @@ def test_equal_names_and_none_change_nothing(saved):
 
 def test_other_names_are_refused_unless_trained_further(saved):
     path, logits = saved(names=["Bird", "Dog", "ant", "emu"])
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(ConfigError) as error:
         build("resnet20_cifar", checkpoint=path, class_names=NAMES, **SHAPE)
     differ = "it has 'emu', which the data lacks; the data has 'cat', which it lacks"
-    assert str(error.value) == f"{path}: its weights are for other classes: {differ}"
+    said = f"teacher.checkpoint={path}: its weights are for other classes: {differ}; in a recipe teacher.classes=FILE"
+    assert str(error.value).startswith(said)
     tuned = build("resnet20_cifar", checkpoint=path, class_names=NAMES, finetune=True, **SHAPE).eval()
     assert torch.equal(tuned(IMAGES), logits)
 
@@ -64,7 +65,9 @@ def test_other_names_are_refused_unless_trained_further(saved):
 def test_a_head_that_cannot_be_reordered_is_refused(saved, monkeypatch):
     path, _ = saved()
     monkeypatch.setattr("kd.models.classes.head_keys", lambda model: set())
-    with pytest.raises(CheckpointError, match="the data's in another order, and its head is none that kd can reorder"):
+    with pytest.raises(
+        ConfigError, match="the data's classes in another order, and its head is none that kd can reorder"
+    ):
         build("resnet20_cifar", checkpoint=path, class_names=NAMES, **SHAPE)
 
 

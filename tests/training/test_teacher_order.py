@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 
 import kd.models.networks
 from kd import evaluate, probe
+from kd.checkpoint.safetensors_io import save_weights
 from kd.models.weights import weights_metadata
 from kd.training.class_order import other_order
 
@@ -168,16 +169,35 @@ def finished(kd_train, trained, tmp_path):
 def test_kds_own_weights_follow_the_data_by_name_in_training_and_probe(kd_train, called, finished, trained):
     use = ("teacher.model=mlp_nano", f"teacher.checkpoint={finished}", "train.batch_size=100", "dry_run=true")
     done = kd_train(*words(trained["numbers"], *use))
-    line = "its weights record the data's classes in another order, first '2' for '10': put in order by name\n"
-    assert f"teacher  {line}" in done.out
+    line = f"checkpoint={finished}: has the data's classes in another order, first '2' for '10': reordered by name\n"
+    assert done.out.count(line) == 1
     place = (f"data.root={trained['numbers'] / 'images'}", "data.image_size=8", "data.workers=0")
     probed = called("kd.probe", probe.main, "data=folder", *place, f"checkpoint={finished}", "split=val")
-    assert f"classes   {line}" in probed.out
+    assert probed.out.count(line) == 1
+
+
+def test_other_names_are_refused_and_a_file_says_what_they_mean(kd_train, finished, trained, tmp_path):
+    mixed = trained["mixed"]
+    named = finished.with_name("named.safetensors")
+    weights, old = load_file(mixed / "timms.safetensors"), [f"class {k}" for k in range(10)]
+    save_weights(named, weights, {"class_names": old})
+    use = (f"teacher.checkpoint={named}", "train.batch_size=100", "run=two")
+    said = stopped(kd_train(*words(mixed, *use)))
+    assert "it has 'class 0', which the data lacks; the data has 'Bird', which it lacks; in a recipe teacher.cl" in said
+    path = tmp_path / "names.txt"
+    path.write_text("\n".join(sorted(MIXED, key=str.lower)))
+    done = kd_train(*words(mixed, *use, f"teacher.classes={path}"))
+    assert f"{named}: has the data's classes in another order, first 'ant' for 'Bird': reordered by name" in done.out
+    assert top1(done) > 0.9
+    path.write_text("\n".join(sorted(MIXED)))  # another teacher under the same name
+    assert "run=two holds another recipe" in stopped(kd_train(*words(mixed, *use, f"teacher.classes={path}")))
+    random = kd_train(*words(mixed, f"teacher.classes={path}", "teacher.checkpoint=null"))
+    assert "only for weights that are loaded" in stopped(random)
 
 
 def test_evaluate_of_a_run_whose_classes_changed_places_scores_it_by_name(called, finished):
     recipe = finished.parents[1] / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("class_order: natural", "class_order: sorted"))
     done = called("kd.evaluate", evaluate.main, "run=checkpoints/smoke/one")
-    assert "student  its last weights record the data's classes in another order" in done.out
+    assert f"{finished}: has the data's classes in another order" in done.out
     assert "(teacher." in done.out.splitlines()[-1]  # only its plain weights are scored in the new order
