@@ -5,6 +5,8 @@ A training state is one safetensors file: tensors by their path in the tree, eve
 
 import argparse
 import json
+import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -158,7 +160,12 @@ def _read_pickled(path: Path) -> Any:
                 if damaged := archive.testzip():
                     raise CheckpointError(f"{path}: is damaged, the checksum of its part {damaged!r} differs")
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's scripts save their arguments as one
-            return torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                blocked = re.search(r"GLOBAL (\S+)", str(error))  # torch's advice is to run it
+                why = f"it needs {plain(blocked[1], 80)}" if blocked else "it is damaged, or no file of torch.save"
+                raise CheckpointError(f"{path}: not {_PICKLED} ({why})") from error
 
 
 def _named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

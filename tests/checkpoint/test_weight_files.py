@@ -4,6 +4,7 @@ import json
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -65,6 +66,20 @@ def test_a_pth_of_either_format_is_read_with_the_dotted_names_of_nested_dicts(tm
 def test_a_pth_without_tensors_is_told_from_weights(tmp_path):
     with pytest.raises(CheckpointError, match="holds no state_dict of tensors"):
         read_weights(saved(tmp_path, {}))
+
+
+@pytest.mark.parametrize(
+    ("content", "needs"),
+    [
+        (torch.nn.Linear(2, 2), "it needs torch.nn.modules.linear.Linear"),  # the network itself, not its state_dict
+        ({"w": torch.ones(2), "best": np.float64(0.9)}, "it needs numpy."),
+    ],
+)
+def test_what_a_pth_needs_beside_tensors_is_named(content, needs, tmp_path):
+    with pytest.raises(CheckpointError) as error:
+        read_weights(saved(tmp_path, content))
+    assert f"kd runs no code from a file; save the state_dict as .safetensors ({needs}" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 # ---- weights for a network
