@@ -112,7 +112,9 @@ class DataConfig(Checked, section="data."):
     noise: float = setting(0.0, "standard deviation of added Gaussian noise, in normalised pixel units", ge=0)
     crop_scale: float = setting(0.08, "minimum area of a random resized crop (streamed sets)", gt=0, le=1)
     channels: int | None = setting(None, "1: grey images; null: 3, colour (streamed sets)", among=(1, 3))
-    mean: list[float] = setting([], "pixel mean of each channel, from 0 to 1; empty: ImageNet's, or in memory its own")
+    mean: list[float] = setting(
+        [], "pixel mean per channel, such as [0.5,0.5,0.5]; empty: ImageNet's, in memory its own"
+    )
     std: list[float] = setting([], "pixel standard deviation of each channel, like data.mean")
     interpolation: str = setting("bilinear", "how images are resized", among=INTERPOLATIONS)
     crop_mode: str = setting("center", "evaluation crop, as timm names them (streamed sets)", among=CROP_MODES)

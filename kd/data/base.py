@@ -170,7 +170,7 @@ def statistics(config: DataConfig, channels: int, mean: Sequence[float], std: Se
     """Mean and std of a Preprocess: data.mean and data.std, else those of the data set. Raises ConfigError."""
     for name in ("mean", "std"):
         given = getattr(config, name)
-        wrong = f"data.{name}={given}: must be one number, or {channels}, the channels of {config.name}"
+        wrong = f"data.{name}={given}: must be a list of one number, or of {channels}, the channels of {config.name}"
         require(len(given) in (0, 1, channels), wrong)
     return {"mean": for_channels(config.mean or mean, channels), "std": for_channels(config.std or std, channels)}
 

@@ -51,6 +51,23 @@ def own_preprocess(own: TeacherConfig, data: Preprocess) -> dict[str, Any]:
     return {} if made == data else json.loads(json.dumps(asdict(made)))
 
 
+def size_in_doubt(own: TeacherConfig, network: Preprocess) -> str:
+    """A line about weights of a file that are used as they are, at another size than the network's pretrained_cfg has;
+    '' where there is nothing to say.
+    """
+    known = own.preprocess == "data" or own.image_size or own.finetune or not own.checkpoint
+    if known or "input_shape" in weights_metadata(own.checkpoint or ""):
+        return ""
+    cfg = published(own.model, own.section, own.model_kwargs)
+    size = tuple(cfg.get("input_size", ()))[1:]
+    if "mean" not in cfg or size == network.shape[1:]:  # kd's networks say nothing of images
+        return ""
+    used, usual = (" x ".join(map(str, each)) for each in (network.shape[1:], size))
+    return (
+        f"{own.model} is usually of {usual} pixels and sees {used}: if its file is of {usual}, set teacher.image_size"
+    )
+
+
 def describe(network: Preprocess) -> str:
     """A Preprocess on one line, for people."""
     values = [" ".join(f"{x:.3g}" for x in each) for each in (network.mean, network.std)]

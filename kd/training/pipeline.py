@@ -28,7 +28,7 @@ from kd.models.classes import align, own_names, recorded
 from kd.models.ensemble import Ensemble
 from kd.models.factory import build
 from kd.models.layers import needed
-from kd.models.preprocess import describe
+from kd.models.preprocess import describe, size_in_doubt
 from kd.models.weights import Say, load_weights, unsaid
 from kd.models.wrappers import Student, Teacher
 from kd.runtime.signals import held
@@ -319,6 +319,8 @@ def check_teacher(run: Run, teacher: Teacher) -> None:
     if run.teacher_data is not run.data:
         run.logger.say(f"teacher  takes images of its own: {describe(run.teacher_data.preprocess)}")
         run.logger.say(f"student  {describe(run.data.preprocess)}")
+    if doubt := size_in_doubt(own, run.teacher_data.preprocess):
+        run.logger.say(f"warning  {doubt}")
     run.logger.say(f"teacher  validation top-1 {top1:.2%}   (chance {guessing:.2%}, {len(targets)} images)")
     known = teacher_is_trained(run.recipe) or own.classes or recorded(teacher.model, own.checkpoint)
     other = "" if known else other_order(logits.argmax(-1), targets, names)

@@ -15,12 +15,13 @@ from timm.data import create_transform, resolve_data_config
 from kd.config.schema import DataConfig, Recipe, TeacherConfig
 from kd.data import load_data, mixed_alike, mixer
 from kd.errors import ConfigError
-from kd.models.preprocess import teacher_preprocess
+from kd.models.preprocess import size_in_doubt, teacher_preprocess
 from kd.training import pipeline, stage
 from kd.training.predict import predict
 from kd.training.run import card
 
 ZERO = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+HALF = [0.5, 0.5, 0.5]
 CONFIGS = {
     "mean 0, std 1": {"input_size": [3, 32, 32], "interpolation": "bilinear", **ZERO},
     "larger, bicubic": {"input_size": [3, 48, 48], "interpolation": "bicubic", "crop_pct": 0.95, **ZERO},
@@ -28,6 +29,7 @@ CONFIGS = {
     "border": {"input_size": [3, 40, 40], "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "border", **ZERO},
     "not square": {"input_size": [3, 32, 48], "interpolation": "bicubic", "crop_pct": 0.95},
     "grey": {"input_size": [1, 32, 32], "mean": [0.4], "std": [0.3]},
+    "tf_efficientnet_lite0": {"input_size": [3, 224, 224], "interpolation": "bicubic", "mean": HALF, "std": HALF},
 }
 AUGMENTED = {"hflip": 0.5, "auto_augment": "rand-m9-n2-mstd0.5", "random_erase": 0.7, "mixup": 0.4, "cutmix": 1.0}
 
@@ -54,7 +56,8 @@ def local(folder, config, name="resnet10t"):
     network = timm.create_model(name, num_classes=2, in_chans=channels)
     save_file(network.state_dict(), folder / "model.safetensors")
     about = {"architecture": name, "num_classes": 2, "model_args": {"in_chans": channels}}
-    about["pretrained_cfg"] = {"num_classes": 2, "first_conv": "conv1.0", "classifier": "fc", **config}
+    places = {key: network.pretrained_cfg[key] for key in ("first_conv", "classifier")}
+    about["pretrained_cfg"] = {"num_classes": 2, **places, **config}
     (folder / "config.json").write_text(json.dumps(about))
     return f"local-dir:{folder}"
 
@@ -73,7 +76,7 @@ def everything(split, epoch=None, size=64):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_timm_teacher_sees_the_tensors_of_timms_own_pipeline(root, tmp_path, kind):
-    name = local(tmp_path / "teacher", CONFIGS[kind])
+    name = local(tmp_path / "teacher", CONFIGS[kind], kind if timm.is_model(kind) else "resnet10t")
     run = pipeline.prepare(recipe(root, tmp_path, {"model": name, "pretrained": True}))
     network = timm.create_model(name, pretrained=True).eval()
     config = resolve_data_config(model=network)
@@ -236,6 +239,26 @@ def test_a_finetuned_teacher_has_the_values_of_its_weights_and_the_size_of_the_d
     assert preprocess(vit | {"image_size": 48, "preprocess": "data"})[0] == replace(data, shape=(1, 48, 48))
 
 
+def test_the_size_of_another_file_is_in_doubt(tmp_path):
+    """Nobody knows it: the teacher takes the data's, and a line says what is usual."""
+    torch.manual_seed(0)
+    path = tmp_path / "a.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=10).state_dict(), path)
+    vit = {"model": "test_vit.r160_in1k", "checkpoint": str(path)}
+    own, _ = preprocess(vit)
+    assert (own.shape, own.mean) == ((1, 32, 32), (0.5,))
+    assert "usually of 160 x 160 pixels and sees 32 x 32" in size_in_doubt(TeacherConfig(**vit), own)
+    for more in ({"image_size": 160}, {"finetune": True}, {"preprocess": "data"}, {"checkpoint": None}):
+        assert not size_in_doubt(TeacherConfig(**vit | more), own)
+    assert not size_in_doubt(TeacherConfig(model="resnet20_cifar", checkpoint=str(path)), own)
+
+
+def test_a_preprocessing_that_timm_does_not_have_is_one_line(tmp_path):
+    name = local(tmp_path, CONFIGS["mean 0, std 1"] | {"interpolation": "antialias"})
+    with pytest.raises(ConfigError, match=r"antialias.* which timm does not have; type teacher\.preprocess=data"):
+        preprocess({"model": name, "pretrained": True})
+
+
 def test_weights_of_kd_are_used_with_what_they_record(root, tmp_path):
     """The teacher is trained by kd on images of another mean, size and interpolation than the student's are."""
     own = {"mean": [0.1, 0.2, 0.3], "std": [0.5], "interpolation": "bicubic", "crop_pct": 1.0}
@@ -312,7 +335,7 @@ def test_grey_images_are_those_of_the_colour_network_made_grey(root):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"mean": [0.1, 0.2]}, "data.mean=[0.1, 0.2]: must be one number, or 1, the channels of digits"),
+        ({"mean": [0.1, 0.2]}, "data.mean=[0.1, 0.2]: must be a list of one number, or of 1, the channels of digits"),
         ({"channels": 3}, "data.channels=3: only for streamed sets"),
         ({"crop_mode": "squash"}, "data.crop_mode=squash: only for streamed sets"),
         ({"interpolation": "lanczos"}, "data.interpolation=lanczos: sets held in memory take bilinear or bicubic"),
