@@ -309,10 +309,18 @@ def _power_sum(e, power):
     """``sum e^(2^power)`` for a power of 1, 2 or 3."""
     inlined()
     total = e.dtype.type(0)
-    for i in range(e.size):
-        square = e[i] * e[i]
-        fourth = square * square
-        total += square if power == 1 else fourth if power == 2 else fourth * fourth
+    if power == 1:
+        for i in range(e.size):
+            total += e[i] * e[i]
+    elif power == 2:
+        for i in range(e.size):
+            square = e[i] * e[i]
+            total += square * square
+    else:
+        for i in range(e.size):
+            square = e[i] * e[i]
+            fourth = square * square
+            total += fourth * fourth
     return total
 
 
@@ -334,12 +342,23 @@ def _combine(e, power, whole, soft, even, other, factor):
     """Replace e by ``whole e^(2^power) + soft e - even - factor other``, for a power of 0 to 3; other may be None."""
     inlined()
     nothing = e.dtype.type(0)
-    for i in range(e.size):
-        slope = whole + soft if power == 0 else whole * e[i] + soft if power == 1 else soft
-        rest = slope * e[i] - even - (nothing if other is None else factor * other[i])
-        square = e[i] * e[i]
-        fourth = square * square
-        e[i] = rest if power < 2 else whole * (fourth if power == 2 else fourth * fourth) + rest
+    if power == 0:
+        for i in range(e.size):
+            e[i] = (whole + soft) * e[i] - even - (nothing if other is None else factor * other[i])
+    elif power == 1:
+        for i in range(e.size):
+            e[i] = (whole * e[i] + soft) * e[i] - even - (nothing if other is None else factor * other[i])
+    elif power == 2:
+        for i in range(e.size):
+            square = e[i] * e[i]
+            rest = soft * e[i] - even - (nothing if other is None else factor * other[i])
+            e[i] = whole * (square * square) + rest
+    else:
+        for i in range(e.size):
+            square = e[i] * e[i]
+            fourth = square * square
+            rest = soft * e[i] - even - (nothing if other is None else factor * other[i])
+            e[i] = whole * (fourth * fourth) + rest
 
 
 @njit(**INNER)

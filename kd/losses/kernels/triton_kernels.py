@@ -186,11 +186,11 @@ def resident(
         t = t.to(WIDE)
         a = z * (LOG2E / ts)
         b = (t - tl.max(t, 1, keep_dims=True)) * (LOG2E / _scalar(temperature, WIDE))
-        ea = tl.exp2(a)
         eb = tl.exp2(b)
-        sum_a = tl.sum(ea, 1, keep_dims=True)
+        gap = tl.sum(_gaps(eb, a, b, WIDE), 1, keep_dims=True)  # before ea, for which a's registers are then free
         sum_b = tl.sum(eb, 1, keep_dims=True)
-        gap = tl.sum(_gaps(eb, a, b, WIDE), 1, keep_dims=True)
+        ea = tl.exp2(a)
+        sum_a = tl.sum(ea, 1, keep_dims=True)
         kd_row = ts * ts * LN2 * (gap / sum_b + tl.log2(sum_a / sum_b))
         slope += to_kd / sum_a * ea
         slope -= to_kd / sum_b * eb
