@@ -150,7 +150,7 @@ WRONG = {
     "recipe=resnet50_to_19": "recipe=resnet50_to_19: no such recipe; did you mean resnet50_to_18?",
     "recipe=": "recipe: not given; must be one of",
     "data=cifar": "data=cifar: no such data set; did you mean cifar10?",
-    "data.omit_class=1 data.label_noise=0.1": "data.omit_class=1 with data.label_noise=0.1: only one",
+    "data.omit_class=1 data.label_noise=0.1": "data.omit_class=1 with data.label_noise=0.1: cannot be combined",
 }
 
 
