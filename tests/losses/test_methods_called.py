@@ -327,6 +327,7 @@ WRONG = {
     "TypeError: student_features: must be a floating tensor (N, C, H, W) or a list of them, got dict_values": (
         lambda: AT()({"layer4": MAP}.values(), MAP)
     ),
+    "TypeError: View(maps=tensor): must be a list of maps; type View(maps=[tensor])": lambda: View(maps=MAP),
     "ValueError: at: student_features of shape (6, 5): must be (N, C, H, W)": lambda: AT()(S, T),
     "TypeError: reviewkd: needs embedding and maps of each network; type loss(View(maps=..., embedding=...), View(": (
         lambda: ReviewKD()(MAP, MAP)

@@ -27,6 +27,7 @@ class View:
 
     Raises:
         ValueError: logits, maps and embedding are all left out.
+        TypeError: maps is one tensor and not a list.
     """
 
     logits: Tensor = None  # type: ignore[assignment]
@@ -36,6 +37,8 @@ class View:
     bias: Tensor | None = None
 
     def __post_init__(self):
+        if isinstance(self.maps, Tensor):
+            raise TypeError("View(maps=tensor): must be a list of maps; type View(maps=[tensor])")
         if self.logits is None:
             rows = next(iter(self.rows().values()), None)
             if rows is None:
