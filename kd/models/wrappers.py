@@ -42,23 +42,23 @@ class _Hooks:
             near = did_you_mean(module, modules, 3)
             require(module in modules, f"features={name!r}: no such module{near}", ValueError)
             if name.endswith(INPUT):
-                modules[module].register_forward_pre_hook(partial(self._keep_input, name))
+                modules[module].register_forward_pre_hook(partial(self._keep_input, name), with_kwargs=True)
             else:
                 modules[module].register_forward_hook(partial(self._keep, name))
 
-    def _keep_input(self, name: str, module: nn.Module, inputs: Any) -> None:
+    def _keep_input(self, name: str, module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
         if self.kept is not None:  # a copy, because the module may overwrite its input, as an in-place ReLU does
-            first = inputs[0].clone() if inputs and isinstance(inputs[0], Tensor) else inputs
-            self._keep(name, module, inputs, first)
+            first = next(iter((*inputs, *named.values())), None)
+            self._keep(name, module, inputs, first.clone() if isinstance(first, Tensor) else first)
 
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if self.kept is not None:  # otherwise the network is called directly, past its wrapper
             _check_tensor(output, f"features={name!r}: the module gives")
             self.kept[name] = (output, _writes(output))
 
-    def run(self, model: nn.Module, inputs: tuple[Any, ...]) -> Output:
+    def run(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Output:
         kept = self.kept = {}
-        logits = model(*inputs)
+        logits = logits_of(model(*inputs, **named))
         self.kept = None
         _check_tensor(logits, "logits (n, k): the network gives")
         for name in self.names:
@@ -72,7 +72,8 @@ class _Hooks:
 class Teacher(nn.Module):
     """A frozen network to learn from: always in eval mode, and without gradients.
 
-    Called with the network's inputs it returns an ``Output``: logits (n, k), and the requested features by name.
+    Called as the network is, also by keyword, it returns an ``Output``: logits (n, k), and the requested features by
+    name. A network may return its logits, or an output with `logits`, as those of Hugging Face's transformers do.
 
     The network is not a registered submodule: `parameters`, `state_dict`, `train` and `requires_grad_`, of the teacher
     and of any parent module, do not reach it; `to`, `half` and the like do. The network that you pass is frozen itself,
@@ -125,15 +126,15 @@ class Teacher(nn.Module):
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
-    def forward(self, *inputs: Any) -> Output:
+    def forward(self, *inputs: Any, **named: Any) -> Output:
         """Logits (n, k) and features, without gradient, of the network's own inputs."""
         if self.model.training:
             self.model.eval()  # someone called model.train(); BatchNorm's statistics must not move
-        return self._hooks.run(self.model, inputs)
+        return self._hooks.run(self.model, inputs, named)
 
 
 class Student(nn.Module):
-    """A network that learns; `student.model.state_dict()` is what timm loads.
+    """A network that learns, called as a Teacher is; `student.model.state_dict()` is what timm loads.
 
     Args:
         model: a network, or the name of a timm model.
@@ -150,9 +151,9 @@ class Student(nn.Module):
         self.model = _network(model, create_kwargs)
         self._hooks = _Hooks(self.model, features)
 
-    def forward(self, *inputs: Any) -> Output:
+    def forward(self, *inputs: Any, **named: Any) -> Output:
         """Logits (n, k) and features of the network's own inputs."""
-        return self._hooks.run(self.model, inputs)
+        return self._hooks.run(self.model, inputs, named)
 
 
 def _network(model: nn.Module | str, create_kwargs: dict[str, Any]) -> nn.Module:
@@ -164,6 +165,11 @@ def _network(model: nn.Module | str, create_kwargs: dict[str, Any]) -> nn.Module
     from kd.models.factory import create  # here: a network by name needs timm, an nn.Module does not
 
     return create(model, **create_kwargs)
+
+
+def logits_of(output: Any) -> Any:
+    """The logits of what a network returns: itself, or its `logits`, as networks of transformers name them."""
+    return output if isinstance(output, Tensor) else getattr(output, "logits", output)
 
 
 def _check_tensor(value: object, what: str) -> None:

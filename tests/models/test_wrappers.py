@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import OrderedDict
 
 import pytest
 import timm
@@ -177,6 +178,80 @@ class Odd(nn.Module):
 def test_features_and_logits_that_would_mislead_are_refused(feature, gives, message):
     with pytest.raises(ValueError, match=message):
         Student(Odd(gives), features=[feature])(torch.randn(2, 4))
+
+
+# --- inputs and outputs as networks have them
+
+
+class ModelOutput(OrderedDict):
+    """As in transformers: a dict whose entries are attributes too."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+class Classifier(nn.Module):
+    """Called as networks of transformers are: everything by keyword, and an output with `logits`."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, values=None, mask=None):
+        hidden = self.dense(input=values if mask is None else values * mask)
+        return ModelOutput(hidden=hidden, logits=self.head(hidden))
+
+
+@BOTH
+def test_keyword_arguments_and_an_output_with_logits(wrap):
+    network, values, mask = Classifier(), torch.randn(2, 4), torch.tensor([1.0, 0, 1, 1])
+    hidden = network.dense(values * mask)
+    wrapped = wrap(network, features=["dense", "dense:input"])
+    logits, features = wrapped(values, mask=mask)
+    torch.testing.assert_close(logits, network.head(hidden), rtol=0, atol=0)
+    torch.testing.assert_close(features["dense"], hidden, rtol=0, atol=0)
+    torch.testing.assert_close(features["dense:input"], values * mask, rtol=0, atol=0)
+    torch.testing.assert_close(wrapped(mask=mask, values=values).logits, logits, rtol=0, atol=0)
+    assert logits.requires_grad == (wrap is Student)
+
+
+class Sum(nn.Module):
+    """A network of two inputs, which it takes as a list or as a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 3), nn.Linear(2, 3)
+
+    def forward(self, inputs):
+        left, right = inputs.values() if isinstance(inputs, dict) else inputs
+        return self.left(left) + self.right(right)
+
+
+@BOTH
+def test_a_list_or_a_dict_reaches_the_network_as_it_is(wrap):
+    network, left, right = Sum(), torch.randn(2, 4), torch.randn(2, 2)
+    expected = network.left(left) + network.right(right)
+    wrapped = wrap(network)
+    torch.testing.assert_close(wrapped([left, right]).logits, expected, rtol=0, atol=0)
+    torch.testing.assert_close(wrapped({"left": left, "right": right}).logits, expected, rtol=0, atol=0)
+    torch.testing.assert_close(wrapped(inputs=[left, right]).logits, expected, rtol=0, atol=0)
+
+
+@BOTH
+def test_a_network_of_transformers(wrap):
+    """An image classifier and a text classifier, called by keyword with the batch of a processor."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not among kd's dependencies")
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.ViTConfig(**size, image_size=16, patch_size=8, num_labels=5)
+    images = torch.randn(2, 3, 16, 16)
+    vit = transformers.ViTForImageClassification(config).eval()
+    logits, features = wrap(vit, features=["classifier:input"])(pixel_values=images)
+    torch.testing.assert_close(logits, vit(images).logits, rtol=0, atol=0)
+    torch.testing.assert_close(vit.classifier(features["classifier:input"]), logits, rtol=0, atol=0)
+    config = transformers.BertConfig(**size, vocab_size=11, num_labels=5)
+    batch = {"input_ids": torch.tensor([[1, 2, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    bert = transformers.BertForSequenceClassification(config).eval()
+    torch.testing.assert_close(wrap(bert)(**batch).logits, bert(**batch).logits, rtol=0, atol=0)
 
 
 def test_a_teacher_without_weights_is_said_to_be_random():
