@@ -19,7 +19,7 @@ from kd.checkpoint.safetensors_io import save_weights
 from kd.models.weights import weights_metadata
 from kd.training.class_order import other_order
 
-MIXED = ["Bird", "Dog", "Zebra", "ant", "cat", "eel", "fox", "gnu", "hen", "ibis"]
+MIXED = ["Cat", "ant", "bee", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay"]  # timm's order differs in three
 NUMBERS = [str(i) for i in range(12)]
 
 
@@ -81,7 +81,7 @@ def top1(done):
 
 @pytest.mark.parametrize(
     ("kind", "differs"),
-    [("mixed", "output 0 is 'ant' and not 'Bird'"), ("numbers", "output 2 is '2' and not '10'")],
+    [("mixed", "output 0 is 'ant' and not 'Cat'"), ("numbers", "output 2 is '2' and not '10'")],
 )
 def test_a_teacher_in_timms_order_stops_the_run_which_names_it(kd_train, trained, kind, differs):
     said = stopped(kd_train(*words(trained[kind])))
@@ -92,7 +92,7 @@ def test_a_teacher_in_timms_order_stops_the_run_which_names_it(kd_train, trained
     right = kd_train(*words(trained[kind], "data.class_order=natural"))
     assert top1(right) == pytest.approx(then / 100, abs=1e-4)
     assert then > 90
-    assert now < 60
+    assert now < 75
 
 
 def test_a_teacher_in_torchvisions_order_is_named_too(kd_train, trained):
@@ -114,7 +114,7 @@ def test_another_order_is_named_by_its_first_classes_and_a_file_gives_it(kd_trai
     save_file(weights, trained["mixed"] / "reversed.safetensors")
     run = partial(words, trained["mixed"], weights="reversed.safetensors")
     said = stopped(kd_train(*run()))
-    assert "output 0 is 'Zebra' and not 'Bird', 1 is 'ibis' and not 'Dog', 2 is 'hen' and not 'Zebra', ...;" in said
+    assert "output 0 is 'jay' and not 'Cat', 1 is 'ibis' and not 'ant', 2 is 'hen' and not 'bee', ...;" in said
     (tmp_path / "map.txt").write_text("\n".join(names[::-1]))
     assert top1(kd_train(*run(f"data.class_order={tmp_path / 'map.txt'}"))) > 0.9
 
@@ -183,11 +183,11 @@ def test_other_names_are_refused_and_a_file_says_what_they_mean(kd_train, finish
     save_weights(named, weights, {"class_names": old})
     use = (f"teacher.checkpoint={named}", "train.batch_size=100", "run=two")
     said = stopped(kd_train(*words(mixed, *use)))
-    assert "it has 'class 0', which the data lacks; the data has 'Bird', which it lacks; in a recipe teacher.cl" in said
+    assert "it has 'class 0', which the data lacks; the data has 'Cat', which it lacks; in a recipe teacher.cl" in said
     path = tmp_path / "names.txt"
     path.write_text("\n".join(sorted(MIXED, key=str.lower)))
     done = kd_train(*words(mixed, *use, f"teacher.classes={path}"))
-    assert f"{named}: has the data's classes in another order, first 'ant' for 'Bird': reordered by name" in done.out
+    assert f"{named}: has the data's classes in another order, first 'ant' for 'Cat': reordered by name" in done.out
     assert top1(done) > 0.9
     path.write_text("\n".join(sorted(MIXED)))  # another teacher under the same name
     assert "run=two holds another recipe" in stopped(kd_train(*words(mixed, *use, f"teacher.classes={path}")))
@@ -196,8 +196,6 @@ def test_other_names_are_refused_and_a_file_says_what_they_mean(kd_train, finish
 
 
 def test_evaluate_of_a_run_whose_classes_changed_places_scores_it_by_name(called, finished):
-    recipe = finished.parents[1] / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("class_order: natural", "class_order: sorted"))
-    done = called("kd.evaluate", evaluate.main, "run=checkpoints/smoke/one")
+    done = called("kd.evaluate", evaluate.main, "run=checkpoints/smoke/one", "data.class_order=sorted")
     assert f"{finished}: has the data's classes in another order" in done.out
     assert "(teacher." in done.out.splitlines()[-1]  # only its plain weights are scored in the new order
