@@ -26,7 +26,7 @@ def folder(config: DataConfig, seed: int) -> Data:
     ROOT/train/CLASS/* with ROOT/val/, ROOT/test/ or both: these splits; `subsets.draw` says what each is used for.
     ROOT/CLASS/*: divided into train, val and test.
 
-    Directories and images may be links.
+    Directories and images may be links, also out of ROOT, as DVC and the hub's snapshots have them.
     """
     root = Path(config.root or "")
     # Path("") would be the working directory
@@ -57,7 +57,17 @@ def folder(config: DataConfig, seed: int) -> Data:
 
 
 def _directories(path: Path) -> list[str]:
-    return sorted(each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
+    shown = [each for each in path.iterdir() if not each.name.startswith(".")]
+    for each in shown:
+        _require_target(each)
+    return sorted(each.name for each in shown if each.is_dir())
+
+
+def _require_target(path: str | Path) -> None:
+    """Raise ConfigError for a link that leads nowhere: it may be a directory of images, left out in silence."""
+    if os.path.islink(path) and not os.path.exists(path):
+        missing = f"is a link to {os.readlink(path)!r}, which does not exist"
+        require(False, f"data.root: {str(path)!r} {missing}; bring its target back or remove the link")
 
 
 def scan(root: Path, split: Path, classes: list[str]) -> tuple[Files, np.ndarray]:
@@ -86,3 +96,5 @@ def _images(class_directory: Path) -> Iterator[str]:
             require(suffix not in NOT_READ, f"data.root: {path!r} is not JPEG, PNG or WEBP; convert or remove it")
             if suffix in READ and not name.startswith("."):  # macOS puts ._cat.jpg beside cat.jpg
                 yield path
+            elif suffix not in READ:
+                _require_target(path)

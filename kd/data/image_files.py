@@ -125,6 +125,8 @@ def reason(error: Exception) -> str:
     """Why something could not be read, on one line and without its path."""
     if isinstance(error, UnidentifiedImageError):
         return "not a JPEG, PNG or WEBP image"
+    if isinstance(error, FileNotFoundError) and os.path.islink(error.filename or ""):
+        return f"a link to {os.readlink(error.filename)!r}, which does not exist"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

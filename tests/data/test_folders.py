@@ -92,6 +92,26 @@ def test_links_to_directories_and_images_are_followed(own, tmp_path):
         load_folder(subset)
 
 
+def test_links_out_of_the_folder_are_the_images_that_they_lead_to(images, tmp_path):
+    """As in a snapshot of the hub, whose blobs have no suffix, and a checkout of DVC."""
+    for i, path in enumerate(sorted(images.rglob("*.*"))):
+        blob, link = tmp_path / "blobs" / str(i), tmp_path / "snapshot" / path.relative_to(images)
+        blob.parent.mkdir(exist_ok=True), link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, blob), link.symlink_to(blob)
+    assert load_folder(tmp_path / "snapshot", verify=True).hash == load_folder(images).hash
+    (tmp_path / "blobs" / "0").unlink()
+    missing = f"000.jpg': a link to '{tmp_path}/blobs/0', which does not exist"
+    with pytest.raises(ImageError, match=missing):
+        load_folder(tmp_path / "snapshot", verify=True)
+
+
+@pytest.mark.parametrize("place", ["four", "one/more"])
+def test_a_link_that_leads_nowhere_is_not_passed_over(own, place):
+    (own / place).symlink_to("/gone/away")
+    with pytest.raises(ConfigError, match=f"{place}' is a link to '/gone/away', which does not exist; bring"):
+        load_folder(own)
+
+
 def break_folder(root, kind):
     train = root / "train"
     make_folder(train, 3)
