@@ -11,7 +11,14 @@ from kd.models.layers import list_layers
 from kd.models.wrappers import Teacher
 from kd.text import shown
 from kd.training.loop import Trainer
-from kd.training.pipeline import control_stage, student_network, student_stage, teacher_network, teacher_stage
+from kd.training.pipeline import (
+    control_stage,
+    say_images,
+    student_network,
+    student_stage,
+    teacher_network,
+    teacher_stage,
+)
 from kd.training.run import Run, teacher_is_trained
 
 
@@ -20,6 +27,7 @@ def print_plan(run: Run) -> None:
     say, data = run.logger.say, run.data
     sizes = " / ".join(str(len(split)) for split in (data.train, data.val, data.test))
     say(f"data     {run.recipe.data.name}: {sizes} train / val / test images, {data.num_classes} classes")
+    say_images(run)
     teacher = Teacher(teacher_network(run)).to(run.accelerator.device)
     stages = [student_stage(run, teacher)] + ([control_stage(run)] if run.recipe.control else [])
     if not teacher_is_trained(run.recipe):

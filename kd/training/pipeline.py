@@ -304,6 +304,15 @@ def _train_members(run: Run) -> None:
     run.accelerator.wait_for_everyone()
 
 
+def say_images(run: Run) -> None:
+    """Print what images the teacher takes where they are not the student's, or where their size is in doubt."""
+    if run.teacher_data is not run.data:
+        run.logger.say(f"teacher  takes images of its own: {describe(run.teacher_data.preprocess)}")
+        run.logger.say(f"student  {describe(run.data.preprocess)}")
+    if doubt := size_in_doubt(run.recipe.teacher, run.teacher_data.preprocess):
+        run.logger.say(f"warning  {doubt}")
+
+
 def check_teacher(run: Run, teacher: Teacher) -> None:
     """Print the teacher's validation accuracy. Raises ConfigError where it is not better than chance, or far better
     with the classes in another order.
@@ -316,11 +325,7 @@ def check_teacher(run: Run, teacher: Teacher) -> None:
         raise ConfigError(f"{setting}: {wrong}: take other weights, or train.precision=fp32")
     top1 = top_k_accuracy(logits, targets, 1).item()
     guessing, bound = chance(targets)
-    if run.teacher_data is not run.data:
-        run.logger.say(f"teacher  takes images of its own: {describe(run.teacher_data.preprocess)}")
-        run.logger.say(f"student  {describe(run.data.preprocess)}")
-    if doubt := size_in_doubt(own, run.teacher_data.preprocess):
-        run.logger.say(f"warning  {doubt}")
+    say_images(run)
     run.logger.say(f"teacher  validation top-1 {top1:.2%}   (chance {guessing:.2%}, {len(targets)} images)")
     known = teacher_is_trained(run.recipe) or own.classes or recorded(teacher.model, own.checkpoint)
     other = "" if known else other_order(logits.argmax(-1), targets, names)
