@@ -124,7 +124,7 @@ class DataConfig(Checked, section="data."):
     random_erase: float = setting(0.0, "probability of random erasing (streamed sets)", ge=0, le=1)
     mixup: float = setting(0.0, "parameter of mixup's Beta distribution; 0: no mixup", ge=0)
     cutmix: float = setting(0.0, "parameter of CutMix's Beta distribution; 0: no CutMix", ge=0)
-    workers: int = setting(2, "worker processes per data loader (streamed sets)", ge=0)
+    workers: int = setting(2, "worker processes per data loader, at most the cores (streamed sets)", ge=0)
     verify: bool = setting(False, "decode every image once before training (streamed sets)")
 
     def __post_init__(self):

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import repeat
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from joblib import cpu_count
 from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -78,7 +81,7 @@ class StreamSplit(Split):
         return DataLoader(
             self,  # type: ignore[arg-type]
             batch_sampler=([(i, epoch) for i in index.tolist()] for index in plan),  # type: ignore[arg-type]
-            num_workers=min(self.config.workers, len(plan)),
+            num_workers=min(self.config.workers, len(plan), cpu_count()),  # more than cores only take memory
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # without one, iter(loader) draws from the global generator
@@ -133,21 +136,42 @@ def transforms(config: DataConfig, network: Preprocess, first: Preprocess) -> tu
     return Compose(steps), Compose([*grey, *evaluation.transforms])
 
 
-def verify(splits: Iterable[StreamSplit]) -> None:
-    """Decode every image once, as training will. Raises one ImageError for all that cannot be read."""
+def verify(splits: dict[str, StreamSplit]) -> dict[str, dict[int, ImageError]]:
+    """Decode every image once, as training will: the errors of those that cannot be read, by split and position."""
     from rich.console import Console
     from rich.progress import track
 
-    plans = [(split, torch.arange(len(split)).split(16)) for split in splits]
-    total = sum(len(plan) for _, plan in plans)
-    batches = (batch for split, plan in plans for batch in split.load(plan, None))
+    plans = {name: torch.arange(len(split)).split(16) for name, split in splits.items()}
+    batches = (each for name, plan in plans.items() for each in zip(repeat(name), plan, splits[name].load(plan, None)))
     # on stderr, as what a command prints may be read by a program
-    console = Console(stderr=True)
+    console, total = Console(stderr=True), sum(map(len, plans.values()))
     shown = track(batches, "decoding every image", total, console=console, disable=not console.is_terminal)
-    errors = [error for batch in shown if isinstance(batch, list) for error in batch]
-    if errors:
-        others = f" (and {len(errors) - 1} other files cannot be read)" if len(errors) > 1 else ""
-        raise ImageError(f"{errors[0]}{others}")
+    errors: dict[str, dict[int, ImageError]] = {name: {} for name in splits}
+    for name, index, batch in shown:
+        if isinstance(batch, list):  # errors without their positions: once more, one by one
+            again = {i: splits[name].images.read(i) for i in index.tolist()}
+            errors[name] |= {i: each for i, each in again.items() if isinstance(each, ImageError)}
+    return errors
+
+
+def readable(splits: dict[str, StreamSplit]) -> dict[str, StreamSplit]:
+    """The splits, if every image can be read. Raises one ImageError for all that cannot, which a file lists."""
+    lines = [str(error) for errors in verify(splits).values() for error in errors.values()]
+    if len(lines) == 1:
+        raise ImageError(lines[0])
+    if lines:
+        raise ImageError(f"{lines[0]} (and {len(lines) - 1} other files cannot be read; {listed(lines)} lists all)")
+    return splits
+
+
+def listed(lines: list[str]) -> str:
+    """The path of a new temporary file with these lines."""
+    # a name may be no UTF-8
+    with NamedTemporaryFile(
+        "w", errors="surrogateescape", prefix="kd-unreadable-", suffix=".txt", delete=False
+    ) as file:
+        file.writelines(f"{line}\n" for line in lines)
+    return file.name
 
 
 def stream_data(config: DataConfig, seed: int, given: Given, class_names: list[str]) -> Data:
@@ -184,7 +208,7 @@ def stream_data(config: DataConfig, seed: int, given: Given, class_names: list[s
         for name, part in draw(config, given, class_names).items()
     }
     if config.verify:
-        verify(splits.values())
+        splits = readable(splits)
     lines = (
         f"{name} {split.images.identity(i)} {label}\n".encode(errors="surrogateescape")
         for name, split in splits.items()

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
@@ -190,6 +191,13 @@ def test_workers_batches_order_and_resume_do_not_change_a_sample(images):
     assert seen == order[12:].tolist()
 
 
+def test_workers_are_no_more_than_cores(images, monkeypatch):
+    monkeypatch.setattr("kd.data.streams.cpu_count", lambda: 1)
+    for workers, started in ((0, 0), (1, 1), (64, 1)):
+        split = load_folder(images, workers=workers).train
+        assert split.load(list(torch.arange(8).split(1)), None).num_workers == started
+
+
 def test_augmentation_differs_between_epochs_samples_and_seeds(images, tmp_path):
     first, other = (load_folder(images, seed=seed, **AUGMENTED).train for seed in (0, 1))
     for images_again in (everything(first, 1)[0], everything(other, 0)[0]):
@@ -225,7 +233,8 @@ def test_an_empty_plan_and_a_moved_split(images):
 # --- files that cannot be read
 
 
-def test_every_unreadable_file_is_found_before_training(own, capfd):
+def test_every_unreadable_file_is_found_before_training(own, capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     load_folder(own, verify=True)
     bad = [own / name for name in ("one/000.jpg", "three/004.jpg", "two words/008.jpg")]
     for path in bad:
@@ -234,7 +243,11 @@ def test_every_unreadable_file_is_found_before_training(own, capfd):
         load_folder(own, verify=True)
     first, others = str(error.value).split(" (")
     assert first in {f"cannot read '{path}': not a JPEG, PNG or WEBP image" for path in bad}
-    assert others == "and 2 other files cannot be read)"
+    (listed,) = tmp_path.glob("kd-unreadable-*.txt")
+    assert others == f"and 2 other files cannot be read; {listed} lists all)"
+    lines = listed.read_text().splitlines()
+    assert first in lines
+    assert set(lines) == {f"cannot read '{path}': not a JPEG, PNG or WEBP image" for path in bad}
     assert capfd.readouterr() == ("", "")  # no progress bar where there is no terminal
 
 
