@@ -327,12 +327,15 @@ def check_teacher(run: Run, teacher: Teacher) -> None:
     guessing, bound = chance(targets)
     say_images(run)
     run.logger.say(f"teacher  validation top-1 {top1:.2%}   (chance {guessing:.2%}, {len(targets)} images)")
-    known = teacher_is_trained(run.recipe) or own.classes or recorded(teacher.model, own.checkpoint)
+    trained = teacher_is_trained(run.recipe)
+    known = trained or own.classes or recorded(teacher.model, own.checkpoint)
     other = "" if known else other_order(logits.argmax(-1), targets, names)
     require(not other, f"{setting}: its classes are in another order: validation top-1 is {top1:.2%}, {other}")
-    if top1 <= bound:
-        raise ConfigError(
-            f"teacher.model={run.recipe.teacher.model}: validation top-1 {top1:.2%} is no better than chance "
-            f"(must be > {bound:.2%} on {len(targets)} images): train it longer (teacher.epochs), or check that its "
-            f"classes are in this data set's order"
-        )
+    alike = "images prepared as in its training (teacher.preprocess=data: as the student's)"
+    needs = f"it needs the data's classes, in this order (data.class_order), and {alike}"
+    helps = "train it longer (teacher.epochs)" if trained else needs
+    require(
+        top1 > bound,
+        f"{setting}: validation top-1 {top1:.2%} is no better than chance (must be > {bound:.2%} on {len(targets)} "
+        f"images): {helps}",
+    )

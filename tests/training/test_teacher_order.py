@@ -107,6 +107,13 @@ def test_a_teacher_in_torchvisions_order_is_named_too(kd_train, trained):
     assert top1(kd_train(*run())) > 0.9
 
 
+def test_a_teacher_at_chance_whose_order_is_right_is_told_of_its_images(kd_train, trained):
+    run = words(trained["numbers"], "data.class_order=natural", "data.mean=[30,30,30]", "teacher.preprocess=data")
+    said = stopped(kd_train(*run))
+    assert "is no better than chance" in said
+    assert "and images prepared as in its training (teacher.preprocess=data: as the student's)" in said
+
+
 def test_another_order_is_named_by_its_first_classes_and_a_file_gives_it(kd_train, trained, tmp_path):
     weights, names = load_file(trained["mixed"] / "timms.safetensors"), sorted(MIXED, key=str.lower)
     for key in ("fc.weight", "fc.bias"):
