@@ -1,9 +1,9 @@
 """usage: python -m kd.evaluate run=DIR [picture=FILE.svg] [data.root=PATH] [data.workers=N]
-                                 [data.class_order=FILE]
+                                 [data.class_order=FILE] [--import FILE.py]
 
 Loads the networks of a finished run from their files, scores them on validation and test, prints the table, and
 compares every figure with DIR/result.json. Exit code 1 when one differs by more than 1e-6, 2 when a file is wrong.
-picture=FILE.svg also keeps what was printed as a picture.
+picture=FILE.svg also keeps what was printed as a picture. --import FILE.py imports a network of your own.
 """
 
 import re
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kd.cli.errors import run_command
-from kd.config.arguments import read
+from kd.config.arguments import imports, read
 from kd.config.compose import saved_recipe
+from kd.runtime.own_code import import_file
 
 HERE = ("data.root", "data.workers", "data.class_order")  # may differ from where the run was trained
 TOLERANCE = 1e-6  # scores are float64 sums over float32 logits, which vary with the number of threads
@@ -52,7 +53,10 @@ def save_picture(console: Any, path: Path, title: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Read the command line and evaluate."""
-    given = read(arguments, {"run": "DIR", "picture": "FILE.svg", **dict.fromkeys(HERE, "VALUE")}, required=["run"])
+    words, files = imports(arguments)
+    given = read(words, {"run": "DIR", "picture": "FILE.svg", **dict.fromkeys(HERE, "VALUE")}, required=["run"])
+    for path in files:
+        import_file(path)
     moved = [f"{name}={given[name]}" for name in HERE if name in given]
     return evaluate(Path(given["run"]).resolve(), given.get("picture"), moved)
 

@@ -4,7 +4,7 @@ Estimates the label-smoothing mass that a classifier was trained with, from its 
 the estimate, the range that the middle half of the images gives, and any reasons to doubt it.
 
   data=NAME        a data set of kd.train with the classifier's classes; data.root=PATH and other settings may follow
-  model=NAME       a network of timm or kd; not needed if the checkpoint records it
+  model=NAME       a network of timm or kd, or FILE.py:NAME of your own; not needed if the checkpoint records it
   checkpoint=PATH  weights file; without it, timm's weights. checkpoint_key=ENTRY where several networks in it fit
   split=SPLIT      train (the default, and what the estimate is for), val or test
   teacher.model_kwargs.KEY=VALUE   a further argument of timm.create_model
@@ -19,9 +19,10 @@ from collections.abc import Sequence
 
 from kd.cli.errors import run_command
 from kd.config import compose
-from kd.config.arguments import read
+from kd.config.arguments import own_files, read
 from kd.config.schema import Recipe
 from kd.errors import ConfigError, require
+from kd.runtime.own_code import import_file
 
 SPLITS = ("train", "val", "test")
 ARGUMENTS = {"data": "NAME", "model": "NAME", "checkpoint": "FILE", "checkpoint_key": "ENTRY", "split": "SPLIT"}
@@ -86,6 +87,8 @@ def main(arguments: list[str]) -> int:
     given = read(arguments, ARGUMENTS)
     if given.get("split", "train") not in SPLITS:
         raise ConfigError(f"split={given['split']}: must be one of {', '.join(SPLITS)}")
+    for path in own_files(arguments):
+        import_file(path)
     return run(given, [f"{key}={value}" for key, value in given.items() if "." in key])
 
 

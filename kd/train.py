@@ -17,7 +17,7 @@ settings{which}
 
   --cfg job          print the resolved recipe and exit
   -m key=A,B         train a run for each value, one after another
-  --import FILE.py   import a method of your own
+  --import FILE.py   import a method or network of your own; teacher.model=FILE.py:NAME does too
   replay=DIR         train a finished run again and compare weights and scores; with output=DIR,
                      allow_differences=true for other versions, hardware or data
 
@@ -43,6 +43,7 @@ from kd.config.schema import Recipe
 from kd.errors import ConfigError
 from kd.losses.methods import registry as methods
 from kd.runtime import signals
+from kd.runtime.own_code import import_file
 
 if TYPE_CHECKING:
     from kd.training.run import Run
@@ -113,6 +114,8 @@ def main(words: list[str], run: Callable[..., Any] = run) -> int:
         print(help_text("all" in words))
         return 0
     settings, options = arguments.options(words)
+    for path in options.imports:
+        import_file(path)
     if any(word.startswith("replay=") for word in settings):
         from kd.training import replay
 
@@ -124,8 +127,6 @@ def main(words: list[str], run: Callable[..., Any] = run) -> int:
             raise ConfigError(f"{word}: launchers are for studies; type python -m kd.study recipe=studies/NAME {word}")
     if options.sweep and os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("-m: trains one run after another, which torchrun cannot; type one run at a time")
-    for path in options.imports:
-        methods.import_own(path)
     configs = [compose.compose(line) for line in (compose.sweep(settings) if options.sweep else [settings])]
     recipes = [compose.typed(config) for config in configs]  # all of them: a wrong one stops before the first trains
     for config, recipe in zip(configs, recipes, strict=True):

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from kd.errors import ConfigError, require
+from kd.runtime.own_code import NETWORK
 
+MODELS = ("teacher.model", "student.model", "model")  # keys of a network
 SETTING = re.compile(r"\+?[^\W\d][\w.]*|hydra/launcher")
 
 
@@ -43,15 +45,36 @@ class _Parser(argparse.ArgumentParser):
 def options(words: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
     """The key=value words of kd.train or kd.study, the last of each key, and the options beside them.
 
-    The options are `show` (--cfg job), `sweep` (-m) and `imports` (--import FILE). Raises ConfigError.
+    The options are `show` (--cfg job), `sweep` (-m) and `imports` (--import FILE, and those of `own_files`). Raises
+    ConfigError.
     """
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = _importer()
     parser.add_argument("--cfg", "-c", dest="show", choices=["job"])
     parser.add_argument("--multirun", "-m", dest="sweep", action="store_true")
-    parser.add_argument("--import", dest="imports", metavar="FILE.py", action="append", default=[])
     chosen, rest = parser.parse_known_args(words)
     for word in rest:
         if not SETTING.fullmatch(word.partition("=")[0]) or "=" not in word:
             raise ConfigError(f"{word}: cannot be read; type key=value without dashes, such as seed=1, or see --help")
     # As in Hydra the last word of a key counts, so that a script's settings can be changed at their end.
-    return list({word.partition("=")[0]: word for word in rest}.values()), chosen
+    words = list({word.partition("=")[0]: word for word in rest}.values())
+    chosen.imports = list(dict.fromkeys([*chosen.imports, *own_files(words)]))
+    return words, chosen
+
+
+def imports(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words beside --import FILE, and these files. Raises ConfigError."""
+    chosen, rest = _importer().parse_known_args(words)
+    return rest, chosen.imports
+
+
+def own_files(words: Sequence[str]) -> list[str]:
+    """The files of networks of one's own that words such as teacher.model=FILE.py:NAME name."""
+    models = [word.partition("=")[2] for word in words if word.partition("=")[0] in MODELS]
+    networks = [NETWORK.fullmatch(name) for model in models for name in model.split(",")]
+    return [network[1] for network in networks if network]
+
+
+def _importer() -> _Parser:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--import", dest="imports", metavar="FILE.py", action="append", default=[])
+    return parser

@@ -143,7 +143,9 @@ class DataConfig(Checked, section="data."):
 class TeacherConfig(Checked, section="teacher."):
     """The network that the student learns from."""
 
-    model: str = setting("resnet50.tv_in1k", "timm model name, hf-hub:NAME or local-dir:PATH", common=True)
+    model: str = setting(
+        "resnet50.tv_in1k", "timm model name, hf-hub:NAME, local-dir:PATH or FILE.py:NAME", common=True
+    )
     pretrained: bool = setting(False, "start from timm's pretrained weights", common=True)
     checkpoint: str | None = setting(None, "weights file, .safetensors or .pth", common=True)
     checkpoint_key: str | None = setting(None, "entry of that file with the network, where several fit")
@@ -189,7 +191,7 @@ class TeacherConfig(Checked, section="teacher."):
 class StudentConfig(Checked, section="student."):
     """The network that learns. Its control is the same network trained on labels alone."""
 
-    model: str = setting("resnet18.tv_in1k", "timm model name", common=True)
+    model: str = setting("resnet18.tv_in1k", "timm model name, or as teacher.model", common=True)
     pretrained: bool = setting(False, "start from timm's pretrained weights", common=True)
     checkpoint: str | None = setting(None, "weights file to start from, as teacher.checkpoint; a head may be replaced")
     checkpoint_key: str | None = setting(None, "entry of that file with the network, where several fit")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kd.losses.methods.base import Method
 from kd.losses.methods.temperature import arithmetic_mean
 from kd.models.layers import Taps
+from kd.models.outputs import logits_of
 from kd.models.wrappers import Student
 
 
@@ -43,5 +44,5 @@ class Ensemble(nn.Module):
 
     def forward(self, *inputs: Any) -> Tensor:
         """Logits (n, k)."""
-        logits = torch.stack([member(*inputs) for member in self.members])
+        logits = torch.stack([logits_of(member(*inputs)) for member in self.members])
         return arithmetic_mean(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.temperature)

@@ -1,9 +1,11 @@
 """Networks by name: `build` makes or loads one for a data set, or says in one line why it cannot."""
 
+import inspect
 import re
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from torch import Tensor, nn
 import kd.models.networks  # noqa: F401 (registers its names)
 from kd.errors import ConfigError, require
 from kd.models.classes import align, recorded
+from kd.models.outputs import logits_of
 from kd.models.weights import Say, load_weights, other_classes, unsaid
+from kd.runtime.own_code import own_network
 from kd.text import did_you_mean
 
 _MISFITS = {  # as torch's load_state_dict words them
@@ -34,7 +38,7 @@ def create(
         ConfigError: timm and kd know no such network.
         CheckpointError: the file cannot be read, or does not fit the network exactly.
     """
-    _check_name(name, f"model={name!r}")
+    _own_or_known(name, f"model={name!r}")
     network = timm.create_model(name, **kwargs)
     if checkpoint_path is not None:
         load_weights(network, Path(checkpoint_path), key=checkpoint_key, say=warnings.warn)
@@ -59,7 +63,8 @@ def build(
     """A network of timm or of kd for a data set, checked with one image; never with a silent random head.
 
     Args:
-        name: timm's name, "hf-hub:..." or "local-dir:...", or a name of kd.models.networks.
+        name: timm's name, "hf-hub:..." or "local-dir:...", a name of kd.models.networks, or FILE.py:NAME, a function or
+            class that makes a network of one's own.
         num_classes: classes of the data.
         input_shape: (channels, height, width) of an image, or (length,) of a vector.
         class_names: of the data; the head of weights that record the same names in another order is put into this one.
@@ -71,7 +76,7 @@ def build(
         finetune: the weights will be trained further, so that a head of other classes is replaced by a fresh one and
             a first layer for other channels is adapted by timm.
         weights_classes: class names of the weights, in their order, in place of those that they record.
-        model_kwargs: further arguments of timm.create_model.
+        model_kwargs: further arguments of timm.create_model, or of one's own function.
         say: is told in one line what was chosen, resampled or reordered in weights.
 
     Returns:
@@ -83,17 +88,16 @@ def build(
     """
     shape, kwargs = tuple(input_shape), dict(model_kwargs or {})
     setting = f"{section}model={name}" + (f" {section}model_kwargs={kwargs}" if kwargs else "")
-    download = pretrained and checkpoint is None
-    _check_name(name, setting)
+    own = _own_or_known(name, setting)
+    download = pretrained and checkpoint is None and own is None  # one's own function loads its weights itself
     try:
-        arguments = _arguments(name, shape, kwargs, num_classes, as_they_are=download and not finetune)
-        model = timm.create_model(**arguments, pretrained=download, checkpoint_path=None)
+        make = partial(_call, own) if own else partial(_create, name, shape, download, finetune)
+        model, classes = make(num_classes, kwargs)
         _try_out(model, shape, num_classes)
     except Exception as error:  # every network has errors of its own for a wrong size or argument, the hub and timm too
         raise ConfigError(f"{setting}: {_what_failed(error, shape, section)}") from error
     # After loading: a download is not lost, finetune=true takes it from the hub's cache.
     if download and not finetune:  # timm would have made a fresh head without a word
-        classes = arguments["pretrained_cfg"]["num_classes"]
         require(classes == num_classes, f"{setting}: {other_classes(classes, num_classes)}")
     if checkpoint is not None:
         load_weights(model, Path(checkpoint), finetune, key=checkpoint_key, section=section, say=say)
@@ -106,18 +110,43 @@ def build(
 def published(name: str, section: str, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A network's pretrained_cfg, as timm, the hub or a directory has it. Raises ConfigError."""
     setting = f"{section}model={name}"
-    _check_name(name, setting)
+    if _own_or_known(name, setting):
+        return {}  # what is not known without making it
     try:
         return dict(resolve_model_input_args(name, **model_kwargs)["pretrained_cfg"])
     except Exception as error:  # the hub and timm have errors of their own
         raise ConfigError(f"{setting}: {_what_failed(error, (), section)}") from error
 
 
-def _check_name(name: str, setting: str) -> None:
-    """Raise ConfigError when timm does not know the network. A name with a colon is on the hub or in a directory."""
+def _own_or_known(name: str, setting: str) -> Callable[..., Any] | None:
+    """One's own function that FILE.py:NAME names, None for a network of timm or kd.
+
+    Raises ConfigError when nobody knows the network. Another name with a colon is on the hub or in a directory.
+    """
+    if own := own_network(name, setting):
+        return own
     if ":" not in name and not timm.is_model(name):
         near = did_you_mean(name, timm.list_models() + timm.list_models(include_tags=True), 3)
         raise ConfigError(f"{setting}: timm and kd know no such network{near}")
+    return None
+
+
+def _call(own: Callable[..., Any], num_classes: int, kwargs: dict[str, Any]) -> tuple[nn.Module, int]:
+    """The network that one's own function or class makes, with num_classes=K where it takes that, and its classes."""
+    taken = inspect.signature(own).parameters
+    takes = "num_classes" in taken or any(each.kind is each.VAR_KEYWORD for each in taken.values())
+    model = own(**({"num_classes": num_classes} if takes else {}) | kwargs)
+    require(isinstance(model, nn.Module), f"gives a {type(model).__name__}: must be an nn.Module", ValueError)
+    return model, num_classes
+
+
+def _create(
+    name: str, shape: tuple[int, ...], download: bool, finetune: bool, num_classes: int, kwargs: dict[str, Any]
+) -> tuple[nn.Module, Any]:
+    """A network of timm or kd, and the number of classes of timm's weights for it."""
+    arguments = _arguments(name, shape, kwargs, num_classes, as_they_are=download and not finetune)
+    model = timm.create_model(**arguments, pretrained=download, checkpoint_path=None)
+    return model, arguments["pretrained_cfg"].get("num_classes")
 
 
 def _arguments(
@@ -142,7 +171,7 @@ def _arguments(
 def _try_out(model: nn.Module, shape: tuple[int, ...], num_classes: int) -> None:
     """Raise ValueError unless one input gives logits of `num_classes`."""
     with torch.no_grad():
-        logits = model.eval()(torch.zeros(1, *shape))
+        logits = logits_of(model.eval()(torch.zeros(1, *shape)))
     model.train()
     gives = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     require(gives == (1, num_classes), f"gives {gives} where logits (1, {num_classes}) are needed", ValueError)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from kd.errors import CheckpointError, require
+from kd.runtime.own_code import own_file
 
 if TYPE_CHECKING:
     from kd.config.schema import Recipe, StudentConfig, TeacherConfig
@@ -168,9 +169,9 @@ def _hash(path: Path) -> str:
 
 
 def weight_files(*sections: TeacherConfig | StudentConfig) -> dict[str, str]:
-    """The sha256 of the files on this machine that networks start from, and of teacher.classes, by section and name;
-    `checkpoint_hash` has teacher.checkpoint. Runs without such files record nothing, so that older ones keep their
-    hashes.
+    """The sha256 of the files on this machine that networks start from, of those with networks of one's own, and of
+    teacher.classes, by section and name; `checkpoint_hash` has teacher.checkpoint. Runs without such files record
+    nothing, so that older ones keep their hashes.
     """
     from kd.config.types import leaves
 
@@ -181,6 +182,8 @@ def weight_files(*sections: TeacherConfig | StudentConfig) -> dict[str, str]:
             read = (".json", *_TIMM_LOOKS_FOR) if section.pretrained else (".json",)
             beside = sorted(Path(section.model.removeprefix("local-dir:")).glob("*"))
             paths = [path for path in beside if path.suffix in read]
+        if file := own_file(section.model):
+            paths.append(file)
         if classes := getattr(section, "classes", None):  # a student has no such setting
             paths.append(Path(classes))
         if section.pretrained:  # timm's pretrained_cfg, or its overlay, may name a file

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.errors import require
+from kd.models.outputs import logits_of
 from kd.text import did_you_mean
 
 
@@ -165,11 +166,6 @@ def _network(model: nn.Module | str, create_kwargs: dict[str, Any]) -> nn.Module
     from kd.models.factory import create  # here: a network by name needs timm, an nn.Module does not
 
     return create(model, **create_kwargs)
-
-
-def logits_of(output: Any) -> Any:
-    """The logits of what a network returns: itself, or its `logits`, as networks of transformers name them."""
-    return output if isinstance(output, Tensor) else getattr(output, "logits", output)
 
 
 def _check_tensor(value: object, what: str) -> None:

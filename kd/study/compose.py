@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from kd.config import arguments, types
 from kd.config import compose as recipes
 from kd.errors import ConfigError, require
-from kd.losses.methods import registry as methods
+from kd.runtime.own_code import import_file
 from kd.study.axes import check_overlap
 from kd.study.schema import LOSS, StudyRecipe
 
@@ -23,7 +23,7 @@ def compose(words: list[str]) -> tuple[StudyRecipe, list[str]] | None:
     settings, options = arguments.options(words)
     require(not options.sweep, "-m: a study is many runs by itself; leave it out")
     for path in options.imports:
-        methods.import_own(path)
+        import_file(path)
     composed, axes, launcher = _split(settings)
     default = [] if any(word.startswith("hydra/launcher=") for word in launcher) else ["hydra/launcher=joblib"]
     config = recipes.compose(composed, StudyRecipe, STUDIES)

@@ -6,11 +6,8 @@ torch is imported when a method is asked for, not before, so that ``--help`` ans
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import re
-import sys
-import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,26 +50,6 @@ def library() -> dict[str, type[Method]]:
     for module in set(classes().values()):
         importlib.import_module(module)
     return METHODS
-
-
-def import_own(given: str) -> None:
-    """Run a Python file of one's own, such as `my_method.py`; its methods register themselves.
-
-    Raises ConfigError with the line that went wrong.
-    """
-    path = Path(given)
-    require(path.suffix == ".py" and path.is_file(), f"--import {given}: no such Python file")
-    name = f"kd_import_{path.stem}"  # so that a file called random.py does not hide another module
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # a dataclass looks its module up there
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever a user's code raises
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        line = f"line {where.lineno} of {where.filename}"
-        raise ConfigError(f"--import {given}: {type(error).__name__}: {error} ({line})") from error
 
 
 def _find(name: str, typed: str) -> type[Method]:
