@@ -126,6 +126,9 @@ class DataConfig(Checked, section="data."):
     cutmix: float = setting(0.0, "parameter of CutMix's Beta distribution; 0: no CutMix", ge=0)
     workers: int = setting(2, "worker processes per data loader, at most the cores (streamed sets)", ge=0)
     verify: bool = setting(False, "decode every image once before training (streamed sets)")
+    unreadable: str = setting(
+        "stop", "images that data.verify cannot decode; skip verifies and leaves them out", among=("stop", "skip")
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -304,7 +307,7 @@ class Recipe(Checked):
 # Where a run is kept, how it is logged and how quickly it is fed do not change what it computes.
 _NOT_IDENTITY = {"output", "run", "resume", "dry_run", "list_layers", "tracker"}
 _NOT_TRAIN_IDENTITY = {"log_every", "save_every"}
-_NOT_DATA_IDENTITY = {"root", "download", "workers", "verify"}
+_NOT_DATA_IDENTITY = {"root", "download", "workers", "verify", "unreadable"}  # the data's hash says what was left out
 
 
 _ADDED_LATER = (

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class Split(ABC):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def subset(self, index: Tensor) -> Split:
+    def subset(self, index: Tensor) -> Self:
         """The samples at these positions, int64 (M,), as a split of their own: they are now at 0 to M - 1."""
         posterior = None if self.posterior is None else self.posterior[index]
         return replace(self, images=self.images[index], targets=self.targets[index], posterior=posterior)
@@ -98,6 +98,8 @@ class Data:
     test: Split
     class_names: list[str]
     hash: str
+    unreadable: int = 0  # images that data.unreadable=skip left out
+    notes: tuple[str, ...] = ()  # lines about what was left out, to be said before training
 
     @property
     def preprocess(self) -> Preprocess:

@@ -22,7 +22,7 @@ from kd.data.base import Batch, Data, Given, Preprocess, Split, digest, for_chan
 from kd.data.image_files import Source
 from kd.data.sample_rng import global_rng, sample_keys
 from kd.data.subsets import draw
-from kd.errors import ConfigError, ImageError
+from kd.errors import ConfigError, ImageError, require
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -154,14 +154,31 @@ def verify(splits: dict[str, StreamSplit]) -> dict[str, dict[int, ImageError]]:
     return errors
 
 
-def readable(splits: dict[str, StreamSplit]) -> dict[str, StreamSplit]:
-    """The splits, if every image can be read. Raises one ImageError for all that cannot, which a file lists."""
-    lines = [str(error) for errors in verify(splits).values() for error in errors.values()]
-    if len(lines) == 1:
-        raise ImageError(lines[0])
-    if lines:
-        raise ImageError(f"{lines[0]} (and {len(lines) - 1} other files cannot be read; {listed(lines)} lists all)")
-    return splits
+def readable(
+    config: DataConfig, splits: dict[str, StreamSplit], class_names: list[str]
+) -> tuple[dict[str, StreamSplit], dict[str, Any]]:
+    """The splits, and what `Data` says of images left out. A file lists all that cannot be read.
+
+    Raises ImageError for them; with data.unreadable=skip ConfigError where a split loses all images of a class.
+    """
+    errors = verify(splits)
+    lines = [str(error) for each in errors.values() for error in each.values()]
+    if not lines:
+        return splits, {}
+    if config.unreadable == "stop":
+        others = f" (and {len(lines) - 1} other files cannot be read; {listed(lines)} lists all)"
+        raise ImageError(f"{lines[0]}{others if len(lines) > 1 else ''}")
+    kept = {}
+    for name, split in splits.items():
+        kept[name] = split.subset(
+            torch.tensor([i for i in range(len(split)) if i not in errors[name]], dtype=torch.long)
+        )
+        lost = set(split.targets.tolist()) - set(kept[name].targets.tolist())
+        empty = ", ".join(repr(class_names[k]) for k in sorted(lost)[:3])
+        require(not lost, f"data.unreadable=skip: no image of {empty} in {name} can be read; {lines[0]}")
+    total = sum(map(len, splits.values()))
+    note = f"warning  data.unreadable=skip leaves out {len(lines)} of {total} images, listed in {listed(lines)}"
+    return kept, {"unreadable": len(lines), "notes": (note,)}
 
 
 def listed(lines: list[str]) -> str:
@@ -207,8 +224,9 @@ def stream_data(config: DataConfig, seed: int, given: Given, class_names: list[s
         )
         for name, part in draw(config, given, class_names).items()
     }
-    if config.verify:
-        splits = readable(splits)
+    left_out: dict[str, Any] = {}
+    if config.verify or config.unreadable == "skip":
+        splits, left_out = readable(config, splits, class_names)
     lines = (
         f"{name} {split.images.identity(i)} {label}\n".encode(errors="surrogateescape")
         for name, split in splits.items()
@@ -216,7 +234,10 @@ def stream_data(config: DataConfig, seed: int, given: Given, class_names: list[s
     )
     return Data(
         config=config,
-        **splits,
+        train=splits["train"],
+        val=splits["val"],
+        test=splits["test"],
         class_names=class_names,
         hash=digest(lines),
+        **left_out,
     )

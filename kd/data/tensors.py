@@ -158,7 +158,9 @@ def tensor_data(config: DataConfig, seed: int, given: Given, class_names: list[s
     }
     return Data(
         config=config,
-        **splits,
+        train=splits["train"],
+        val=splits["val"],
+        test=splits["test"],
         class_names=class_names,
         hash=digest(values.numpy() for split in splits.values() for values in (split.images, split.targets)),
     )

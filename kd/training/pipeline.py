@@ -225,10 +225,10 @@ def train(run: Run, stage: Stage) -> None:
 
 
 def rehearse(run: Run) -> None:
-    """Say what is known of an average of weights, and evaluate the student's methods on a first batch, before a teacher
-    is trained for them. Raises ConfigError.
+    """Say what is known of the data and an average of weights, and evaluate the student's methods on a first batch,
+    before a teacher is trained for them. Raises ConfigError.
     """
-    for line in ema_lines(run.recipe, run.data):
+    for line in (*run.data.notes, *ema_lines(run.recipe, run.data)):
         run.logger.say(line)
     if not run.recipe.loss.methods:
         return

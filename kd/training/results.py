@@ -114,13 +114,18 @@ def write_result(run: Run) -> dict[str, Any]:
 
 def origin(run: Run) -> dict[str, Any]:
     """What decides a run's result: code, versions, hardware, recipe, data and the teacher's file."""
-    return provenance(run.accelerator.num_processes) | {
-        "recipe_hash": content_hash(identity(run.recipe)),
-        "data_hash": run.data.hash,
-        "teacher_file": checkpoint_hash(run.recipe),
-        "weight_files": weight_files(run.recipe.teacher, run.recipe.student),
-        "seed": run.recipe.seed,
-    }
+    left_out = {"unreadable_images": run.data.unreadable} if run.data.unreadable else {}
+    return (
+        provenance(run.accelerator.num_processes)
+        | left_out
+        | {
+            "recipe_hash": content_hash(identity(run.recipe)),
+            "data_hash": run.data.hash,
+            "teacher_file": checkpoint_hash(run.recipe),
+            "weight_files": weight_files(run.recipe.teacher, run.recipe.student),
+            "seed": run.recipe.seed,
+        }
+    )
 
 
 def _about(run: Run, name: str, network: Teacher) -> dict[str, Any]:

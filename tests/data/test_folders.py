@@ -252,6 +252,28 @@ def test_every_unreadable_file_is_found_before_training(own, capfd, tmp_path, mo
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_files_are_left_out_and_counted_where_asked_for(own, workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    whole = load_folder(own, unreadable="skip")
+    assert (whole.hash, whole.unreadable, whole.notes) == (load_folder(own).hash, 0, ())
+    bad = {str(own / name) for name in ("one/000.jpg", "one/004.jpg", "two words/008.jpg")}
+    for path in bad:
+        os.truncate(path, 300)
+    rest = load_folder(own, unreadable="skip", workers=workers)
+    for before, after in zip(splits(whole), splits(rest), strict=True):
+        pairs = list(zip(names(before), before.targets.tolist(), strict=True))
+        assert list(zip(names(after), after.targets.tolist(), strict=True)) == [p for p in pairs if p[0] not in bad]
+    (listed,) = tmp_path.glob("kd-unreadable-*.txt")
+    assert len(listed.read_text().splitlines()) == rest.unreadable == 3
+    assert rest.notes == (f"warning  data.unreadable=skip leaves out 3 of 60 images, listed in {listed}",)
+    assert rest.hash != whole.hash
+    for path in (own / "three").iterdir():
+        os.truncate(path, 300)
+    with pytest.raises(ConfigError, match=r"^data.unreadable=skip: no image of 'three' in train can be read; cannot"):
+        load_folder(own, unreadable="skip")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_file_is_one_line_with_its_path(own, workers):
     bad = own / "three" / "007.webp"
     bad.write_bytes(encoded(picture(3), "JPEG")[:500])
