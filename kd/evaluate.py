@@ -32,7 +32,7 @@ def evaluate(directory: Path, picture: str | None, words: list[str]) -> int:
     teacher = directory.parents[1] / "teachers" / Path(stored["teacher"]["weights"]).parent.name
     run = pipeline.prepare(recipe, directory, teacher)
     scores = results.score(run, results.load_networks(run))
-    console = Console(record=True, width=run.logger.console.width)
+    console = Console(record=True, width=run.logger.console.width, emoji=False)
     results.print_result({key: stored[key] | value for key, value in scores.items()}, console)
     if picture:
         save_picture(console, Path(picture), f"python -m kd.train recipe={recipe.name}")

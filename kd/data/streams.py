@@ -144,7 +144,7 @@ def verify(splits: dict[str, StreamSplit]) -> dict[str, dict[int, ImageError]]:
     plans = {name: torch.arange(len(split)).split(16) for name, split in splits.items()}
     batches = (each for name, plan in plans.items() for each in zip(repeat(name), plan, splits[name].load(plan, None)))
     # on stderr, as what a command prints may be read by a program
-    console, total = Console(stderr=True), sum(map(len, plans.values()))
+    console, total = Console(stderr=True, emoji=False), sum(map(len, plans.values()))
     shown = track(batches, "decoding every image", total, console=console, disable=not console.is_terminal)
     errors: dict[str, dict[int, ImageError]] = {name: {} for name in splits}
     for name, index, batch in shown:

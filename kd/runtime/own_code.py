@@ -39,6 +39,11 @@ def import_file(given: str) -> None:
     _IMPORTED[path.resolve()] = module
 
 
+def imported_files() -> list[Path]:
+    """The files that were imported."""
+    return list(_IMPORTED)
+
+
 def own_network(name: str, setting: str) -> Callable[..., Any] | None:
     """The function or class that FILE.py:NAME names, None for a name of another form.
 

@@ -25,6 +25,7 @@ from kd.errors import require
 from kd.losses.methods import registry as methods
 from kd.metrics import METRICS
 from kd.models.preprocess import teacher_preprocess
+from kd.runtime.own_code import imported_files
 from kd.runtime.provenance import provenance
 from kd.study.estimate import seconds_of
 from kd.study.folder import SCHEMA, Folder
@@ -186,8 +187,8 @@ def _launch(pending: list[Job], phase: str, folder: Folder, words: Sequence[str]
     before = sys.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what a launcher raises, instead of printing it and exiting
     # A directory is in the job's config, where nothing is parsed but interpolations.
-    study = str(folder.path.resolve()).replace("${", "\\${")
-    ConfigStore.instance().store(name="kd_job", node={**JOB, "study": study}, replace=True)
+    study, *files = (str(path).replace("${", "\\${") for path in (folder.path.resolve(), *imported_files()))
+    ConfigStore.instance().store(name="kd_job", node={**JOB, "study": study, "imports": files}, replace=True)
     try:
         # Hydra's own command line, in its own grammar.
         sys.argv = [before[0], "--multirun", "job=" + ",".join(job.name for job in pending), *words]

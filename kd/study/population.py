@@ -24,6 +24,7 @@ from kd.data import Batch, Data
 from kd.losses.distill import DistillLoss
 from kd.losses.methods import registry as methods
 from kd.losses.methods.base import Seen, View
+from kd.runtime.own_code import own_file
 from kd.smoothing import to_uniform, unsmooth
 from kd.study.grid import Point
 from kd.training.objective import Objective
@@ -236,6 +237,7 @@ def why_not(point: Point, network: nn.Module, num_classes: int) -> str | None:
     size = sum(p.numel() for p in network.parameters())
     reasons = {
         f"{own.section}pretrained or checkpoint: starts from weights of its own": (own.pretrained or own.checkpoint),
+        f"{own.model} is a network of one's own": own_file(own.model),
         f"class_weight={point.loss.class_weight}": point.loss.class_weight,
         f"data.mixup={data.mixup}": data.mixup,
         f"data.cutmix={data.cutmix}": data.cutmix,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.runtime import signals
+from kd.runtime.own_code import import_file, imported_files
 from kd.runtime.provenance import provenance
 from kd.study import train_population, train_single
 from kd.study.folder import Folder
@@ -21,6 +22,8 @@ TRAINERS = {"population": train_population, "runs": train_single}  # by engine
 
 def work(config: Any) -> None:
     """Do the job that the config names; Hydra's launchers call it in whatever process they have."""
+    for path in {*config.imports} - {*map(str, imported_files())}:  # what the command line had its process import
+        import_file(path)
     folder, name = Folder(Path(config.study)), str(config.job)
     if _is_of_joblib():
         _end_with_command()

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from kd.cli.console import terminal
 from kd.cli.errors import NO_MEMORY, one_line_errors
 from kd.config.schema import PACKAGE
 from kd.errors import CheckpointError, ConfigError
@@ -70,3 +71,9 @@ def test_a_reader_that_has_enough(tmp_path):
     line = f'{sys.executable} -c "$PROGRAM" | head -1'
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("line\n", "")
+
+
+def test_a_name_between_colons_is_printed_as_it_is(capsys):
+    """rich knows :ten: as an emoji, and a name such as my.py:ten: begins one."""
+    terminal().print("student.model=my.py:ten: fails")
+    assert capsys.readouterr().out == "student.model=my.py:ten: fails\n"

@@ -141,3 +141,14 @@ def test_workers_do_not_outlive_a_killed_command(kd_study):
         for each in [process, *psutil.wait_procs(workers, timeout=0)[1]]:
             each.kill()
         process.communicate()
+
+
+def test_workers_know_the_networks_that_the_command_line_imports(kd_study):
+    """joblib's are processes of their own. A network of one's own trains alone, not in a population."""
+    Path("mine.py").write_text(
+        "from torch import nn\n\n\ndef ten():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    process = start(*SMALL, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "student.model=mine.py:ten")
+    said = process.communicate(timeout=250)[1]
+    assert process.returncode == 0, said
+    assert len(load(WILD)) == 8

@@ -75,6 +75,9 @@ def test_networks_of_ones_own_file_train_and_are_scored_and_probed(networks, kd_
     scored = kd_evaluate(f"run={run}", "--import", networks)
     assert scored.code == 0, scored.err
     own_code._IMPORTED.clear()
+    replayed = kd_train(f"replay={run}", "--import", networks)
+    assert (replayed.code, "weights  identical" in replayed.out) == (0, True), replayed.err
+    own_code._IMPORTED.clear()
     words = ("data=digits", f"checkpoint={weights}", "teacher.model_kwargs.width=48")
     probed = called("kd.probe", probe.main, *words)
     assert "records model='my nets.py:Net'; type it as model=NAME if you trust it" in probed.err
