@@ -105,6 +105,9 @@ class DataConfig(Checked, section="data."):
     test_fraction: float = setting(0.2, "fraction held out for testing, for sets without a test split", gt=0, lt=0.5)
     split_seed: int = setting(0, "seed of split, subset and label noise, independent of `seed`", ge=0, lt=2**32)
     train_size: int | None = setting(None, "number of training images, stratified by class; null: all", ge=1)
+    missing_classes: str = setting(
+        "refuse", "classes without images in val or test; allow: scored over those present", among=("refuse", "allow")
+    )
     omit_class: int | None = setting(None, "class left out of the training images of student and control", ge=0)
     label_noise: float = setting(0.0, "probability that a training label is replaced by a wrong one", ge=0, lt=1)
     shift: int = setting(0, "maximum random shift in pixels of the stored image (sets held in memory)", ge=0)
@@ -307,7 +310,8 @@ class Recipe(Checked):
 # Where a run is kept, how it is logged and how quickly it is fed do not change what it computes.
 _NOT_IDENTITY = {"output", "run", "resume", "dry_run", "list_layers", "tracker"}
 _NOT_TRAIN_IDENTITY = {"log_every", "save_every"}
-_NOT_DATA_IDENTITY = {"root", "download", "workers", "verify", "unreadable"}  # the data's hash says what was left out
+# The data's hash says which images were left out, and which classes of a split.
+_NOT_DATA_IDENTITY = {"root", "download", "workers", "verify", "unreadable", "missing_classes"}
 
 
 _ADDED_LATER = (

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ def folder(config: DataConfig, seed: int) -> Data:
 
     ROOT/train/CLASS/* with ROOT/val/, ROOT/test/ or both: these splits; `subsets.draw` says what each is used for.
     ROOT/CLASS/*: divided into train, val and test.
+    A val or test directory without class directories is left out, which `notes` say.
 
     Directories and images may be links, also out of ROOT, as DVC and the hub's snapshots have them.
     """
@@ -49,11 +51,25 @@ def folder(config: DataConfig, seed: int) -> Data:
         f"data.root: {places['train']} holds {len(classes)} class directories, needs at least 2; images lie in "
         f"train/CLASS/*.jpg and val/CLASS/*.jpg, or in CLASS/*.jpg",
     )
+    unlabelled = [name for name in places if name != "train" and not _labelled(places[name], classes)]
+    for name in unlabelled:
+        del places[name]
+    absent_is_fine = config.missing_classes == "allow"
     for name, place in places.items():
-        unmatched = sorted(set(classes) ^ set(_directories(place)))
-        require(not unmatched, f"data.root={root}: train and {name} differ in the classes {unmatched}")
-    sources = {name: scan(root, place, classes) for name, place in places.items()}
-    return stream_data(config, seed, sources, classes)
+        here = _directories(place)
+        unmatched = sorted(set(here) - set(classes) if absent_is_fine else set(here) ^ set(classes))
+        instead = "" if set(here) - set(classes) else f"; data.missing_classes=allow scores {name} without them"
+        require(not unmatched, f"data.root={root}: train and {name} differ in the classes {unmatched}{instead}")
+    sources = {name: scan(root, place, classes, absent_is_fine and name != "train") for name, place in places.items()}
+    data = stream_data(config, seed, sources, classes)
+    left_out = [f"warning  {root / name} has no class directories and is left out" for name in unlabelled]
+    return replace(data, notes=(*left_out, *data.notes))
+
+
+def _labelled(place: Path, classes: list[str]) -> bool:
+    """Whether a split has class directories. Unlabelled images lie in it, or in one directory that is no class."""
+    here = _directories(place)
+    return len(here) > 1 or bool({*here} & {*classes})
 
 
 def _directories(path: Path) -> list[str]:
@@ -70,12 +86,15 @@ def _require_target(path: str | Path) -> None:
         require(False, f"data.root: {str(path)!r} {missing}; bring its target back or remove the link")
 
 
-def scan(root: Path, split: Path, classes: list[str]) -> tuple[Files, np.ndarray]:
+def scan(root: Path, split: Path, classes: list[str], absent_is_fine: bool) -> tuple[Files, np.ndarray]:
     """All images of a split, at any depth below their class directories, sorted by class, then path."""
     samples = []
     for target, label in enumerate(classes):
-        images = sorted(_images(split / label))
-        require(images, f"data.root: class directory {str(split / label)!r} holds no JPEG, PNG or WEBP image")
+        images = sorted(_images(split / label)) if (split / label).is_dir() else []
+        require(
+            images or absent_is_fine,
+            f"data.root: class directory {str(split / label)!r} holds no JPEG, PNG or WEBP image",
+        )
         samples += [(path, target) for path in images]
     return files_below(root, samples)
 

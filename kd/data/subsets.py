@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -61,17 +62,26 @@ def draw(config: DataConfig, given: Given, class_names: Sequence[str]) -> dict[s
 
 
 def hold_out(config: DataConfig, setting: str, part: Part, class_names: Sequence[str]) -> tuple[Part, Part]:
-    """A part as (kept, held out) in sorted order, stratified, every class in both: a function of the split seed."""
+    """A part as (kept, held out) in sorted order, stratified, every class in both: a function of the split seed.
+
+    With data.missing_classes=allow a class of few images may be in kept only.
+    """
     from sklearn.model_selection import train_test_split
 
     share, positions, halves = getattr(config, setting), np.arange(len(part.targets)), []
     with suppress(ValueError):  # a class of one sample, or fewer places in a part than there are classes
         halves = train_test_split(positions, test_size=share, stratify=part.targets, random_state=config.split_seed)
     counts = np.bincount(part.targets, minlength=len(class_names))
+    everywhere = halves and all(len(np.unique(part.targets[half])) == len(counts) for half in halves)
+    if not everywhere and config.missing_classes == "allow" and counts.min():
+        held_out = _by_share(part.targets, _random(config, 3))[: math.ceil(share * len(positions))]
+        halves = [np.setdiff1d(positions, held_out), held_out]
+        everywhere = len(np.unique(part.targets[halves[0]])) == len(counts)
     require(
-        halves and all(len(np.unique(part.targets[half])) == len(counts) for half in halves),
+        everywhere,
         f"data.{setting}={share}: cannot hold out images of every class of {config.name}, the smallest, "
-        f"{class_names[int(counts.argmin())]!r}, has {counts.min()}; raise it or add images",
+        f"{class_names[int(counts.argmin())]!r}, has {counts.min()}; raise it, add images, or type "
+        f"data.missing_classes=allow",
     )
     kept, held_out = (part.take(np.sort(half)) for half in halves)
     return kept, held_out
@@ -79,18 +89,23 @@ def hold_out(config: DataConfig, setting: str, part: Part, class_names: Sequence
 
 def stratified(targets: np.ndarray, size: int, config: DataConfig, class_names: Sequence[str]) -> np.ndarray:
     """Sorted positions of `size` samples, the same share of each class; a smaller choice is part of a larger one."""
-    order = _random(config, 1).permutation(len(targets))
-    share = np.empty(len(targets))  # of its class that comes no later than this sample
-    for label in range(len(class_names)):
-        own = order[targets[order] == label]
-        share[own] = (np.arange(len(own)) + 0.5) / len(own)
-    chosen = np.sort(order[np.argsort(share[order], kind="stable")[:size]])
+    chosen = np.sort(_by_share(targets, _random(config, 1))[:size])
     require(
         size <= len(targets) and len(np.unique(targets[chosen])) == len(class_names),
         f"data.train_size={size}: must be ≤ {len(targets)}, the training images of {config.name}, and enough for "
         f"one of every class",
     )
     return chosen
+
+
+def _by_share(targets: np.ndarray, random: np.random.RandomState) -> np.ndarray:
+    """All positions in a random order whose every beginning has about the same share of each class."""
+    order = random.permutation(len(targets))
+    share = np.empty(len(targets))  # of its class that comes no later than this sample
+    for label in np.unique(targets):
+        own = order[targets[order] == label]
+        share[own] = (np.arange(len(own)) + 0.5) / len(own)
+    return order[np.argsort(share[order], kind="stable")]
 
 
 def with_label_noise(targets: np.ndarray, config: DataConfig, num_classes: int) -> np.ndarray:

@@ -62,6 +62,44 @@ def test_given_splits_are_used(tmp_path, given, sizes, test):
     assert not set(names(data.train)) & {*names(data.val), *names(data.test)}
 
 
+@pytest.mark.parametrize("layout", [["flat.jpg"], ["unknown/a.jpg", "unknown/b.jpg"], []])
+def test_a_split_without_labels_is_left_out_and_said(tmp_path, layout):
+    make_folder(tmp_path / "train", 20)
+    before = load_folder(tmp_path)
+    (tmp_path / "test").mkdir()
+    for name in layout:
+        (tmp_path / "test" / name).parent.mkdir(exist_ok=True)
+        picture(0).save(tmp_path / "test" / name)
+    data = load_folder(tmp_path)
+    assert (data.hash, before.notes) == (before.hash, ())
+    assert data.notes == (f"warning  {tmp_path / 'test'} has no class directories and is left out",)
+
+
+def test_classes_may_be_absent_outside_of_train(tmp_path):
+    make_folder(tmp_path / "train", 4)
+    make_folder(tmp_path / "val", 3, CLASSES[1:])
+    make_folder(tmp_path / "test", 2, CLASSES[:2])
+    with pytest.raises(ConfigError, match=r"differ in the classes \['one'\]; data.missing_classes=allow scores val wi"):
+        load_folder(tmp_path)
+    data = load_folder(tmp_path, missing_classes="allow")
+    assert data.class_names == sorted(CLASSES)
+    assert [np.bincount(s.targets, minlength=3).tolist() for s in splits(data)] == [[4, 4, 4], [0, 3, 3], [2, 2, 0]]
+    make_folder(tmp_path / "test", 2, ("zwei",))
+    with pytest.raises(ConfigError, match=r"train and test differ in the classes \['zwei'\]$"):
+        load_folder(tmp_path, missing_classes="allow")
+
+
+def test_a_class_of_few_images_may_be_in_train_only(images, own):
+    for path in sorted((own / "three").iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"'three', has 1; raise it, add images, or type data.missing_classes=allow"):
+        load_folder(own)
+    data = load_folder(own, missing_classes="allow")
+    assert (data.train.targets == 1).sum() == 1
+    assert sorted(name for s in splits(data) for name in names(s)) == sorted(str(p) for p in own.rglob("*.*"))
+    assert load_folder(images, missing_classes="allow").hash == load_folder(images).hash
+
+
 def test_images_may_lie_deeper_and_other_files_beside_them(own):
     before = load_folder(own)
     (own / "one" / "deep").mkdir()
