@@ -96,6 +96,7 @@ def scan(root: Path, split: Path, classes: list[str], absent_is_fine: bool) -> t
             f"data.root: class directory {str(split / label)!r} holds no JPEG, PNG or WEBP image",
         )
         samples += [(path, target) for path in images]
+    require(samples, f"data.root: {str(split)!r} holds no JPEG, PNG or WEBP image of any class")
     return files_below(root, samples)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from kd.checkpoint.manifest import DONE, read_manifest
@@ -80,6 +81,9 @@ def prepare(recipe: Recipe, directory: Path | None = None, teacher: Path | None 
     assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
     with accelerator.main_process_first():  # a download happens once
         data = load_data(recipe.data, recipe.seed)
+    # Machines may hold different copies, or leave out different images: processes would wait for each other for ever.
+    same = len(set(gather_object([data.hash]))) == 1
+    require(same, f"data.root={recipe.data.root}: not all processes read the same images there; give each one copy")
     data = replace(data, **{name: getattr(data, name).to(accelerator.device) for name in ("train", "val", "test")})
     check_batch(recipe, data, accelerator.num_processes)
     check_class_weights(recipe, data)

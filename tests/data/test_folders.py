@@ -84,6 +84,10 @@ def test_classes_may_be_absent_outside_of_train(tmp_path):
     data = load_folder(tmp_path, missing_classes="allow")
     assert data.class_names == sorted(CLASSES)
     assert [np.bincount(s.targets, minlength=3).tolist() for s in splits(data)] == [[4, 4, 4], [0, 3, 3], [2, 2, 0]]
+    for path in (tmp_path / "test").rglob("*.*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"test' holds no JPEG, PNG or WEBP image of any class$"):
+        load_folder(tmp_path, missing_classes="allow")
     make_folder(tmp_path / "test", 2, ("zwei",))
     with pytest.raises(ConfigError, match=r"train and test differ in the classes \['zwei'\]$"):
         load_folder(tmp_path, missing_classes="allow")

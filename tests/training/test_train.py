@@ -365,6 +365,13 @@ def test_a_folder_of_jpegs_trains_from_end_to_end_until_an_image_is_corrupt(jpeg
     assert files(tmp_path / "runs") == before
 
 
+def test_processes_that_read_other_images_are_one_line(kd_train, monkeypatch):
+    monkeypatch.setattr("kd.training.pipeline.gather_object", lambda hashes: [*hashes, "of another copy"])
+    done = kd_train("recipe=smoke")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: data.root=None: not all processes read the same images there; give each")
+
+
 def disturb(how: str) -> None:
     """In the student's third update, lose a data worker, or the images."""
     from kd.training import loop
