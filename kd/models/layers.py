@@ -95,7 +95,9 @@ def _of_equal_reduction(student: dict[str, int], teacher: dict[str, int]) -> tup
 
 def classifier_name(model: nn.Module) -> str:
     """The name of the linear module that gives the logits, as timm's get_classifier has it. Raises ValueError."""
-    get_classifier: Any = getattr(model, "get_classifier", lambda: None)  # networks of other libraries have none
+    get_classifier: Any = getattr(model, "get_classifier", None)  # networks of other libraries have none
+    advice = "has no get_classifier(): give it one that returns the linear layer of its logits"
+    require(get_classifier, f"{type(model).__name__}: {advice}", ValueError)
     classifier = get_classifier()
     gives = f"{type(model).__name__}: get_classifier() gives {type(classifier).__name__}"
     linear = isinstance(getattr(classifier, "weight", None), Tensor)

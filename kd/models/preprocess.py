@@ -9,6 +9,7 @@ from kd.data.base import Preprocess, for_channels
 from kd.errors import require
 from kd.models.factory import published
 from kd.models.weights import weights_metadata
+from kd.runtime.own_code import own_file
 
 
 def teacher_preprocess(own: TeacherConfig, data: Preprocess) -> Preprocess:
@@ -51,12 +52,18 @@ def own_preprocess(own: TeacherConfig, data: Preprocess) -> dict[str, Any]:
     return {} if made == data else json.loads(json.dumps(asdict(made)))
 
 
-def size_in_doubt(own: TeacherConfig, network: Preprocess) -> str:
-    """A line about weights of a file that are used as they are, at another size than the network's pretrained_cfg has;
-    '' where there is nothing to say.
+def images_in_doubt(own: TeacherConfig, network: Preprocess) -> str:
+    """A line about weights that are used as they are, of one's own network or of a file at another size than the
+    network's pretrained_cfg has; '' where there is nothing to say.
     """
-    known = own.preprocess == "data" or own.image_size or own.finetune or not own.checkpoint
+    loads = own.pretrained or own.checkpoint
+    known = own.preprocess == "data" or own.finetune or not loads
     if known or "input_shape" in weights_metadata(own.checkpoint or ""):
+        return ""
+    if own_file(own.model):
+        made = f"{own.model} takes images as the data set's, {describe(network)}"
+        return f"{made}: if its weights are of others set data.mean and the like, else teacher.preprocess=data"
+    if own.image_size or not own.checkpoint:
         return ""
     cfg = published(own.model, own.section, own.model_kwargs)
     size = tuple(cfg.get("input_size", ()))[1:]

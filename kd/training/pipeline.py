@@ -29,7 +29,7 @@ from kd.models.classes import align, own_names, recorded
 from kd.models.ensemble import Ensemble
 from kd.models.factory import build
 from kd.models.layers import needed
-from kd.models.preprocess import describe, size_in_doubt
+from kd.models.preprocess import describe, images_in_doubt
 from kd.models.weights import Say, load_weights, unsaid
 from kd.models.wrappers import Student, Teacher
 from kd.runtime.signals import held
@@ -309,11 +309,11 @@ def _train_members(run: Run) -> None:
 
 
 def say_images(run: Run) -> None:
-    """Print what images the teacher takes where they are not the student's, or where their size is in doubt."""
+    """Print what images the teacher takes where they are not the student's, or where they are in doubt."""
     if run.teacher_data is not run.data:
         run.logger.say(f"teacher  takes images of its own: {describe(run.teacher_data.preprocess)}")
         run.logger.say(f"student  {describe(run.data.preprocess)}")
-    if doubt := size_in_doubt(run.recipe.teacher, run.teacher_data.preprocess):
+    if doubt := images_in_doubt(run.recipe.teacher, run.teacher_data.preprocess):
         run.logger.say(f"warning  {doubt}")
 
 

@@ -104,7 +104,7 @@ def test_stages_pair_by_position_or_by_reduction():
 def test_what_cannot_be_read_says_why():
     with pytest.raises(ValueError, match="Sequential: does not state its stages"):
         stages(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match=r"Sequential: get_classifier\(\) gives NoneType"):
+    with pytest.raises(ValueError, match=r"Sequential: has no get_classifier\(\): give it one"):
         classifier_name(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match=r"get_classifier\(\) gives Identity"):
         classifier_name(timm.create_model("test_resnet", num_classes=0))

@@ -103,6 +103,12 @@ def test_a_changed_file_is_another_run(networks, kd_train):
     assert (done.code, "holds another recipe (weight_files." in done.err) == (2, True)
 
 
+def test_a_feature_method_says_what_a_network_needs(networks, kd_train):
+    done = kd_train(*SMOKE, *NAMED, "loss=rkd")
+    says = "Sequential: has no get_classifier(): give it one that returns the linear layer of its logits"
+    assert (done.code, says in done.err) == (2, True), done.err
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -130,5 +136,7 @@ def test_a_teacher_with_weights_of_its_own_is_used_as_it_is(networks, kd_train, 
     for words in ways:
         done = kd_train(*SMOKE, "control=false", *words)
         assert done.code == 0, done.err
+        # kd's weights record how their images are made; of those that the file loads nobody knows it.
+        assert ("warning  my nets.py:loaded takes images as the data set's" in done.out) == (words[-1] == "run=own")
     own, file = (load_file(tmp_path / f"runs = #1/smoke/{run}/student/last.safetensors") for run in ("own", "file"))
     assert all(own[name].equal(file[name]) for name in file)

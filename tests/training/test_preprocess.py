@@ -15,7 +15,7 @@ from timm.data import create_transform, resolve_data_config
 from kd.config.schema import DataConfig, Recipe, TeacherConfig
 from kd.data import load_data, mixed_alike, mixer
 from kd.errors import ConfigError
-from kd.models.preprocess import size_in_doubt, teacher_preprocess
+from kd.models.preprocess import images_in_doubt, teacher_preprocess
 from kd.training import pipeline, stage
 from kd.training.predict import predict
 from kd.training.run import card
@@ -247,10 +247,10 @@ def test_the_size_of_another_file_is_in_doubt(tmp_path):
     vit = {"model": "test_vit.r160_in1k", "checkpoint": str(path)}
     own, _ = preprocess(vit)
     assert (own.shape, own.mean) == ((1, 32, 32), (0.5,))
-    assert "usually of 160 x 160 pixels and sees 32 x 32" in size_in_doubt(TeacherConfig(**vit), own)
+    assert "usually of 160 x 160 pixels and sees 32 x 32" in images_in_doubt(TeacherConfig(**vit), own)
     for more in ({"image_size": 160}, {"finetune": True}, {"preprocess": "data"}, {"checkpoint": None}):
-        assert not size_in_doubt(TeacherConfig(**vit | more), own)
-    assert not size_in_doubt(TeacherConfig(model="resnet20_cifar", checkpoint=str(path)), own)
+        assert not images_in_doubt(TeacherConfig(**vit | more), own)
+    assert not images_in_doubt(TeacherConfig(model="resnet20_cifar", checkpoint=str(path)), own)
 
 
 def test_a_preprocessing_that_timm_does_not_have_is_one_line(tmp_path):
