@@ -15,6 +15,7 @@ from kd import train
 from kd.cli.errors import USAGE, one_line_errors
 from kd.config.schema import DataConfig, Recipe
 from kd.config.types import settings
+from kd.data.base import Preprocess
 from kd.losses.methods import registry as methods
 from kd.study import __main__ as command
 from kd.study.grid import Plan
@@ -119,7 +120,9 @@ def _study(words: list[str]) -> bool:
 
 def unloaded(config: DataConfig) -> SimpleNamespace:
     """As much of a data set as a plan needs."""
-    return SimpleNamespace(hash=config.name, train=SimpleNamespace(posterior=None, augments=False))
+    images = Preprocess((3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0, "center")
+    train = SimpleNamespace(posterior=None, augments=False)
+    return SimpleNamespace(hash=config.name, train=train, preprocess=images)
 
 
 def attempt(words: list[str], run: Callable[[list[str]], bool]) -> tuple[bool, str]:
