@@ -151,7 +151,7 @@ def check_launcher(words: Sequence[str]) -> None:
     try:
         with initialize(config_path=None):
             hydra_compose(overrides=[*words])
-    except (MissingConfigException, ValueError) as error:  # ValueError: of hydra/launcher=null
+    except (MissingConfigException, TypeError, ValueError) as error:  # of hydra/launcher=[1,2], and of null
         raise ConfigError(f"{' '.join(words)}: {str(error).splitlines()[0]}; {LAUNCHERS}") from error
 
 

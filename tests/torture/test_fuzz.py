@@ -29,7 +29,7 @@ HOSTILE = (
     "-1", "nan", ".nan", "inf", "-.inf", "1e999", "9" * 400, "010", "0x10", "1_000", "1:30", "no", "yes", "on", "off", "~",
     "", " ", "''", '"', "'", "${seed}", "${oc.env:HOME}", "${oc.decode:1}", "${loss.temperature}", "${nosuch}", "${", "\\${seed}",
     "!!python/object/apply:os.system [x]", "*a", "&a 1", "{_target_: os.system}", "[[[[1]]]]", "[" * 1000, "{a: " * 300,
-    "{a: 1}", "{a:1}", "a=b", "a,b", "range(1,3)", "glob(*)", "../../etc/passwd", "/etc/passwd", "os.system", "\x00", "\x1b[2J",
+    "{a: 1}", "{a:1}", "a=b", "a,b", "range(1,3)", "glob(*)", "../../etc/passwd", "/etc/passwd", "os.system", "\x01", "\x1b[2J",
     "\ud800", "ä", "名前", "\n", "a: b", "- 1", "???", "x" * 100_000, "<script>", "=cmd", "%", "#", "@", "|", ">", "\t",
 )  # fmt: skip
 KEYS = (
